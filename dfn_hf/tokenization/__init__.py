@@ -1,1 +1,28 @@
-"""The embedded tokenizers: a byte-level BPE of 4,096 trained on the corpus, and plain bytes."""
+"""The embedded tokenizers: a byte-level BPE trained on the corpus, and plain bytes. See README.md beside this file."""
+
+import os
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+EMBEDDED = ("bpe", "byte")
+
+
+def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerBase:
+    """An embedded tokenizer by its name, or any other from its folder or Hub id.
+
+    Args:
+        name_or_path: "bpe" (4,096 tokens, trained on the train split), "byte" (256 bytes and two special tokens), or
+            what `AutoTokenizer.from_pretrained` takes.
+
+    Raises:
+        ValueError: no tokenizer can be loaded from there.
+    """
+    source = Path(__file__).parent / name_or_path if name_or_path in EMBEDDED else name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no tokenizer loads from {str(name_or_path)!r}: give {' or '.join(map(repr, EMBEDDED))}, a folder that "
+            "holds a tokenizer, or a Hub id"
+        ) from error
