@@ -96,7 +96,7 @@ def bible_documents(sdist: tarfile.TarFile) -> Iterator[dict[str, str]]:
 def read_member(sdist: tarfile.TarFile, name: str) -> str:
     member = sdist.extractfile(name)
     if member is None:
-        raise ValueError(f"{sdist.name} holds no file {name}")
+        raise ValueError(f"the source distribution holds no file {name}")
     return member.read().decode("utf-8")
 
 
