@@ -1,0 +1,1 @@
+"""Measurements of DFN beside its peers; `dfn-hf bench` runs them."""

@@ -1,0 +1,221 @@
+"""`dfn-hf bench`: the measurements behind the README's tables, each resumable and printed from its CSV."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Measure. Every finished run is appended to a CSV, and runs already there are not repeated.",
+)
+
+Results = Annotated[Path, typer.Option("--results", help="CSV of finished runs; made where missing.")]
+Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds: 0, 1, 2, …")]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+Models = Annotated[list[str], typer.Option("--model", help="dfn, llama or llama-conv; repeat it for several.")]
+LearningRates = Annotated[list[float], typer.Option("--learning-rate", help="A rate to try; repeat it for several.")]
+Lengths = Annotated[list[int], typer.Option("--length", min=1, help="Tokens for DFN; repeat it for several.")]
+BaselineLengths = Annotated[list[int], typer.Option("--baseline-length", min=1, help="Tokens for Llama; repeat it.")]
+
+RESULTS_FOLDER = Path("benchmarks-results")
+
+
+@app.command()
+def recall(
+    models: Models = ["dfn", "llama-conv"],  # noqa: B006
+    seeds: Seeds = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps on the short task.")] = 1000,
+    tuning_steps: Annotated[int, typer.Option(min=0, help="Fine-tuning steps on the middle length.")] = 400,
+    long_length: Annotated[int, typer.Option(help="Length of the zero-shot task.")] = 2048,
+    longest_length: Annotated[int, typer.Option(help="Length of the task after fine-tuning.")] = 8192,
+    long_num_pairs: Annotated[int, typer.Option(help="Key-value pairs in both.")] = 120,
+    results: Results = RESULTS_FOLDER / "recall.csv",
+    threads: Threads = 1,
+    device: Device = "cpu",
+) -> None:
+    """Associative recall: trained on 64 tokens with 8 pairs, asked at 2,048 and 8,192 with 120.
+
+    Example: dfn-hf bench recall --seeds 1 --model dfn
+    """
+    from .machine import set_up_device
+    from .recall import RecallSettings, recall_table, run_recall
+
+    set_up_device(device, threads)
+    runs = [
+        RecallSettings(
+            model=model,
+            seed=seed,
+            steps=steps,
+            tuning_steps=tuning_steps,
+            long_length=long_length,
+            long_num_pairs=long_num_pairs,
+            longest_length=longest_length,
+            longest_num_pairs=long_num_pairs,
+            device=device,
+        )
+        for model in models
+        for seed in range(seeds)
+    ]
+    finished = run_recall(runs, results, _report)
+    _print(recall_table(finished), {measures.machine for _, measures in finished}, results)
+
+
+@app.command()
+def lm(
+    models: Models = ["dfn", "llama", "llama-conv"],  # noqa: B006
+    seeds: Seeds = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 800,
+    search_steps: Annotated[int, typer.Option(min=1, help="Steps of the short runs that pick a learning rate.")] = 150,
+    learning_rates: LearningRates = [1e-3, 3e-3, 6e-3],  # noqa: B006
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows per step.")] = 8,
+    length: Annotated[int, typer.Option(min=2, help="Bytes per window.")] = 256,
+    hidden_size: Annotated[int, typer.Option(min=1)] = 128,
+    num_hidden_layers: Annotated[int, typer.Option(min=1)] = 5,
+    num_attention_heads: Annotated[int, typer.Option(min=1)] = 4,
+    intermediate_size: Annotated[int, typer.Option(min=1, help="The DFN's; a Llama's follows.")] = 256,
+    evaluation_windows: Annotated[int, typer.Option(min=1, help="Validation windows.")] = 256,
+    results: Results = RESULTS_FOLDER / "lm.csv",
+    threads: Threads = 1,
+    device: Device = "cpu",
+) -> None:
+    """Byte language models of equal size on the same batches: DFN, Llama, Llama with DFN's convolution and gate.
+
+    Example: dfn-hf bench lm --seeds 1 --steps 400
+    """
+    from .byte_lm import ByteLMSettings, byte_lm_table, run_byte_lm
+    from .machine import set_up_device
+
+    set_up_device(device, threads)
+    settings = ByteLMSettings(
+        steps=steps,
+        batch_size=batch_size,
+        length=length,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        intermediate_size=intermediate_size,
+        evaluation_windows=evaluation_windows,
+        device=device,
+    )
+    finished = run_byte_lm(
+        settings,
+        models=models,
+        seeds=range(seeds),
+        learning_rates=learning_rates,
+        search_steps=search_steps,
+        path=results,
+        report=_report,
+    )
+    _print(byte_lm_table(finished), {measures.machine for _, measures in finished}, results)
+
+
+@app.command()
+def ablations(
+    variants: Annotated[
+        list[str] | None, typer.Option("--variant", help="A variant by its name; all of them by default.")
+    ] = None,
+    seeds: Seeds = 2,
+    lm_steps: Annotated[int, typer.Option(min=1, help="Training steps of the byte language model.")] = 400,
+    recall_steps: Annotated[int, typer.Option(min=1, help="Training steps of the recall model.")] = 800,
+    long_length: Annotated[int, typer.Option(help="Length of the long recall task.")] = 2048,
+    long_num_pairs: Annotated[int, typer.Option(help="Key-value pairs in it.")] = 120,
+    results: Results = RESULTS_FOLDER / "ablations.csv",
+    threads: Threads = 1,
+    device: Device = "cpu",
+) -> None:
+    """DFN with one part off or changed at a time: loss, accuracy, long recall, memory, gradient norm.
+
+    Example: dfn-hf bench ablations --variant full --variant "no far neighbours (K = 0)"
+    """
+    from .ablations import VARIANTS, AblationSettings, ablation_table, run_ablations
+
+    runs = [
+        AblationSettings(
+            variant=variant,
+            seed=seed,
+            lm_steps=lm_steps,
+            recall_steps=recall_steps,
+            long_length=long_length,
+            long_num_pairs=long_num_pairs,
+            device=device,
+        )
+        for variant in variants or VARIANTS
+        for seed in range(seeds)
+    ]
+    finished = run_ablations(runs, results, threads, _report)
+    _print(ablation_table(finished), {measures.machine for _, measures in finished}, results)
+
+
+@app.command()
+def scaling(
+    lengths: Lengths = [2**14, 2**15, 2**16, 2**17, 2**18],  # noqa: B006
+    baseline_lengths: BaselineLengths = [2**14, 2**15],  # noqa: B006
+    hidden_size: Annotated[int, typer.Option(min=1)] = 256,
+    num_hidden_layers: Annotated[int, typer.Option(min=1)] = 2,
+    num_attention_heads: Annotated[int, typer.Option(min=1)] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed passes; their median counts.")] = 3,
+    plot: Annotated[Path | None, typer.Option(help="PNG to write; beside the CSV by default.")] = None,
+    results: Results = RESULTS_FOLDER / "scaling.csv",
+    threads: Threads = 1,
+    device: Device = "cpu",
+) -> None:
+    """Time and memory of a forward pass over the length, DFN beside Llama; a fresh process per length.
+
+    Example: dfn-hf bench scaling --length 16384 --length 65536 --length 1048576
+    """
+    from .scaling import ScalingSettings, plot_scaling, run_scaling, scaling_table
+
+    settings = ScalingSettings(
+        hidden_size=hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        repeats=repeats,
+        threads=threads,
+        device=device,
+    )
+    finished = run_scaling(settings, lengths=lengths, baseline_lengths=baseline_lengths, path=results, report=_report)
+    picture = plot or results.with_suffix(".png")
+    plot_scaling(finished, picture)
+    _print(scaling_table(finished), {measures.machine for _, measures in finished}, results)
+    typer.echo(f"picture: {picture}")
+
+
+@app.command()
+def million(
+    length: Annotated[int, typer.Option(min=2, help="Tokens.")] = 2**20,
+    chunk_length: Annotated[int, typer.Option(min=1, help="Tokens per chunk of the second way.")] = 2**16,
+    hidden_size: Annotated[int, typer.Option(min=1)] = 256,
+    num_hidden_layers: Annotated[int, typer.Option(min=1)] = 4,
+    results: Results = RESULTS_FOLDER / "million.csv",
+    threads: Threads = 1,
+    device: Device = "cpu",
+) -> None:
+    """2^20 tokens in one forward pass and in chunks: time, peak memory, and equal last logits.
+
+    Example: dfn-hf bench million --threads 2
+    """
+    from .million import MillionSettings, million_table, run_million
+
+    settings = MillionSettings(
+        length=length,
+        chunk_length=chunk_length,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        threads=threads,
+        device=device,
+    )
+    measures = run_million(settings, results)
+    _print(million_table(settings, measures), {measures.machine}, results)
+
+
+def _report(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _print(table: str, machines: set[str], results: Path) -> None:
+    typer.echo(f"\n{table}\n")
+    for machine in sorted(machines):
+        typer.echo(f"machine: {machine}")
+    typer.echo(f"results: {results}")

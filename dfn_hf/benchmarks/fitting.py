@@ -1,0 +1,78 @@
+"""The training loop of the benchmarks, the same for every model: AdamW, warm-up, cosine decay, clipping at 1.0."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, get_wsd_schedule
+
+from .machine import synchronize
+
+MAX_GRADIENT_NORM = 1.0
+WEIGHT_DECAY = 0.1
+WARMUP_SHARE = 0.05
+
+
+@dataclass(frozen=True)
+class Fit:
+    """`seconds` of training alone, and the largest gradient norm seen, before clipping."""
+
+    seconds: float
+    largest_gradient_norm: float
+
+
+def fit(
+    model: PreTrainedModel,
+    batches: Iterator[dict[str, torch.Tensor]],
+    *,
+    steps: int,
+    learning_rate: float,
+    decay_share: float = 1.0,
+    evaluate_every: int = 100,
+    evaluate: Callable[[int], None] | None = None,
+) -> Fit:
+    """Train `model` for `steps` batches of `input_ids` and `labels`, each `[batch, length]` int64.
+
+    The learning rate rises over the first 5 % of the steps, stays, and falls to 0 over the last `decay_share` of the
+    rest. Weight decay is 0.1 for matrices, 0 for vectors and scalars. `evaluate(step)` is called every
+    `evaluate_every` steps, and its time is not counted.
+
+    Raises:
+        FloatingPointError: the loss is no longer finite.
+    """
+    device = str(model.device)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
+    warmup_steps = round(WARMUP_SHARE * steps)
+    decay_steps = round(decay_share * (steps - warmup_steps))
+    scheduler = get_wsd_schedule(optimizer, warmup_steps, decay_steps, num_training_steps=steps)
+    model.train()
+    seconds, largest = 0.0, 0.0
+    for step in range(1, steps + 1):
+        started = time.perf_counter()
+        batch = {name: tensor.to(device) for name, tensor in next(batches).items()}
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM).item()
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"gradient norm {norm} at step {step}, loss {loss.item()}: lower the learning rate"
+            )
+        largest = max(largest, norm)
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        synchronize(device)
+        seconds += time.perf_counter() - started
+        if evaluate is not None and (step % evaluate_every == 0 or step == steps):
+            model.eval()
+            evaluate(step)
+            model.train()
+    model.eval()
+    return Fit(seconds=seconds, largest_gradient_norm=largest)
