@@ -1,0 +1,185 @@
+"""A small memory of slots that closed chunks of a row write to and later entities read.
+
+Chunk c of a segment is its entities c·T … (c + 1)·T − 1. Slot j after chunk c holds
+
+    m_j,c = β_j m_j,c−1 + (1 − β_j) Σ_t softmax_t(a_j · x_t) x_t        over the entities t of chunk c,
+
+and an entity of chunk c reads m_·,c−1: closed chunks only, so nothing depends on the future.
+
+Shape letters: B batch, M entities of this call, S slots, D features, C chunks touched by this call, T chunk length.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+
+def decay_scan(decays: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+    """h_c = decays_c ⊙ h_c−1 + inputs_c along dimension 1, h_−1 = 0, in O(log C) steps.
+
+    Args:
+        decays: `[B, C, S, 1]`; inputs: `[B, C, S, D]`.
+    """
+    step = 1
+    while step < inputs.shape[1]:
+        inputs = torch.cat([inputs[:, :step], inputs[:, step:] + decays[:, step:] * inputs[:, :-step]], dim=1)
+        decays = torch.cat([decays[:, :step], decays[:, step:] * decays[:, :-step]], dim=1)
+        step *= 2
+    return inputs
+
+
+@dataclass(frozen=True)
+class ChunkLayout:
+    """Where the entities of a call lie in the chunks it touches.
+
+    Attributes:
+        slot: int64 `[B, M']`, chunk · T + place in the chunk; `num_chunks` · T where nothing real is.
+        num_chunks: C; chunk_length: T.
+        starts_segment: bool `[B, C]`, chunks that nothing of their segment comes before.
+    """
+
+    slot: torch.Tensor
+    num_chunks: int
+    chunk_length: int
+    starts_segment: torch.Tensor
+
+    def lay(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, M', F]` → `[B, C, T, F]`, zero where nothing is."""
+        batch, _, features = x.shape
+        laid = x.new_zeros(batch, self.num_chunks * self.chunk_length + 1, features)
+        laid = laid.scatter(1, self.slot[..., None].expand_as(x), x)[:, :-1]
+        return laid.view(batch, self.num_chunks, self.chunk_length, features)
+
+    def take(self, laid: torch.Tensor) -> torch.Tensor:
+        """The way back: `[B, C, T, F]` → `[B, M', F]`."""
+        flat = laid.flatten(1, 2)
+        slot = self.slot.clamp(max=flat.shape[1] - 1)
+        return flat.gather(1, slot[..., None].expand(-1, -1, flat.shape[-1]))
+
+    def last(self, count: int) -> "ChunkLayout":
+        """The same for the last `count` entities."""
+        return replace(self, slot=self.slot[:, self.slot.shape[1] - count :])
+
+
+class ChunkMemory(nn.Module):
+    """Slots that hold decaying averages of what closed chunks pooled.
+
+    Args:
+        features: D.
+        num_slots: S; each slot pools with its own learnt query and decays at its own learnt rate.
+        chunk_length: T.
+        initial_decay: β before training, in (0, 1).
+    """
+
+    def __init__(self, features: int, num_slots: int, chunk_length: int, initial_decay: float):
+        super().__init__()
+        self.chunk_length = chunk_length
+        self.initial_decay = initial_decay
+        self.pooling_query = nn.Parameter(torch.empty(num_slots, features))
+        self.initial_slots = nn.Parameter(torch.empty(num_slots, features))
+        self.decay_logit = nn.Parameter(torch.empty(num_slots, dtype=torch.float32))
+
+    def forward(self, x: torch.Tensor, rows, state=None) -> tuple[torch.Tensor, ChunkLayout]:
+        """What the entities of each chunk may read.
+
+        Args:
+            x: `[B, M, D]`.
+            rows: `padding.Rows` of this call.
+            state: `state_cache.StateLayer`, or None.
+
+        Returns:
+            (slots `[B, C, S, D]` in at least float32, the layout of the M entities in the C chunks).
+        """
+        batch, length, features = x.shape
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        initial = self.initial_slots.to(dtype)
+        if state is None:
+            entities, before = x, initial.expand(batch, -1, -1)
+        else:
+            entities = state.tail("chunk", x, self.chunk_length - 1)
+            before = self._load(state, initial)
+        layout = self._lay_out(entities.shape[1] - length, rows)
+
+        pooled = self._pool(layout.lay(entities.to(dtype)), layout)
+        decay = self.decay_logit.to(dtype).sigmoid().view(1, 1, -1, 1)
+        restart = layout.starts_segment[..., None, None]
+        start = torch.where(restart, initial, 0)
+        start = torch.cat([before[:, None], start[:, 1:]], dim=1)
+        inputs = (1 - decay) * pooled + decay * start
+        closed = decay_scan(torch.where(restart, 0, decay).expand(-1, -1, inputs.shape[2], 1), inputs)
+        if state is not None:
+            self._store(state, closed, length)
+        read = torch.where(restart[:, 1:], initial, closed[:, :-1])
+        return torch.cat([before[:, None], read], dim=1), layout.last(length)
+
+    def _lay_out(self, history: int, rows) -> ChunkLayout:
+        """The layout of `history` entities before this call, of which those of the open chunk count, and the call's."""
+        span = self.chunk_length
+        index = rows.index
+        batch, length = index.shape
+        device = index.device
+        real = torch.ones_like(index, dtype=torch.bool)
+        if rows.counts is not None:
+            real = torch.arange(length, device=device) < rows.counts[:, None]
+        if rows.segment is None:
+            past = index[:, :1]
+            place = torch.arange(-history, length, device=device) + past
+            chunk = torch.div(place, span, rounding_mode="floor") - past // span
+            real = torch.cat([chunk[:, :history] == 0, real], dim=1)
+        else:
+            place = rows.reach
+            chunk = (place % span == 0).cumsum(dim=1) - 1
+        num_chunks = int(chunk.max()) + 1
+        slot = torch.where(real, chunk * span + place % span, num_chunks * span)
+        starts = torch.zeros(batch, num_chunks, dtype=torch.bool, device=device)
+        starts.scatter_(1, chunk.clamp(min=0), (place >= 0) & (place < span))
+        starts[:, 0] = True
+        return ChunkLayout(slot, num_chunks, span, starts)
+
+    def _pool(self, laid: torch.Tensor, layout: ChunkLayout) -> torch.Tensor:
+        """Attention pooling of each chunk, `[B, C, T, D]` → `[B, C, S, D]`; zero where a chunk is empty."""
+        held = layout.lay(torch.ones_like(layout.slot, dtype=laid.dtype)[..., None])
+        scores = laid @ self.pooling_query.to(laid.dtype).T / math.sqrt(laid.shape[-1])
+        scores = scores.masked_fill(held == 0, torch.finfo(laid.dtype).min)
+        return (scores.softmax(dim=2) * held).transpose(2, 3) @ laid
+
+    def _load(self, state, initial: torch.Tensor) -> torch.Tensor:
+        """Slots after the chunks that were closed before this call, `[B, S, D]`."""
+        stored = state.data("slots")
+        closed = state.lengths // self.chunk_length
+        if stored is None:
+            return initial.expand(closed.shape[0], -1, -1)
+        entry = stored[torch.arange(closed.shape[0], device=closed.device), 0, closed].view(-1, *initial.shape)
+        return torch.where((closed == 0)[:, None, None], initial, entry.to(initial.dtype))
+
+    def _store(self, state, closed: torch.Tensor, length: int) -> None:
+        """Keep the slots at each boundary: entry e is what e closed chunks left. The open one is written over later."""
+        capacity = (state.columns + length) // self.chunk_length + closed.shape[1] + 1
+        at = state.lengths // self.chunk_length + 1
+        state.write_entries("slots", closed.flatten(2)[:, None], at, capacity)
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float) -> None:
+        """Small random slots and queries, so that slots differ; decays at their initial value."""
+        init.normal_(self.pooling_query, std=std)
+        init.normal_(self.initial_slots, std=std)
+        init.constant_(self.decay_logit, math.log(self.initial_decay / (1 - self.initial_decay)))
+
+
+def mix_slots(weights: torch.Tensor, values: torch.Tensor, layout: ChunkLayout) -> torch.Tensor:
+    """Σ_s weight_is v_s over the slots that entity i reads, without a copy of the slots per entity.
+
+    Args:
+        weights: `[B, H, M, S]`; values: `[B, H, C, S, D]`.
+
+    Returns:
+        `[B, H, M, D]`.
+    """
+    batch, heads, length, _ = weights.shape
+    laid = layout.lay(weights.transpose(1, 2).flatten(2)).unflatten(-1, (heads, -1))  # [B, C, T, H, S]
+    mixed = laid.permute(0, 3, 1, 2, 4) @ values  # [B, H, C, T, D]
+    mixed = layout.take(mixed.permute(0, 2, 3, 1, 4).flatten(3))
+    return mixed.view(batch, length, heads, -1).transpose(1, 2)

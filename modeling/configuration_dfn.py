@@ -1,0 +1,142 @@
+"""DFN configuration."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_dfn.DFNConfig",
+    "AutoModel": "modeling_dfn.DFNModel",
+    "AutoModelForCausalLM": "modeling_dfn.DFNForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_dfn.DFNForSequenceClassification",
+}
+
+FLOW_NORMS = ("entity", "running", "rms", "none")
+SEARCHES = ("cells", "exact")
+MAX_CELLS = 2**20
+
+
+@strict
+class DFNConfig(PreTrainedConfig):
+    r"""
+    Configuration of a Dynamic Flow Network. The defaults give a small model.
+
+    Args:
+        vocab_size (`int`, defaults to 4096): Tokens of the vocabulary.
+        hidden_size (`int`, defaults to 256): Width of an entity's state.
+        num_hidden_layers (`int`, defaults to 4): Layers.
+        num_attention_heads (`int`, defaults to 4): Heads; each has its own positions and its own share of the values.
+        intermediate_size (`int`, defaults to 768): Inner width of the Dynamic Field MLP.
+        position_dim (`int`, defaults to 4): Dimensions of a head's position space. 8 costs more search and finds more.
+        num_neighbors (`int`, defaults to 16): K, entities read beyond the local window. 0 turns the search off.
+        local_window (`int`, defaults to 32): W, most recent entities always read, the entity itself included.
+        num_tables (`int`, defaults to 8): Grids of the cell search.
+        candidates_per_table (`int`, defaults to 16): Most recent entities of a cell that are ranked.
+        cell_sizes (`list[float]`, *optional*): Edge of each table's cells; geometric from 8 to 0.35 if not given.
+        flow_step (`float`, defaults to 1.0): α, how far an entity moves along its flow. 0 is the ablation without flow.
+        moved_query (`bool`, defaults to `True`): The moved entity reads others at their rest positions. If `False` all are
+            found where they have moved to, the paper's single position p'.
+        flow_norm (`str`, defaults to `"entity"`): What FlowNorm averages the squared flow over: `"entity"` itself or the
+            `"running"` mean so far. `"rms"` is RMSNorm and `"none"` nothing, for ablations.
+        conv_kernel (`int`, defaults to 4): Taps of the short causal convolution.
+        search_implementation (`str`, defaults to `"cells"`): `"cells"`, O(n log n), or `"exact"`, O(n²). Read at every
+            call: it may be changed on a built model.
+        search_seed (`int`, defaults to 0): Draws the grids when a model is initialised. They are saved with it.
+        carry_positions (`bool`, defaults to `False`): Positions of a layer start from the moved ones of the layer before.
+        memory_slots (`int`, defaults to 0): Slots of the persistent field memory. 0 turns it off.
+        memory_chunk (`int`, defaults to 64): Entities that are pooled into the memory at a time.
+        memory_decay (`float`, defaults to 0.9): β before training, of each slot.
+        readout_window (`int`, defaults to 1): Most recent entities whose weighted mean is read out.
+        hidden_dropout (`float`, defaults to 0.0): Dropout on what each block adds to the state.
+        attention_dropout (`float`, defaults to 0.0): Dropout on flow weights.
+        norm_eps (`float`, defaults to 1e-6): Added to mean squares before their root is taken.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of weights that have no scale of their own.
+        tie_word_embeddings (`bool`, defaults to `True`): Share the embedding with the output layer.
+        use_cache (`bool`, defaults to `True`): Return the state for continuation.
+        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special tokens.
+
+    Raises:
+        ValueError: fields that contradict each other; the message names them.
+    """
+
+    model_type = "dfn"
+    keys_to_ignore_at_inference = ["past_key_values", "entities"]
+
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    intermediate_size: int = 768
+    position_dim: int = 4
+    num_neighbors: int = 16
+    local_window: int = 32
+    num_tables: int = 8
+    candidates_per_table: int = 16
+    cell_sizes: list[float] | list[int] | list[float | int] | None = None
+    flow_step: float | int = 1.0
+    moved_query: bool = True
+    flow_norm: str = "entity"
+    conv_kernel: int = 4
+    search_implementation: str = "cells"
+    search_seed: int = 0
+    carry_positions: bool = False
+    memory_slots: int = 0
+    memory_chunk: int = 64
+    memory_decay: float | int = 0.9
+    readout_window: int = 1
+    hidden_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
+    norm_eps: float = 1e-6
+    initializer_range: float | int = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    auto_map: dict[str, str] | None = None
+
+    def __post_init__(self, **kwargs):
+        self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
+        super().__post_init__(**kwargs)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Every layer keeps its state in a `state_cache.StateLayer`."""
+        return ["flow_state"] * self.num_hidden_layers
+
+    def validate_layer_type(self):
+        """Nothing to check: `layer_types` is derived."""
+
+    def validate_architecture(self):
+        """Reject values out of range and fields that contradict each other."""
+        for field in (
+            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "position_dim",
+            "local_window", "num_tables", "candidates_per_table", "conv_kernel", "memory_chunk", "readout_window",
+        ):  # fmt: skip
+            if getattr(self, field) < 1:
+                raise ValueError(f"`{field}` must be at least 1, got {getattr(self, field)}.")
+        for field in ("num_neighbors", "memory_slots", "flow_step", "initializer_range", "norm_eps"):
+            if getattr(self, field) < 0:
+                raise ValueError(f"`{field}` must not be negative, got {getattr(self, field)}.")
+        for field in ("hidden_dropout", "attention_dropout"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"`{field}` must lie in [0, 1), got {getattr(self, field)}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
+                f"({self.num_attention_heads})."
+            )
+        if self.flow_norm not in FLOW_NORMS:
+            raise ValueError(f"`flow_norm` must be one of {FLOW_NORMS}, got {self.flow_norm!r}.")
+        if self.search_implementation not in SEARCHES:
+            raise ValueError(f"`search_implementation` must be one of {SEARCHES}, got {self.search_implementation!r}.")
+        if not 0 < self.memory_decay < 1:
+            raise ValueError(f"`memory_decay` must lie in (0, 1), got {self.memory_decay}.")
+        if self.cell_sizes is not None and len(self.cell_sizes) != self.num_tables:
+            raise ValueError(
+                f"`cell_sizes` must hold one size per table (`num_tables` is {self.num_tables}), "
+                f"got {len(self.cell_sizes)}."
+            )
+
+
+__all__ = ["DFNConfig"]

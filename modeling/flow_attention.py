@@ -1,0 +1,261 @@
+"""Flow attention: biased dot-product attention of each entity to its local window and its found neighbours.
+
+ℓ_ij = q_i · k_j − λ_h log(1 + i − j), where the caller has written the Gaussian affinity as a dot product:
+q = [2γ q, 1], k = [k, w − γ‖k‖²]; the term −γ‖q‖² is the same for all j and leaves with the softmax.
+
+Only linear memory is ever held: the forward pass goes through the queries in chunks and keeps none of their logits; the
+backward pass computes them again, chunk by chunk.
+
+Shape letters: B batch, H heads, M queries of this call, N stored entities, E query/key features, D value features,
+K found neighbours, W local window.
+"""
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+
+ELEMENTS_AT_ONCE = 2**22  # of the gathered values of one chunk
+
+
+def flow_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    fading: torch.Tensor,
+    query_index: torch.Tensor,
+    reach: torch.Tensor,
+    neighbors: torch.Tensor,
+    window: int,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax of ℓ over N(i) = the `window` most recent entities of i, itself included, and its neighbours.
+
+    Args:
+        query: `[B, H, M, E]`, float32 or float64. Query a of a row has index i = past + a.
+        key: `[B, H, N, E]`, same dtype; value: `[B, H, N, D]`, any dtype. Past and new entities, by index.
+        fading: λ, `[H]`.
+        query_index: int64 `[B, M]`.
+        reach: int64 `[B, M]`, how many of the entities just before i it may see.
+        neighbors: int64 `[B, H, M, K]`, indices ≤ i − window, −1 for none.
+        dropout: probability of leaving out a weight.
+
+    Returns:
+        (y `[B, H, M, D]` in the dtype of value, log Σ exp ℓ `[B, H, M]` in the dtype of query).
+    """
+    first = query_index[:, 0] - (window - 1)
+    local_key, local_value = (_local(x, first, query.shape[2] + window - 1) for x in (key, value))
+    seed = int(torch.randint(2**62, ())) if dropout > 0 else 0
+    return _FlowAttention.apply(
+        query, local_key, local_value, key, value, fading, reach, query_index, neighbors, window, dropout, seed
+    )
+
+
+def _local(x: torch.Tensor, first: torch.Tensor, length: int) -> torch.Tensor:
+    """Entities `first` … `first + length − 1` of each row, zero before its start: `[B, H, length, ...]`."""
+    start = int(first[0])
+    if bool((first == start).all()):
+        held = x[:, :, max(start, 0) : start + length]
+        return F.pad(held, (0, 0, -start, 0)) if start < 0 else held
+    places = first[:, None] + torch.arange(length, device=x.device)
+    rows = x.gather(2, places.clamp(0, x.shape[2] - 1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+    return rows.masked_fill((places < 0)[:, None, :, None], 0)
+
+
+class _FlowAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, query, local_key, local_value, key, value, fading, reach, query_index, neighbors, window, dropout, seed
+    ):
+        ctx.save_for_backward(query, local_key, local_value, key, value, fading, reach, query_index, neighbors)
+        ctx.options = window, dropout, seed
+        batch, heads, length, _ = query.shape
+        y = value.new_empty(batch, heads, length, value.shape[-1])
+        total = query.new_empty(batch, heads, length)
+        flat_key, flat_value = (x.reshape(-1, x.shape[-1]) for x in (key, value))
+        for part in _chunks(query, value, neighbors):
+            near = slice(part.start, part.stop + window - 1)
+            chosen = _flat_ids(neighbors[:, :, part], key)
+            local, far, total[:, :, part] = _weights(
+                query[:, :, part],
+                local_key[:, :, near],
+                flat_key.index_select(0, chosen.view(-1)).view(*chosen.shape, -1),
+                fading,
+                reach[:, part],
+                query_index[:, part],
+                neighbors[:, :, part],
+                window,
+            )
+            local, far = _dropped(local, far, dropout, seed + part.start)
+            mixed = _mix_local(local, local_value[:, :, near].to(local.dtype), window)
+            if far.shape[-1]:
+                mixed = mixed + _mix_far(far, chosen, flat_value)
+            y[:, :, part] = mixed.to(y.dtype)
+        return y, total
+
+    @staticmethod
+    def backward(ctx, grad_y, grad_total):
+        query, local_key, local_value, key, value, fading, reach, query_index, neighbors = ctx.saved_tensors
+        window, dropout, seed = ctx.options
+        accumulate = torch.promote_types(torch.float32, query.dtype)
+        grads = [torch.zeros_like(x, dtype=accumulate) for x in (query, local_key, local_value, key, value, fading)]
+        grad_query, grad_local_key, grad_local_value, grad_key, grad_value, grad_fading = grads
+        flat_key, flat_value = (x.reshape(-1, x.shape[-1]) for x in (key, value))
+        for part in _chunks(query, value, neighbors):
+            near = slice(part.start, part.stop + window - 1)
+            chosen = _flat_ids(neighbors[:, :, part], key).view(-1)
+            shape = neighbors[:, :, part].shape
+            inputs = [
+                query[:, :, part],
+                local_key[:, :, near],
+                local_value[:, :, near].to(accumulate),
+                flat_key.index_select(0, chosen).view(*shape, -1),
+                flat_value.index_select(0, chosen).view(*shape, -1).to(accumulate),
+                fading,
+            ]
+            inputs = [x.detach().requires_grad_() for x in inputs]
+            with torch.enable_grad():
+                local, far, total = _weights(
+                    inputs[0], inputs[1], inputs[3], inputs[5], reach[:, part], query_index[:, part],
+                    neighbors[:, :, part], window,
+                )  # fmt: skip
+                local, far = _dropped(local, far, dropout, seed + part.start)
+                y = _mix_local(local, inputs[2], window) + _mix_gathered(far, inputs[4])
+            found = torch.autograd.grad(
+                (y, total), inputs, (grad_y[:, :, part].to(y.dtype), grad_total[:, :, part]), materialize_grads=True
+            )
+            grad_query[:, :, part] = found[0]
+            grad_local_key[:, :, near] += found[1]
+            grad_local_value[:, :, near] += found[2]
+            grad_key.view(-1, key.shape[-1]).index_add_(0, chosen, found[3].reshape(-1, key.shape[-1]))
+            grad_value.view(-1, value.shape[-1]).index_add_(0, chosen, found[4].reshape(-1, value.shape[-1]))
+            grad_fading += found[5]
+        inputs = (query, local_key, local_value, key, value, fading)
+        return *(grad.to(x.dtype) for grad, x in zip(grads, inputs)), None, None, None, None, None, None
+
+
+def _chunks(query, value, neighbors):
+    """Slices of the queries."""
+    batch, heads, length, _ = query.shape
+    per_query = batch * heads * max(neighbors.shape[-1], 1) * value.shape[-1]
+    step = max(64, ELEMENTS_AT_ONCE // per_query)
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def _flat_ids(neighbors, key):
+    """Rows of `key.view(-1, E)` that hold the neighbours; the first of the row where there is none."""
+    batch, heads, num_keys, _ = key.shape
+    row = torch.arange(batch * heads, device=key.device).view(batch, heads, 1, 1) * num_keys
+    return neighbors.clamp(min=0) + row
+
+
+def _block_length(window, length):
+    return min(max(window, 16), length)
+
+
+def _weights(query, local_key, far_key, fading, reach, query_index, neighbors, window):
+    """Weights of one chunk, of local entities by blocks `[B, H, blocks, S, S + W − 1]` and of neighbours `[B, H, M, K]`.
+
+    Third, log Σ exp ℓ `[B, H, M]`. A block is S queries; the entities of its windows are S + W − 1 in a row.
+    """
+    batch, heads, length, features = query.shape
+    size = _block_length(window, length)
+    blocks = -(-length // size)
+    padding = blocks * size - length
+    device = query.device
+
+    blocked_query = F.pad(query, (0, 0, 0, padding)).view(batch, heads, blocks, size, features)
+    windows = F.pad(local_key, (0, 0, 0, padding)).unfold(2, size + window - 1, size)
+    logits = blocked_query @ windows
+    age = torch.arange(size, device=device)[:, None] + window - 1 - torch.arange(size + window - 1, device=device)
+    fade = torch.log1p(age.clamp(min=0).to(query.dtype))
+    visible = (age >= 0) & (age < window) & (age <= F.pad(reach, (0, padding)).view(batch, 1, blocks, size, 1))
+    logits = (logits - fading.view(-1, 1, 1, 1) * fade).masked_fill(~visible, -math.inf)
+    logits = logits.flatten(2, 3)[:, :, :length]
+
+    far_age = (query_index[:, None, :, None] - neighbors).to(query.dtype)
+    far = (far_key * query.unsqueeze(-2)).sum(dim=-1) - fading.view(-1, 1, 1) * torch.log1p(far_age)
+    far = far.masked_fill(neighbors < 0, -math.inf)
+
+    total = torch.cat([logits, far], dim=-1).logsumexp(dim=-1)
+    local = F.pad((logits - total.unsqueeze(-1)).exp(), (0, 0, 0, padding))
+    return local.view(batch, heads, blocks, size, -1), (far - total.unsqueeze(-1)).exp(), total
+
+
+def _dropped(local, far, dropout, seed):
+    """Leave out weights with probability `dropout`; the same ones whenever the seed is the same."""
+    if dropout == 0:
+        return local, far
+    generator = torch.Generator(local.device).manual_seed(seed)
+
+    def leave_out(weights):
+        kept = torch.rand(weights.shape, generator=generator, device=weights.device) >= dropout
+        return weights * kept / (1 - dropout)
+
+    return leave_out(local), leave_out(far)
+
+
+def _mix_local(weights, values, window):
+    """Σ_j weight_ij v_j over blocks: values `[B, H, M + W − 1, D]` → `[B, H, M, D]`."""
+    batch, heads, blocks, size, span = weights.shape
+    length = values.shape[2] - (window - 1)
+    windows = F.pad(values, (0, 0, 0, blocks * size - length)).unfold(2, span, size)
+    mixed = weights @ windows.transpose(-1, -2)
+    return mixed.flatten(2, 3)[:, :, :length]
+
+
+def _mix_far(weights, chosen, values):
+    """Σ_j weight_ij v_j over neighbours without holding the gathered values, where torch can."""
+    shape = weights.shape
+    if values.dtype == weights.dtype:
+        bags = F.embedding_bag(
+            chosen.view(-1, shape[-1]), values, per_sample_weights=weights.reshape(-1, shape[-1]), mode="sum"
+        )
+        return bags.view(*shape[:-1], -1)
+    gathered = values.index_select(0, chosen.view(-1)).view(*shape, -1).to(weights.dtype)
+    return _mix_gathered(weights, gathered)
+
+
+def _mix_gathered(weights, values):
+    # Not a matrix product: bmm is slow over many products this small.
+    return (weights.unsqueeze(-1) * values).sum(dim=-2)
+
+
+def flow_weights(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    fading: torch.Tensor,
+    query_index: torch.Tensor,
+    reach: torch.Tensor,
+    neighbors: torch.Tensor,
+    window: int,
+) -> torch.Tensor:
+    """The weights of `flow_attention` as a dense matrix `[B, H, M, N]`: O(M N) memory, to be looked at."""
+    index = torch.arange(key.shape[2], device=key.device)
+    age = query_index[:, None, :, None] - index
+    visible = (age >= 0) & (age < window) & (age <= reach[:, None, :, None])
+    visible = visible.expand(-1, query.shape[1], -1, -1)
+    # One column more takes the writes of absent neighbours.
+    found = F.pad(torch.zeros_like(visible), (0, 1))
+    found = found.scatter(-1, torch.where(neighbors < 0, key.shape[2], neighbors), True)[..., :-1]
+    logits = query @ key.transpose(-1, -2) - fading.view(-1, 1, 1) * torch.log1p(age.clamp(min=0).to(query.dtype))
+    return logits.masked_fill(~(visible | found), -math.inf).softmax(dim=-1)
+
+
+def flow_attention_reference(query, key, value, fading, query_index, reach, neighbors, window):
+    """`flow_attention` as a loop over the equation, one entity at a time."""
+    batch, heads, length, _ = query.shape
+    outputs, totals = [], []
+    for row in range(batch):
+        for head in range(heads):
+            for a in range(length):
+                i = int(query_index[row, a])
+                oldest = i - min(window - 1, int(reach[row, a]))
+                ids = [j for j in range(oldest, i + 1)] + [j for j in neighbors[row, head, a].tolist() if j >= 0]
+                age = torch.tensor([1.0 + i - j for j in ids], dtype=query.dtype)
+                logits = key[row, head, ids] @ query[row, head, a] - fading[head] * age.log()
+                outputs.append(logits.softmax(dim=0) @ value[row, head, ids].to(query.dtype))
+                totals.append(logits.logsumexp(dim=0))
+    y = torch.stack(outputs).view(batch, heads, length, -1)
+    return y.to(value.dtype), torch.stack(totals).view(batch, heads, length)

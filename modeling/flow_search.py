@@ -1,0 +1,539 @@
+"""Causal neighbour search: the K nearest predecessors of every entity, in O(n log n).
+
+Two searches share one ranking, by (squared distance, most recent first):
+
+- `exact`: blockwise over all predecessors, O(n^2) time and O(n) memory; the reference, and the choice for short inputs.
+- `cells`: causal cell lists. Each of several tables lays a randomly rotated and shifted grid over the positions. One sort
+  per table by (cell, time) makes the predecessors of an entity in its cell a contiguous run; the last w of the run are
+  candidates. Between calls the runs live on as chains (`CellChains`): the newest entity of each cell and, per entity, a
+  link to the one before it. A prefill, a chunk and a single step walk the same function.
+
+Shape letters: B batch, H heads, G = B * H rows, M queries of this call, N stored entities, P position_dim, L tables,
+A axes of a grid, w candidates per table, K neighbours.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+GRID = 64  # grid points per unit: searched positions are multiples of 2^-6
+ROTATION_SCALE = 1024  # rotations and shifts are stored as integers, in 1/1024
+EMPTY_KEY_CELL, EMPTY_QUERY_CELL = 2**30, 2**30 + 1  # no cell: an absent key and an absent query never meet
+NO_CODE = 2**63 - 1
+QUERIES_AT_ONCE = 1024  # queries whose candidates are held and ranked at a time
+KEYS_AT_ONCE = 4096  # the same for keys in the exact search
+MAX_CELLS_PER_AXIS = 1023  # 30 bits for three axes
+ENTRIES_AT_ONCE = 2**18  # entities times tables in one sort
+
+
+def grid_axes(position_dim: int) -> int:
+    """A: more axes would make cells so many that few entities share one."""
+    return min(position_dim, 3)
+
+
+def grid_constants(position_dim: int, num_tables: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random grids: rotation int32 `[L, A, P]` and shift int32 `[L, A]` (fractions of a cell), both in 1/1024."""
+    generator = torch.Generator().manual_seed(seed)
+    options = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+    axes = grid_axes(position_dim)
+    rotation = torch.linalg.qr(torch.randn(num_tables, position_dim, position_dim, **options)).Q[:, :axes]
+    shift = torch.rand(num_tables, axes, **options)
+    return (rotation * ROTATION_SCALE).round().int(), (shift * ROTATION_SCALE).floor().int()
+
+
+def default_cell_sizes(num_tables: int) -> list[float]:
+    """Geometric from 8, which spans the ball, down to 0.35: coarse cells let training find far matches at all."""
+    coarsest, finest = 8.0, 0.35
+    return [coarsest * (finest / coarsest) ** (table / max(num_tables - 1, 1)) for table in range(num_tables)]
+
+
+def ball_cells_per_axis(position_dim: int, cell_sizes: list[float]) -> list[int]:
+    """Cells per axis of each table that cover the ball (radius `2 * sqrt(position_dim)`), whatever the shift."""
+    radius = 1.01 * 2 * math.sqrt(position_dim)  # 1.01: rotations are rounded to integers
+    return [2 * math.ceil(radius / size) + 1 for size in cell_sizes]
+
+
+@dataclass(frozen=True)
+class CellGrids:
+    """The grids of all tables.
+
+    Attributes:
+        rotation (int `[L, A, P]`), shift (int `[L, A]`): see `grid_constants`.
+        cell_sizes: edge length of each table's cells, in units of position.
+        cells_per_axis: odd; positions beyond the outermost cell count as in it.
+    """
+
+    rotation: torch.Tensor
+    shift: torch.Tensor
+    cell_sizes: list[float]
+    cells_per_axis: list[int]
+
+    @property
+    def table_offsets(self) -> list[int]:
+        """First slot of each table, and their total last, when all cells are numbered through."""
+        offsets = [0]
+        for count in self.cells_per_axis:
+            offsets.append(offsets[-1] + count ** self.rotation.shape[1])
+        return offsets
+
+    def cells(self, positions: torch.Tensor) -> torch.Tensor:
+        """Cell of each position in each table: `[..., P]` → int32 `[..., L]`.
+
+        Integer arithmetic in float64: exact for positions on the grid, in any order of summation.
+        """
+        scaled = positions.double() * GRID
+        columns = []
+        for table, (size, count) in enumerate(zip(self.cell_sizes, self.cells_per_axis)):
+            edge = round(size * GRID * ROTATION_SCALE)
+            shift = torch.div(self.shift[table].double() * edge, ROTATION_SCALE, rounding_mode="floor")
+            along_axes = scaled @ self.rotation[table].double().T + shift
+            half = count // 2
+            coordinates = torch.div(along_axes, edge, rounding_mode="floor").clamp(-half, half).int() + half
+            cell = coordinates[..., 0]
+            for axis in range(1, coordinates.shape[-1]):
+                cell = cell * count + coordinates[..., axis]
+            columns.append(cell)
+        return torch.stack(columns, dim=-1)
+
+
+@dataclass
+class CellChains:
+    """The decode index: entities that have left the local window, chained by cell.
+
+    Attributes:
+        heads: int32 `[G, slots]`, the newest entity of each cell of each table, −1 if none. Updated by `search_cells`.
+        links: int32 `[G, capacity, L]`, the entity before this one in the same cell, −1 if none. Likewise.
+        table_offsets: first slot of each table.
+    """
+
+    heads: torch.Tensor
+    links: torch.Tensor
+    table_offsets: list[int]
+
+    def slots(self, cells: torch.Tensor) -> torch.Tensor:
+        """Slots of cells `[..., L]` as int64."""
+        return cells.long() + torch.tensor(self.table_offsets[: cells.shape[-1]], device=cells.device)
+
+    def extend(self, run: torch.Tensor, query_cells: torch.Tensor, first: torch.Tensor, tables: slice) -> torch.Tensor:
+        """Chain new entities; return what the queries saw as heads before.
+
+        Args:
+            run: codes of the new entities in sorted order, int64 `[G, L', M]` (`_sort_by_cell_and_time`).
+            query_cells: int64 `[G, L', M]`.
+            first: id of the entity of time 0, int64 `[G, 1]`; negative before the row starts.
+            tables: which L' of the L tables these are.
+
+        Returns:
+            The newest entity in each query's cell before this call, int32 `[G, L', M]`, −1 if none.
+        """
+        rows, num_tables, length = run.shape
+        offsets = torch.tensor(self.table_offsets[tables], device=run.device)[:, None]
+        slot_limit = self.heads.shape[1] - 1
+
+        def heads_of(cells):
+            slots = (cells + offsets).clamp(max=slot_limit)
+            return self.heads.gather(1, slots.reshape(rows, -1)).view(rows, num_tables, length)
+
+        heads_before = heads_of(query_cells)
+        cells = run >> 32
+        ids = ((run & 0xFFFFFFFF) >> 1) + first[..., None]
+        present = cells < EMPTY_KEY_CELL
+        continues = torch.zeros_like(present)
+        continues[..., 1:] = cells[..., 1:] == cells[..., :-1]
+        before = torch.where(continues, ids.roll(1, dims=-1), heads_of(cells).long())
+        row, table, position = present.nonzero(as_tuple=True)
+        entry = row, table, position
+        self.links[row, ids[entry], table + (tables.start or 0)] = before[entry].int()
+        newest = present.clone()
+        newest[..., :-1] &= ~continues[..., 1:]
+        row, table, position = newest.nonzero(as_tuple=True)
+        entry = row, table, position
+        self.heads[row, cells[entry] + offsets[table, 0]] = ids[entry].int()
+        return heads_before
+
+    def walk(self, ids: torch.Tensor, heads: torch.Tensor) -> None:
+        """Complete windows that were cut short by the start of the call.
+
+        Args:
+            ids: int64 `[G, L, M', w]`, oldest first, −1 in front; filled in place.
+            heads: int32 `[G, L, M']`, where each chain starts.
+        """
+        rows, num_tables, _, num_candidates = ids.shape
+        links = self.links.view(rows, -1)
+        table = torch.arange(num_tables, device=ids.device)[:, None]
+        steps, current = [], heads.long()
+        for _ in range(num_candidates):
+            steps.append(current)
+            flat = (current.clamp(min=0) * num_tables + table).view(rows, -1)
+            current = torch.where(current < 0, -1, links.gather(1, flat).view(current.shape).long())
+        chain = torch.stack(steps, dim=-1)
+        missing = (ids < 0).sum(dim=-1, keepdim=True)
+        step = missing - 1 - torch.arange(num_candidates, device=ids.device)
+        ids.copy_(torch.where(step >= 0, chain.gather(-1, step.clamp(min=0)), ids))
+
+    def undo(self, cells: torch.Tensor, first: torch.Tensor, last: torch.Tensor) -> None:
+        """Take the entities `first` ≤ id < `last` (int64 `[G]`) out again; `cells` int32 `[G, N, L]`."""
+        span = int((last - first).max()) if first.numel() else 0
+        if span <= 0:
+            return
+        ids = first[:, None] + torch.arange(span, device=first.device)
+        inside = ids < last[:, None]
+        ids = ids.clamp(max=cells.shape[1] - 1)[..., None].expand(-1, -1, cells.shape[-1])
+        links = self.links.gather(1, ids)
+        # Of the entities removed from one cell only the oldest links to one that stays: its link is the head again.
+        oldest = inside[..., None] & (links < first[:, None, None])
+        row, step, table = oldest.nonzero(as_tuple=True)
+        self.heads[row, self.slots(cells.gather(1, ids))[row, step, table]] = links[row, step, table]
+
+
+def nearest_predecessors(
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    num_neighbors: int,
+    *,
+    window: int = 0,
+    method: str = "cells",
+    num_tables: int = 8,
+    candidates_per_table: int = 16,
+    cell_sizes: list[float] | None = None,
+    seed: int = 0,
+    segment_ids: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nearest predecessors of every entity, by Euclidean distance.
+
+    Args:
+        query_positions: float `[batch, heads, length, position_dim]`. Half precision is searched as float32.
+        key_positions: float, same shape.
+        num_neighbors: K ≥ 0.
+        window: entity i sees the candidates j ≤ i − window; 0 lets it see itself.
+        method: "exact" ranks all of them, "cells" those that share a cell with it (module docstring).
+        num_tables: L, grids of the cell search.
+        candidates_per_table: w, the most recent candidates taken from each table.
+        cell_sizes: one edge length per table; None: geometric from 8 to 0.35. Cells end 511 edges from the origin.
+        seed: draws the grids; no global random state is used.
+        segment_ids: int `[batch, length]`; an entity sees its own segment only, negative is padding. None: one segment.
+
+    Returns:
+        (indices int64, squared distances) `[batch, heads, length, K]`: the K nearest distinct candidates by distance,
+        then most recent first. Where there are fewer, −1 and inf.
+
+    Raises:
+        ValueError: wrong shapes or values, positions that are not finite.
+    """
+    if query_positions.dim() != 4 or query_positions.shape != key_positions.shape:
+        raise ValueError(
+            "query_positions and key_positions must both be [batch, heads, length, position_dim], got "
+            f"{list(query_positions.shape)} and {list(key_positions.shape)}."
+        )
+    batch, heads, length, position_dim = query_positions.shape
+    if position_dim < 1:
+        raise ValueError("query_positions has position_dim 0; positions need at least one dimension.")
+    if num_neighbors < 0 or window < 0:
+        raise ValueError(f"num_neighbors and window must be ≥ 0, got {num_neighbors} and {window}.")
+    if method not in ("cells", "exact"):
+        raise ValueError(f'method must be "cells" or "exact", got {method!r}.')
+    if segment_ids is not None and segment_ids.shape != (batch, length):
+        raise ValueError(f"segment_ids must be [batch, length] = {[batch, length]}, got {list(segment_ids.shape)}.")
+    for name, positions in (("query_positions", query_positions), ("key_positions", key_positions)):
+        if not positions.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {positions.dtype}; convert it with .float().")
+        if not positions.isfinite().all():
+            raise ValueError(
+                f"{name} holds values that are not finite; find out where they come from before searching."
+            )
+    cell_sizes = check_cell_sizes(cell_sizes, num_tables, candidates_per_table)
+
+    with torch.no_grad():
+        dtype = torch.float64 if query_positions.dtype == torch.float64 else torch.float32
+        queries, keys = (x.detach().to(dtype).flatten(0, 1) for x in (query_positions, key_positions))
+        index = torch.arange(length, device=queries.device).expand(batch * heads, -1)
+        segments = None
+        if segment_ids is not None:
+            segments = segment_ids.long().repeat_interleave(heads, dim=0)
+        if method == "exact":
+            found = search_exact(queries, index, keys, num_neighbors, window, segments=segments)
+        else:
+            rotation, shift = (x.to(queries.device) for x in grid_constants(position_dim, num_tables, seed))
+            grids = CellGrids(rotation, shift, cell_sizes, [MAX_CELLS_PER_AXIS] * num_tables)
+            found = search_cells(
+                queries,
+                grids.cells(queries),
+                index,
+                keys,
+                grids.cells(keys),
+                num_neighbors,
+                window,
+                candidates_per_table,
+                segments=segments,
+            )
+    return tuple(x.view(batch, heads, length, num_neighbors) for x in found)
+
+
+def nearest_predecessors_reference(query_positions, key_positions, num_neighbors, *, window=0, segment_ids=None):
+    """`nearest_predecessors(method="exact")` as a loop over entities: one sort each, O(n^2 log n)."""
+    batch, heads, length, _ = query_positions.shape
+    indices = torch.full((batch, heads, length, num_neighbors), -1)
+    distances = torch.full((batch, heads, length, num_neighbors), math.inf, dtype=query_positions.dtype)
+    for row in range(batch):
+        for head in range(heads):
+            for i in range(length):
+                ranked = []
+                for j in range(i - window + 1):
+                    if segment_ids is not None and not 0 <= segment_ids[row, i] == segment_ids[row, j]:
+                        continue
+                    squared = squared_distances(query_positions[row, head, i], key_positions[row, head, j])
+                    ranked.append((squared.item(), i - j, j))
+                for rank, (squared, _, j) in enumerate(sorted(ranked)[:num_neighbors]):
+                    indices[row, head, i, rank], distances[row, head, i, rank] = j, squared
+    return indices, distances
+
+
+def check_cell_sizes(cell_sizes: list[float] | None, num_tables: int, candidates_per_table: int) -> list[float]:
+    """The cell sizes to use; a ValueError names what does not fit."""
+    if num_tables < 1 or candidates_per_table < 1:
+        raise ValueError(
+            f"num_tables and candidates_per_table must be ≥ 1, got {num_tables} and {candidates_per_table}."
+        )
+    if cell_sizes is None:
+        return default_cell_sizes(num_tables)
+    if len(cell_sizes) != num_tables:
+        raise ValueError(f"cell_sizes must hold one size per table (num_tables={num_tables}), got {len(cell_sizes)}.")
+    if not all(size >= 1 / GRID for size in cell_sizes):
+        raise ValueError(f"cell_sizes must be ≥ 1/{GRID}, the step of the grid, got {list(cell_sizes)}.")
+    return list(cell_sizes)
+
+
+def search_cells(
+    query_positions: torch.Tensor,
+    query_cells: torch.Tensor,
+    query_index: torch.Tensor,
+    key_positions: torch.Tensor,
+    key_cells: torch.Tensor,
+    num_neighbors: int,
+    window: int,
+    candidates_per_table: int,
+    *,
+    reach: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+    chains: CellChains | None = None,
+    segments: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The K nearest distinct candidates of each query; brings the chains up to date.
+
+    Query a of a row has index i = past + a; the entity i − window becomes visible with it.
+
+    Args:
+        query_positions: `[G, M, P]`; query_cells: int32 `[G, M, L]`; query_index: int64 `[G, M]`, past + a.
+        key_positions: `[G, N, P]`; key_cells: int32 `[G, N, L]`; of all entities, past and new.
+        reach: int64 `[G, M]`, how many of the entities just before it a query may see; all if None.
+        counts: int64 `[G]`, how many queries of the row are real; the rest are padding at its end. All if None.
+        chains: the entities before index past − window; None if there is no past and none is to be kept.
+        segments: int64 `[G, M]`, a query sees its own segment only; none if negative. Only without a past.
+
+    Returns:
+        (indices int64 `[G, M, K]`, squared distances `[G, M, K]`); −1 and inf where there are fewer than K.
+    """
+    rows, num_queries, num_tables = query_cells.shape
+    if num_queries == 0 or num_neighbors == 0:
+        shape = (rows, num_queries, num_neighbors)
+        return query_index.new_full(shape, -1), query_positions.new_full(shape, math.inf)
+    device = query_cells.device
+    flat_keys = key_positions.reshape(-1, key_positions.shape[-1])
+    row_start = torch.arange(rows, device=device)[:, None, None] * key_positions.shape[1]
+
+    entering = query_index - window
+    absent_keys, absent_queries = entering < 0, None
+    if counts is not None:
+        absent_queries = torch.arange(num_queries, device=device) >= counts[:, None]
+        absent_keys = absent_keys | absent_queries
+    entering_cells = key_cells.gather(1, entering.clamp(min=0)[..., None].expand(-1, -1, num_tables)).transpose(1, 2)
+    sort_cells, entering_cells = query_cells.transpose(1, 2).long(), entering_cells.long()
+    if segments is not None:
+        sort_cells, entering_cells = _fold_segments(sort_cells, entering_cells, segments, entering)
+        absent_queries = segments < 0
+        absent_keys = absent_keys | absent_queries.gather(1, entering.clamp(min=0))
+
+    runs, run_ends, heads = [], [], []
+    tables_at_once = max(1, ENTRIES_AT_ONCE // (rows * num_queries))
+    for tables in torch.arange(num_tables).split(tables_at_once):
+        tables = slice(int(tables[0]), int(tables[-1]) + 1)
+        keys = entering_cells[:, tables].masked_fill(absent_keys[:, None], EMPTY_KEY_CELL)
+        queries = sort_cells[:, tables]
+        if absent_queries is not None:
+            queries = queries.masked_fill(absent_queries[:, None], EMPTY_QUERY_CELL)
+        run, ends = _sort_by_cell_and_time(keys, queries)
+        if chains is not None:
+            heads.append(chains.extend(run, queries, entering[:, :1], tables))
+        # w empty entries in front: a window that starts before the first run reads these.
+        runs.append(torch.nn.functional.pad(run, (candidates_per_table, 0), value=-1).view(-1))
+        run_ends.append(ends)
+    ends = torch.cat(run_ends, dim=1)
+    heads = torch.cat(heads, dim=1) if chains is not None else None
+
+    indices, distances = [], []
+    step = max(1, QUERIES_AT_ONCE // rows)
+    for start in range(0, num_queries, step):
+        part = slice(start, min(start + step, num_queries))
+        ids = _read_windows(runs, ends[..., part], sort_cells[..., part], num_queries, candidates_per_table)
+        ids = torch.where(ids < 0, ids, ids + entering[:, :1, None, None])
+        if chains is not None:
+            chains.walk(ids, heads[..., part])
+        if absent_queries is not None:
+            ids = ids.masked_fill(absent_queries[:, None, part, None], -1)
+        ids = ids.transpose(1, 2).flatten(2)
+        index = query_index[:, part, None]
+        visible = ids >= (0 if reach is None else (index - reach[:, part, None]).clamp(min=0))
+        keys = flat_keys.index_select(0, (row_start + ids.clamp(min=0)).view(-1)).view(*ids.shape, -1)
+        squared = squared_distances(query_positions[:, part, None], keys)
+        nearest, squared = rank_nearest(squared, index - ids, visible, num_neighbors)
+        indices.append(torch.where(nearest < 0, -1, index - nearest))
+        distances.append(squared)
+    return torch.cat(indices, dim=1), torch.cat(distances, dim=1)
+
+
+def search_exact(
+    query_positions: torch.Tensor,
+    query_index: torch.Tensor,
+    key_positions: torch.Tensor,
+    num_neighbors: int,
+    window: int,
+    *,
+    reach: torch.Tensor | None = None,
+    segments: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The K nearest of all predecessors, block by block: O(N) memory. Arguments and results as `search_cells`."""
+    rows, num_queries, _ = query_positions.shape
+    num_keys = key_positions.shape[1]
+    device = query_positions.device
+    indices, distances = [], []
+    step = max(1, QUERIES_AT_ONCE // rows)
+    for start in range(0, num_queries, step):
+        part = slice(start, min(start + step, num_queries))
+        index = query_index[:, part, None]
+        offsets = query_index.new_empty(rows, part.stop - part.start, 0)
+        squared = query_positions.new_empty(rows, part.stop - part.start, 0)
+        last_key = min(num_keys, int(index.max()) - window + 1) if num_neighbors else 0
+        for first in range(0, last_key, KEYS_AT_ONCE):
+            ids = torch.arange(first, min(first + KEYS_AT_ONCE, last_key), device=device)
+            visible = ids <= index - window
+            if reach is not None:
+                visible &= ids >= index - reach[:, part, None]
+            if segments is not None:
+                own = segments[:, part, None]
+                visible &= (segments[:, None, ids] == own) & (own >= 0)
+            block = squared_distances(query_positions[:, part, None], key_positions[:, None, ids])
+            offsets = torch.cat([offsets, (index - ids)], dim=-1)
+            squared = torch.cat([squared, block.masked_fill(~visible, math.inf)], dim=-1)
+            offsets, squared = rank_nearest(squared, offsets, squared.isfinite(), num_neighbors)
+        if offsets.shape[-1] < num_neighbors:
+            offsets, squared = rank_nearest(squared, offsets, squared.isfinite(), num_neighbors)
+        indices.append(torch.where(offsets < 0, -1, index - offsets))
+        distances.append(squared)
+    return torch.cat(indices, dim=1), torch.cat(distances, dim=1)
+
+
+def squared_distances(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Σ_p (q_p − k_p)² over the last dimension, summed in a fixed order so that every caller gets the same bits."""
+    total = (queries[..., 0] - keys[..., 0]).square()
+    for axis in range(1, queries.shape[-1]):
+        total = total + (queries[..., axis] - keys[..., axis]).square()
+    return total
+
+
+def rank_nearest(
+    squared: torch.Tensor, offsets: torch.Tensor, visible: torch.Tensor, num_neighbors: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The K distinct visible candidates first by (squared distance, offset): `[..., C]` → offsets, distances `[..., K]`.
+
+    A candidate may stand in several tables: equal offsets are one entity. Offsets are −1 and distances inf where fewer
+    than K are visible.
+    """
+    missing = num_neighbors - squared.shape[-1]
+    if missing > 0:
+        squared = torch.nn.functional.pad(squared, (0, missing), value=math.inf)
+        offsets = torch.nn.functional.pad(offsets, (0, missing))
+        visible = torch.nn.functional.pad(visible, (0, missing))
+    if squared.dtype == torch.float64:
+        return _rank_float64(squared, offsets, visible, num_neighbors)
+    # The bits of a float32 ≥ 0 sort as it does: distance and offset make one integer, equal only for the same entity.
+    codes = (squared.view(torch.int32).long() << 32) | offsets
+    codes = _smallest_distinct(codes.masked_fill_(~visible, NO_CODE), num_neighbors)
+    found = codes != NO_CODE
+    offsets = torch.where(found, codes & 0xFFFFFFFF, -1)
+    return offsets, (codes >> 32).int().view(torch.float32).masked_fill_(~found, math.inf)
+
+
+def _smallest_distinct(codes: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` smallest different values of the last dimension, sorted, `NO_CODE` where there are fewer."""
+    if codes.device.type != "cpu":
+        codes = codes.sort(dim=-1).values
+        codes[..., 1:].masked_fill_(codes[..., 1:] == codes[..., :-1], NO_CODE)
+        return codes.topk(count, dim=-1, largest=False).values
+    array = codes.contiguous().numpy()  # NumPy sorts int64 several times faster than torch does on CPU
+    array.sort(axis=-1)
+    repeated = array[..., 1:] == array[..., :-1]
+    array[..., 1:][repeated] = NO_CODE
+    if count < array.shape[-1]:
+        array.partition(count - 1, axis=-1)
+        array = array[..., :count].copy()
+    array.sort(axis=-1)
+    return torch.from_numpy(array)
+
+
+def _rank_float64(squared, offsets, visible, num_neighbors):
+    """`rank_nearest` where distance and offset do not fit one integer: two stable sorts."""
+    squared = squared.masked_fill(~visible, math.inf)
+    order = offsets.argsort(dim=-1, stable=True)
+    order = order.gather(-1, squared.gather(-1, order).argsort(dim=-1, stable=True))
+    squared, offsets, found = (x.gather(-1, order) for x in (squared, offsets, visible))
+    found[..., 1:] &= offsets[..., 1:] != offsets[..., :-1]
+    first = (~found).int().argsort(dim=-1, stable=True)[..., :num_neighbors]
+    squared, offsets, found = (x.gather(-1, first) for x in (squared, offsets, found))
+    return offsets.masked_fill(~found, -1), squared.masked_fill(~found, math.inf)
+
+
+def _sort_by_cell_and_time(key_cells: torch.Tensor, query_cells: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One sort of keys and queries together, by (cell, time, key before query); time is the last index.
+
+    Args:
+        key_cells, query_cells: int64 `[G, L, M]`.
+
+    Returns:
+        (keys' codes `cell << 32 | time << 1` in sorted order, int64 `[G, L, M]`;
+        for each query how many keys of its row and table sort before it, int64 `[G, L, M]`).
+    """
+    times = torch.arange(key_cells.shape[-1], device=key_cells.device) << 1
+    codes = torch.cat([key_cells << 32 | times, query_cells << 32 | times | 1], dim=-1)
+    if codes.device.type == "cpu":
+        codes.numpy().sort(axis=-1)  # several times faster than torch's sort of int64
+    else:
+        codes = codes.sort(dim=-1).values
+    is_query = (codes & 1).bool()
+    keys = codes[~is_query].view(key_cells.shape)
+    keys_before = (~is_query).cumsum(dim=-1)[is_query].view(key_cells.shape)
+    query_times = ((codes[is_query] & 0xFFFFFFFF) >> 1).view(key_cells.shape)
+    return keys, torch.empty_like(keys_before).scatter_(-1, query_times, keys_before)
+
+
+def _read_windows(runs, ends, cells, run_length, num_candidates):
+    """Times `[G, L, M', w]` of each query's candidates, oldest first; −1 in front where the run is shorter than w."""
+    rows = ends.shape[0]
+    tables_at_once = [run.numel() // (rows * (run_length + num_candidates)) for run in runs]
+    windows = []
+    for run, end in zip(runs, ends.split(tables_at_once, dim=1)):
+        overlapping = run.as_strided((run.numel() - num_candidates + 1, num_candidates), (1, 1))
+        first = torch.arange(rows * end.shape[1], device=run.device) * (run_length + num_candidates)
+        starts = end + first.view(rows, end.shape[1], 1)
+        windows.append(overlapping.index_select(0, starts.reshape(-1)).view(*end.shape, num_candidates))
+    codes = torch.cat(windows, dim=1)
+    return ((codes & 0xFFFFFFFF) >> 1).masked_fill_((codes >> 32) != cells[..., None], -1)
+
+
+def _fold_segments(query_cells, entering_cells, segments, entering):
+    """Number (segment, cell) pairs so that equal numbers mean both are equal, below 2^30. Shapes `[G, L, M]`."""
+    own = segments.clamp(min=0)[:, None]
+    keys_own = own.gather(2, entering.clamp(min=0)[:, None])
+    pairs = torch.stack([query_cells + (own << 31), entering_cells + (keys_own << 31)])
+    numbers = torch.unique(pairs, return_inverse=True)[1]
+    return numbers[0], numbers[1]

@@ -1,0 +1,91 @@
+"""Rows without holes: real entities of a batch moved to the left at a model's boundary, and scattered back.
+
+Behind the boundary every row is left-aligned, so convolutions, windows, time and chunks need no mask: padding stands
+after the last real entity of its row, where nothing causal can see it.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How the entities of one call lie in their rows.
+
+    Attributes:
+        mask: bool `[batch, length]`, which columns are real; None if all are.
+        order: int64 `[batch, length]`, the column of each place of the compact row; None if all are real.
+        counts: int64 `[batch]`, real entities of this call; None if all are real.
+        index: int64 `[batch, length]`, place in the whole row, the entities of earlier calls included.
+        reach: int64 `[batch, length]`, how many of the entities just before it belong to the same segment.
+        segment: int64 `[batch, length]`, number of the segment within its row; None if rows are one segment.
+        aligned_past: entities of earlier calls if their number is the same in every row, else None.
+    """
+
+    mask: torch.Tensor | None
+    order: torch.Tensor | None
+    counts: torch.Tensor | None
+    index: torch.Tensor
+    reach: torch.Tensor
+    segment: torch.Tensor | None
+    aligned_past: int | None
+
+    def compact(self, columns: torch.Tensor) -> torch.Tensor:
+        """Columns `[batch, length, ...]` → rows of the same shape, zero after the last real entity."""
+        if self.order is None:
+            return columns
+        trailing = (1,) * (columns.dim() - 2)
+        rows = columns.gather(1, self.order.view(*self.order.shape, *trailing).expand_as(columns))
+        real = torch.arange(columns.shape[1], device=columns.device) < self.counts[:, None]
+        return torch.where(real.view(*real.shape, *trailing), rows, rows.new_zeros(()))
+
+    def scatter(self, rows: torch.Tensor) -> torch.Tensor:
+        """Rows `[batch, length, ...]` → columns of the same shape, zero where padded."""
+        if self.order is None:
+            return rows
+        trailing = (1,) * (rows.dim() - 2)
+        place = self.order.argsort(dim=1)
+        columns = rows.gather(1, place.view(*place.shape, *trailing).expand_as(rows))
+        return torch.where(self.mask.view(*self.mask.shape, *trailing), columns, columns.new_zeros(()))
+
+
+def lay_rows(
+    batch: int,
+    length: int,
+    device: torch.device,
+    *,
+    mask: torch.Tensor | None = None,
+    segment_ids: torch.Tensor | None = None,
+    past: torch.Tensor | None = None,
+    aligned_past: int | None = 0,
+) -> Rows:
+    """The rows of one call.
+
+    Args:
+        mask: bool `[batch, length]`, True where real.
+        segment_ids: int `[batch, length]`; a run of equal ids is a segment, negative is padding. Only without a past.
+        past: int64 `[batch]`, entities of earlier calls; None if `aligned_past` says it all.
+        aligned_past: their number if it is the same in every row.
+    """
+    if segment_ids is not None:
+        real = segment_ids >= 0
+        mask = real if mask is None else mask & real
+    if mask is not None and mask.all():
+        mask = None
+    places = torch.arange(length, device=device)
+    if aligned_past is not None:
+        index = (places + aligned_past).expand(batch, length)
+    else:
+        index = places + past[:, None]
+    rows = Rows(None, None, None, index, index, None, aligned_past)
+    if mask is not None:
+        order = (~mask).int().argsort(dim=1, stable=True)
+        rows = replace(rows, mask=mask, order=order, counts=mask.sum(dim=1))
+    if segment_ids is None:
+        return rows
+    segments = rows.compact(segment_ids)
+    starts = torch.ones_like(segments, dtype=torch.bool)
+    starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    first = torch.where(starts, places, 0).cummax(dim=1).values
+    return replace(rows, reach=index - first, segment=starts.cumsum(dim=1) - 1)

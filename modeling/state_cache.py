@@ -1,0 +1,336 @@
+"""One cache layer for all families: named state tensors, each of a kind.
+
+- append: grows with the entities of a row, in preallocated storage;
+- tail: the last n inputs of something that looks back n steps;
+- table: an index over appended entities, with a way to take the newest out again;
+- fixed: replaced whole.
+
+Reorder, repeat, select, offload, reset and crop are written once per kind. Rows are left-aligned (`padding.py`) and may
+have different lengths: `StateLayer` keeps the length of each and the mask of each column, so that cropping n columns
+takes the right number of entities from each row.
+"""
+
+from collections.abc import Callable
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class FixedState:
+    """A tensor `[batch, ...]` that is replaced whole. It cannot be cropped."""
+
+    def __init__(self, data: torch.Tensor):
+        self.data = data
+
+    def select(self, indices: torch.Tensor) -> None:
+        self.data = self.data.index_select(0, indices.to(self.data.device))
+
+    def repeat(self, repeats: int) -> None:
+        self.data = self.data.repeat_interleave(repeats, dim=0)
+
+    def to(self, device: torch.device) -> None:
+        self.data = self.data.to(device)
+
+    def crop(self, old: torch.Tensor, new: torch.Tensor) -> None:
+        raise ValueError("This cache holds state that cannot be taken back: crop() is not possible.")
+
+    def trim(self) -> None:
+        """Forget what only `crop` needs."""
+
+
+class AppendState(FixedState):
+    """Storage `[batch, groups, capacity, features]`; the lengths of the rows say how much of it counts."""
+
+    def reserve(self, capacity: int) -> None:
+        """Grow to hold `capacity` entries, at least doubling: each entry is copied a bounded number of times."""
+        held = self.data.shape[2]
+        if capacity <= held:
+            return
+        grown = self.data.new_zeros(*self.data.shape[:2], max(capacity, 2 * held), self.data.shape[3])
+        grown[:, :, :held] = self.data
+        self.data = grown
+
+    def write(self, new: torch.Tensor, at: torch.Tensor | int) -> torch.Tensor:
+        """Put `new` `[batch, groups, length, features]` at `at` (one place, or one per row).
+
+        Returns the whole storage. Where `new` needs a gradient it is a copy through which the gradient flows.
+        """
+        length = new.shape[2]
+        if isinstance(at, int):
+            self.reserve(at + length)
+            self.data[:, :, at : at + length] = new.detach()
+            if torch.is_grad_enabled() and new.requires_grad:
+                return torch.cat([self.data[:, :, :at], new], dim=2)
+            return self.data
+        places = at[:, None] + torch.arange(length, device=new.device)
+        places = places[:, None, :, None].expand_as(new)
+        self.data.scatter_(2, places, new.detach())
+        if torch.is_grad_enabled() and new.requires_grad:
+            return self.data.clone().scatter(2, places, new)
+        return self.data
+
+    def crop(self, old: torch.Tensor, new: torch.Tensor) -> None:
+        """Nothing to do: what lies beyond a row's length is never read and will be overwritten."""
+
+
+class TailState(FixedState):
+    """The last inputs of each row, right-aligned: `[batch, held, features]`, zero before a row's start."""
+
+    def __init__(self, data: torch.Tensor, size: int):
+        super().__init__(data)
+        self.size = size
+        self.seen = 0
+
+    def crop(self, old: torch.Tensor, new: torch.Tensor) -> None:
+        removed = (old - new).to(self.data.device)
+        held = self.data.shape[1]
+        kept = held - removed
+        if bool(((kept < self.size) & (old.to(kept.device) > held)).any()):
+            raise ValueError(
+                f"crop() would need {int(removed.max()) + self.size} past inputs and {held} were kept. "
+                "Call activate_past_recording() on the cache before the tokens that may be cropped."
+            )
+        places = torch.arange(held, device=self.data.device) - removed[:, None]
+        rows = self.data.gather(1, places.clamp(min=0)[..., None].expand_as(self.data))
+        self.data = torch.where((places >= 0)[..., None], rows, rows.new_zeros(()))
+
+    def trim(self) -> None:
+        self.data = self.data[:, -self.size :] if self.size else self.data[:, :0]
+
+
+class TableState(FixedState):
+    """An index `[batch, ...]` over appended entities; `undo(layer, old, new)` takes the newest out again."""
+
+    def __init__(self, data: torch.Tensor, undo: Callable[["StateLayer", torch.Tensor, torch.Tensor], None]):
+        super().__init__(data)
+        self.undo = undo
+
+
+class StateLayer(CacheLayerMixin):
+    """The state of one layer of a flow model.
+
+    A model calls `begin` on every layer before its first module runs and `commit` after its last; in between each module
+    reads and writes its own names. Until `commit` the lengths are those of before the call.
+
+    Attributes:
+        lengths: int64 `[batch]`, entities of each row; None before the first call.
+        aligned: their number if it is the same in every row, else None.
+        mask: bool `[batch, columns]`, which columns were real; None if all were.
+        columns: columns seen, padding included: what transformers calls the sequence length.
+        incoming: columns of the call that has begun.
+    """
+
+    _layer_type = "flow_state"
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.record_past = False
+        self.reset()
+
+    def reset(self) -> None:
+        self.states: dict[str, FixedState] = {}
+        self.lengths: torch.Tensor | None = None
+        self.aligned: int | None = 0
+        self.mask: torch.Tensor | None = None
+        self.columns = 0
+        self.is_initialized = False
+        self.incoming = 0
+        self._rows = None
+
+    @property
+    def batch_size(self) -> int:
+        if self.lengths is None:
+            raise AttributeError("batch_size is known after the first call.")
+        return self.lengths.shape[0]
+
+    # one call of the model
+
+    def begin(self, batch: int, length: int, device: torch.device) -> None:
+        """Get ready for `length` columns of a batch."""
+        if self.lengths is None:
+            self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
+            self.device = device
+            self.is_initialized = True
+        elif self.lengths.shape[0] != batch:
+            raise ValueError(
+                f"past_key_values holds {self.lengths.shape[0]} rows and the input has {batch}: "
+                "use a cache of the same batch, or repeat it with batch_repeat_interleave()."
+            )
+        self.prefetch()
+        self.incoming = length
+
+    def expect(self, rows) -> None:
+        """Which of the columns are real, and how many of each row: `padding.Rows` of the call."""
+        self._rows = rows
+
+    def commit(self) -> None:
+        """Count the entities of this call."""
+        length, mask, counts = self.incoming, self._rows.mask, self._rows.counts
+        self._rows = None
+        if mask is not None or self.mask is not None:
+            batch, device = self.lengths.shape[0], self.lengths.device
+            before = (
+                self.mask
+                if self.mask is not None
+                else torch.ones(batch, self.columns, dtype=torch.bool, device=device)
+            )
+            now = mask if mask is not None else torch.ones(batch, length, dtype=torch.bool, device=device)
+            self.mask = torch.cat([before, now], dim=1)
+        self.lengths = self.lengths + (length if counts is None else counts)
+        self.aligned = self.aligned + length if counts is None and self.aligned is not None else None
+        self.columns += length
+
+    # the kinds of state
+
+    def append(self, name: str, new: torch.Tensor) -> torch.Tensor:
+        """Append `[batch, groups, length, features]`; returns all entries, past and new, and room behind them."""
+        state = self.states.get(name)
+        if state is None:
+            state = self.states[name] = AppendState(new.new_zeros(*new.shape[:2], 0, new.shape[3]).detach())
+        if self.aligned is not None:
+            return state.write(new, self.aligned)
+        state.reserve(self.columns + new.shape[2])
+        return state.write(new, self.lengths)
+
+    def write_entries(self, name: str, new: torch.Tensor, at: torch.Tensor, capacity: int) -> None:
+        """Write `[batch, groups, length, features]` from entry `at` `[batch]` on: for entries rarer than entities."""
+        state = self.states.get(name)
+        if state is None:
+            state = self.states[name] = AppendState(new.new_zeros(*new.shape[:2], 0, new.shape[3]).detach())
+        state.reserve(capacity)
+        state.write(new.detach(), at)
+
+    def tail(self, name: str, new: torch.Tensor, size: int) -> torch.Tensor:
+        """The `size` inputs before this call, zero before a row's start, then `new`: `[batch, size + length, features]`.
+
+        The result keeps the gradient of `new`.
+        """
+        state = self.states.get(name)
+        if state is None:
+            state = self.states[name] = TailState(new.new_zeros(new.shape[0], size, new.shape[2]).detach(), size)
+        length, counts = self.incoming, self._rows.counts
+        past = state.data[:, state.data.shape[1] - size :]
+        history = torch.cat([past, new], dim=1)
+        everything = torch.cat([state.data, new.detach()], dim=1)
+        keep = everything.shape[1] if self.record_past else size
+        if counts is None:
+            state.data = everything[:, everything.shape[1] - keep :].clone()
+        else:
+            # Right-align each row: its padding, at the end, leaves.
+            first = everything.shape[1] - keep - (length - counts)
+            places = first[:, None] + torch.arange(keep, device=new.device)
+            rows = everything.gather(1, places.clamp(min=0)[..., None].expand(-1, -1, new.shape[2]))
+            state.data = torch.where((places >= 0)[..., None], rows, rows.new_zeros(()))
+        return history
+
+    def table(self, name: str, make: Callable[[], torch.Tensor], undo) -> torch.Tensor:
+        """The index of this name, made on first use; updated in place by its owner."""
+        if name not in self.states:
+            self.states[name] = TableState(make(), undo)
+        return self.states[name].data
+
+    def data(self, name: str) -> torch.Tensor | None:
+        """The tensor behind a name, None if nothing was stored yet."""
+        state = self.states.get(name)
+        return None if state is None else state.data
+
+    # what transformers asks of a cache layer
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        raise ValueError("A flow model's state has no keys and values to initialise from: run the model on a prompt.")
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        raise ValueError("This cache layer belongs to a flow model; other models cannot store keys and values in it.")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def _each(self, change: Callable[[FixedState], None]) -> None:
+        for state in self.states.values():
+            change(state)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.lengths is None:
+            return
+        self._each(lambda state: state.select(indices))
+        indices = indices.to(self.lengths.device)
+        self.lengths = self.lengths.index_select(0, indices)
+        self.mask = None if self.mask is None else self.mask.index_select(0, indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.lengths is None:
+            return
+        self._each(lambda state: state.repeat(repeats))
+        self.lengths = self.lengths.repeat_interleave(repeats)
+        self.mask = None if self.mask is None else self.mask.repeat_interleave(repeats, dim=0)
+
+    def offload(self) -> None:
+        if self.is_initialized:
+            self._each(lambda state: state.to(torch.device("cpu")))
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._each(lambda state: state.to(self.device))
+
+    def activate_past_recording(self) -> None:
+        """From now on tails keep everything, until the next `crop`, which may take any of it back."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` columns; what was kept only for this is forgotten.
+
+        Raises:
+            ValueError: a positive number, more columns than there are, or a tail that was not recorded so far back.
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop() takes minus the number of tokens to remove, got {tokens_to_remove}.")
+        if self.lengths is None:
+            return
+        removed = -tokens_to_remove
+        if removed > self.columns:
+            raise ValueError(f"crop({tokens_to_remove}) was asked of a cache that holds {self.columns} tokens.")
+        if removed:
+            old = self.lengths
+            if self.mask is None:
+                new = old - removed
+                self.aligned -= removed
+            else:
+                new = old - self.mask[:, self.columns - removed :].sum(dim=1)
+                self.mask = self.mask[:, : self.columns - removed]
+                self.aligned = None
+            for state in self.states.values():
+                if isinstance(state, TableState):
+                    state.undo(self, old, new)
+                else:
+                    state.crop(old, new)
+            self.lengths = new
+            self.columns -= removed
+        self._each(lambda state: state.trim())
+
+
+def state_layers(past_key_values: Cache, num_layers: int) -> list[StateLayer]:
+    """The layers of a cache made for a flow model of `num_layers` layers.
+
+    Raises:
+        ValueError: the cache was made for something else.
+    """
+    layers = past_key_values.layers
+    # Reached by attribute, not by class: code loaded from the Hub and the installed package have each their own class.
+    if len(layers) < num_layers or not all(hasattr(layer, "commit") for layer in layers[:num_layers]):
+        raise ValueError(
+            f"past_key_values is a {type(past_key_values).__name__} that cannot hold this model's state: "
+            "use DynamicCache(config=model.config)."
+        )
+    return layers[:num_layers]
