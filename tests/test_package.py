@@ -119,7 +119,8 @@ def test_checkout_works_on_the_path(checkout, tmp_path):
 
 def test_editable_install_works_anywhere(checkout, tmp_path):
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index"]
-    run(*pip, "--prefix", tmp_path, "--editable", checkout, cwd=tmp_path)
+    # Without --ignore-installed pip would remove the package from the environment that runs the tests.
+    run(*pip, "--ignore-installed", "--prefix", tmp_path, "--editable", checkout, cwd=tmp_path)
     site_packages = next(tmp_path.rglob("site-packages"))
     assert probe(tmp_path, setup=f"import site; site.addsitedir({str(site_packages)!r})") == in_checkout(checkout)
 
