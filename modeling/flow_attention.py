@@ -99,14 +99,15 @@ class _FlowAttention(torch.autograd.Function):
         query, local_key, local_value, key, value, fading, reach, query_index, neighbors = ctx.saved_tensors
         window, dropout, seed = ctx.options
         accumulate = torch.promote_types(torch.float32, query.dtype)
-        grads = [torch.zeros_like(x, dtype=accumulate) for x in (query, local_key, local_value, key, value, fading)]
+        inputs = (query, local_key, local_value, key, value, fading)
+        grads = [torch.zeros(x.shape, dtype=accumulate, device=x.device) for x in inputs]
         grad_query, grad_local_key, grad_local_value, grad_key, grad_value, grad_fading = grads
         flat_key, flat_value = (x.reshape(-1, x.shape[-1]) for x in (key, value))
         for part in _chunks(query, value, neighbors):
             near = slice(part.start, part.stop + window - 1)
             chosen = _flat_ids(neighbors[:, :, part], key).view(-1)
             shape = neighbors[:, :, part].shape
-            inputs = [
+            leaves = [
                 query[:, :, part],
                 local_key[:, :, near],
                 local_value[:, :, near].to(accumulate),
@@ -114,16 +115,16 @@ class _FlowAttention(torch.autograd.Function):
                 flat_value.index_select(0, chosen).view(*shape, -1).to(accumulate),
                 fading,
             ]
-            inputs = [x.detach().requires_grad_() for x in inputs]
+            leaves = [x.detach().requires_grad_() for x in leaves]
             with torch.enable_grad():
                 local, far, total = _weights(
-                    inputs[0], inputs[1], inputs[3], inputs[5], reach[:, part], query_index[:, part],
+                    leaves[0], leaves[1], leaves[3], leaves[5], reach[:, part], query_index[:, part],
                     neighbors[:, :, part], window,
                 )  # fmt: skip
                 local, far = _dropped(local, far, dropout, seed + part.start)
-                y = _mix_local(local, inputs[2], window) + _mix_gathered(far, inputs[4])
+                y = _mix_local(local, leaves[2], window) + _mix_gathered(far, leaves[4])
             found = torch.autograd.grad(
-                (y, total), inputs, (grad_y[:, :, part].to(y.dtype), grad_total[:, :, part]), materialize_grads=True
+                (y, total), leaves, (grad_y[:, :, part].to(y.dtype), grad_total[:, :, part]), materialize_grads=True
             )
             grad_query[:, :, part] = found[0]
             grad_local_key[:, :, near] += found[1]
@@ -131,8 +132,7 @@ class _FlowAttention(torch.autograd.Function):
             grad_key.view(-1, key.shape[-1]).index_add_(0, chosen, found[3].reshape(-1, key.shape[-1]))
             grad_value.view(-1, value.shape[-1]).index_add_(0, chosen, found[4].reshape(-1, value.shape[-1]))
             grad_fading += found[5]
-        inputs = (query, local_key, local_value, key, value, fading)
-        return *(grad.to(x.dtype) for grad, x in zip(grads, inputs)), None, None, None, None, None, None
+        return *(grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)), None, None, None, None, None, None
 
 
 def _chunks(query, value, neighbors):
