@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import default_data_collator
 
 import dfn_hf.data
+from dfn_hf import DFNConfig, DFNForCausalLM
 from dfn_hf.data import load_corpus, load_text, load_tokenizer, pack, tokenize
 
 
@@ -168,6 +169,22 @@ def test_streamed_files_are_packed_while_they_are_read(folder, byte):
     blocks = list(pack(tokenize(load_text(folder, streaming=True), byte), 8))
     text = bytes(id for block in blocks for id in block["input_ids"][block["segment_ids"] >= 0] if id < 256).decode()
     assert text == "first\nsecondthirdförth"
+
+
+def test_packed_documents_are_read_as_if_alone(byte):
+    torch.manual_seed(0)
+    config = DFNConfig(vocab_size=258, hidden_size=32, num_hidden_layers=2, local_window=4, initializer_range=0.5)
+    model = DFNForCausalLM(config).double().eval()
+    documents = Dataset.from_dict({"text": ["a packed document", "another", "and one more of them"]})
+    (block,) = pack(tokenize(documents, byte), 64).with_format("torch")
+    with torch.no_grad():
+        packed = model(block["input_ids"][None], segment_ids=block["segment_ids"][None]).logits[0]
+        merged = model(block["input_ids"][None]).logits[0]
+        for segment in range(3):
+            inside = block["segment_ids"] == segment
+            alone = model(block["input_ids"][inside][None]).logits[0]
+            torch.testing.assert_close(packed[inside], alone, rtol=0, atol=1e-9)
+    assert (packed - merged)[block["segment_ids"] == 2].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("block_size", [-1, 0, 1])
