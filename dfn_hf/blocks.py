@@ -1,0 +1,72 @@
+"""Packed blocks to train and to validate on, from the embedded corpus or from one's own text."""
+
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+
+from .data import load_corpus, load_text, pack, tokenize
+
+HELD_OUT_SHARE = 0.05
+HELD_OUT_OF_STREAM = 64
+SHUFFLE_BUFFER = 1024
+
+
+def corpus_blocks(tokenizer: PreTrainedTokenizerBase, block_size: int) -> tuple[Dataset, Dataset]:
+    """Blocks of the embedded corpus: its train split and its validation split."""
+    train, validation = (
+        pack(tokenize(load_corpus(split), tokenizer), block_size, pad_token_id=padding(tokenizer))
+        for split in ("train", "validation")
+    )
+    return train, validation
+
+
+def text_blocks(
+    tokenizer: PreTrainedTokenizerBase,
+    block_size: int,
+    data: str,
+    validation_data: str | None = None,
+    *,
+    text_field: str = "text",
+    streaming: bool = False,
+    seed: int = 0,
+) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:
+    """Blocks of one's own text, to train on and to validate on.
+
+    Args:
+        tokenizer: of the model to train.
+        block_size: tokens per block.
+        data: file or folder, as `load_text` takes it.
+        validation_data: likewise; without it the last 5 % of the blocks of `data` are held out, and of a stream the
+            first 64.
+        text_field: of JSON Lines.
+        streaming: read `data` while training, its blocks shuffled within a buffer of 1,024.
+        seed: of that shuffling.
+
+    Raises:
+        ValueError: no text, or too little to hold some of it out.
+    """
+
+    def blocks(path: str) -> Dataset | IterableDataset:
+        documents = load_text(path, text_field=text_field, streaming=streaming)
+        return pack(tokenize(documents, tokenizer), block_size, pad_token_id=padding(tokenizer))
+
+    train = blocks(data)
+    if validation_data is not None:
+        validation = blocks(validation_data)
+    elif isinstance(train, IterableDataset):
+        train, validation = train.skip(HELD_OUT_OF_STREAM), train.take(HELD_OUT_OF_STREAM)
+    else:
+        if len(train) < 2:
+            raise ValueError(
+                f"{data} fills no more than one block of {block_size} tokens, so none can be held out: "
+                "lower block_size, or give validation data"
+            )
+        first_held_out = len(train) - max(1, round(HELD_OUT_SHARE * len(train)))
+        train, validation = train.select(range(first_held_out)), train.select(range(first_held_out, len(train)))
+    if isinstance(train, IterableDataset):
+        train = train.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+    return train, validation
+
+
+def padding(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that stands at padded places; no model reads it."""
+    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id

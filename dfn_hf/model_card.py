@@ -1,0 +1,62 @@
+"""Model cards: what a saved folder says about its model, and what is read from it again."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedModel
+
+PROVENANCE = "Provenance"
+
+
+def model_card(
+    model: PreTrainedModel, *, name: str, provenance: str, settings: dict[str, Any], validation_loss: float
+) -> ModelCard:
+    """The card of a freshly trained causal language model.
+
+    Args:
+        model: the trained model.
+        name: its title.
+        provenance: one sentence: which text, and which model it started from.
+        settings: option names and values of the training run.
+        validation_loss: in nats per token.
+    """
+    metadata = ModelCardData(
+        library_name="transformers", pipeline_tag="text-generation", tags=[model.config.model_type]
+    ).to_yaml()
+    options = ", ".join(f"{option} {value:g}" for option, value in settings.items())
+    imports = "import dfn_hf\n" if model.config.model_type == "dfn" else ""
+    content = f"""---
+{metadata}
+---
+
+# {name}
+
+A `{type(model).__name__}` of {model.num_parameters():,} parameters.
+
+```python
+{imports}from transformers import pipeline
+
+pipeline("text-generation", model="{name}")("Once", max_new_tokens=60)
+```
+
+## {PROVENANCE}
+
+{provenance or "Training text not stated."}
+Validation loss {validation_loss:.4f} nats per token.
+
+Options: {options}.
+Made with torch {torch.__version__} and transformers {transformers.__version__}.
+"""
+    return ModelCard(content)
+
+
+def read_provenance(readme: Path | None) -> str | None:
+    """The text under the card's Provenance heading, or None where there is none."""
+    if readme is None:
+        return None
+    section = re.search(rf"^## {PROVENANCE}\s*\n(.*?)(?=^#|\Z)", readme.read_text(), re.MULTILINE | re.DOTALL)
+    return section.group(1).strip() if section else None

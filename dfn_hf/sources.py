@@ -1,0 +1,51 @@
+"""Models by folder, by the name of an embedded checkpoint, or by Hub id."""
+
+import re
+from pathlib import Path
+
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from .embedded import checkpoint_path
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def resolve_source(source: str) -> str:
+    """What `from_pretrained` takes for `source`.
+
+    Args:
+        source: a folder with a `config.json`, an embedded checkpoint's name, or a Hub id of the form `owner/name`,
+            tried in this order.
+
+    Raises:
+        ValueError: it is none of the three.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"{source} holds no config.json: give the folder of a saved model")
+        return str(folder)
+    try:
+        return str(checkpoint_path(source))
+    except ValueError as error:
+        if HUB_ID.fullmatch(source):
+            return source
+        raise ValueError(f"{source!r} is no folder and no Hub id (owner/name), and {error}") from None
+
+
+def load_config(source: str) -> PreTrainedConfig:
+    """The configuration of the model at `source`; see `resolve_source`."""
+    return AutoConfig.from_pretrained(resolve_source(source))
+
+
+def load_causal_lm(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The causal language model and the tokenizer at `source`; see `resolve_source`."""
+    path = resolve_source(source)
+    return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
