@@ -111,13 +111,17 @@ class DFNConfig(PreTrainedConfig):
         """Reject values out of range and fields that contradict each other."""
         for field in (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "position_dim",
-            "local_window", "num_tables", "candidates_per_table", "conv_kernel", "memory_chunk", "readout_window",
+            "local_window", "num_tables", "candidates_per_table", "conv_kernel", "readout_window",
         ):  # fmt: skip
             if getattr(self, field) < 1:
                 raise ValueError(f"`{field}` must be at least 1, got {getattr(self, field)}.")
         for field in ("num_neighbors", "memory_slots", "flow_step", "initializer_range", "norm_eps"):
             if getattr(self, field) < 0:
                 raise ValueError(f"`{field}` must not be negative, got {getattr(self, field)}.")
+        if self.memory_chunk < 2:
+            raise ValueError(
+                f"`memory_chunk` must be at least 2 for there to be something to pool, got {self.memory_chunk}."
+            )
         for field in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"`{field}` must lie in [0, 1), got {getattr(self, field)}.")

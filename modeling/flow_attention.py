@@ -47,9 +47,10 @@ def flow_attention(
     first = query_index[:, 0] - (window - 1)
     local_key, local_value = (_local(x, first, query.shape[2] + window - 1) for x in (key, value))
     seed = int(torch.randint(2**62, ())) if dropout > 0 else 0
-    return _FlowAttention.apply(
-        query, local_key, local_value, key, value, fading, reach, query_index, neighbors, window, dropout, seed
-    )
+    with torch.autocast(query.device.type, enabled=False):
+        return _FlowAttention.apply(
+            query, local_key, local_value, key, value, fading, reach, query_index, neighbors, window, dropout, seed
+        )
 
 
 def _local(x: torch.Tensor, first: torch.Tensor, length: int) -> torch.Tensor:
@@ -116,7 +117,7 @@ class _FlowAttention(torch.autograd.Function):
                 fading,
             ]
             leaves = [x.detach().requires_grad_() for x in leaves]
-            with torch.enable_grad():
+            with torch.enable_grad(), torch.autocast(query.device.type, enabled=False):
                 local, far, total = _weights(
                     leaves[0], leaves[1], leaves[3], leaves[5], reach[:, part], query_index[:, part],
                     neighbors[:, :, part], window,

@@ -384,7 +384,7 @@ def search_cells(
         ids = ids.transpose(1, 2).flatten(2)
         index = query_index[:, part, None]
         visible = ids >= (0 if reach is None else (index - reach[:, part, None]).clamp(min=0))
-        keys = flat_keys.index_select(0, (row_start + ids.clamp(min=0)).view(-1)).view(*ids.shape, -1)
+        keys = flat_keys.index_select(0, (row_start + ids.clamp(min=0)).reshape(-1)).view(*ids.shape, -1)
         squared = squared_distances(query_positions[:, part, None], keys)
         nearest, squared = rank_nearest(squared, index - ids, visible, num_neighbors)
         indices.append(torch.where(nearest < 0, -1, index - nearest))

@@ -108,6 +108,13 @@ def ball(x: torch.Tensor) -> torch.Tensor:
     return 2 * x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1)
 
 
+def unit_linear(in_features: int, out_features: int) -> nn.Linear:
+    """A map whose outputs start as large as its inputs: at std 0.02 positions would fill only a corner of the ball."""
+    linear = nn.Linear(in_features, out_features, bias=False)
+    linear.init_std = in_features**-0.5
+    return linear
+
+
 class RMSNorm(nn.Module):
     """g ⊙ s · rsqrt(mean(s²) + ε), in at least float32."""
 
@@ -133,7 +140,7 @@ class FlowNorm(nn.Module):
         super().__init__()
         self.name = name
         self.running = config.flow_norm == "running"
-        self.flow_map = nn.Linear(config.hidden_size, config.num_attention_heads * config.position_dim, bias=False)
+        self.flow_map = unit_linear(config.hidden_size, config.num_attention_heads * config.position_dim)
         self.weight = nn.Parameter(torch.empty(config.hidden_size))
         self.eps = config.norm_eps
 
@@ -187,8 +194,8 @@ class ContinuousEntities(nn.Module):
         self.flow_step = config.flow_step
         self.moved_query = config.moved_query
         size = self.num_heads * self.position_dim
-        self.position_proj = nn.Linear(config.hidden_size, size, bias=False)
-        self.flow_proj = nn.Linear(config.hidden_size, size, bias=False)
+        self.position_proj = unit_linear(config.hidden_size, size)
+        self.flow_proj = unit_linear(config.hidden_size, size)
         self.influence_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
 
     def forward(self, u: torch.Tensor, origin: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
@@ -230,19 +237,27 @@ class PersistentFieldMemory(nn.Module):
         self.value_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(
-        self, y: torch.Tensor, total: torch.Tensor, query: torch.Tensor, sharpness: torch.Tensor, rows: Rows, state
+        self,
+        y: torch.Tensor,
+        total: torch.Tensor,
+        query: torch.Tensor,
+        sharpness: torch.Tensor,
+        rows: Rows,
+        state: StateLayer | None,
+        state_dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Join the slots to the softmax.
 
         Args:
             y: `[B, H, M, D]`, read from entities; total: log Σ exp of its logits, `[B, H, M]`.
             query: `[B, H, M, P + 1]`, as for `flow_attention`; sharpness: γ, `[H]`.
+            state_dtype: of the entities' states, which the projection's weights have too.
 
         Returns:
             (y over entities and slots, the share of the entities `[B, H, M]`).
         """
         slots, layout = self.slots(y.transpose(1, 2).flatten(2), rows, state)
-        values = self.value_proj(slots.to(y.dtype)).unflatten(-1, (self.num_heads, -1))
+        values = self.value_proj(slots.to(state_dtype)).unflatten(-1, (self.num_heads, -1))
         values = values.permute(0, 3, 1, 2, 4).to(query.dtype)
         key = gaussian_key(ball(self.position.to(query.dtype)), self.influence.to(query.dtype), sharpness)
         logits = query @ key.transpose(-1, -2)
@@ -306,7 +321,8 @@ class DynamicFlowAttention(nn.Module):
         y, total = flow_attention(query, key, value, fading, rows.index, rows.reach, neighbors, window, dropout)
         share = None
         if self.memory is not None:
-            y, share = self.memory(y, total, query, sharpness, rows, state)
+            with torch.autocast(u.device.type, enabled=False):
+                y, share = self.memory(y, total, query, sharpness, rows, state, u.dtype)
         weights = None
         if output_attentions:
             num_entities = int(rows.index.max()) + 1
@@ -433,11 +449,13 @@ class DFNLayer(GradientCheckpointingLayer):
         rows: Rows,
         past_key_values: StateLayer | None = None,
         output_attentions: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Entities, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, Entities, torch.Tensor | None]:
         """Args: hidden_states `[B, M, hidden_size]`; origin: moved positions of the layer before, or None.
 
         Returns:
-            (states of the same shape, what the next layer's positions start from, entities, flow weights or None).
+            (states of the same shape, what the next layer's positions start from, influence `[B, H, M]`, entities,
+            flow weights or None). What gradients flow through stands in the tuple itself: re-entrant checkpointing sees
+            no deeper.
         """
         u = self.conv(self.flow_norm(hidden_states, rows, past_key_values), rows, past_key_values)
         u = u.to(hidden_states.dtype)
@@ -446,7 +464,7 @@ class DFNLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + self.dropout(update)
         update = self.mlp(self.mlp_norm(hidden_states, rows, past_key_values), y.to(hidden_states.dtype))
         hidden_states = hidden_states + self.dropout(update)
-        return hidden_states, moved if self.carry_positions else None, entities, weights
+        return hidden_states, moved if self.carry_positions else None, entities.influence, entities, weights
 
 
 class DFNPreTrainedModel(PreTrainedModel):
@@ -461,23 +479,15 @@ class DFNPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         config = self.config
         if isinstance(module, nn.Linear):
-            init.normal_(module.weight, std=config.initializer_range)
+            init.normal_(module.weight, std=getattr(module, "init_std", config.initializer_range))
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=config.initializer_range)
-        elif isinstance(module, RMSNorm):
+        elif isinstance(module, nn.Conv1d):
+            init.copy_(module.weight, identity_filter(module.weight))
+        elif isinstance(module, (RMSNorm, FlowNorm)):
             init.ones_(module.weight)
-        elif isinstance(module, FlowNorm):
-            # E‖f‖² starts as mean(s²).
-            init.normal_(module.flow_map.weight, std=1 / math.sqrt(config.hidden_size))
-            init.ones_(module.weight)
-        elif isinstance(module, CausalConv):
-            init.copy_(module.conv.weight, identity_filter(module.conv.weight))
-        elif isinstance(module, ContinuousEntities):
-            # At std 0.02 all positions would start in a corner of the ball.
-            init.normal_(module.position_proj.weight, std=1 / math.sqrt(config.hidden_size))
-            init.normal_(module.flow_proj.weight, std=1 / math.sqrt(config.hidden_size))
         elif isinstance(module, ChunkMemory):
             module.reset_parameters(config.initializer_range)
         elif isinstance(module, PersistentFieldMemory):
@@ -576,7 +586,7 @@ class DFNModel(DFNPreTrainedModel):
         for layer, state in zip(self.layers, states, strict=True):
             if output_hidden_states:
                 all_states.append(rows.scatter(hidden_states))
-            hidden_states, origin, entities, weights = layer(
+            hidden_states, origin, influence, entities, weights = layer(
                 hidden_states, origin, rows, past_key_values=state, output_attentions=output_attentions
             )
             if output_attentions:
@@ -584,7 +594,7 @@ class DFNModel(DFNPreTrainedModel):
             if output_entities:
                 all_entities.append(entities_to_columns(entities, rows, state))
         if config.readout_window > 1:
-            hidden_states = self._read_out(hidden_states, entities.influence, rows, states[-1])
+            hidden_states = self._read_out(hidden_states, influence, rows, states[-1])
         hidden_states = rows.scatter(self.norm(hidden_states))
         if output_hidden_states:
             all_states.append(hidden_states)

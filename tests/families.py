@@ -1,0 +1,82 @@
+"""Random small models of every causal family, with every mechanism in motion: what the invariants are tested on."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from dfn_hf import DFNConfig, DFNForCausalLM
+
+
+VOCABULARY = 40
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to draw a model.
+
+    Attributes:
+        model_class: the `ForCausalLM` class.
+        draw_config: a random small configuration.
+        longest_reach: entities after which every mechanism, memories included, has been in use at least twice.
+    """
+
+    model_class: type[PreTrainedModel]
+    draw_config: Callable
+    longest_reach: int
+
+
+def draw_dfn_config(rng: random.Random, **overrides) -> DFNConfig:
+    heads = rng.choice([1, 2, 3])
+    options = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": heads * rng.choice([8, 12]),
+        "num_hidden_layers": rng.choice([2, 3]),
+        "num_attention_heads": heads,
+        "intermediate_size": rng.choice([20, 33]),
+        "position_dim": rng.choice([1, 2, 4, 5]),
+        "num_neighbors": rng.choice([1, 3, 5]),
+        "local_window": rng.choice([1, 2, 5]),
+        "num_tables": rng.choice([1, 3, 4]),
+        "candidates_per_table": rng.choice([1, 3, 6]),
+        "moved_query": rng.random() < 0.7,
+        "flow_norm": rng.choice(["entity", "running", "rms"]),
+        "flow_step": rng.choice([0.3, 1.0]),
+        "conv_kernel": rng.choice([1, 3, 4]),
+        "search_implementation": rng.choice(["cells", "exact"]),
+        "search_seed": rng.randrange(100),
+        "carry_positions": rng.random() < 0.3,
+        "memory_slots": rng.choice([0, 2, 3]),
+        "memory_chunk": rng.choice([2, 4, 7]),
+        "readout_window": rng.choice([1, 3]),
+        "tie_word_embeddings": rng.random() < 0.5,
+        "pad_token_id": rng.choice([None, 0]),
+        "initializer_range": 0.5,
+    }
+    return DFNConfig(**{**options, **overrides})
+
+
+FAMILIES = {"dfn": Family(DFNForCausalLM, draw_dfn_config, longest_reach=24)}
+
+
+def draw_model(family: str, seed: int, dtype: torch.dtype = torch.float64, **overrides) -> PreTrainedModel:
+    """A model of random configuration and weights, in eval mode; weights are large enough for every block to matter."""
+    config = FAMILIES[family].draw_config(random.Random(seed), **overrides)
+    torch.manual_seed(seed)
+    model = FAMILIES[family].model_class(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() < 2 or parameter.shape[1] == 1:  # norms, scales and filters, which start as constants
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.to(dtype).eval()
+
+
+def draw_ids(batch: int, length: int, seed: int) -> torch.Tensor:
+    """Token ids `[batch, length]` with repeated stretches, so that far neighbours and ties occur."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, VOCABULARY, (batch, length), generator=generator)
+    half = length // 3
+    ids[:, length - half :] = ids[:, :half]
+    return ids
