@@ -81,7 +81,7 @@ class _FlowAttention(torch.autograd.Function):
             local, far, total[:, :, part] = _weights(
                 query[:, :, part],
                 local_key[:, :, near],
-                flat_key.index_select(0, chosen.view(-1)).view(*chosen.shape, -1),
+                flat_key.index_select(0, chosen.view(-1)).view(*chosen.shape, key.shape[-1]),
                 fading,
                 reach[:, part],
                 query_index[:, part],
@@ -112,8 +112,8 @@ class _FlowAttention(torch.autograd.Function):
                 query[:, :, part],
                 local_key[:, :, near],
                 local_value[:, :, near].to(accumulate),
-                flat_key.index_select(0, chosen).view(*shape, -1),
-                flat_value.index_select(0, chosen).view(*shape, -1).to(accumulate),
+                flat_key.index_select(0, chosen).view(*shape, key.shape[-1]),
+                flat_value.index_select(0, chosen).view(*shape, value.shape[-1]).to(accumulate),
                 fading,
             ]
             leaves = [x.detach().requires_grad_() for x in leaves]
