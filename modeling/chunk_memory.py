@@ -116,7 +116,7 @@ class ChunkMemory(nn.Module):
         return torch.cat([before[:, None], read], dim=1), layout.last(length)
 
     def _lay_out(self, history: int, rows) -> ChunkLayout:
-        """The layout of `history` entities before this call, of which those of the open chunk count, and the call's."""
+        """The layout of `history` entities before this call, of which the open chunk's count, and the call's."""
         span = self.chunk_length
         index = rows.index
         batch, length = index.shape
@@ -156,7 +156,7 @@ class ChunkMemory(nn.Module):
         return torch.where((closed == 0)[:, None, None], initial, entry.to(initial.dtype))
 
     def _store(self, state, closed: torch.Tensor, length: int) -> None:
-        """Keep the slots at each boundary: entry e is what e closed chunks left. The open one is written over later."""
+        """Keep the slots at each boundary: entry e is what e closed chunks left. An open one is overwritten."""
         capacity = (state.columns + length) // self.chunk_length + closed.shape[1] + 1
         at = state.lengths // self.chunk_length + 1
         state.write_entries("slots", closed.flatten(2)[:, None], at, capacity)

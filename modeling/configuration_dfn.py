@@ -3,7 +3,6 @@
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-
 AUTO_MAP = {
     "AutoConfig": "configuration_dfn.DFNConfig",
     "AutoModel": "modeling_dfn.DFNModel",
@@ -33,16 +32,16 @@ class DFNConfig(PreTrainedConfig):
         num_tables (`int`, defaults to 8): Grids of the cell search.
         candidates_per_table (`int`, defaults to 16): Most recent entities of a cell that are ranked.
         cell_sizes (`list[float]`, *optional*): Edge of each table's cells; geometric from 8 to 0.35 if not given.
-        flow_step (`float`, defaults to 1.0): α, how far an entity moves along its flow. 0 is the ablation without flow.
-        moved_query (`bool`, defaults to `True`): The moved entity reads others at their rest positions. If `False` all are
-            found where they have moved to, the paper's single position p'.
-        flow_norm (`str`, defaults to `"entity"`): What FlowNorm averages the squared flow over: `"entity"` itself or the
-            `"running"` mean so far. `"rms"` is RMSNorm and `"none"` nothing, for ablations.
+        flow_step (`float`, defaults to 1.0): α, how far an entity moves along its flow; 0 is the ablation without.
+        moved_query (`bool`, defaults to `True`): The moved entity reads others at their rest positions. If
+            `False` all are found where they have moved to, the paper's single position p'.
+        flow_norm (`str`, defaults to `"entity"`): What FlowNorm averages the squared flow over: `"entity"` itself or
+            the `"running"` mean so far. `"rms"` is RMSNorm and `"none"` nothing, for ablations.
         conv_kernel (`int`, defaults to 4): Taps of the short causal convolution.
         search_implementation (`str`, defaults to `"cells"`): `"cells"`, O(n log n), or `"exact"`, O(n²). Read at every
             call: it may be changed on a built model.
         search_seed (`int`, defaults to 0): Draws the grids when a model is initialised. They are saved with it.
-        carry_positions (`bool`, defaults to `False`): Positions of a layer start from the moved ones of the layer before.
+        carry_positions (`bool`, defaults to `False`): Positions of a layer start from the layer before's moved ones.
         memory_slots (`int`, defaults to 0): Slots of the persistent field memory. 0 turns it off.
         memory_chunk (`int`, defaults to 64): Entities that are pooled into the memory at a time.
         memory_decay (`float`, defaults to 0.9): β before training, of each slot.
@@ -110,8 +109,8 @@ class DFNConfig(PreTrainedConfig):
     def validate_architecture(self):
         """Reject values out of range and fields that contradict each other."""
         for field in (
-            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "position_dim",
-            "local_window", "num_tables", "candidates_per_table", "conv_kernel", "readout_window",
+            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+            "position_dim", "local_window", "num_tables", "candidates_per_table", "conv_kernel", "readout_window",
         ):  # fmt: skip
             if getattr(self, field) < 1:
                 raise ValueError(f"`{field}` must be at least 1, got {getattr(self, field)}.")

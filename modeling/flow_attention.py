@@ -3,8 +3,8 @@
 ℓ_ij = q_i · k_j − λ_h log(1 + i − j), where the caller has written the Gaussian affinity as a dot product:
 q = [2γ q, 1], k = [k, w − γ‖k‖²]; the term −γ‖q‖² is the same for all j and leaves with the softmax.
 
-Only linear memory is ever held: the forward pass goes through the queries in chunks and keeps none of their logits; the
-backward pass computes them again, chunk by chunk.
+Only linear memory is ever held: the forward pass goes through the queries in chunks and keeps none of their logits;
+the backward pass computes them again, chunk by chunk.
 
 Shape letters: B batch, H heads, M queries of this call, N stored entities, E query/key features, D value features,
 K found neighbours, W local window.
@@ -14,7 +14,6 @@ import math
 
 import torch
 from torch.nn import functional as F
-
 
 ELEMENTS_AT_ONCE = 2**22  # of the gathered values of one chunk
 
@@ -156,7 +155,7 @@ def _block_length(window, length):
 
 
 def _weights(query, local_key, far_key, fading, reach, query_index, neighbors, window):
-    """Weights of one chunk, of local entities by blocks `[B, H, blocks, S, S + W − 1]` and of neighbours `[B, H, M, K]`.
+    """Weights of a chunk: of local entities by blocks `[B, H, blocks, S, S + W − 1]`, of neighbours `[B, H, M, K]`.
 
     Third, log Σ exp ℓ `[B, H, M]`. A block is S queries; the entities of its windows are S + W − 1 in a row.
     """
@@ -253,7 +252,7 @@ def flow_attention_reference(query, key, value, fading, query_index, reach, neig
             for a in range(length):
                 i = int(query_index[row, a])
                 oldest = i - min(window - 1, int(reach[row, a]))
-                ids = [j for j in range(oldest, i + 1)] + [j for j in neighbors[row, head, a].tolist() if j >= 0]
+                ids = list(range(oldest, i + 1)) + [j for j in neighbors[row, head, a].tolist() if j >= 0]
                 age = torch.tensor([1.0 + i - j for j in ids], dtype=query.dtype)
                 logits = key[row, head, ids] @ query[row, head, a] - fading[head] * age.log()
                 outputs.append(logits.softmax(dim=0) @ value[row, head, ids].to(query.dtype))

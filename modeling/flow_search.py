@@ -2,11 +2,11 @@
 
 Two searches share one ranking, by (squared distance, most recent first):
 
-- `exact`: blockwise over all predecessors, O(n^2) time and O(n) memory; the reference, and the choice for short inputs.
-- `cells`: causal cell lists. Each of several tables lays a randomly rotated and shifted grid over the positions. One sort
-  per table by (cell, time) makes the predecessors of an entity in its cell a contiguous run; the last w of the run are
-  candidates. Between calls the runs live on as chains (`CellChains`): the newest entity of each cell and, per entity, a
-  link to the one before it. A prefill, a chunk and a single step walk the same function.
+- `exact`: blockwise over all predecessors, O(n^2) time and O(n) memory; the reference, the choice for short inputs.
+- `cells`: causal cell lists. Each of several tables lays a randomly rotated and shifted grid over the positions. One
+  sort per table by (cell, time) makes the predecessors of an entity in its cell a contiguous run; the last w of the
+  run are candidates. Between calls the runs live on as chains (`CellChains`): the newest entity of each cell and, per
+  entity, a link to the one before it. A prefill, a chunk and a single step walk the same function.
 
 Shape letters: B batch, H heads, G = B * H rows, M queries of this call, N stored entities, P position_dim, L tables,
 A axes of a grid, w candidates per table, K neighbours.
@@ -84,7 +84,7 @@ class CellGrids:
         """
         scaled = positions.double() * GRID
         columns = []
-        for table, (size, count) in enumerate(zip(self.cell_sizes, self.cells_per_axis)):
+        for table, (size, count) in enumerate(zip(self.cell_sizes, self.cells_per_axis, strict=True)):
             edge = round(size * GRID * ROTATION_SCALE)
             shift = torch.div(self.shift[table].double() * edge, ROTATION_SCALE, rounding_mode="floor")
             along_axes = scaled @ self.rotation[table].double().T + shift
@@ -212,7 +212,7 @@ def nearest_predecessors(
         candidates_per_table: w, the most recent candidates taken from each table.
         cell_sizes: one edge length per table; None: geometric from 8 to 0.35. Cells end 511 edges from the origin.
         seed: draws the grids; no global random state is used.
-        segment_ids: int `[batch, length]`; an entity sees its own segment only, negative is padding. None: one segment.
+        segment_ids: int `[batch, length]`; an entity sees its own segment only; negative is padding.
 
     Returns:
         (indices int64, squared distances) `[batch, heads, length, K]`: the K nearest distinct candidates by distance,
@@ -244,8 +244,11 @@ def nearest_predecessors(
             )
     cell_sizes = check_cell_sizes(cell_sizes, num_tables, candidates_per_table)
 
+    dtype = torch.float64 if query_positions.dtype == torch.float64 else torch.float32
+    if query_positions.numel() == 0:
+        shape, device = (batch, heads, length, num_neighbors), query_positions.device
+        return torch.full(shape, -1, device=device), torch.full(shape, math.inf, dtype=dtype, device=device)
     with torch.no_grad():
-        dtype = torch.float64 if query_positions.dtype == torch.float64 else torch.float32
         queries, keys = (x.detach().to(dtype).flatten(0, 1) for x in (query_positions, key_positions))
         index = torch.arange(length, device=queries.device).expand(batch * heads, -1)
         segments = None
@@ -299,8 +302,8 @@ def check_cell_sizes(cell_sizes: list[float] | None, num_tables: int, candidates
         return default_cell_sizes(num_tables)
     if len(cell_sizes) != num_tables:
         raise ValueError(f"cell_sizes must hold one size per table (num_tables={num_tables}), got {len(cell_sizes)}.")
-    if not all(size >= 1 / GRID for size in cell_sizes):
-        raise ValueError(f"cell_sizes must be ≥ 1/{GRID}, the step of the grid, got {list(cell_sizes)}.")
+    if not all(1 / GRID <= size < math.inf for size in cell_sizes):
+        raise ValueError(f"cell_sizes must be finite and ≥ 1/{GRID}, the step of the grid, got {list(cell_sizes)}.")
     return list(cell_sizes)
 
 
@@ -444,7 +447,7 @@ def squared_distances(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor
 def rank_nearest(
     squared: torch.Tensor, offsets: torch.Tensor, visible: torch.Tensor, num_neighbors: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The K distinct visible candidates first by (squared distance, offset): `[..., C]` → offsets, distances `[..., K]`.
+    """The K distinct visible candidates first by (squared distance, offset): `[..., C]` → two of `[..., K]`.
 
     A candidate may stand in several tables: equal offsets are one entity. Offsets are −1 and distances inf where fewer
     than K are visible.
@@ -521,7 +524,7 @@ def _read_windows(runs, ends, cells, run_length, num_candidates):
     rows = ends.shape[0]
     tables_at_once = [run.numel() // (rows * (run_length + num_candidates)) for run in runs]
     windows = []
-    for run, end in zip(runs, ends.split(tables_at_once, dim=1)):
+    for run, end in zip(runs, ends.split(tables_at_once, dim=1), strict=True):
         overlapping = run.as_strided((run.numel() - num_candidates + 1, num_candidates), (1, 1))
         first = torch.arange(rows * end.shape[1], device=run.device) * (run_length + num_candidates)
         starts = end + first.view(rows, end.shape[1], 1)
@@ -532,7 +535,7 @@ def _read_windows(runs, ends, cells, run_length, num_candidates):
 
 def _fold_segments(query_cells, entering_cells, segments, entering):
     """Number (segment, cell) pairs so that equal numbers mean both are equal, below 2^30. Shapes `[G, L, M]`."""
-    own = segments.clamp(min=0)[:, None]
+    own = torch.unique(segments.clamp(min=0), return_inverse=True)[1][:, None]
     keys_own = own.gather(2, entering.clamp(min=0)[:, None])
     pairs = torch.stack([query_cells + (own << 31), entering_cells + (keys_own << 31)])
     numbers = torch.unique(pairs, return_inverse=True)[1]

@@ -27,7 +27,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import can_return_tuple
+from transformers.utils import can_return_tuple, logging
 
 from .causal_conv import CausalConv
 from .chunk_memory import ChunkMemory, mix_slots
@@ -47,6 +47,7 @@ from .flow_search import (
 from .padding import Rows, lay_rows
 from .state_cache import StateLayer, state_layers
 
+logger = logging.get_logger(__name__)
 
 TOKENS_AT_ONCE = 8192  # of the MLP: no temporary of full length is wider than the hidden size
 
@@ -75,7 +76,7 @@ class DFNModelOutput(ModelOutput):
         last_hidden_state: `[B, M, hidden_size]`, zero where padded.
         past_key_values: the state for continuation.
         hidden_states: embeddings and each layer's output, the last one after the final norm.
-        attentions: per layer the flow weights among tokens `[B, H, M, N]`; rows sum to at most 1, memory takes the rest.
+        attentions: per layer the flow weights among tokens `[B, H, M, N]`; memory takes what is left to 1.
         entities: per layer `Entities`.
     """
 
@@ -133,7 +134,7 @@ class FlowNorm(nn.Module):
     """FlowNorm(s) = s / sqrt(E‖f‖² + ε) (paper §2.3), with a flow map of its own so that it is not circular.
 
     g ⊙ s · rsqrt(E[mean(f²) + 1e-2 mean(s²)] + ε) with f = W_n s. The share of mean(s²) keeps a vanishing flow from
-    exploding the state. E is over the entity itself or, `flow_norm="running"`, over the entities of its segment so far.
+    exploding the state. E is over the entity itself or, `flow_norm="running"`, its segment's entities so far.
     """
 
     def __init__(self, config: DFNConfig, name: str):
@@ -202,8 +203,8 @@ class ContinuousEntities(nn.Module):
         """Args: u `[B, M, hidden_size]`; origin `[B, H, M, P]`, what positions start from, or None for 0.
 
         Returns:
-            (rest on the ball `[B, H, M, P]`, moved on the ball, influence `[B, H, M]`, moved `[B, H, M, P]`), float32 or
-            float64.
+            (rest on the ball `[B, H, M, P]`, moved on the ball, influence `[B, H, M]`, moved `[B, H, M, P]`), in
+            float32 or float64.
         """
         # Positions decide who is found: half precision would leave them a few places each.
         with torch.autocast(u.device.type, enabled=False):
@@ -224,8 +225,8 @@ class PersistentFieldMemory(nn.Module):
     """A few entities m_1 … m_r that persist (paper §2.5): slots that join the softmax beside the neighbours.
 
     m_j ← β_j m_j + (1 − β_j) Aggregate_j(y) once per closed chunk, Aggregate_j an attention pooling of the chunk's y.
-    What is pooled is what the entities read from each other: reading memory back into memory would chain the chunks one
-    behind the other. A slot lies at a learnt place, has a learnt influence and does not fade.
+    What is pooled is what the entities read from each other: reading memory back into memory would chain the chunks
+    one behind the other. A slot lies at a learnt place, has a learnt influence and does not fade.
     """
 
     def __init__(self, config: DFNConfig):
@@ -335,8 +336,8 @@ class DynamicFlowAttention(nn.Module):
     def find(self, query: torch.Tensor, key: torch.Tensor, rows: Rows, state: StateLayer | None) -> torch.Tensor:
         """Indices of the neighbours beyond the local window, int64 `[B, H, M, K]`, −1 for none.
 
-        Positions `[B, H, M, P]` are rounded to a grid first: a product over one entity and one over many differ in their
-        last bits, and equal contexts would tie in one and not in the other.
+        Positions `[B, H, M, P]` are rounded to a grid first: a product over one entity and one over many differ in
+        their last bits, and equal contexts would tie in one and not in the other.
         """
         config = self.config
         batch, heads, length, _ = query.shape
@@ -378,7 +379,7 @@ class DynamicFlowAttention(nn.Module):
         """The index of one search is not kept up by the other."""
         if state.columns > 0 and (state.data(name) is None) != absent:
             raise ValueError(
-                "`search_implementation` was changed while past_key_values was in use: start again with an empty cache."
+                "`search_implementation` was changed while past_key_values was in use: start with an empty cache."
             )
 
     def _grids(self) -> CellGrids:
@@ -454,8 +455,8 @@ class DFNLayer(GradientCheckpointingLayer):
 
         Returns:
             (states of the same shape, what the next layer's positions start from, influence `[B, H, M]`, entities,
-            flow weights or None). What gradients flow through stands in the tuple itself: re-entrant checkpointing sees
-            no deeper.
+            flow weights or None). What gradients flow through stands in the tuple itself: re-entrant checkpointing
+            sees no deeper.
         """
         u = self.conv(self.flow_norm(hidden_states, rows, past_key_values), rows, past_key_values)
         u = u.to(hidden_states.dtype)
@@ -473,6 +474,7 @@ class DFNPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["DFNLayer"]
     _skip_keys_device_placement = ["past_key_values"]
+    _supports_context_parallel = False
     _keep_in_fp32_modules_strict = ["log_sharpness", "log_fading", "decay_logit"]
 
     @torch.no_grad()
@@ -540,8 +542,8 @@ class DFNModel(DFNPreTrainedModel):
         Args:
             input_ids: int64 `[B, M]`, or `inputs_embeds` `[B, M, hidden_size]`: exactly one of them.
             attention_mask: `[B, M]`, or `[B, columns before + M]` with a cache; 0 is padding, anywhere in a row.
-            position_ids: `[B, M]` or `[1, M]`. There are no position embeddings; without mask and cache, positions that
-                start again mark packed segments.
+            position_ids: `[B, M]` or `[1, M]`. There are no position embeddings; without mask and cache, positions
+                that start again mark packed segments.
             past_key_values: `DynamicCache(config=model.config)` to continue from; updated in place.
             use_cache: return the state; the config's value by default, never while gradients are checkpointed.
             segment_ids: int64 `[B, M]`, packed documents: an entity sees its own segment only; negative is padding.
@@ -569,7 +571,8 @@ class DFNModel(DFNPreTrainedModel):
         if not packed and past_key_values is None and attention_mask is None:
             segment_ids = packed_segments(position_ids, batch)
             packed = segment_ids is not None
-        if self.gradient_checkpointing and self.training:
+        if self.gradient_checkpointing and self.training and (use_cache or past_key_values is not None):
+            logger.warning_once("A cache cannot be kept while gradients are checkpointed: going on without.")
             use_cache, past_key_values = False, None
         if packed and past_key_values is not None:
             raise ValueError("segment_ids cannot be combined with past_key_values: continue one document per row.")
@@ -615,9 +618,6 @@ class DFNModel(DFNPreTrainedModel):
     def _rows(self, inputs_embeds, attention_mask, segment_ids, states) -> Rows:
         batch, length, _ = inputs_embeds.shape
         device = inputs_embeds.device
-        for state in states:
-            if state is not None:
-                state.begin(batch, length, device)
         first = states[0]
         mask = column_mask(attention_mask, batch, length, 0 if first is None else first.columns)
         if segment_ids is not None and segment_ids.shape != (batch, length):
@@ -626,6 +626,8 @@ class DFNModel(DFNPreTrainedModel):
             )
         if first is None:
             return lay_rows(batch, length, device, mask=mask, segment_ids=segment_ids)
+        for state in states:
+            state.begin(batch, length, device)
         rows = lay_rows(batch, length, device, mask=mask, past=first.lengths, aligned_past=first.aligned)
         for state in states:
             state.expect(rows)
@@ -787,7 +789,7 @@ class DFNForCausalLM(DFNPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, *args, **kwargs):
         if generation_config.cache_implementation not in (None, "dynamic", "offloaded"):
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} cannot hold DFN's state, whose index "
+                f"cache_implementation={generation_config.cache_implementation!r} cannot hold DFN's state, which "
                 'grows with the input: leave it out, or use "dynamic" or "offloaded".'
             )
         return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)

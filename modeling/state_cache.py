@@ -5,9 +5,9 @@
 - table: an index over appended entities, with a way to take the newest out again;
 - fixed: replaced whole.
 
-Reorder, repeat, select, offload, reset and crop are written once per kind. Rows are left-aligned (`padding.py`) and may
-have different lengths: `StateLayer` keeps the length of each and the mask of each column, so that cropping n columns
-takes the right number of entities from each row.
+Reorder, repeat, select, offload, reset and crop are written once per kind. Rows are left-aligned (`padding.py`) and
+may have different lengths: `StateLayer` keeps the length of each and the mask of each column, so that cropping n
+columns takes the right number of entities from each row.
 """
 
 from collections.abc import Callable
@@ -109,8 +109,8 @@ class TableState(FixedState):
 class StateLayer(CacheLayerMixin):
     """The state of one layer of a flow model.
 
-    A model calls `begin` on every layer before its first module runs and `commit` after its last; in between each module
-    reads and writes its own names. Until `commit` the lengths are those of before the call.
+    A model calls `begin` on every layer before its first module runs and `commit` after its last; in between each
+    module reads and writes its own names. Until `commit` the lengths are those of before the call.
 
     Attributes:
         lengths: int64 `[batch]`, entities of each row; None before the first call.
@@ -204,7 +204,7 @@ class StateLayer(CacheLayerMixin):
         state.write(new.detach(), at)
 
     def tail(self, name: str, new: torch.Tensor, size: int) -> torch.Tensor:
-        """The `size` inputs before this call, zero before a row's start, then `new`: `[batch, size + length, features]`.
+        """The `size` inputs before this call (zero before a row's start), then `new`: `[batch, size + length, ...]`.
 
         The result keeps the gradient of `new`.
         """
@@ -294,13 +294,13 @@ class StateLayer(CacheLayerMixin):
         Raises:
             ValueError: a positive number, more columns than there are, or a tail that was not recorded so far back.
         """
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop() takes minus the number of tokens to remove, got {tokens_to_remove}.")
+        removed = -int(tokens_to_remove)  # a tensor of one element in some releases of transformers
+        if removed < 0:
+            raise ValueError(f"crop() takes minus the number of tokens to remove, got {-removed}.")
         if self.lengths is None:
             return
-        removed = -tokens_to_remove
         if removed > self.columns:
-            raise ValueError(f"crop({tokens_to_remove}) was asked of a cache that holds {self.columns} tokens.")
+            raise ValueError(f"crop({-removed}) was asked of a cache that holds {self.columns} tokens.")
         if removed:
             old = self.lengths
             if self.mask is None:

@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 
 from dfn_hf import DFNConfig, DFNForCausalLM
 
-
 VOCABULARY = 40
 
 
@@ -62,7 +61,7 @@ FAMILIES = {"dfn": Family(DFNForCausalLM, draw_dfn_config, longest_reach=24)}
 
 
 def draw_model(family: str, seed: int, dtype: torch.dtype = torch.float64, **overrides) -> PreTrainedModel:
-    """A model of random configuration and weights, in eval mode; weights are large enough for every block to matter."""
+    """A model of random configuration and weights, in eval mode; weights large enough for every block to matter."""
     config = FAMILIES[family].draw_config(random.Random(seed), **overrides)
     torch.manual_seed(seed)
     model = FAMILIES[family].model_class(config)

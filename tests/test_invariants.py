@@ -9,7 +9,6 @@ from transformers import DynamicCache
 
 from tests.families import FAMILIES, VOCABULARY, draw_ids, draw_model
 
-
 SEEDS = range(10)
 LENGTH = 45
 STRICT = {"atol": 1e-9, "rtol": 0}
@@ -158,6 +157,18 @@ def test_padding_takes_nonfinite_embeddings(family, seed):
     clean = logits_of(model, None, inputs_embeds=embeddings, attention_mask=mask)
     embeddings[mask == 0] = float("nan")
     assert torch.equal(logits_of(model, None, inputs_embeds=embeddings, attention_mask=mask), clean)
+
+
+@cases
+def test_a_row_of_padding_alone_does_no_harm(family, seed):
+    model = draw_model(family, seed)
+    ids = draw_ids(2, LENGTH, seed)
+    mask = torch.ones_like(ids)
+    mask[0] = 0
+    padded = logits_of(model, ids, attention_mask=mask)
+    assert padded.isfinite().all()
+    assert torch.allclose(padded[1:], logits_of(model, ids[1:]), **STRICT)
+    assert torch.allclose(in_pieces(model, ids, [20, 25], mask)[1:], padded[1:], **STRICT)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
