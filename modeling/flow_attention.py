@@ -13,6 +13,7 @@ K found neighbours, W local window.
 import math
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 ELEMENTS_AT_ONCE = 2**22  # of the gathered values of one chunk
@@ -95,6 +96,7 @@ class _FlowAttention(torch.autograd.Function):
         return y, total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_y, grad_total):
         query, local_key, local_value, key, value, fading, reach, query_index, neighbors = ctx.saved_tensors
         window, dropout, seed = ctx.options
@@ -123,9 +125,8 @@ class _FlowAttention(torch.autograd.Function):
                 )  # fmt: skip
                 local, far = _dropped(local, far, dropout, seed + part.start)
                 y = _mix_local(local, leaves[2], window) + _mix_gathered(far, leaves[4])
-            found = torch.autograd.grad(
-                (y, total), leaves, (grad_y[:, :, part].to(y.dtype), grad_total[:, :, part]), materialize_grads=True
-            )
+                given = grad_y[:, :, part].to(y.dtype), grad_total[:, :, part]
+                found = torch.autograd.grad((y, total), leaves, given, materialize_grads=True)
             grad_query[:, :, part] = found[0]
             grad_local_key[:, :, near] += found[1]
             grad_local_value[:, :, near] += found[2]
