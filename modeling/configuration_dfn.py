@@ -1,7 +1,11 @@
 """DFN configuration."""
 
+import math
+
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+
+from .flow_search import ball_cells_per_axis, check_cell_sizes, grid_axes
 
 AUTO_MAP = {
     "AutoConfig": "configuration_dfn.DFNConfig",
@@ -12,7 +16,7 @@ AUTO_MAP = {
 
 FLOW_NORMS = ("entity", "running", "rms", "none")
 SEARCHES = ("cells", "exact")
-MAX_CELLS = 2**20
+MAX_CELLS = 2**20  # of a table; every row of a cache holds the newest entity of each
 
 
 @strict
@@ -49,13 +53,15 @@ class DFNConfig(PreTrainedConfig):
         hidden_dropout (`float`, defaults to 0.0): Dropout on what each block adds to the state.
         attention_dropout (`float`, defaults to 0.0): Dropout on flow weights.
         norm_eps (`float`, defaults to 1e-6): Added to mean squares before their root is taken.
-        initializer_range (`float`, defaults to 0.02): Standard deviation of weights that have no scale of their own.
+        initializer_range (`float`, *optional*): Standard deviation of embeddings and projections; 1/sqrt(hidden_size)
+            if not given.
         tie_word_embeddings (`bool`, defaults to `True`): Share the embedding with the output layer.
         use_cache (`bool`, defaults to `True`): Return the state for continuation.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special tokens.
 
     Raises:
-        ValueError: fields that contradict each other; the message names them.
+        huggingface_hub.errors.StrictDataclassError: a field of the wrong type or out of range, or fields that
+            contradict each other; the message names them.
     """
 
     model_type = "dfn"
@@ -85,8 +91,8 @@ class DFNConfig(PreTrainedConfig):
     readout_window: int = 1
     hidden_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
-    norm_eps: float = 1e-6
-    initializer_range: float | int = 0.02
+    norm_eps: float | int = 1e-6
+    initializer_range: float | int | None = None
     tie_word_embeddings: bool = True
     use_cache: bool = True
     pad_token_id: int | None = None
@@ -95,6 +101,8 @@ class DFNConfig(PreTrainedConfig):
     auto_map: dict[str, str] | None = None
 
     def __post_init__(self, **kwargs):
+        if self.initializer_range is None:
+            self.initializer_range = self.hidden_size**-0.5 if self.hidden_size > 0 else 1.0
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
         super().__post_init__(**kwargs)
 
@@ -114,9 +122,16 @@ class DFNConfig(PreTrainedConfig):
         ):  # fmt: skip
             if getattr(self, field) < 1:
                 raise ValueError(f"`{field}` must be at least 1, got {getattr(self, field)}.")
-        for field in ("num_neighbors", "memory_slots", "flow_step", "initializer_range", "norm_eps"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"`{field}` must not be negative, got {getattr(self, field)}.")
+        for field in ("num_neighbors", "memory_slots", "flow_step", "initializer_range"):
+            if not 0 <= getattr(self, field) < math.inf:
+                raise ValueError(f"`{field}` must be finite and not negative, got {getattr(self, field)}.")
+        if not 0 < self.norm_eps < math.inf:
+            raise ValueError(f"`norm_eps` must be finite and positive, got {self.norm_eps}.")
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"`pad_token_id` must lie in the vocabulary (`vocab_size` is {self.vocab_size}) or be None, "
+                f"got {self.pad_token_id}."
+            )
         if self.memory_chunk < 2:
             raise ValueError(
                 f"`memory_chunk` must be at least 2 for there to be something to pool, got {self.memory_chunk}."
@@ -135,10 +150,12 @@ class DFNConfig(PreTrainedConfig):
             raise ValueError(f"`search_implementation` must be one of {SEARCHES}, got {self.search_implementation!r}.")
         if not 0 < self.memory_decay < 1:
             raise ValueError(f"`memory_decay` must lie in (0, 1), got {self.memory_decay}.")
-        if self.cell_sizes is not None and len(self.cell_sizes) != self.num_tables:
+        sizes = check_cell_sizes(self.cell_sizes, self.num_tables, self.candidates_per_table)
+        cells = max(ball_cells_per_axis(self.position_dim, sizes)) ** grid_axes(self.position_dim)
+        if cells > MAX_CELLS:
             raise ValueError(
-                f"`cell_sizes` must hold one size per table (`num_tables` is {self.num_tables}), "
-                f"got {len(self.cell_sizes)}."
+                f"`cell_sizes` down to {min(sizes):g} divide the ball of `position_dim` {self.position_dim} into {cells} "
+                f"cells: a table may have at most {MAX_CELLS}, take larger cells."
             )
 
 

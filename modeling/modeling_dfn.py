@@ -31,7 +31,7 @@ from transformers.utils import can_return_tuple, logging
 
 from .causal_conv import CausalConv
 from .chunk_memory import ChunkMemory, mix_slots
-from .configuration_dfn import DFNConfig
+from .configuration_dfn import SEARCHES, DFNConfig
 from .flow_attention import flow_attention, flow_weights
 from .flow_search import (
     GRID,
@@ -110,7 +110,7 @@ def ball(x: torch.Tensor) -> torch.Tensor:
 
 
 def unit_linear(in_features: int, out_features: int) -> nn.Linear:
-    """A map whose outputs start as large as its inputs: at std 0.02 positions would fill only a corner of the ball."""
+    """A map whose outputs start as large as its inputs, whatever `initializer_range`: positions then fill the ball."""
     linear = nn.Linear(in_features, out_features, bias=False)
     linear.init_std = in_features**-0.5
     return linear
@@ -343,11 +343,11 @@ class DynamicFlowAttention(nn.Module):
         batch, heads, length, _ = query.shape
         if config.num_neighbors == 0:
             return torch.empty(batch, heads, length, 0, dtype=torch.int64, device=query.device)
-        query, key = ((x * GRID).round().float() / GRID for x in (query, key))
+        # Cells are integers: a diverged model's NaN would be an index anywhere.
+        query, key = ((x * GRID).round().nan_to_num().float() / GRID for x in (query, key))
         index, reach = (x.repeat_interleave(heads, dim=0) for x in (rows.index, rows.reach))
         if config.search_implementation == "exact":
             if state is not None:
-                self._keep_search(state, "cell", absent=True)
                 key = state.append("place", key)
             found, _ = search_exact(
                 query.flatten(0, 1), index, key.flatten(0, 1), config.num_neighbors, config.local_window, reach=reach
@@ -356,7 +356,6 @@ class DynamicFlowAttention(nn.Module):
             grids, chains = self._grids(), None
             query_cells, cells = grids.cells(query), grids.cells(key)
             if state is not None:
-                self._keep_search(state, "cell", absent=False)
                 key, cells = state.append("place", key), state.append("cell", cells)
                 chains = self._chains(state, grids, batch)
             found, _ = search_cells(
@@ -373,14 +372,6 @@ class DynamicFlowAttention(nn.Module):
                 chains=chains,
             )
         return found.view(batch, heads, length, -1)
-
-    @staticmethod
-    def _keep_search(state: StateLayer, name: str, absent: bool) -> None:
-        """The index of one search is not kept up by the other."""
-        if state.columns > 0 and (state.data(name) is None) != absent:
-            raise ValueError(
-                "`search_implementation` was changed while past_key_values was in use: start with an empty cache."
-            )
 
     def _grids(self) -> CellGrids:
         cells_per_axis = ball_cells_per_axis(self.config.position_dim, self.cell_sizes)
@@ -487,7 +478,7 @@ class DFNPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=config.initializer_range)
         elif isinstance(module, nn.Conv1d):
-            init.copy_(module.weight, identity_filter(module.weight))
+            init.copy_(module.weight, near_identity(module.weight))
         elif isinstance(module, (RMSNorm, FlowNorm)):
             init.ones_(module.weight)
         elif isinstance(module, ChunkMemory):
@@ -505,11 +496,14 @@ class DFNPreTrainedModel(PreTrainedModel):
             init.copy_(module.grid_shift, shift)
 
 
-def identity_filter(weight: torch.Tensor) -> torch.Tensor:
-    """A filter like `weight` `[channels, 1, taps]` that passes the current input only."""
-    identity = torch.zeros_like(weight)
-    identity[..., -1] = 1
-    return identity
+def near_identity(weight: torch.Tensor) -> torch.Tensor:
+    """A filter like `weight` `[channels, 1, taps]` that passes the current input, and a little of those before.
+
+    With the identity alone recall is learnt as well, in twice the steps: a key has to be found by what came before it.
+    """
+    taps = 0.3 * torch.randn_like(weight)
+    taps[..., -1] = 1
+    return taps
 
 
 class DFNModel(DFNPreTrainedModel):
@@ -582,6 +576,7 @@ class DFNModel(DFNPreTrainedModel):
         if past_key_values is not None:
             states = state_layers(past_key_values, len(self.layers))
 
+        check_search(config, states[0])
         rows = self._rows(inputs_embeds, attention_mask, segment_ids, states)
         hidden_states = rows.compact(inputs_embeds)
         all_states, all_weights, all_entities = [], [], []
@@ -658,6 +653,18 @@ def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
                 f"input_ids holds {low if low < 0 else high}, outside the vocabulary of {vocab_size} (`vocab_size`): "
                 "use the tokenizer of this model."
             )
+
+
+def check_search(config: DFNConfig, state: StateLayer | None) -> None:
+    """The search may be changed between calls, but the index of one is not kept up by the other."""
+    if config.search_implementation not in SEARCHES:
+        raise ValueError(f"`search_implementation` must be one of {SEARCHES}, got {config.search_implementation!r}.")
+    if state is None or state.columns == 0 or config.num_neighbors == 0:
+        return
+    if (state.data("cell") is None) != (config.search_implementation == "exact"):
+        raise ValueError(
+            "`search_implementation` was changed while past_key_values was in use: start with an empty cache."
+        )
 
 
 def column_mask(attention_mask: torch.Tensor | None, batch: int, length: int, past: int) -> torch.Tensor | None:
