@@ -60,8 +60,8 @@ class DFNConfig(PreTrainedConfig):
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special tokens.
 
     Raises:
-        huggingface_hub.errors.StrictDataclassError: a field of the wrong type or out of range, or fields that
-            contradict each other; the message names them.
+        ValueError: a field out of range, or fields that contradict each other; the message names them.
+        huggingface_hub.errors.StrictDataclassError: a field of the wrong type.
     """
 
     model_type = "dfn"
@@ -104,6 +104,7 @@ class DFNConfig(PreTrainedConfig):
         if self.initializer_range is None:
             self.initializer_range = self.hidden_size**-0.5 if self.hidden_size > 0 else 1.0
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
+        self.validate_architecture()  # here too, where its ValueError reaches the user as it is
         super().__post_init__(**kwargs)
 
     @property
