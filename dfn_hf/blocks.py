@@ -67,6 +67,20 @@ def text_blocks(
     return train, validation
 
 
+def spread(blocks: Dataset | IterableDataset, at_most: int) -> Dataset | IterableDataset:
+    """`at_most` of the blocks, evenly spread over them; of a stream the first.
+
+    Raises:
+        ValueError: `at_most` is below 1.
+    """
+    if at_most < 1:
+        raise ValueError(f"the number of blocks to validate on must be at least 1, got {at_most}")
+    if isinstance(blocks, IterableDataset):
+        return blocks.take(at_most)
+    number = min(at_most, len(blocks))
+    return blocks.select([index * len(blocks) // number for index in range(number)])
+
+
 def padding(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id that stands at padded places; no model reads it."""
     return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id

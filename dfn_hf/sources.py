@@ -1,6 +1,8 @@
 """Models by folder, by the name of an embedded checkpoint, or by Hub id."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import (
@@ -42,10 +44,24 @@ def resolve_source(source: str) -> str:
 
 def load_config(source: str) -> PreTrainedConfig:
     """The configuration of the model at `source`; see `resolve_source`."""
-    return AutoConfig.from_pretrained(resolve_source(source))
+    path = resolve_source(source)
+    with clear_hub_errors(path):
+        return AutoConfig.from_pretrained(path)
 
 
 def load_causal_lm(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The causal language model and the tokenizer at `source`; see `resolve_source`."""
+    """The causal language model, in evaluation mode, and the tokenizer at `source`; see `resolve_source`."""
     path = resolve_source(source)
-    return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    with clear_hub_errors(path):
+        return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+
+
+@contextmanager
+def clear_hub_errors(path: str) -> Iterator[None]:
+    """Say of what is neither a folder here nor loads from the Hub that both were tried."""
+    try:
+        yield
+    except OSError as error:
+        if Path(path).is_dir():
+            raise
+        raise ValueError(f"there is no folder {path}, and the Hub does not give it: {error}") from error

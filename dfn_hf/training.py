@@ -6,6 +6,7 @@ batches by the same code. `accelerate launch -m dfn_hf.cli train …` trains on 
 
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -172,11 +173,13 @@ def train_causal_lm(
 
     Raises:
         ValueError: `output_folder` holds something that neither `resume` nor `overwrite` allows to touch, or the
-            unfinished run in it had other settings; or the tokenizer has ids outside the model's vocabulary.
+            unfinished run in it had other settings; the tokenizer has ids outside the model's vocabulary; or training
+            diverged.
         OSError: the disk is full. The last complete checkpoint stays.
     """
     settings = settings or TrainingSettings()
     output_folder = Path(output_folder)
+    check_output_folder(output_folder, resume=resume, overwrite=overwrite)
     base_model = model.get_base_model() if isinstance(model, PeftModel) else model
     if len(tokenizer) > base_model.config.vocab_size:
         raise ValueError(
@@ -185,12 +188,12 @@ def train_causal_lm(
         )
     use_cache = base_model.config.use_cache
     run = describe_run(base_model, settings, provenance)
-    check_output_folder(output_folder, run, resume=resume, overwrite=overwrite)
-
     checkpoints = output_folder / CHECKPOINTS
     if not resume:
         shutil.rmtree(checkpoints, ignore_errors=True)
     last = last_checkpoint(checkpoints)
+    if last is not None:
+        check_same_run(checkpoints, run)
     trainer = MatrixDecayTrainer(
         model=model,
         args=training_arguments(checkpoints, settings),
@@ -216,12 +219,11 @@ def train_causal_lm(
             base_model.config.use_cache = use_cache  # which the Trainer turned off
 
     history = trainer.state.log_history
-    result = TrainingResult(
-        folder=output_folder,
-        history=history,
-        initial_loss=next(entry["eval_loss"] for entry in history if "eval_loss" in entry),
-        validation_loss=trainer.state.best_metric,
-    )
+    initial_loss = next(entry["eval_loss"] for entry in history if "eval_loss" in entry)
+    best_loss = trainer.state.best_metric
+    if best_loss is None or not math.isfinite(best_loss):
+        raise ValueError(f"training diverged: lower learning_rate (now {settings.learning_rate:g})")
+    result = TrainingResult(output_folder, history, initial_loss, best_loss)
     if trainer.is_world_process_zero():
         export(trainer.accelerator.unwrap_model(trainer.model), tokenizer, result, settings, provenance)
     trainer.accelerator.wait_for_everyone()
@@ -293,8 +295,8 @@ def export(
             shutil.copytree(logs, folder / TENSORBOARD)
 
 
-def check_output_folder(folder: Path, run: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-    """Raise ValueError unless training of `run` may go to `folder`."""
+def check_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise ValueError unless a trained model may go to `folder`."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file: choose a folder to train into")
     others = [path.name for path in folder.iterdir() if path.name != CHECKPOINTS] if folder.is_dir() else []
@@ -302,31 +304,27 @@ def check_output_folder(folder: Path, run: dict[str, Any], *, resume: bool, over
         raise ValueError(
             f"{folder} is not empty (it holds {sorted(others)[0]}): choose another folder, or overwrite to replace it"
         )
-    checkpoints = folder / CHECKPOINTS
-    last = last_checkpoint(checkpoints)
-    if last is None:
-        return
-    if not resume and not overwrite:
+    last = last_checkpoint(folder / CHECKPOINTS)
+    if last is not None and not resume and not overwrite:
         raise ValueError(
             f"{folder} holds a run that stopped after {last.name}: resume it, or overwrite to start again"
         )
-    if resume:
-        earlier = json.loads((checkpoints / RUN_FILE).read_text())
-        for part, values in run.items():
-            for field, value in values.items():
-                if earlier[part].get(field) != value:
-                    raise ValueError(
-                        f"the unfinished run in {folder} had {field} = {earlier[part].get(field)!r}, not {value!r}: "
-                        "resume with the same options, or overwrite to start again"
-                    )
+
+
+def check_same_run(checkpoints: Path, run: dict[str, Any]) -> None:
+    """Raise ValueError if the run that left these checkpoints was another one than `run`."""
+    earlier = json.loads((checkpoints / RUN_FILE).read_text())
+    for field, value in run.items():
+        if earlier.get(field) != value:
+            raise ValueError(
+                f"the unfinished run in {checkpoints.parent} had {field} = {earlier.get(field)!r}, not {value!r}: "
+                "resume with the same options, or overwrite to start again"
+            )
 
 
 def describe_run(model: PreTrainedModel, settings: TrainingSettings, provenance: str) -> dict[str, Any]:
     """All that must be the same for a run to be resumed, as JSON gives it back."""
-    run = {
-        "settings": dataclasses.asdict(settings),
-        "model": {"provenance": provenance, **model.config.to_dict()},
-    }
+    run = {"provenance": provenance, **dataclasses.asdict(settings), **model.config.to_dict()}
     return json.loads(json.dumps(run, default=str))
 
 

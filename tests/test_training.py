@@ -128,6 +128,16 @@ def test_existing_folder_is_kept_unless_a_run_ends(model, tokenizer, blocks, tmp
     assert (folder / "model.safetensors").is_file()
 
 
+def test_diverged_run_keeps_the_folder(tokenizer, blocks, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "poem.txt").write_text("mine")
+    model = new_causal_lm(tokenizer, **TINY)
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="diverged: lower learning_rate .now 0.01"):
+        train(model, tokenizer, blocks, tmp_path / "model", overwrite=True)
+    assert (tmp_path / "model" / "poem.txt").read_text() == "mine"
+
+
 def test_file_in_the_place_of_the_folder_is_named(tokenizer, blocks, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):

@@ -1,0 +1,318 @@
+"""The `dfn-hf` command. Each command is a few lines over public functions of this package."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .benchmarks.cli import app as benchmarks
+
+MODEL_HELP = "Folder of a saved model, name of an embedded checkpoint, or Hub id."
+
+
+class UserErrorGroup(TyperGroup):
+    """Commands whose errors that a user can mend are one line, without a traceback, and exit code 1."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if ctx.params.get("traceback") or not is_user_error(error):
+                raise
+            typer.echo(f"Error: {one_line(error)}", err=True)
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=UserErrorGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Dynamic Flow Networks: train, generate, evaluate and measure. Everything works offline.",
+)
+app.add_typer(benchmarks, name="bench")
+
+
+@app.callback()
+def options(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where in the code an error arose.")] = False,
+) -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+@app.command()
+def train(
+    output: Annotated[Path, typer.Argument(help="Folder for the trained model: new or empty.")],
+    data: Annotated[
+        str | None, typer.Option(help="Text: a file or a folder of .txt, .md, .jsonl. Default: the embedded corpus.")
+    ] = None,
+    validation_data: Annotated[
+        str | None, typer.Option(help="Text to validate on. Default: 5 % of --data, or the corpus' validation split.")
+    ] = None,
+    validation_blocks: Annotated[int, typer.Option(help="Validate on so many blocks at most, spread evenly.")] = 128,
+    text_field: Annotated[str, typer.Option(help="Field of JSON Lines that holds the text.")] = "text",
+    streaming: Annotated[bool, typer.Option(help="Read --data while training, not before.")] = False,
+    start: Annotated[str | None, typer.Option("--from", help=f"Fine-tune this model. {MODEL_HELP}")] = None,
+    lora: Annotated[bool, typer.Option(help="With --from: train low-rank updates only.")] = False,
+    lora_rank: Annotated[int, typer.Option(help="Rank of the updates.")] = 16,
+    architecture: Annotated[
+        str, typer.Option("--model", help="dfn, or llama: a baseline of as many parameters.")
+    ] = "dfn",
+    size: Annotated[str, typer.Option(help="tiny, small, medium or large.")] = "tiny",
+    fields: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A field of the configuration, FIELD=VALUE, such as position_dim=8. Repeatable."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="bpe (default), byte, or a folder or Hub id. With --from: the model's.")
+    ] = None,
+    block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 256,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
+    batch_size: Annotated[int, typer.Option(help="Blocks per device and forward pass.")] = 16,
+    accumulation: Annotated[int, typer.Option(help="Forward passes per optimizer step.")] = 1,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak. Default: 3e-3 from scratch, 3e-4 with --from, 1e-3 with --lora.")
+    ] = None,
+    warmup: Annotated[float, typer.Option(help="Share of the steps over which the learning rate rises.")] = 0.1,
+    weight_decay: Annotated[float, typer.Option(help="Decay of matrices.")] = 0.1,
+    save_every: Annotated[int, typer.Option(help="Steps between evaluations, each followed by a checkpoint.")] = 200,
+    exact_search: Annotated[
+        float,
+        typer.Option(
+            help="Share of the steps, from the first, with exact neighbour search; then cell lists take over. Of use "
+            "with small cells (--set cell_sizes=…), which propose too few matches to learn recall from scratch."
+        ),
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of weights and of the order of blocks.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUTPUT.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUTPUT holds, at the end.")] = False,
+    push_to_hub: Annotated[str | None, typer.Option(help="Upload the trained model to this Hub repository.")] = None,
+) -> None:
+    """Train a model, from scratch or from another one, and save it as a transformers folder.
+
+    From scratch on the embedded corpus: `dfn-hf train my-model --size small`
+
+    The baseline on the same batches: `dfn-hf train my-llama --size small --model llama`
+
+    Fine-tune on your own text: `dfn-hf train my-poems --from dfn-tiny --data poems/ --lora`
+
+    After a kill: the same command with `--resume`. On several GPUs: `accelerate launch -m dfn_hf.cli train …`
+    """
+    from .blocks import corpus_blocks, spread, text_blocks
+    from .data import load_tokenizer
+    from .hub import push_folder, require_token
+    from .lora import add_lora
+    from .sizes import new_causal_lm
+    from .sources import load_causal_lm
+    from .training import TrainingSettings, check_output_folder, train_causal_lm
+
+    refuse(lora and start is None, "--lora needs --from: low-rank updates of random weights learn nothing")
+    refuse(start is not None and tokenizer is not None, "--from brings its own tokenizer: leave out --tokenizer")
+    refuse(start is not None and bool(fields), "--from brings its own configuration: leave out --set")
+    refuse(validation_data is not None and data is None, "--validation-data needs --data")
+    settings = TrainingSettings(
+        max_steps=steps,
+        batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=(
+            (1e-3 if lora else 3e-3 if start is None else 3e-4) if learning_rate is None else learning_rate
+        ),
+        warmup_share=warmup,
+        weight_decay=weight_decay,
+        save_interval=save_every,
+        exact_search_share=exact_search,
+        seed=seed,
+    )
+    check_output_folder(output, resume=resume, overwrite=overwrite)
+    if push_to_hub is not None:
+        require_token()
+
+    if start is None:
+        vocabulary = load_tokenizer(tokenizer or "bpe")
+        model = new_causal_lm(
+            vocabulary, architecture=architecture, size=size, seed=seed, **dict(map(parse_field, fields or ()))
+        )
+    else:
+        model, vocabulary = load_causal_lm(start)
+        model = add_lora(model, rank=lora_rank) if lora else model
+    if data is None:
+        blocks, held_out = corpus_blocks(vocabulary, block_size)
+    else:
+        blocks, held_out = text_blocks(
+            vocabulary, block_size, data, validation_data, text_field=text_field, streaming=streaming, seed=seed
+        )
+    text = "the embedded corpus of Shakespeare and the King James Bible" if data is None else data
+    result = train_causal_lm(
+        model,
+        vocabulary,
+        blocks,
+        spread(held_out, validation_blocks),
+        output,
+        settings,
+        provenance=f"Trained on {text}, in blocks of {block_size} tokens, "
+        f"{'from scratch' if start is None else f'from {start}'}{' with LoRA' if lora else ''}.",
+        resume=resume,
+        overwrite=overwrite,
+    )
+    typer.echo(f"validation loss {result.initial_loss:.4f} → {result.validation_loss:.4f} nats per token")
+    typer.echo(f"saved in {output}")
+    if push_to_hub is not None:
+        typer.echo(f"pushed to {push_folder(output, push_to_hub)}")
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    prompt: Annotated[str, typer.Option(help="Text to continue. Default: start a new document.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the most probable token each time.")] = 0.8,
+    top_k: Annotated[int, typer.Option(help="Sample among so many tokens; 0: among all.")] = 50,
+    top_p: Annotated[float, typer.Option(help="Sample among tokens that together have this probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Of the sampling. Default: another each time.")] = None,
+) -> None:
+    """Continue a prompt; the text appears as it grows.
+
+    Example: `dfn-hf generate my-model --prompt "To be, or not" --max-new-tokens 100 --temperature 0.7`
+    """
+    from transformers import TextStreamer
+
+    from .generation import generate_text
+    from .sources import load_causal_lm
+
+    loaded, tokenizer = load_causal_lm(model)
+    generate_text(
+        loaded,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        streamer=TextStreamer(tokenizer, skip_special_tokens=True),
+    )
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    data: Annotated[str | None, typer.Option(help="Text: a file or a folder. Default: the embedded corpus.")] = None,
+    split: Annotated[str, typer.Option(help="Of the embedded corpus: train, validation or test.")] = "validation",
+    text_field: Annotated[str, typer.Option(help="Field of JSON Lines that holds the text.")] = "text",
+    context_length: Annotated[int, typer.Option(help="Tokens read at a time.")] = 512,
+    stride: Annotated[
+        int | None,
+        typer.Option(help="Tokens from one window to the next; fewer give more context. Default: the context length."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Windows per forward pass.")] = 8,
+) -> None:
+    """Loss, perplexity, bits per byte and accuracy over documents; each token is scored once, none sees the future.
+
+    Example: `dfn-hf evaluate my-model --data book.txt --context-length 1024 --stride 512`
+    """
+    import torch
+
+    from .data import load_corpus, load_text
+    from .evaluation import evaluate_causal_lm
+    from .sources import load_causal_lm
+
+    documents = load_corpus(split) if data is None else load_text(data, text_field=text_field, streaming=True)
+    loaded, tokenizer = load_causal_lm(model)
+    found = evaluate_causal_lm(
+        loaded.to("cuda" if torch.cuda.is_available() else "cpu"),
+        tokenizer,
+        (document["text"] for document in documents),
+        context_length=context_length,
+        stride=stride,
+        batch_size=batch_size,
+    )
+    rows = {
+        "loss": f"{found.loss:.4f} nats per token",
+        "perplexity": f"{found.perplexity:.3f}",
+        "bits per byte": f"{found.bits_per_byte:.4f}",
+        "top-1 accuracy": f"{found.top1_accuracy:.2%}",
+        "top-5 accuracy": f"{found.top5_accuracy:.2%}",
+        "scored": f"{found.num_tokens:,} tokens, {found.num_bytes:,} bytes, {found.num_documents:,} documents",
+    }
+    echo_rows(rows)
+
+
+@app.command()
+def info(model: Annotated[str, typer.Argument(help=MODEL_HELP)]) -> None:
+    """Configuration, parameters, state per token and provenance of a model; its weights are not loaded.
+
+    Example: `dfn-hf info dfn-tiny`
+    """
+    from .info import describe_model
+
+    found = describe_model(model)
+    rows = {"path": found.path, "family": found.model_type, "parameters": f"{found.parameters:,}"}
+    if found.state_bytes_per_token is not None:
+        rows["state"] = f"{found.state_bytes_per_token:,} bytes per token"
+    echo_rows(rows | {field: str(value) for field, value in found.fields.items()})
+    if found.provenance is not None:
+        typer.echo(f"\n{found.provenance}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Argument(help="Folder for models and pictures; replaced.")] = Path("demo"),
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps of each model, to see it all sooner.")] = None,
+) -> None:
+    """Train a small DFN and a Llama of equal size on the same batches, compare them, generate, draw.
+
+    Takes less than ten minutes on two cores. Example: `dfn-hf demo --steps 20`
+    """
+    from .demo import run_demo
+
+    run_demo(output, **({} if steps is None else {"steps": steps}))
+
+
+def parse_field(assignment: str) -> tuple[str, Any]:
+    """Split FIELD=VALUE; the value is JSON, or else a string."""
+    import json
+
+    field, equals, value = assignment.partition("=")
+    refuse(not equals, f"--set {assignment} is not of the form FIELD=VALUE")
+    try:
+        return field, json.loads(value)
+    except json.JSONDecodeError:
+        return field, {"True": True, "False": False}.get(value, value)
+
+
+def refuse(mistaken: bool, message: str) -> None:
+    if mistaken:
+        raise ValueError(message)
+
+
+def echo_rows(rows: dict[str, str]) -> None:
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        typer.echo(f"{name:<{width}}  {value}")
+
+
+def is_user_error(error: Exception) -> bool:
+    """Whether the user can mend it: wrong values, files, network, memory, disk."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+    from torch import OutOfMemoryError
+
+    return isinstance(error, ValueError | OSError | OutOfMemoryError | SafetensorError | StrictDataclassError)
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error on one line; of a configuration's error, that of the check that failed."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    if isinstance(error, StrictDataclassError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(app())

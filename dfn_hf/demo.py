@@ -1,0 +1,96 @@
+"""The demonstration: a small DFN and a Llama of equal size, trained on the same batches, compared, used and drawn."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from .blocks import corpus_blocks, spread
+from .data import load_corpus, load_tokenizer
+from .evaluation import Evaluation, evaluate_causal_lm
+from .sizes import new_causal_lm
+from .sources import load_causal_lm
+from .training import TrainingResult, TrainingSettings, train_causal_lm
+from .visualization import flow_map, plot_flow_map, plot_loss_curves
+
+SIZE = "tiny"
+BLOCK_SIZE = 256
+BATCH_SIZE = 8
+STEPS = 300
+VALIDATION_BLOCKS = 64  # while training; the comparison at the end is over all validation documents
+# The best of 1e-3, 3e-3 and 6e-3 for each, by validation loss after 200 steps.
+LEARNING_RATES = {"dfn": 3e-3, "llama": 3e-3}
+PROMPT = "MACBETH.\nTo-morrow, and to-morrow, and to-morrow,\n"
+MAPPED_CHARACTERS = 600
+
+
+def run_demo(output: Path, *, steps: int = STEPS) -> None:
+    """Train both models, print how they compare, reload the DFN in a new process to generate, and draw two pictures.
+
+    Args:
+        output: folder; `dfn/` and `llama/` in it become transformers folders, `loss_curves.png` and `flow_map.png` the
+            pictures. What an earlier demonstration left there is replaced.
+        steps: optimizer steps of each model.
+    """
+    tokenizer = load_tokenizer("bpe")
+    blocks, held_out = corpus_blocks(tokenizer, BLOCK_SIZE)
+    output.mkdir(parents=True, exist_ok=True)
+    results: dict[str, TrainingResult] = {}
+    rows = []
+    for name, learning_rate in LEARNING_RATES.items():
+        model = new_causal_lm(tokenizer, architecture=name, size=SIZE)
+        print(f"\n{name}: {model.num_parameters():,} parameters, {steps} steps of {BATCH_SIZE * BLOCK_SIZE:,} tokens")
+        started = time.perf_counter()
+        results[name] = train_causal_lm(
+            model,
+            tokenizer,
+            blocks,
+            spread(held_out, VALIDATION_BLOCKS),
+            output / name,
+            TrainingSettings(
+                max_steps=steps,
+                batch_size=BATCH_SIZE,
+                learning_rate=learning_rate,
+                save_interval=max(1, steps // 6),
+            ),
+            provenance="The demonstration: trained from scratch on the embedded corpus of Shakespeare and the King "
+            f"James Bible, in blocks of {BLOCK_SIZE} tokens.",
+            overwrite=True,
+        )
+        seconds = time.perf_counter() - started
+        rows.append((name, model.num_parameters(), seconds, evaluate_saved(output / name, tokenizer)))
+
+    print_comparison(rows)
+    draw(output, results)
+    print(f"\n{output / 'dfn'} in a new process continues {PROMPT!r}:\n", flush=True)
+    generate = [sys.executable, "-m", "dfn_hf.cli", "generate", str(output / "dfn"), "--prompt", PROMPT, "--seed", "0"]
+    subprocess.run(generate, check=True)
+    print(f"\nModels and pictures are in {output}: dfn/, llama/, loss_curves.png, flow_map.png")
+
+
+def evaluate_saved(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
+    """Metrics of a saved model over the validation documents."""
+    model, _ = load_causal_lm(str(folder))
+    return evaluate_causal_lm(model, tokenizer, load_corpus("validation")["text"], context_length=BLOCK_SIZE)
+
+
+def print_comparison(rows: list[tuple[str, int, float, Evaluation]]) -> None:
+    """One line per model, over the same validation documents."""
+    print("\nValidation: two plays of Shakespeare and four books of the Bible that neither model has seen\n")
+    print("model     parameters  train s    loss  perplexity  bits/byte   top-1   top-5")
+    for name, parameters, seconds, found in rows:
+        print(
+            f"{name:<8}{parameters:>12,}{seconds:>9.0f}{found.loss:>8.3f}{found.perplexity:>12.1f}"
+            f"{found.bits_per_byte:>11.3f}{found.top1_accuracy:>8.1%}{found.top5_accuracy:>8.1%}"
+        )
+
+
+def draw(output: Path, results: dict[str, TrainingResult]) -> None:
+    """The loss curves of both runs, and a flow map of the DFN over the beginning of a validation document."""
+    histories = {name: result.history for name, result in results.items()}
+    plot_loss_curves(histories, path=str(output / "loss_curves.png"))
+    model, tokenizer = load_causal_lm(str(output / "dfn"))
+    text = load_corpus("validation")["text"][0][:MAPPED_CHARACTERS]
+    plot_flow_map(flow_map(model, tokenizer, text), path=str(output / "flow_map.png"))

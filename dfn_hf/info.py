@@ -1,0 +1,114 @@
+"""What there is to know of a model before it is used."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from transformers import AutoModelForCausalLM, Cache, PreTrainedConfig
+
+from .model_card import read_provenance
+from .sources import load_config, resolve_source
+
+# Families whose layers all hold the same state, so that one layer tells the size of all.
+UNIFORM_FAMILIES = ("dfn", "llama")
+SUMMARY_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "position_dim",
+    "num_neighbors",
+    "local_window",
+    "num_tables",
+    "candidates_per_table",
+    "search_implementation",
+    "memory_slots",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model in a few lines.
+
+    Attributes:
+        path: where it is loaded from.
+        model_type: its family.
+        parameters: their number, tied ones once.
+        state_bytes_per_token: what the cache grows by per token of a row, in the dtype the weights are saved in; None
+            where it is not known.
+        fields: the configuration's main fields.
+        provenance: what its model card says of text and training; None where it says nothing.
+    """
+
+    path: str
+    model_type: str
+    parameters: int
+    state_bytes_per_token: int | None
+    fields: dict[str, object]
+    provenance: str | None
+
+
+def describe_model(source: str) -> ModelInfo:
+    """Look at a causal language model without loading its weights.
+
+    Args:
+        source: a folder, an embedded checkpoint's name or a Hub id.
+
+    Raises:
+        ValueError: `source` is none of these, or holds no causal language model.
+    """
+    path = resolve_source(source)
+    config = load_config(source)
+    with torch.device("meta"):
+        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+    return ModelInfo(
+        path=path,
+        model_type=config.model_type,
+        parameters=parameters,
+        state_bytes_per_token=state_bytes_per_token(config) if config.model_type in UNIFORM_FAMILIES else None,
+        fields={field: getattr(config, field) for field in SUMMARY_FIELDS if hasattr(config, field)},
+        provenance=read_provenance(model_card_path(path)),
+    )
+
+
+def model_card_path(path: str) -> Path | None:
+    """The README.md of a folder or of a Hub repository, or None."""
+    if Path(path).is_dir():
+        card = Path(path) / "README.md"
+        return card if card.is_file() else None
+    try:
+        return Path(hf_hub_download(path, "README.md"))
+    except EntryNotFoundError:
+        return None
+
+
+@torch.no_grad()
+def state_bytes_per_token(config: PreTrainedConfig) -> int:
+    """What the cache of a uniform model grows by per token of a row, in bytes: measured on one of its layers."""
+    config = copy.deepcopy(config)
+    num_layers, config.num_hidden_layers, config.vocab_size = config.num_hidden_layers, 1, 8
+    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
+    model = AutoModelForCausalLM.from_config(config).eval()
+    short, long = 256, 512
+    sizes = [
+        cache_bytes(model(torch.zeros(1, length, dtype=torch.long), use_cache=True).past_key_values)
+        for length in (short, long)
+    ]
+    return num_layers * (sizes[1] - sizes[0]) // (long - short)
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of all tensors of a cache: those of dfn_hf's layers, or keys and values."""
+    total = 0
+    for layer in cache.layers:
+        states = getattr(layer, "states", None)
+        tensors = [layer.keys, layer.values] if states is None else [state.data for state in states.values()]
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return total
