@@ -39,7 +39,7 @@ class AblationSettings:
     lm_batch_size: int = 8
     lm_length: int = 256
     lm_windows: int = 128
-    recall_steps: int = 800
+    recall_steps: int = 1000
     recall_batch_size: int = 32
     long_length: int = 2048
     long_num_pairs: int = 120

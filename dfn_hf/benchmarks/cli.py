@@ -118,7 +118,7 @@ def ablations(
     ] = None,
     seeds: Seeds = 2,
     lm_steps: Annotated[int, typer.Option(min=1, help="Training steps of the byte language model.")] = 400,
-    recall_steps: Annotated[int, typer.Option(min=1, help="Training steps of the recall model.")] = 800,
+    recall_steps: Annotated[int, typer.Option(min=1, help="Training steps of the recall model.")] = 1000,
     long_length: Annotated[int, typer.Option(help="Length of the long recall task.")] = 2048,
     long_num_pairs: Annotated[int, typer.Option(help="Key-value pairs in it.")] = 120,
     results: Results = RESULTS_FOLDER / "ablations.csv",

@@ -11,12 +11,12 @@ IGNORED = -100
 def recall_batch(
     generator: torch.Generator, *, batch_size: int, length: int, num_pairs: int, vocab_size: int
 ) -> dict[str, torch.Tensor]:
-    """One batch of `num_pairs` key-value pairs, random filler, then every key once more, in random order.
+    """One batch of `num_pairs` key-value pairs, then random filler with every key once more among it, as a query.
 
     Keys come from the lower half of the vocabulary and values from the upper, each without repetition. As in Zoology
-    a query is a key alone: its value is a label and no input, and a filler token follows. Unlike there filler is never
-    one of the sequence's keys, so that the pair alone tells the answer, and the queries stand at the end, so that the
-    distance to every pair grows with the length.
+    a query is a key alone, an even number of tokens behind the pairs; its value is a label and no input. Unlike there
+    filler is never one of the sequence's keys, so that the pair alone tells the answer, and queries are spread evenly
+    over the sequence, not crowded behind the pairs, so that the distance to a pair grows with the length.
 
     Returns:
         `input_ids` and `labels`, `[batch_size, length]` int64; labels are the values, one column after their query
@@ -34,14 +34,14 @@ def recall_batch(
     def draw(count: int) -> torch.Tensor:
         return torch.rand(batch_size, count, generator=generator).argsort(dim=1)[:, :num_pairs]
 
-    keys, values, order = draw(half), half + draw(half), draw(num_pairs)
+    keys, values = draw(half), half + draw(half)
+    queries = 2 * num_pairs + 2 * draw((length - 2 * num_pairs) // 2)
     is_filler = torch.ones(batch_size, vocab_size).scatter_(1, keys, 0.0)
     input_ids = torch.multinomial(is_filler, length, replacement=True, generator=generator)
     input_ids[:, 0 : 2 * num_pairs : 2] = keys
     input_ids[:, 1 : 2 * num_pairs : 2] = values
-    input_ids[:, length - 2 * num_pairs :: 2] = keys.gather(1, order)
-    labels = torch.full_like(input_ids, IGNORED)
-    labels[:, length - 2 * num_pairs + 1 :: 2] = values.gather(1, order)
+    input_ids.scatter_(1, queries, keys)
+    labels = torch.full_like(input_ids, IGNORED).scatter_(1, queries + 1, values)
     return {"input_ids": input_ids, "labels": labels}
 
 
