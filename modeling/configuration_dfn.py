@@ -155,8 +155,8 @@ class DFNConfig(PreTrainedConfig):
         cells = max(ball_cells_per_axis(self.position_dim, sizes)) ** grid_axes(self.position_dim)
         if cells > MAX_CELLS:
             raise ValueError(
-                f"`cell_sizes` down to {min(sizes):g} divide the ball of `position_dim` {self.position_dim} into {cells} "
-                f"cells: a table may have at most {MAX_CELLS}, take larger cells."
+                f"`cell_sizes` down to {min(sizes):g} divide the ball of `position_dim` {self.position_dim} into "
+                f"{cells} cells: a table may have at most {MAX_CELLS}, take larger cells."
             )
 
 

@@ -556,6 +556,11 @@ class DFNModel(DFNPreTrainedModel):
         if inputs_embeds is None:
             check_ids(input_ids, config.vocab_size)
             inputs_embeds = self.embed_tokens(input_ids)
+        elif inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != config.hidden_size:
+            raise ValueError(
+                f"inputs_embeds must be [batch, length, hidden_size] with a hidden_size of {config.hidden_size}, got "
+                f"{list(inputs_embeds.shape)}."
+            )
         batch, length, _ = inputs_embeds.shape
         if length == 0 or batch == 0:
             raise ValueError(f"The input is empty: batch {batch}, length {length}. Pass at least one token.")
@@ -563,7 +568,7 @@ class DFNModel(DFNPreTrainedModel):
         use_cache = config.use_cache if use_cache is None else use_cache
         packed = segment_ids is not None
         if not packed and past_key_values is None and attention_mask is None:
-            segment_ids = packed_segments(position_ids, batch)
+            segment_ids = packed_segments(position_ids, batch, length)
             packed = segment_ids is not None
         if self.gradient_checkpointing and self.training and (use_cache or past_key_values is not None):
             logger.warning_once("A cache cannot be kept while gradients are checkpointed: going on without.")
@@ -572,16 +577,17 @@ class DFNModel(DFNPreTrainedModel):
             raise ValueError("segment_ids cannot be combined with past_key_values: continue one document per row.")
         if use_cache and past_key_values is None and not packed:
             past_key_values = DynamicCache(config=config)
-        states: list[StateLayer | None] = [None] * len(self.layers)
+        layers = self.layers[: config.num_hidden_layers]  # early-exit decoding lowers it for its drafts
+        states: list[StateLayer | None] = [None] * len(layers)
         if past_key_values is not None:
-            states = state_layers(past_key_values, len(self.layers))
+            states = state_layers(past_key_values, len(layers))
 
         check_search(config, states[0])
         rows = self._rows(inputs_embeds, attention_mask, segment_ids, states)
         hidden_states = rows.compact(inputs_embeds)
         all_states, all_weights, all_entities = [], [], []
         origin = None
-        for layer, state in zip(self.layers, states, strict=True):
+        for layer, state in zip(layers, states, strict=True):
             if output_hidden_states:
                 all_states.append(rows.scatter(hidden_states))
             hidden_states, origin, influence, entities, weights = layer(
@@ -683,10 +689,15 @@ def column_mask(attention_mask: torch.Tensor | None, batch: int, length: int, pa
     return attention_mask[:, -length:].bool()
 
 
-def packed_segments(position_ids: torch.Tensor | None, batch: int) -> torch.Tensor | None:
+def packed_segments(position_ids: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
     """Segment ids from positions that start again, None if they never do."""
     if position_ids is None:
         return None
+    if position_ids.shape not in ((batch, length), (1, length)):
+        raise ValueError(
+            f"position_ids must be [batch, length] = {[batch, length]} or {[1, length]}, "
+            f"got {list(position_ids.shape)}."
+        )
     jumps = position_ids[:, 1:] != position_ids[:, :-1] + 1
     if not jumps.any():
         return None
