@@ -5,18 +5,30 @@ from transformers import PreTrainedTokenizerBase
 
 from .data import load_corpus, load_text, pack, tokenize
 
+NUM_VALIDATION = 128
 HELD_OUT_SHARE = 0.05
 HELD_OUT_OF_STREAM = 64
 SHUFFLE_BUFFER = 1024
 
 
-def corpus_blocks(tokenizer: PreTrainedTokenizerBase, block_size: int) -> tuple[Dataset, Dataset]:
-    """Blocks of the embedded corpus: its train split and its validation split."""
+def corpus_blocks(
+    tokenizer: PreTrainedTokenizerBase, block_size: int, *, num_validation: int = NUM_VALIDATION
+) -> tuple[Dataset, Dataset]:
+    """Blocks of the embedded corpus: all of its train split, and some of its validation split.
+
+    Args:
+        tokenizer: of the model to train.
+        block_size: tokens per block.
+        num_validation: how many blocks to validate on at most, spread evenly.
+
+    Raises:
+        ValueError: `block_size` is below 2 or `num_validation` below 1.
+    """
     train, validation = (
         pack(tokenize(load_corpus(split), tokenizer), block_size, pad_token_id=padding(tokenizer))
         for split in ("train", "validation")
     )
-    return train, validation
+    return train, spread(validation, num_validation)
 
 
 def text_blocks(
@@ -25,6 +37,7 @@ def text_blocks(
     data: str,
     validation_data: str | None = None,
     *,
+    num_validation: int = NUM_VALIDATION,
     text_field: str = "text",
     streaming: bool = False,
     seed: int = 0,
@@ -37,12 +50,13 @@ def text_blocks(
         data: file or folder, as `load_text` takes it.
         validation_data: likewise; without it the last 5 % of the blocks of `data` are held out, and of a stream the
             first 64.
+        num_validation: how many blocks to validate on at most, spread evenly; of a stream the first.
         text_field: of JSON Lines.
         streaming: read `data` while training, its blocks shuffled within a buffer of 1,024.
         seed: of that shuffling.
 
     Raises:
-        ValueError: no text, or too little to hold some of it out.
+        ValueError: no text, or too little to hold some of it out; `block_size` below 2 or `num_validation` below 1.
     """
 
     def blocks(path: str) -> Dataset | IterableDataset:
@@ -64,7 +78,7 @@ def text_blocks(
         train, validation = train.select(range(first_held_out)), train.select(range(first_held_out, len(train)))
     if isinstance(train, IterableDataset):
         train = train.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-    return train, validation
+    return train, spread(validation, num_validation)
 
 
 def spread(blocks: Dataset | IterableDataset, at_most: int) -> Dataset | IterableDataset:
@@ -74,7 +88,7 @@ def spread(blocks: Dataset | IterableDataset, at_most: int) -> Dataset | Iterabl
         ValueError: `at_most` is below 1.
     """
     if at_most < 1:
-        raise ValueError(f"the number of blocks to validate on must be at least 1, got {at_most}")
+        raise ValueError(f"num_validation must be at least 1, got {at_most}")
     if isinstance(blocks, IterableDataset):
         return blocks.take(at_most)
     number = min(at_most, len(blocks))

@@ -103,7 +103,7 @@ def train(
 
     After a kill: the same command with `--resume`. On several GPUs: `accelerate launch -m dfn_hf.cli train …`
     """
-    from .blocks import corpus_blocks, spread, text_blocks
+    from .blocks import corpus_blocks, text_blocks
     from .data import load_tokenizer
     from .hub import push_folder, require_token
     from .lora import add_lora
@@ -132,26 +132,34 @@ def train(
     if push_to_hub is not None:
         require_token()
 
+    model: Any
     if start is None:
         vocabulary = load_tokenizer(tokenizer or "bpe")
         model = new_causal_lm(
             vocabulary, architecture=architecture, size=size, seed=seed, **dict(map(parse_field, fields or ()))
         )
     else:
-        model, vocabulary = load_causal_lm(start)
-        model = add_lora(model, rank=lora_rank) if lora else model
+        loaded, vocabulary = load_causal_lm(start)
+        model = add_lora(loaded, rank=lora_rank) if lora else loaded
     if data is None:
-        blocks, held_out = corpus_blocks(vocabulary, block_size)
+        blocks, held_out = corpus_blocks(vocabulary, block_size, num_validation=validation_blocks)
     else:
         blocks, held_out = text_blocks(
-            vocabulary, block_size, data, validation_data, text_field=text_field, streaming=streaming, seed=seed
+            vocabulary,
+            block_size,
+            data,
+            validation_data,
+            num_validation=validation_blocks,
+            text_field=text_field,
+            streaming=streaming,
+            seed=seed,
         )
     text = "the embedded corpus of Shakespeare and the King James Bible" if data is None else data
     result = train_causal_lm(
         model,
         vocabulary,
         blocks,
-        spread(held_out, validation_blocks),
+        held_out,
         output,
         settings,
         provenance=f"Trained on {text}, in blocks of {block_size} tokens, "
@@ -215,8 +223,6 @@ def evaluate(
 
     Example: `dfn-hf evaluate my-model --data book.txt --context-length 1024 --stride 512`
     """
-    import torch
-
     from .data import load_corpus, load_text
     from .evaluation import evaluate_causal_lm
     from .sources import load_causal_lm
@@ -224,7 +230,7 @@ def evaluate(
     documents = load_corpus(split) if data is None else load_text(data, text_field=text_field, streaming=True)
     loaded, tokenizer = load_causal_lm(model)
     found = evaluate_causal_lm(
-        loaded.to("cuda" if torch.cuda.is_available() else "cpu"),
+        loaded,
         tokenizer,
         (document["text"] for document in documents),
         context_length=context_length,

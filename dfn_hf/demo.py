@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from .blocks import corpus_blocks, spread
+from .blocks import corpus_blocks
 from .data import load_corpus, load_tokenizer
 from .evaluation import Evaluation, evaluate_causal_lm
 from .sizes import new_causal_lm
@@ -35,7 +35,7 @@ def run_demo(output: Path, *, steps: int = STEPS) -> None:
         steps: optimizer steps of each model.
     """
     tokenizer = load_tokenizer("bpe")
-    blocks, held_out = corpus_blocks(tokenizer, BLOCK_SIZE)
+    blocks, held_out = corpus_blocks(tokenizer, BLOCK_SIZE, num_validation=VALIDATION_BLOCKS)
     output.mkdir(parents=True, exist_ok=True)
     results: dict[str, TrainingResult] = {}
     rows = []
@@ -47,7 +47,7 @@ def run_demo(output: Path, *, steps: int = STEPS) -> None:
             model,
             tokenizer,
             blocks,
-            spread(held_out, VALIDATION_BLOCKS),
+            held_out,
             output / name,
             TrainingSettings(
                 max_steps=steps,

@@ -56,7 +56,7 @@ def generate_text(
     )
     if seed is not None:
         set_seed(seed)
-    output = model.generate(
+    output = model.generate(  # type: ignore[operator]
         input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config, streamer=streamer
     )
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))

@@ -109,6 +109,7 @@ def cache_bytes(cache: Cache) -> int:
     total = 0
     for layer in cache.layers:
         states = getattr(layer, "states", None)
-        tensors = [layer.keys, layer.values] if states is None else [state.data for state in states.values()]
+        names = ("keys", "values")
+        tensors = [getattr(layer, name) for name in names] if states is None else [s.data for s in states.values()]
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return total

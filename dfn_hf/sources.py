@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -50,10 +51,16 @@ def load_config(source: str) -> PreTrainedConfig:
 
 
 def load_causal_lm(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The causal language model, in evaluation mode, and the tokenizer at `source`; see `resolve_source`."""
+    """The causal language model and the tokenizer at `source`; see `resolve_source`.
+
+    The model is in evaluation mode, and on the GPU where there is one.
+    """
     path = resolve_source(source)
     with clear_hub_errors(path):
-        return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    if torch.cuda.is_available():
+        model.cuda()  # type: ignore[call-arg]
+    return model, tokenizer
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -180,7 +180,7 @@ def train_causal_lm(
     settings = settings or TrainingSettings()
     output_folder = Path(output_folder)
     check_output_folder(output_folder, resume=resume, overwrite=overwrite)
-    base_model = model.get_base_model() if isinstance(model, PeftModel) else model
+    base_model = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
     if len(tokenizer) > base_model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens but the model's vocab_size is {base_model.config.vocab_size}: "
@@ -277,8 +277,8 @@ def export(
     """Write the transformers folder of `result`, whole or not at all."""
     with whole_folder(result.folder) as folder:
         if isinstance(model, PeftModel):
-            model.save_pretrained(folder / "adapter")
-            model = model.merge_and_unload()
+            model.save_pretrained(str(folder / "adapter"))
+            model = cast(PreTrainedModel, model.merge_and_unload())
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / LOG_FILE).write_text(json.dumps(result.history, indent=1))

@@ -71,7 +71,7 @@ def flow_map(
     token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not token_ids:
         raise ValueError("text is empty: give a text to map")
-    words = [tokenizer.decode([token_id]) for token_id in token_ids]
+    words = [str(tokenizer.decode([token_id])) for token_id in token_ids]
     reader = choose_reader(words, word)
 
     input_ids = torch.tensor([token_ids], device=model.device)
@@ -130,15 +130,15 @@ def plot_flow_map(
     )
     past, future = rest[: reader + 1], rest[reader + 1 :]
     age = np.linspace(0, 1, len(past))
-    axes.scatter(*past.T, c=age, cmap="Greys", vmin=-0.6, vmax=1.4, s=14, linewidths=0, zorder=2)
-    axes.scatter(*future.T, facecolors="white", edgecolors=MUTED, s=12, linewidths=0.6, zorder=2)
+    axes.scatter(past[:, 0], past[:, 1], c=age, cmap="Greys", vmin=-0.6, vmax=1.4, s=14, linewidths=0, zorder=2)
+    axes.scatter(future[:, 0], future[:, 1], facecolors="white", edgecolors=MUTED, s=12, linewidths=0.6, zorder=2)
     for index in linked:
         colour = FAR if index in far else LOCAL
         width = 0.6 + 4 * flow.weights[index] / flow.weights.max()
         axes.plot(*zip(moved[reader], rest[index], strict=True), color=colour, lw=width, alpha=0.45, zorder=3)
-        axes.scatter(*rest[index], color=colour, s=26, linewidths=0, zorder=4)
+        axes.scatter(rest[index, 0], rest[index, 1], color=colour, s=26, linewidths=0, zorder=4)
     axes.annotate("", moved[reader], rest[reader], arrowprops={"arrowstyle": "-|>", "color": INK, "lw": 1.6}, zorder=5)
-    axes.scatter(*rest[reader], color=INK, s=40, zorder=6)
+    axes.scatter(rest[reader, 0], rest[reader, 1], color=INK, s=40, zorder=6)
 
     for name, colour in (("far, found by the search", FAR), ("in the local window", LOCAL)):
         axes.plot([], [], color=colour, lw=2.5, alpha=0.7, label=name)
@@ -209,13 +209,13 @@ def in_the_plane(
     if dimensions is not None:
         if not all(0 <= dimension < rest.shape[1] for dimension in dimensions):
             raise ValueError(f"dimensions is {dimensions}: a position has dimensions 0 to {rest.shape[1] - 1}")
-        first, second = dimensions
-        return rest[:, dimensions], moved[:, dimensions], (f"dimension {first}", f"dimension {second}")
+        names = (f"dimension {dimensions[0]}", f"dimension {dimensions[1]}")
+        return rest[:, dimensions], moved[:, dimensions], names
     centre = rest.mean(axis=0)
     _, spread, axes = np.linalg.svd(rest - centre, full_matrices=False)
     share = spread[:2] ** 2 / max((spread**2).sum(), np.finfo(spread.dtype).tiny)
-    names = tuple(f"principal axis {axis + 1} ({share[axis]:.0%} of the spread)" for axis in range(2))
-    return (rest - centre) @ axes[:2].T, (moved - centre) @ axes[:2].T, names
+    first, second = (f"principal axis {axis + 1} ({share[axis]:.0%} of the spread)" for axis in range(2))
+    return (rest - centre) @ axes[:2].T, (moved - centre) @ axes[:2].T, (first, second)
 
 
 def write_words(
