@@ -20,7 +20,6 @@ class Rows:
         index: int64 `[batch, length]`, place in the whole row, the entities of earlier calls included.
         reach: int64 `[batch, length]`, how many of the entities just before it belong to the same segment.
         segment: int64 `[batch, length]`, number of the segment within its row; None if rows are one segment.
-        aligned_past: entities of earlier calls if their number is the same in every row, else None.
     """
 
     mask: torch.Tensor | None
@@ -29,7 +28,6 @@ class Rows:
     index: torch.Tensor
     reach: torch.Tensor
     segment: torch.Tensor | None
-    aligned_past: int | None
 
     def compact(self, columns: torch.Tensor) -> torch.Tensor:
         """Columns `[batch, length, ...]` → rows of the same shape, zero after the last real entity."""
@@ -78,7 +76,7 @@ def lay_rows(
         index = (places + aligned_past).expand(batch, length)
     else:
         index = places + past[:, None]
-    rows = Rows(None, None, None, index, index, None, aligned_past)
+    rows = Rows(None, None, None, index, index, None)
     if mask is not None:
         order = (~mask).int().argsort(dim=1, stable=True)
         rows = replace(rows, mask=mask, order=order, counts=mask.sum(dim=1))

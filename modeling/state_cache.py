@@ -31,8 +31,12 @@ class FixedState:
     def to(self, device: torch.device) -> None:
         self.data = self.data.to(device)
 
-    def crop(self, old: torch.Tensor, new: torch.Tensor) -> None:
+    def check_crop(self, old: torch.Tensor, new: torch.Tensor) -> None:
+        """Raise a ValueError if rows of `old` entities cannot be cut to `new`; nothing has been cropped yet."""
         raise ValueError("This cache holds state that cannot be taken back: crop() is not possible.")
+
+    def crop(self, layer: "StateLayer", old: torch.Tensor, new: torch.Tensor) -> None:
+        """Cut rows of `old` entities to `new`, int64 `[batch]`."""
 
     def trim(self) -> None:
         """Forget what only `crop` needs."""
@@ -69,8 +73,8 @@ class AppendState(FixedState):
             return self.data.clone().scatter(2, places, new)
         return self.data
 
-    def crop(self, old: torch.Tensor, new: torch.Tensor) -> None:
-        """Nothing to do: what lies beyond a row's length is never read and will be overwritten."""
+    def check_crop(self, old: torch.Tensor, new: torch.Tensor) -> None:
+        """Nothing to do, here and in `crop`: what lies beyond a row's length is never read and will be overwritten."""
 
 
 class TailState(FixedState):
@@ -79,17 +83,19 @@ class TailState(FixedState):
     def __init__(self, data: torch.Tensor, size: int):
         super().__init__(data)
         self.size = size
-        self.seen = 0
 
-    def crop(self, old: torch.Tensor, new: torch.Tensor) -> None:
-        removed = (old - new).to(self.data.device)
+    def check_crop(self, old: torch.Tensor, new: torch.Tensor) -> None:
         held = self.data.shape[1]
-        kept = held - removed
-        if bool(((kept < self.size) & (old.to(kept.device) > held)).any()):
+        needed = old - new + self.size
+        if self.size and bool(((needed > held) & (old > held)).any()):
             raise ValueError(
-                f"crop() would need {int(removed.max()) + self.size} past inputs and {held} were kept. "
+                f"crop() would need {int(needed.max())} past inputs and {held} were kept. "
                 "Call activate_past_recording() on the cache before the tokens that may be cropped."
             )
+
+    def crop(self, layer: "StateLayer", old: torch.Tensor, new: torch.Tensor) -> None:
+        removed = (old - new).to(self.data.device)
+        held = self.data.shape[1]
         places = torch.arange(held, device=self.data.device) - removed[:, None]
         rows = self.data.gather(1, places.clamp(min=0)[..., None].expand_as(self.data))
         self.data = torch.where((places >= 0)[..., None], rows, rows.new_zeros(()))
@@ -104,6 +110,12 @@ class TableState(FixedState):
     def __init__(self, data: torch.Tensor, undo: Callable[["StateLayer", torch.Tensor, torch.Tensor], None]):
         super().__init__(data)
         self.undo = undo
+
+    def check_crop(self, old: torch.Tensor, new: torch.Tensor) -> None:
+        """Nothing to do: `undo` takes back any number."""
+
+    def crop(self, layer: "StateLayer", old: torch.Tensor, new: torch.Tensor) -> None:
+        self.undo(layer, old, new)
 
 
 class StateLayer(CacheLayerMixin):
@@ -215,7 +227,7 @@ class StateLayer(CacheLayerMixin):
         past = state.data[:, state.data.shape[1] - size :]
         history = torch.cat([past, new], dim=1)
         everything = torch.cat([state.data, new.detach()], dim=1)
-        keep = everything.shape[1] if self.record_past else size
+        keep = everything.shape[1] if self.record_past and size else size
         if counts is None:
             state.data = everything[:, everything.shape[1] - keep :].clone()
         else:
@@ -303,18 +315,14 @@ class StateLayer(CacheLayerMixin):
             raise ValueError(f"crop({-removed}) was asked of a cache that holds {self.columns} tokens.")
         if removed:
             old = self.lengths
+            new = old - (removed if self.mask is None else self.mask[:, self.columns - removed :].sum(dim=1))
+            self._each(lambda state: state.check_crop(old, new))
+            self._each(lambda state: state.crop(self, old, new))
             if self.mask is None:
-                new = old - removed
                 self.aligned -= removed
             else:
-                new = old - self.mask[:, self.columns - removed :].sum(dim=1)
                 self.mask = self.mask[:, : self.columns - removed]
                 self.aligned = None
-            for state in self.states.values():
-                if isinstance(state, TableState):
-                    state.undo(self, old, new)
-                else:
-                    state.crop(old, new)
             self.lengths = new
             self.columns -= removed
         self._each(lambda state: state.trim())
@@ -326,7 +334,7 @@ def state_layers(past_key_values: Cache, num_layers: int) -> list[StateLayer]:
     Raises:
         ValueError: the cache was made for something else.
     """
-    layers = past_key_values.layers
+    layers = getattr(past_key_values, "layers", ())
     # Reached by attribute, not by class: code loaded from the Hub and the installed package have each their own class.
     if len(layers) < num_layers or not all(hasattr(layer, "commit") for layer in layers[:num_layers]):
         raise ValueError(
