@@ -155,12 +155,11 @@ class TestModels:
         with pytest.raises(ValueError, match="raise intermediate_size"):
             build_model("llama", dataclasses.replace(TINY, intermediate_size=1, hidden_size=128))
 
-    def test_convolution_starts_as_identity_and_is_causal(self):
+    def test_convolution_starts_near_the_identity_and_is_causal(self):
         torch.manual_seed(0)
         model = build_model("llama-conv", TINY).eval()
-        conv = model.model.layers[0].self_attn.conv
-        assert torch.equal(conv.weight, torch.tensor([0.0, 0.0, 0.0, 1.0]).expand_as(conv.weight))
-        torch.nn.init.normal_(conv.weight)
+        weight = model.model.layers[0].self_attn.conv.weight
+        assert torch.all(weight[..., -1] == 1) and 0.2 < weight[..., :-1].std() < 0.4
         tokens = torch.randint(256, (1, 12))
         changed = tokens.clone()
         changed[0, 7] = (tokens[0, 7] + 1) % 256

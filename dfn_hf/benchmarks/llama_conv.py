@@ -10,6 +10,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
 from transformers.utils import TransformersKwargs
 
+from dfn_hf.modeling.modeling_dfn import near_identity
+
 CONV_KERNEL = 4
 
 
@@ -57,7 +59,7 @@ class ConvGatedAttention(LlamaAttention):
 
 
 class ConvGatedLlamaModel(LlamaModel):
-    """`LlamaModel` with `ConvGatedAttention` in every layer; the convolutions start as the identity."""
+    """`LlamaModel` with `ConvGatedAttention` in every layer; the convolutions start as DFN's do."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config)
@@ -69,8 +71,7 @@ class ConvGatedLlamaModel(LlamaModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, nn.Conv1d):
-            identity = torch.eye(CONV_KERNEL, device=module.weight.device)[-1]
-            init.copy_(module.weight, identity.expand_as(module.weight))
+            init.copy_(module.weight, near_identity(module.weight))
 
 
 class ConvGatedLlamaForCausalLM(LlamaForCausalLM):
