@@ -1,0 +1,66 @@
+"""Data parallel training over two processes equals one process."""
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.families import FAMILIES, draw_ids, draw_model
+
+PROCESSES = 2
+ROWS = 4
+SEED = 3
+
+
+def draw_batch():
+    """Ids and labels `[rows, length]`; rows have different numbers of labels."""
+    ids = draw_ids(ROWS, 40, 0)
+    labels = ids.clone()
+    for row in range(ROWS):
+        labels[row, : 9 * row] = -100
+    return ids, labels
+
+
+def gradients_of_all(model):
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def train(rank, cases, rendezvous, results):
+    """Loss and gradients of each case over the rows of this process, as `DistributedDataParallel` leaves them."""
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=PROCESSES)
+    try:
+        torch.set_num_threads(1)
+        ids, labels = draw_batch()
+        num_items = (labels[:, 1:] != -100).sum()
+        mine = slice(rank * ROWS // PROCESSES, (rank + 1) * ROWS // PROCESSES)
+        found = []
+        for family, options in cases:
+            # Every parameter must take part: unused ones would hang the reduction, or need a search for them.
+            model = DistributedDataParallel(draw_model(family, SEED, **options).train())
+            # As Trainer does: scaled by all labels and, since DDP takes the mean of gradients, by the processes.
+            loss = model(ids[mine], labels=labels[mine], num_items_in_batch=num_items, use_cache=False).loss
+            (loss * PROCESSES).backward()
+            loss = loss.detach()
+            dist.all_reduce(loss)
+            found.append((loss, gradients_of_all(model.module)))
+        torch.save(found, results / f"{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+CASES = [("dfn", {"memory_slots": 2, "readout_window": 3}), ("dfn", {"carry_positions": True, "memory_slots": 0})]
+
+
+def test_two_processes_equal_one(tmp_path):
+    assert {family for family, _ in CASES} == set(FAMILIES)
+    mp.spawn(train, (CASES, tmp_path / "rendezvous", tmp_path), nprocs=PROCESSES)
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(PROCESSES)]
+    ids, labels = draw_batch()
+    for case, (family, options) in enumerate(CASES):
+        model = draw_model(family, SEED, **options).train()
+        expected = model(ids, labels=labels, use_cache=False).loss
+        expected.backward()
+        for loss, gradients in (of_rank[case] for of_rank in found):
+            assert torch.allclose(loss, expected, atol=1e-6)
+            for name, gradient in gradients_of_all(model).items():
+                assert torch.allclose(gradients[name], gradient, atol=1e-9, rtol=0), name
