@@ -33,7 +33,7 @@ class ByteLMSettings:
     hidden_size: int = 128
     num_hidden_layers: int = 5
     num_attention_heads: int = 4
-    intermediate_size: int = 256
+    intermediate_size: int = 384
     evaluation_windows: int = 256
     device: str = "cpu"
 
@@ -141,15 +141,15 @@ def run_byte_lm(
         changed = replace(settings, **changes)
         return changed, results.run(changed, lambda missing: measure_byte_lm(missing, report))
 
-    finished = []
+    best_rates = {}
     for model in models:
         searched = [
             run(model=model, seed=SEARCH_SEED, steps=search_steps, learning_rate=rate) for rate in learning_rates
         ]
-        best_rate = min(searched, key=lambda pair: pair[1].loss)[0].learning_rate
-        report(f"{model}: learning rate {best_rate:g}")
-        finished += [run(model=model, seed=seed, learning_rate=best_rate) for seed in seeds]
-    return finished
+        best_rates[model] = min(searched, key=lambda pair: pair[1].loss)[0].learning_rate
+        report(f"{model}: learning rate {best_rates[model]:g}")
+    # All models of a seed before the next seed: a table cut short compares like with like.
+    return [run(model=model, seed=seed, learning_rate=best_rates[model]) for seed in seeds for model in models]
 
 
 def byte_lm_table(results: list[tuple[ByteLMSettings, ByteLMMeasures]]) -> str:

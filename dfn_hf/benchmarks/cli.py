@@ -74,7 +74,7 @@ def lm(
     hidden_size: Annotated[int, typer.Option(min=1)] = 128,
     num_hidden_layers: Annotated[int, typer.Option(min=1)] = 5,
     num_attention_heads: Annotated[int, typer.Option(min=1)] = 4,
-    intermediate_size: Annotated[int, typer.Option(min=1, help="The DFN's; a Llama's follows.")] = 256,
+    intermediate_size: Annotated[int, typer.Option(min=1, help="The DFN's; a Llama's follows.")] = 384,
     evaluation_windows: Annotated[int, typer.Option(min=1, help="Validation windows.")] = 256,
     results: Results = RESULTS_FOLDER / "lm.csv",
     threads: Threads = 1,
