@@ -1,14 +1,13 @@
 """The training loop of the benchmarks, the same for every model: AdamW, warm-up, cosine decay, clipping at 1.0."""
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, get_wsd_schedule
 
-from .machine import synchronize
+from .machine import clock, synchronize
 
 MAX_GRADIENT_NORM = 1.0
 WEIGHT_DECAY = 0.1
@@ -55,7 +54,7 @@ def fit(
     model.train()
     seconds, largest = 0.0, 0.0
     for step in range(1, steps + 1):
-        started = time.perf_counter()
+        started = clock(device)
         batch = {name: tensor.to(device) for name, tensor in next(batches).items()}
         loss = model(**batch, use_cache=False).loss
         loss.backward()
@@ -69,7 +68,7 @@ def fit(
         scheduler.step()
         optimizer.zero_grad()
         synchronize(device)
-        seconds += time.perf_counter() - started
+        seconds += clock(device) - started
         if evaluate is not None and (step % evaluate_every == 0 or step == steps):
             model.eval()
             evaluate(step)

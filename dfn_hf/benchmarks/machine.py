@@ -3,6 +3,7 @@
 import multiprocessing
 import platform
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -39,6 +40,13 @@ def synchronize(device: str) -> None:
     """Wait until the device has finished what was asked of it, so that a clock read afterwards is right."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def clock(device: str) -> float:
+    """Seconds since some moment: of the processor for one CPU thread, so that other programs count for nothing, else of
+    the wall."""
+    one_thread = torch.device(device).type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time() if one_thread else time.perf_counter()
 
 
 def peak_memory_mib(device: str) -> float:

@@ -1,6 +1,5 @@
 """A million tokens in one forward pass, and the same in chunks through the cache: time, memory, equal last logits."""
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from transformers import PreTrainedModel, set_seed
 from dfn_hf import DFNConfig, DFNForCausalLM
 
 from .byte_text import VOCAB_SIZE
-from .machine import describe_machine, peak_memory_mib, run_isolated, set_up_device, synchronize
+from .machine import clock, describe_machine, peak_memory_mib, run_isolated, set_up_device, synchronize
 from .results import ResultsFile, markdown_table
 from .scaling import corpus_bytes
 
@@ -86,10 +85,10 @@ def _last_logits(settings: MillionSettings, chunk_length: int) -> tuple[torch.Te
     set_up_device(settings.device, settings.threads)
     model = _build(settings)
     input_ids = corpus_bytes(settings.length).to(device=settings.device)
-    started = time.perf_counter()
+    started = clock(settings.device)
     logits = _prefill(model, input_ids, chunk_length)
     synchronize(settings.device)
-    seconds = time.perf_counter() - started
+    seconds = clock(settings.device) - started
     return logits.cpu(), seconds, peak_memory_mib(settings.device), describe_machine(settings.device)
 
 

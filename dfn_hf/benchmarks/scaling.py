@@ -2,7 +2,6 @@
 
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,7 +13,7 @@ from transformers import set_seed
 from dfn_hf.corpus import load_corpus
 
 from .byte_text import VOCAB_SIZE
-from .machine import describe_machine, peak_memory_mib, run_isolated, set_up_device, synchronize
+from .machine import clock, describe_machine, peak_memory_mib, run_isolated, set_up_device, synchronize
 from .models import ModelSize, build_model, count_parameters
 from .results import ResultsFile, markdown_table
 
@@ -189,11 +188,11 @@ def _time_mixers(model: torch.nn.Module, device: str) -> _MixerClock:
 
     def start(*_) -> None:
         synchronize(device)
-        started[0] = time.perf_counter()
+        started[0] = clock(device)
 
     def stop(*_) -> None:
         synchronize(device)
-        clock.seconds += time.perf_counter() - started[0]
+        clock.seconds += clock(device) - started[0]
 
     for module in model.modules():
         if type(module).__name__.endswith("Attention"):
@@ -205,10 +204,10 @@ def _time_mixers(model: torch.nn.Module, device: str) -> _MixerClock:
 @torch.no_grad()
 def _forward(model: torch.nn.Module, input_ids: torch.Tensor, device: str) -> float:
     synchronize(device)
-    started = time.perf_counter()
+    started = clock(device)
     model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
     synchronize(device)
-    return time.perf_counter() - started
+    return clock(device) - started
 
 
 def _slope_lines(by_model: dict[str, dict[int, ScalingMeasures]]) -> list[str]:
