@@ -33,8 +33,9 @@ class DFNConfig(PreTrainedConfig):
         position_dim (`int`, defaults to 4): Dimensions of a head's position space. 8 costs more search and finds more.
         num_neighbors (`int`, defaults to 16): K, entities read beyond the local window. 0 turns the search off.
         local_window (`int`, defaults to 32): W, most recent entities always read, the entity itself included.
-        num_tables (`int`, defaults to 8): Grids of the cell search.
-        candidates_per_table (`int`, defaults to 16): Most recent entities of a cell that are ranked.
+        num_tables (`int`, defaults to 16): Grids of the cell search.
+        candidates_per_table (`int`, defaults to 8): Most recent entities of a cell that are ranked. Many tables with few
+            candidates each find more than few tables with many.
         cell_sizes (`list[float]`, *optional*): Edge of each table's cells; geometric from 8 to 0.35 if not given.
         flow_step (`float`, defaults to 1.0): α, how far an entity moves along its flow; 0 is the ablation without.
         moved_query (`bool`, defaults to `True`): The moved entity reads others at their rest positions. If
@@ -75,8 +76,8 @@ class DFNConfig(PreTrainedConfig):
     position_dim: int = 4
     num_neighbors: int = 16
     local_window: int = 32
-    num_tables: int = 8
-    candidates_per_table: int = 16
+    num_tables: int = 16
+    candidates_per_table: int = 8
     cell_sizes: list[float] | list[int] | list[float | int] | None = None
     flow_step: float | int = 1.0
     moved_query: bool = True
