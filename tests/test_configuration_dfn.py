@@ -126,7 +126,7 @@ def test_unknown_fields_are_kept_as_those_of_every_configuration_are():
         ({"hidden_size": 10, "num_attention_heads": 4}, ["hidden_size", "10", "num_attention_heads", "4"]),
         ({"flow_norm": "layer"}, ["flow_norm", "'layer'", "'entity'"]),
         ({"search_implementation": "fast"}, ["search_implementation", "'fast'", "'cells'"]),
-        ({"cell_sizes": [1.0, 2.0]}, ["cell_sizes", "num_tables=8", "2"]),
+        ({"cell_sizes": [1.0, 2.0]}, ["cell_sizes", "num_tables=16", "2"]),
         ({"num_tables": 1, "cell_sizes": [0.0]}, ["cell_sizes", "1/64", "0.0"]),
         ({"num_tables": 1, "cell_sizes": [float("nan")]}, ["cell_sizes", "nan"]),
         ({"num_tables": 1, "cell_sizes": [0.02]}, ["cell_sizes", "0.02", "position_dim", "larger"]),
