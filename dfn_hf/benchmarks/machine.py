@@ -43,8 +43,7 @@ def synchronize(device: str) -> None:
 
 
 def clock(device: str) -> float:
-    """Seconds since some moment: of the processor for one CPU thread, so that other programs count for nothing, else of
-    the wall."""
+    """Seconds from some moment: processor time of one CPU thread, which others do not lengthen; else wall time."""
     one_thread = torch.device(device).type == "cpu" and torch.get_num_threads() == 1
     return time.process_time() if one_thread else time.perf_counter()
 

@@ -176,14 +176,14 @@ def corpus_bytes(length: int) -> torch.Tensor:
     raise ValueError(f"length is {length:,}: the embedded train split has only {len(text):,} bytes")
 
 
-class _MixerClock:
+class _MixerTime:
     """`seconds` spent inside the token mixers since it was last set to 0."""
 
     seconds = 0.0
 
 
-def _time_mixers(model: torch.nn.Module, device: str) -> _MixerClock:
-    clock = _MixerClock()
+def _time_mixers(model: torch.nn.Module, device: str) -> _MixerTime:
+    spent = _MixerTime()
     started = [0.0]
 
     def start(*_) -> None:
@@ -192,13 +192,13 @@ def _time_mixers(model: torch.nn.Module, device: str) -> _MixerClock:
 
     def stop(*_) -> None:
         synchronize(device)
-        clock.seconds += clock(device) - started[0]
+        spent.seconds += clock(device) - started[0]
 
     for module in model.modules():
         if type(module).__name__.endswith("Attention"):
             module.register_forward_pre_hook(start)
             module.register_forward_hook(stop)
-    return clock
+    return spent
 
 
 @torch.no_grad()
