@@ -101,8 +101,12 @@ def train(
 
     Fine-tune on your own text: `dfn-hf train my-poems --from dfn-tiny --data poems/ --lora`
 
-    After a kill: the same command with `--resume`. On several GPUs: `accelerate launch -m dfn_hf.cli train …`
+    After a kill: the same command with `--resume`
+
+    On several GPUs: `torchrun --nproc-per-node 4 -m dfn_hf.cli train …`
     """
+    from accelerate import PartialState
+
     from .blocks import corpus_blocks, text_blocks
     from .data import load_tokenizer
     from .hub import push_folder, require_token
@@ -155,6 +159,7 @@ def train(
             seed=seed,
         )
     text = "the embedded corpus of Shakespeare and the King James Bible" if data is None else data
+    origin = "from scratch" if start is None else f"from {start}"
     result = train_causal_lm(
         model,
         vocabulary,
@@ -163,10 +168,12 @@ def train(
         output,
         settings,
         provenance=f"Trained on {text}, in blocks of {block_size} tokens, "
-        f"{'from scratch' if start is None else f'from {start}'}{' with LoRA' if lora else ''}.",
+        f"{origin}{f' with LoRA of rank {lora_rank}' if lora else ''}.",
         resume=resume,
         overwrite=overwrite,
     )
+    if not PartialState().is_main_process:
+        return
     typer.echo(f"validation loss {result.initial_loss:.4f} → {result.validation_loss:.4f} nats per token")
     typer.echo(f"saved in {output}")
     if push_to_hub is not None:

@@ -10,7 +10,13 @@ from uuid import uuid4
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # safetensors and torch.save report a failed write in words, without an errno.
-DISK_FULL_WORDS = ("No space left on device", "File too large", "Disk quota exceeded", "PytorchStreamWriter failed")
+DISK_FULL_WORDS = (
+    "No space left on device",
+    "File too large",
+    "Disk quota exceeded",
+    "PytorchStreamWriter failed",
+    "fail at inline_container.cc",
+)
 
 
 @contextmanager
@@ -53,10 +59,8 @@ def clear_disk_errors(folder: Path) -> Iterator[None]:
     except Exception as error:
         if not is_disk_full(error):
             raise
-        free = shutil.disk_usage(folder.parent).free
-        raise OSError(
-            errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} while saving ({free / 1e6:.1f} MB free)", str(folder)
-        ) from error
+        message = f"{os.strerror(errno.ENOSPC)} while saving: free some space and try again"
+        raise OSError(errno.ENOSPC, message, str(folder)) from error
 
 
 def is_disk_full(error: Exception) -> bool:

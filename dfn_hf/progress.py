@@ -45,6 +45,10 @@ class ProgressBarCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the bar as it stands; needed where training fails."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None

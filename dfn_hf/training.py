@@ -1,7 +1,7 @@
 """Training of causal language models on packed blocks, with a `Trainer` that resumes and saves whole folders.
 
 Works for DFN and for any other causal language model of transformers, so that a baseline is trained on the same
-batches by the same code. `accelerate launch -m dfn_hf.cli train …` trains on several devices.
+batches by the same code. `torchrun --nproc-per-node 4 -m dfn_hf.cli train …` trains on several devices.
 """
 
 import dataclasses
@@ -194,6 +194,7 @@ def train_causal_lm(
     last = last_checkpoint(checkpoints)
     if last is not None:
         check_same_run(checkpoints, run)
+    progress_bar = ProgressBarCallback()
     trainer = MatrixDecayTrainer(
         model=model,
         args=training_arguments(checkpoints, settings),
@@ -201,10 +202,10 @@ def train_causal_lm(
         train_dataset=train_blocks,
         eval_dataset=validation_blocks,
         processing_class=tokenizer,
-        callbacks=[*callbacks, ProgressBarCallback()] if progress else list(callbacks),
+        callbacks=[*callbacks, progress_bar] if progress else list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
-    if base_model.config.model_type == "dfn":
+    if base_model.config.model_type == "dfn" and settings.exact_search_share > 0:
         trainer.add_callback(SearchSwitchCallback(settings.exact_search_share))
 
     with clear_disk_errors(output_folder):
@@ -214,6 +215,7 @@ def train_causal_lm(
         try:
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         finally:
+            progress_bar.close()
             if trainer.is_world_process_zero():
                 remove_incomplete_checkpoints(checkpoints)
             base_model.config.use_cache = use_cache  # which the Trainer turned off
@@ -264,6 +266,8 @@ def training_arguments(checkpoints: Path, settings: TrainingSettings) -> Trainin
         seed=settings.seed,
         disable_tqdm=True,
         log_level="error",
+        log_level_replica="error",
+        ddp_find_unused_parameters=False,
     )
 
 

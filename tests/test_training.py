@@ -177,6 +177,26 @@ def test_accumulation_equals_one_large_batch(model, tokenizer, blocks, tmp_path)
     assert small.validation_loss == pytest.approx(large.validation_loss, rel=1e-4)
 
 
+@pytest.mark.slow
+def test_two_processes_equal_one(tokenizer, blocks, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(DISTRIBUTED_SCRIPT))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(script),
+    ]
+    subprocess.run([*command, str(tmp_path / "two")], check=True, env=environment() | {"ACCELERATE_USE_CPU": "true"})
+    two = json.loads((tmp_path / "two" / "training_log.json").read_text())
+    one = train(new_causal_lm(tokenizer, **TINY), tokenizer, blocks, tmp_path / "one")
+    losses = [[entry["eval_loss"] for entry in history if "eval_loss" in entry] for history in (one.history, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
 def test_search_switches_at_the_share_of_steps_and_ends_with_cells(tokenizer, blocks, tmp_path):
     seen = []
 
@@ -245,6 +265,16 @@ def test_wrong_model_options_are_named(tokenizer, options, words):
         new_causal_lm(tokenizer, **options)
 
 
+DISTRIBUTED_SCRIPT = """
+    import sys
+    from dataclasses import replace
+    from test_training import SETTINGS, TINY, load_tokenizer, make_blocks, new_causal_lm, train
+
+    tokenizer = load_tokenizer("byte")
+    settings = replace(SETTINGS, batch_size=SETTINGS.batch_size // 2)
+    train(new_causal_lm(tokenizer, **TINY), tokenizer, make_blocks(tokenizer), sys.argv[1], settings)
+"""
+
 SCRIPT = """
     import resource, signal, sys
     from test_training import LONG, TINY, load_tokenizer, make_blocks, new_causal_lm, train
@@ -263,9 +293,12 @@ SCRIPT = """
 
 def start_training(folder, most_bytes=0):
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT), str(folder), str(most_bytes)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
+
+
+def environment():
     tests = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    return {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
 
 
 def test_full_disk_is_one_clear_line_and_loses_nothing(tmp_path):
@@ -273,7 +306,7 @@ def test_full_disk_is_one_clear_line_and_loses_nothing(tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     process = start_training(folder, most_bytes=8000)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 1
     assert "No space left on device while saving" in errors.splitlines()[-1]
     assert "Traceback" not in errors
@@ -285,7 +318,7 @@ def test_full_disk_is_one_clear_line_and_loses_nothing(tmp_path):
 def test_kill_loses_at_most_the_steps_since_the_last_checkpoint(tokenizer, blocks, tmp_path):
     folder = tmp_path / "model"
     process = start_training(folder)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while last_checkpoint(folder / "checkpoints") is None and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     process.kill()
