@@ -2,6 +2,8 @@
 # Every measured table: printed from results/*.csv, with the runs that are missing there done first.
 set -euo pipefail
 cd "$(dirname "$0")/results"
-for benchmark in recall lm ablations scaling million; do
-    dfn-hf bench "$benchmark" --results "$benchmark.csv"
-done
+dfn-hf bench recall --results recall.csv
+dfn-hf bench lm --results lm.csv
+dfn-hf bench ablations --results ablations.csv
+dfn-hf bench scaling --results scaling.csv --repeats 1 --baseline-length 16384
+dfn-hf bench million --results million.csv

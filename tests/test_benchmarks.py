@@ -179,6 +179,15 @@ class TestModels:
         assert trained.seconds > 0 and trained.largest_gradient_norm > 0
         assert [key for key, parameter in model.named_parameters() if torch.equal(parameter, before[key])] == []
 
+    def test_divergence_ends_the_training_and_is_reported(self):
+        model = build_model("llama", TINY)
+        batches = recall_batches(0, batch_size=2, length=32, num_pairs=4, vocab_size=256)
+        model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
+        evaluated = []
+        trained = fit(model, batches, steps=5, learning_rate=1e-2, evaluate=evaluated.append)
+        assert trained.largest_gradient_norm == math.inf and evaluated == [5]
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+
 
 class TestMachine:
     def test_a_fresh_process_has_its_own_peak_and_errors(self):

@@ -16,7 +16,7 @@ WARMUP_SHARE = 0.05
 
 @dataclass(frozen=True)
 class Fit:
-    """`seconds` of training alone, and the largest gradient norm seen, before clipping."""
+    """`seconds` of training alone, and the largest gradient norm seen, before clipping; infinite if it diverged."""
 
     seconds: float
     largest_gradient_norm: float
@@ -28,6 +28,7 @@ def fit(
     *,
     steps: int,
     learning_rate: float,
+    weight_decay: float = WEIGHT_DECAY,
     decay_share: float = 1.0,
     evaluate_every: int = 100,
     evaluate: Callable[[int], None] | None = None,
@@ -35,16 +36,14 @@ def fit(
     """Train `model` for `steps` batches of `input_ids` and `labels`, each `[batch, length]` int64.
 
     The learning rate rises over the first 5 % of the steps, stays, and falls to 0 over the last `decay_share` of the
-    rest. Weight decay is 0.1 for matrices, 0 for vectors and scalars. `evaluate(step)` is called every
-    `evaluate_every` steps, and its time is not counted.
-
-    Raises:
-        FloatingPointError: the loss is no longer finite.
+    rest. Weight decay is for matrices, not for vectors and scalars. `evaluate(step)` is called every
+    `evaluate_every` steps and at the end, and its time is not counted. A gradient that is not finite ends the training
+    with the weights as they were before it.
     """
     device = str(model.device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
@@ -60,18 +59,19 @@ def fit(
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRADIENT_NORM).item()
         if not math.isfinite(norm):
-            raise FloatingPointError(
-                f"gradient norm {norm} at step {step}, loss {loss.item()}: lower the learning rate"
-            )
+            largest = math.inf
+            break
         largest = max(largest, norm)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
         synchronize(device)
         seconds += clock(device) - started
-        if evaluate is not None and (step % evaluate_every == 0 or step == steps):
+        if evaluate is not None and step % evaluate_every == 0 and step < steps:
             model.eval()
             evaluate(step)
             model.train()
     model.eval()
+    if evaluate is not None:
+        evaluate(steps)
     return Fit(seconds=seconds, largest_gradient_norm=largest)

@@ -35,11 +35,14 @@ class RecallSettings:
     batch_size: int = 32
     steps: int = 1000
     learning_rate: float = 3e-3
+    weight_decay: float = 0.01
+    num_tables: int = 16
+    candidates_per_table: int = 8
     long_length: int = 2048
     long_num_pairs: int = 120
     tuning_length: int = 512
     tuning_num_pairs: int = 60
-    tuning_batch_size: int = 4
+    tuning_batch_size: int = 8
     tuning_steps: int = 400
     tuning_learning_rate: float = 1e-3
     longest_length: int = 8192
@@ -89,6 +92,9 @@ def learn_recall(
         num_attention_heads=settings.num_attention_heads,
         intermediate_size=settings.intermediate_size,
     )
+    if settings.model == "dfn":
+        search = {"num_tables": settings.num_tables, "candidates_per_table": settings.candidates_per_table}
+        dfn_options = search | dfn_options
     model = build_model(settings.model, size, device=settings.device, **dfn_options)
     task = {"length": settings.length, "num_pairs": settings.num_pairs, "vocab_size": settings.vocab_size}
     accuracies: dict[int, float] = {}
@@ -102,6 +108,7 @@ def learn_recall(
         recall_batches(settings.seed, batch_size=settings.batch_size, **task),
         steps=settings.steps,
         learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
         decay_share=DECAY_SHARE,
         evaluate=evaluate,
     )
@@ -230,5 +237,6 @@ def _fine_tune(model: PreTrainedModel, settings: RecallSettings) -> None:
         ),
         steps=settings.tuning_steps,
         learning_rate=settings.tuning_learning_rate,
+        weight_decay=settings.weight_decay,
         decay_share=DECAY_SHARE,
     )
