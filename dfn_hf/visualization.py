@@ -1,5 +1,6 @@
 """Pictures: how the loss fell, and where the entities of a text lie and flow to."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,8 +48,8 @@ def flow_map(
     text: str,
     *,
     word: str | None = None,
-    layer: int = -1,
-    head: int = 0,
+    layer: int | None = None,
+    head: int | None = None,
 ) -> FlowMap:
     """Run a DFN over `text` and take one head's positions and one word's neighbours.
 
@@ -58,16 +59,14 @@ def flow_map(
         text: longer than the model's `local_window`, else no far neighbour exists.
         word: the reader is the last token that reads so, white space aside; None takes the last token of four letters
             or more that stood in the text before, or else the last token.
-        layer, head: which; a negative layer counts from the end.
+        layer, head: which, from 0; None takes the one in which the reader gives its far neighbours the most weight.
 
     Raises:
         ValueError: an empty text, a word that is no token of the text, or a layer or head the model does not have.
     """
     config = model.config
-    if not -config.num_hidden_layers <= layer < config.num_hidden_layers:
-        raise ValueError(f"layer is {layer}: the model has layers 0 to {config.num_hidden_layers - 1}")
-    if not 0 <= head < config.num_attention_heads:
-        raise ValueError(f"head is {head}: the model has heads 0 to {config.num_attention_heads - 1}")
+    layers = chosen("layer", layer, config.num_hidden_layers)
+    heads = chosen("head", head, config.num_attention_heads)
     token_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not token_ids:
         raise ValueError("text is empty: give a text to map")
@@ -76,9 +75,15 @@ def flow_map(
 
     input_ids = torch.tensor([token_ids], device=model.device)
     outputs = model(input_ids, output_entities=True, output_attentions=True, use_cache=False)
+    window_start = reader - config.local_window + 1
+
+    def far_weight(place: tuple[int, int]) -> float:
+        layer, head = place
+        return float(outputs.attentions[layer][0, head, reader, : max(0, window_start)].sum())
+
+    layer, head = max(itertools.product(layers, heads), key=far_weight)
     entities = outputs.entities[layer]
     far = entities.neighbors[0, head, reader]
-    layer_number = layer % config.num_hidden_layers + 1
     return FlowMap(
         words=words,
         rest_positions=entities.rest_positions[0, head].float().cpu().numpy(),
@@ -86,8 +91,17 @@ def flow_map(
         reader=reader,
         weights=outputs.attentions[layer][0, head, reader].float().cpu().numpy(),
         far=far[far >= 0].tolist(),
-        title=f"layer {layer_number} of {config.num_hidden_layers}, head {head + 1} of {config.num_attention_heads}",
+        title=f"layer {layer + 1} of {config.num_hidden_layers}, head {head + 1} of {config.num_attention_heads}",
     )
+
+
+def chosen(name: str, number: int | None, available: int) -> range:
+    """The numbers to choose among: `number` alone, or all there are."""
+    if number is None:
+        return range(available)
+    if not 0 <= number < available:
+        raise ValueError(f"{name} is {number}: the model has {name}s 0 to {available - 1}")
+    return range(number, number + 1)
 
 
 def choose_reader(words: Sequence[str], word: str | None) -> int:
@@ -104,14 +118,14 @@ def choose_reader(words: Sequence[str], word: str | None) -> int:
 
 
 def plot_flow_map(
-    flow: FlowMap, *, dimensions: tuple[int, int] | None = None, num_links: int = 16, path: str | None = None
+    flow: FlowMap, *, dimensions: tuple[int, int] | None = None, num_local: int = 8, path: str | None = None
 ) -> Figure:
     """Draw entities at rest (dots, darker the nearer in time), their flows (arrows), and what the reader reads.
 
     Args:
         flow: from `flow_map`.
         dimensions: the two dimensions of a position to draw; None takes the first two principal axes.
-        num_links: how many of the reader's neighbours to link, those of the greatest flow weight.
+        num_local: how many neighbours in the local window to show, those of the greatest weight; far ones all are.
         path: file to write, by its ending (.png, .svg, .pdf).
 
     Raises:
@@ -121,8 +135,9 @@ def plot_flow_map(
     figure = Figure(figsize=(10, 7.5), layout="constrained", dpi=150)
     axes = figure.subplots()
     reader, far = flow.reader, set(flow.far)
-    strongest = np.argsort(-flow.weights, kind="stable")[:num_links]
-    linked = [int(index) for index in strongest if flow.weights[index] > 0 and index != reader]
+    strongest = [int(index) for index in np.argsort(-flow.weights, kind="stable") if flow.weights[index] > 0]
+    local = [index for index in strongest if index not in far and index != reader][:num_local]
+    linked = [index for index in strongest if index in far or index in local]
 
     axes.update_datalim(moved)
     axes.quiver(

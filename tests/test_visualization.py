@@ -55,7 +55,14 @@ def test_reader_is_the_last_word_that_stood_before(flow):
 def test_reader_may_be_chosen(model, tokenizer):
     flow = flow_map(model, tokenizer, TEXT, word="and")
     assert flow.words[flow.reader].strip() == "and"
-    assert flow.title == "layer 2 of 2, head 1 of 2"
+
+
+def test_layer_and_head_are_those_that_read_most_from_afar(model, tokenizer):
+    def far_weight(flow):
+        return flow.weights[list(flow.far)].sum()
+
+    every = [flow_map(model, tokenizer, TEXT, layer=layer, head=head) for layer in (0, 1) for head in (0, 1)]
+    assert far_weight(flow_map(model, tokenizer, TEXT)) == max(map(far_weight, every))
 
 
 @pytest.mark.parametrize(
@@ -74,10 +81,10 @@ def test_mistakes_are_named(model, tokenizer, options, words):
 
 @pytest.mark.parametrize("dimensions", [None, (0, 3)])
 def test_flow_map_is_drawn_with_a_line_per_neighbour(flow, dimensions, tmp_path):
-    figure = plot_flow_map(flow, dimensions=dimensions, path=str(tmp_path / "map.png"))
+    figure = plot_flow_map(flow, dimensions=dimensions, num_local=2, path=str(tmp_path / "map.png"))
     axes = figure.axes[0]
     lines = [line for line in axes.lines if len(line.get_xdata()) == 2]
-    assert len(lines) == np.count_nonzero(flow.weights) - 1
+    assert len(lines) == len(flow.far) + 2
     written = {text.get_text() for text in axes.texts}
     assert flow.words[flow.reader].strip() in written
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
