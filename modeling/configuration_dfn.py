@@ -34,8 +34,8 @@ class DFNConfig(PreTrainedConfig):
         num_neighbors (`int`, defaults to 16): K, entities read beyond the local window. 0 turns the search off.
         local_window (`int`, defaults to 32): W, most recent entities always read, the entity itself included.
         num_tables (`int`, defaults to 16): Grids of the cell search.
-        candidates_per_table (`int`, defaults to 8): Most recent entities of a cell that are ranked. Many tables with few
-            candidates each find more than few tables with many.
+        candidates_per_table (`int`, defaults to 8): Most recent entities of a cell that are ranked. Many tables with
+            few candidates each find more than few tables with many.
         cell_sizes (`list[float]`, *optional*): Edge of each table's cells; geometric from 8 to 0.35 if not given.
         flow_step (`float`, defaults to 1.0): α, how far an entity moves along its flow; 0 is the ablation without.
         moved_query (`bool`, defaults to `True`): The moved entity reads others at their rest positions. If
