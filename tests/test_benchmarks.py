@@ -15,7 +15,7 @@ from dfn_hf.benchmarks.machine import peak_memory_mib, run_isolated
 from dfn_hf.benchmarks.models import MODELS, ModelSize, build_model, count_parameters
 from dfn_hf.benchmarks.mqar import IGNORED, recall_accuracy, recall_batch, recall_batches
 from dfn_hf.benchmarks.results import ResultsFile, markdown_table, mean_with_error
-from dfn_hf.benchmarks.scaling import corpus_bytes, log_log_slope
+from dfn_hf.benchmarks.scaling import ScalingMeasures, ScalingSettings, corpus_bytes, log_log_slope, scaling_table
 
 TINY = ModelSize(vocab_size=256, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
 
@@ -199,6 +199,17 @@ class TestMachine:
     def test_slopes(self):
         assert log_log_slope([1, 2, 4], [3.0, 12.0, 48.0]) == pytest.approx(2.0)
         assert log_log_slope([1], [3.0]) is None
+        assert log_log_slope([1, 2], [0.0, 3.0]) is None
+
+
+def test_scaling_table_gives_slopes_and_what_a_token_and_head_costs():
+    results = [
+        (ScalingSettings(length=n), ScalingMeasures(1, n / 1000, n / 2000, 500.0, 500.0 + n, "m"))
+        for n in (1000, 2000)
+    ]
+    table = scaling_table(results)
+    assert "| 1,000  | 1.00  | 125.00 " in table and "| 62.50 " in table
+    assert "dfn: log-log slope of time 1.000, of memory beyond idle 1.000" in table
 
 
 def run_cli(*arguments):
@@ -213,7 +224,7 @@ LM = ("lm", "--seeds", 2, "--steps", 2, "--search-steps", 1, "--length", 32, "--
 LM += ("--hidden-size", 32, "--intermediate-size", 64, "--num-hidden-layers", 1, "--evaluation-windows", 4)
 ABLATIONS = ("ablations", "--seeds", 1, "--lm-steps", 1, "--recall-steps", 1)
 ABLATIONS += ("--long-length", 128, "--long-num-pairs", 16, "--variant", "FlowNorm rms")
-SCALING = ("scaling", "--length", 256, "--length", 512, "--baseline-length", 256, "--hidden-size", 32)
+SCALING = ("scaling", "--length", 256, "--baseline-length", 256, "--hidden-size", 32)
 SCALING += ("--num-hidden-layers", 1, "--repeats", 1)
 MILLION = ("million", "--length", 2048, "--chunk-length", 500, "--hidden-size", 32, "--num-hidden-layers", 2)
 

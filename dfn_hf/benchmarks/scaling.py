@@ -102,8 +102,11 @@ def run_scaling(
 
 
 def log_log_slope(lengths: Sequence[int], values: Sequence[float]) -> float | None:
-    """Least-squares slope of log(value) over log(length): 1 is linear, 2 quadratic; None below two points."""
-    if len(lengths) < 2:
+    """Least-squares slope of log(value) over log(length): 1 is linear, 2 quadratic.
+
+    None for fewer than two lengths, and where a value is 0: memory that a short pass finds free already.
+    """
+    if len(lengths) < 2 or min(values) <= 0:
         return None
     logs = [math.log(length) for length in lengths]
     return statistics.linear_regression(logs, [math.log(value) for value in values]).slope
@@ -214,10 +217,13 @@ def _slope_lines(by_model: dict[str, dict[int, ScalingMeasures]]) -> list[str]:
     lines = []
     for name, measures in by_model.items():
         lengths = sorted(measures)
-        time_slope = log_log_slope(lengths, [measures[length].seconds for length in lengths])
-        memory_slope = log_log_slope(
-            lengths, [measures[length].peak_mib - measures[length].idle_mib for length in lengths]
-        )
-        if time_slope is not None and memory_slope is not None:
-            lines.append(f"{name}: log-log slope of time {time_slope:.3f}, of memory beyond idle {memory_slope:.3f}")
+        slopes = {
+            "time": log_log_slope(lengths, [measures[length].seconds for length in lengths]),
+            "memory beyond idle": log_log_slope(
+                lengths, [measures[length].peak_mib - measures[length].idle_mib for length in lengths]
+            ),
+        }
+        known = [f"of {quantity} {slope:.3f}" for quantity, slope in slopes.items() if slope is not None]
+        if known:
+            lines.append(f"{name}: log-log slope {', '.join(known)}")
     return lines
