@@ -332,6 +332,7 @@ class DynamicFlowAttention(nn.Module):
         entities = Entities(rest, moved_on_ball, influence, neighbors)
         return y.transpose(1, 2).flatten(2), moved, entities, weights
 
+    @torch.compiler.disable  # it sorts with NumPy, in place
     @torch.no_grad()
     def find(self, query: torch.Tensor, key: torch.Tensor, rows: Rows, state: StateLayer | None) -> torch.Tensor:
         """Indices of the neighbours beyond the local window, int64 `[B, H, M, K]`, −1 for none.

@@ -57,19 +57,20 @@ class AppendState(FixedState):
     def write(self, new: torch.Tensor, at: torch.Tensor | int) -> torch.Tensor:
         """Put `new` `[batch, groups, length, features]` at `at` (one place, or one per row).
 
-        Returns the whole storage. Where `new` needs a gradient it is a copy through which the gradient flows.
+        Returns the whole storage; a copy where gradients are taken, which flow through `new`: later calls write over
+        the storage, and backward needs it as it was.
         """
         length = new.shape[2]
         if isinstance(at, int):
             self.reserve(at + length)
             self.data[:, :, at : at + length] = new.detach()
-            if torch.is_grad_enabled() and new.requires_grad:
-                return torch.cat([self.data[:, :, :at], new], dim=2)
+            if torch.is_grad_enabled():
+                return torch.cat([self.data[:, :, :at], new, self.data[:, :, at + length :]], dim=2)
             return self.data
         places = at[:, None] + torch.arange(length, device=new.device)
         places = places[:, None, :, None].expand_as(new)
         self.data.scatter_(2, places, new.detach())
-        if torch.is_grad_enabled() and new.requires_grad:
+        if torch.is_grad_enabled():
             return self.data.clone().scatter(2, places, new)
         return self.data
 

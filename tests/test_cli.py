@@ -182,6 +182,9 @@ def test_demo_trains_compares_reloads_and_draws(tmp_path, monkeypatch, capfd):
     short = {split: rows.map(lambda row: {"text": row["text"][:6000]}) for split, rows in documents.items()}
     for module in (blocks, demo):
         monkeypatch.setattr(module, "load_corpus", short.get)
+    play = short["validation"][0]["text"]
+    monkeypatch.setattr(demo, "MAPPED", (play[:40], play[900:940]))
+    monkeypatch.setattr(demo, "READER", None)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(Path(demo.__file__).parents[1]), *sys.path])))
 
     demo.run_demo(tmp_path, steps=1)

@@ -237,7 +237,8 @@ def test_scales_and_grids_start_as_configured(fresh):
         assert (attention.log_fading.diff() < 0).all()
         assert attention.grid_rotation.dtype == attention.grid_shift.dtype == torch.int32
         axes = attention.grid_rotation.double() / 1024
-        assert torch.allclose(axes @ axes.transpose(1, 2), torch.eye(3).double().expand(8, 3, 3), atol=5e-3)
+        products = axes @ axes.transpose(1, 2)
+        assert torch.allclose(products, torch.eye(3).double().expand_as(products), atol=5e-3)
         assert ((attention.grid_shift >= 0) & (attention.grid_shift < 1024)).all()
         if index:
             assert not torch.equal(attention.grid_rotation, fresh.model.layers[0].attention.grid_rotation)
@@ -395,6 +396,37 @@ def test_a_diverged_model_gives_nan_and_no_crash(search):
     assert outputs.loss.isnan()
     outputs.loss.backward()
     assert model(ids[:, :1], past_key_values=outputs.past_key_values).logits.isnan().all()
+
+
+@pytest.mark.parametrize("frozen", ["position_proj", "value_proj"])
+def test_training_in_pieces_may_freeze_a_part(frozen):
+    gradients = []
+    for freeze in (False, True):
+        model = make_model().train()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not freeze or frozen not in name)
+        cache, loss = DynamicCache(config=model.config), 0
+        for piece in draw_ids(2, 36, 0).split([12, 1, 23], dim=1):
+            loss = loss + model(piece, past_key_values=cache).logits.square().mean()
+        loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[1].items():
+        if frozen in name:
+            assert gradient is None
+        else:
+            assert torch.allclose(gradient, gradients[0][name], **STRICT), name
+
+
+def test_compiled_model_is_the_same():
+    model = make_model(num_hidden_layers=1).train()
+    ids = draw_ids(2, 20, 0)
+    results = []
+    for step in (model, torch.compile(model, backend="eager")):
+        model.zero_grad()
+        loss = step(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    assert all(torch.allclose(one, other, **STRICT) for one, other in zip(*results, strict=True))
 
 
 # What is refused

@@ -121,8 +121,17 @@ def test_editable_install_works_anywhere(checkout, tmp_path):
     pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index"]
     # Without --ignore-installed pip would remove the package from the environment that runs the tests.
     run(*pip, "--ignore-installed", "--prefix", tmp_path, "--editable", checkout, cwd=tmp_path)
-    site_packages = next(tmp_path.rglob("site-packages"))
-    assert probe(tmp_path, setup=f"import site; site.addsitedir({str(site_packages)!r})") == in_checkout(checkout)
+    site_packages = str(next(tmp_path.rglob("site-packages")))
+    # The environment that runs the tests may hold an editable install of its own, which would be found first.
+    setup = f"""
+import site, sys
+sys.meta_path = [finder for finder in sys.meta_path if not finder.__module__.startswith("__editable__")]
+for name in [name for name in sys.modules if name.startswith("__editable__")]:
+    del sys.modules[name]
+sys.path.insert(0, {site_packages!r})
+site.addsitedir({site_packages!r})
+"""
+    assert probe(tmp_path, setup=setup) == in_checkout(checkout)
 
 
 def test_version_is_the_same_everywhere():
