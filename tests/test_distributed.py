@@ -54,7 +54,7 @@ CASES = [("dfn", {"memory_slots": 2, "readout_window": 3}), ("dfn", {"carry_posi
 def test_two_processes_equal_one(tmp_path):
     assert {family for family, _ in CASES} == set(FAMILIES)
     mp.spawn(train, (CASES, tmp_path / "rendezvous", tmp_path), nprocs=PROCESSES)
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(PROCESSES)]
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
     ids, labels = draw_batch()
     for case, (family, options) in enumerate(CASES):
         model = draw_model(family, SEED, **options).train()

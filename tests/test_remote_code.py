@@ -34,7 +34,7 @@ from transformers import (
 )
 
 saved, again = sys.argv[1:]
-expected = torch.load(f"{saved}/expected.pt")
+expected = torch.load(f"{saved}/expected.pt", weights_only=True)
 ids, mask = expected["ids"], expected["mask"]
 trusted = {"trust_remote_code": True, "dtype": torch.float64}
 
@@ -136,6 +136,6 @@ def test_loads_where_the_package_is_not_installed(saved, tmp_path):
     assert json.loads((again / "config.json").read_text())["auto_map"] == AUTO_MAP
     model = AutoModelForCausalLM.from_pretrained(again, dtype=torch.float64)
     assert type(model) is DFNForCausalLM
-    expected = torch.load(saved / "expected.pt")
+    expected = torch.load(saved / "expected.pt", weights_only=True)
     with torch.no_grad():
         assert torch.allclose(model(expected["ids"]).logits, expected["unpadded"], atol=1e-9, rtol=0)
