@@ -16,7 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-ELEMENTS_AT_ONCE = 2**22  # of the gathered values of one chunk
+ELEMENTS_AT_ONCE = 2**20  # of the gathered values of one chunk: they stay in a processor's cache
 
 
 def flow_attention(
@@ -98,6 +98,11 @@ class _FlowAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y, grad_total):
+        with torch.autocast(grad_y.device.type, enabled=False):
+            return _FlowAttention._gradients(ctx, grad_y, grad_total)
+
+    @staticmethod
+    def _gradients(ctx, grad_y, grad_total):
         query, local_key, local_value, key, value, fading, reach, query_index, neighbors = ctx.saved_tensors
         window, dropout, seed = ctx.options
         accumulate = torch.promote_types(torch.float32, query.dtype)
@@ -107,32 +112,38 @@ class _FlowAttention(torch.autograd.Function):
         flat_key, flat_value = (x.reshape(-1, x.shape[-1]) for x in (key, value))
         for part in _chunks(query, value, neighbors):
             near = slice(part.start, part.stop + window - 1)
-            chosen = _flat_ids(neighbors[:, :, part], key).view(-1)
+            chosen = _flat_ids(neighbors[:, :, part], key).flatten()
             shape = neighbors[:, :, part].shape
-            leaves = [
-                query[:, :, part],
-                local_key[:, :, near],
-                local_value[:, :, near].to(accumulate),
-                flat_key.index_select(0, chosen).view(*shape, key.shape[-1]),
-                flat_value.index_select(0, chosen).view(*shape, value.shape[-1]).to(accumulate),
-                fading,
-            ]
-            leaves = [x.detach().requires_grad_() for x in leaves]
-            with torch.enable_grad(), torch.autocast(query.device.type, enabled=False):
-                local, far, total = _weights(
-                    leaves[0], leaves[1], leaves[3], leaves[5], reach[:, part], query_index[:, part],
-                    neighbors[:, :, part], window,
-                )  # fmt: skip
-                local, far = _dropped(local, far, dropout, seed + part.start)
-                y = _mix_local(local, leaves[2], window) + _mix_gathered(far, leaves[4])
-                given = grad_y[:, :, part].to(y.dtype), grad_total[:, :, part]
-                found = torch.autograd.grad((y, total), leaves, given, materialize_grads=True)
-            grad_query[:, :, part] = found[0]
-            grad_local_key[:, :, near] += found[1]
-            grad_local_value[:, :, near] += found[2]
-            grad_key.view(-1, key.shape[-1]).index_add_(0, chosen, found[3].reshape(-1, key.shape[-1]))
-            grad_value.view(-1, value.shape[-1]).index_add_(0, chosen, found[4].reshape(-1, value.shape[-1]))
-            grad_fading += found[5]
+            far_key = flat_key.index_select(0, chosen).view(*shape, key.shape[-1])
+            far_value = flat_value.index_select(0, chosen).view(*shape, value.shape[-1]).to(accumulate)
+            near_key, near_value = local_key[:, :, near], local_value[:, :, near].to(accumulate)
+            asked, index, found = query[:, :, part], query_index[:, part], neighbors[:, :, part]
+            given = grad_y[:, :, part].to(accumulate)
+            local, far, _ = _weights(asked, near_key, far_key, fading, reach[:, part], index, found, window)
+            kept_local, kept_far = _dropped(local, far, dropout, seed + part.start)
+
+            # dℓ_j = kept_j (dy · v_j) − p_j (Σ_i kept_i (dy · v_i) − d total)
+            size, span = local.shape[-2:]
+            blocked_query, blocked_given = _blocks(asked, size), _blocks(given, size)
+            dlocal = kept_local * (blocked_given @ _windows(near_value, size, span))
+            dfar = kept_far * _products(far_value, given)
+            sums = F.pad(dfar.sum(dim=-1) - grad_total[:, :, part], (0, local.shape[2] * size - shape[2]))
+            sums = dlocal.sum(dim=-1) + sums.view(dlocal.shape[:-1])
+            dlocal -= local * sums.unsqueeze(-1)
+            dfar -= far * sums.flatten(2)[:, :, : shape[2], None]
+
+            from_local = dlocal @ _windows(near_key, size, span).transpose(-1, -2)
+            grad_query[:, :, part] = from_local.flatten(2, 3)[:, :, : shape[2]] + _mix_gathered(dfar, far_key)
+            grad_local_key[:, :, near] += _overlapped(
+                dlocal.transpose(-1, -2) @ blocked_query, size, near_key.shape[2]
+            )
+            grad_local_value[:, :, near] += _overlapped(
+                kept_local.transpose(-1, -2) @ blocked_given, size, near_value.shape[2]
+            )
+            grad_key.view(-1, key.shape[-1]).index_add_(0, chosen, _outer(dfar, asked))
+            grad_value.view(-1, value.shape[-1]).index_add_(0, chosen, _outer(kept_far, given))
+            grad_fading -= (dlocal * _local_fade(size, window, dlocal)).sum(dim=(0, 2, 3, 4))
+            grad_fading -= (dfar * _far_fade(index, found, dfar)).sum(dim=(0, 2, 3))
         return *(grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)), None, None, None, None, None, None
 
 
@@ -155,33 +166,65 @@ def _block_length(window, length):
     return min(max(window, 16), length)
 
 
+def _blocks(x, size):
+    """Queries by blocks: `[B, H, M, F]` → `[B, H, blocks, S, F]`, zero after the last."""
+    blocks = -(-x.shape[2] // size)
+    return F.pad(x, (0, 0, 0, blocks * size - x.shape[2])).unflatten(2, (blocks, size))
+
+
+def _windows(x, size, span):
+    """The entities that the windows of each block hold: `[B, H, M + W − 1, F]` → `[B, H, blocks, F, S + W − 1]`."""
+    return F.pad(x, (0, 0, 0, -(x.shape[2] - (span - size)) % size)).unfold(2, span, size)
+
+
+def _overlapped(windows, size, length):
+    """The adjoint of `_windows`: entities' sums over the windows, `[B, H, blocks, span, F]` → `[B, H, length, F]`."""
+    blocks, span = windows.shape[2:4]
+    if blocks == 1:
+        return windows[:, :, 0, :length]
+    # Of several blocks each is as long as the local window, so that its windows reach into one block more.
+    windows = F.pad(windows, (0, 0, 0, 2 * size - span))
+    sums = F.pad(windows[:, :, :, :size], (0, 0, 0, 0, 0, 1)) + F.pad(windows[:, :, :, size:], (0, 0, 0, 0, 1, 0))
+    return sums.flatten(2, 3)[:, :, :length]
+
+
+def _local_fade(size, window, like):
+    """log(1 + i − j) within a block, `[S, S + W − 1]`, 0 for what is younger than the query."""
+    return torch.log1p(_local_age(size, window, like.device).clamp(min=0).to(like.dtype))
+
+
+def _local_age(size, window, device):
+    span = size + window - 1
+    return torch.arange(size, device=device)[:, None] + window - 1 - torch.arange(span, device=device)
+
+
+def _far_fade(query_index, neighbors, like):
+    """log(1 + i − j) of the neighbours, `[B, H, M, K]`."""
+    return torch.log1p((query_index[:, None, :, None] - neighbors).to(like.dtype))
+
+
 def _weights(query, local_key, far_key, fading, reach, query_index, neighbors, window):
     """Weights of a chunk: of local entities by blocks `[B, H, blocks, S, S + W − 1]`, of neighbours `[B, H, M, K]`.
 
-    Third, log Σ exp ℓ `[B, H, M]`. A block is S queries; the entities of its windows are S + W − 1 in a row.
+    Third, log Σ exp ℓ `[B, H, M]`.
     """
-    batch, heads, length, features = query.shape
+    batch, _, length, _ = query.shape
     size = _block_length(window, length)
-    blocks = -(-length // size)
-    padding = blocks * size - length
-    device = query.device
+    blocked_query = _blocks(query, size)
+    padding = blocked_query.shape[2] * size - length
 
-    blocked_query = F.pad(query, (0, 0, 0, padding)).view(batch, heads, blocks, size, features)
-    windows = F.pad(local_key, (0, 0, 0, padding)).unfold(2, size + window - 1, size)
-    logits = blocked_query @ windows
-    age = torch.arange(size, device=device)[:, None] + window - 1 - torch.arange(size + window - 1, device=device)
-    fade = torch.log1p(age.clamp(min=0).to(query.dtype))
-    visible = (age >= 0) & (age < window) & (age <= F.pad(reach, (0, padding)).view(batch, 1, blocks, size, 1))
-    logits = (logits - fading.view(-1, 1, 1, 1) * fade).masked_fill(~visible, -math.inf)
-    logits = logits.flatten(2, 3)[:, :, :length]
+    logits = blocked_query @ _windows(local_key, size, size + window - 1)
+    age = _local_age(size, window, query.device)
+    visible = (age >= 0) & (age < window) & (age <= F.pad(reach, (0, padding)).view(batch, 1, -1, size, 1))
+    logits = logits - fading.view(-1, 1, 1, 1) * _local_fade(size, window, logits)
+    logits = logits.masked_fill(~visible, -math.inf).flatten(2, 3)[:, :, :length]
 
-    far_age = (query_index[:, None, :, None] - neighbors).to(query.dtype)
-    far = (far_key * query.unsqueeze(-2)).sum(dim=-1) - fading.view(-1, 1, 1) * torch.log1p(far_age)
+    far = _products(far_key, query) - fading.view(-1, 1, 1) * _far_fade(query_index, neighbors, query)
     far = far.masked_fill(neighbors < 0, -math.inf)
 
     total = torch.cat([logits, far], dim=-1).logsumexp(dim=-1)
     local = F.pad((logits - total.unsqueeze(-1)).exp(), (0, 0, 0, padding))
-    return local.view(batch, heads, blocks, size, -1), (far - total.unsqueeze(-1)).exp(), total
+    return local.unflatten(2, (-1, size)), (far - total.unsqueeze(-1)).exp(), total
 
 
 def _dropped(local, far, dropout, seed):
@@ -199,11 +242,8 @@ def _dropped(local, far, dropout, seed):
 
 def _mix_local(weights, values, window):
     """Σ_j weight_ij v_j over blocks: values `[B, H, M + W − 1, D]` → `[B, H, M, D]`."""
-    batch, heads, blocks, size, span = weights.shape
-    length = values.shape[2] - (window - 1)
-    windows = F.pad(values, (0, 0, 0, blocks * size - length)).unfold(2, span, size)
-    mixed = weights @ windows.transpose(-1, -2)
-    return mixed.flatten(2, 3)[:, :, :length]
+    mixed = weights @ _windows(values, *weights.shape[-2:]).transpose(-1, -2)
+    return mixed.flatten(2, 3)[:, :, : values.shape[2] - (window - 1)]
 
 
 def _mix_far(weights, chosen, values):
@@ -219,8 +259,18 @@ def _mix_far(weights, chosen, values):
 
 
 def _mix_gathered(weights, values):
-    # Not a matrix product: bmm is slow over many products this small.
-    return (weights.unsqueeze(-1) * values).sum(dim=-2)
+    """Σ_j weight_ij x_ij: `[..., K]`, `[..., K, F]` → `[..., F]`."""
+    return (weights.unsqueeze(-2) @ values).squeeze(-2)
+
+
+def _products(values, vectors):
+    """x_ij · g_i: `[..., K, F]`, `[..., F]` → `[..., K]`."""
+    return (values @ vectors.unsqueeze(-1)).squeeze(-1)
+
+
+def _outer(weights, vectors):
+    """weight_ij g_i: `[..., K]`, `[..., F]` → `[all, F]`."""
+    return (weights.unsqueeze(-1) * vectors.unsqueeze(-2)).flatten(0, -2)
 
 
 def flow_weights(

@@ -82,19 +82,19 @@ class CellGrids:
 
         Integer arithmetic in float64: exact for positions on the grid, in any order of summation.
         """
-        scaled = positions.double() * GRID
-        columns = []
-        for table, (size, count) in enumerate(zip(self.cell_sizes, self.cells_per_axis, strict=True)):
-            edge = round(size * GRID * ROTATION_SCALE)
-            shift = torch.div(self.shift[table].double() * edge, ROTATION_SCALE, rounding_mode="floor")
-            along_axes = scaled @ self.rotation[table].double().T + shift
-            half = count // 2
-            coordinates = torch.div(along_axes, edge, rounding_mode="floor").clamp(-half, half).int() + half
-            cell = coordinates[..., 0]
-            for axis in range(1, coordinates.shape[-1]):
-                cell = cell * count + coordinates[..., axis]
-            columns.append(cell)
-        return torch.stack(columns, dim=-1)
+        num_tables, axes, position_dim = self.rotation.shape
+        edges = torch.tensor(
+            [round(size * GRID * ROTATION_SCALE) for size in self.cell_sizes], device=positions.device
+        )
+        shift = (self.shift.long() * edges[:, None]).div(ROTATION_SCALE, rounding_mode="floor")
+        edges = edges.double()[:, None]
+        along_axes = (positions.double() * GRID) @ self.rotation.double().reshape(-1, position_dim).T
+        # The quotient of two such integers is rounded to one from below only when it is one.
+        coordinates = ((along_axes.unflatten(-1, (num_tables, axes)) + shift) / edges).floor_()
+        counts = torch.tensor(self.cells_per_axis, device=positions.device)[:, None].double()
+        coordinates = (coordinates + (counts - 1) / 2).clamp_(min=0).minimum(counts - 1)
+        place_values = counts ** torch.arange(axes - 1, -1, -1, device=positions.device)
+        return (coordinates * place_values).sum(dim=-1).int()
 
 
 @dataclass

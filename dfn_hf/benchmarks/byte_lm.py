@@ -18,15 +18,20 @@ from .models import ModelSize, build_model, count_parameters
 from .results import ResultsFile, markdown_table, mean_with_error
 
 SEARCH_SEED = 1000
+INITIALIZER_RANGES = (0.02, None)  # Llama's default and DFN's, 1/sqrt(hidden_size)
 
 
 @dataclass(frozen=True)
 class ByteLMSettings:
-    """One training run; `intermediate_size` is the DFN's, the Llamas' follows from the equal parameter count."""
+    """One training run; `intermediate_size` is the DFN's, the Llamas' follows from the equal parameter count.
+
+    `initializer_range` None is 1/sqrt(hidden_size).
+    """
 
     model: str = "dfn"
     seed: int = 0
     learning_rate: float = 3e-3
+    initializer_range: float | None = None
     steps: int = 800
     batch_size: int = 8
     length: int = 256
@@ -48,6 +53,7 @@ class ByteLMMeasures:
     top5: float
     largest_gradient_norm: float
     training_seconds: float
+    wall_seconds: float
     machine: str
 
 
@@ -71,6 +77,7 @@ def measure_byte_lm(
         num_hidden_layers=settings.num_hidden_layers,
         num_attention_heads=settings.num_attention_heads,
         intermediate_size=settings.intermediate_size,
+        initializer_range=settings.initializer_range,
     )
     model = build_model(settings.model, size, device=settings.device, **dfn_options)
     started = time.perf_counter()
@@ -96,6 +103,7 @@ def measure_byte_lm(
         **vars(validation),
         largest_gradient_norm=round(trained.largest_gradient_norm, 3),
         training_seconds=round(trained.seconds, 1),
+        wall_seconds=round(trained.wall_seconds, 1),
         machine=describe_machine(settings.device),
     )
 
@@ -127,13 +135,14 @@ def run_byte_lm(
     path: Path,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[tuple[ByteLMSettings, ByteLMMeasures]]:
-    """Every model with every seed at the learning rate that did best for it in a short run.
+    """Every model with every seed, at the learning rate and initialisation that did best for it in a short run.
 
-    The short runs are alike but for the rate: `search_steps` steps, a seed of their own. Finished runs, short ones
-    too, are taken from the CSV at `path`. Batches depend on the seed alone, so models meet the same ones.
+    The short runs, `search_steps` steps with a seed of their own, try each of `learning_rates` with each of
+    `INITIALIZER_RANGES`. Finished runs, short ones too, are taken from the CSV at `path`. Batches depend on the seed
+    alone, so models meet the same ones.
 
     Args:
-        settings: what all runs share; its `model`, `seed` and `learning_rate` are replaced.
+        settings: what all runs share; its `model`, `seed`, `learning_rate` and `initializer_range` are replaced.
     """
     results = ResultsFile(path, ByteLMSettings, ByteLMMeasures)
 
@@ -141,15 +150,20 @@ def run_byte_lm(
         changed = replace(settings, **changes)
         return changed, results.run(changed, lambda missing: measure_byte_lm(missing, report))
 
-    best_rates = {}
+    best = {}
     for model in models:
         searched = [
-            run(model=model, seed=SEARCH_SEED, steps=search_steps, learning_rate=rate) for rate in learning_rates
+            run(model=model, seed=SEARCH_SEED, steps=search_steps, learning_rate=rate, initializer_range=initial)
+            for rate in learning_rates
+            for initial in INITIALIZER_RANGES
         ]
-        best_rates[model] = min(searched, key=lambda pair: pair[1].loss)[0].learning_rate
-        report(f"{model}: learning rate {best_rates[model]:g}")
+        chosen = min(searched, key=lambda pair: pair[1].loss)[0]
+        best[model] = {"learning_rate": chosen.learning_rate, "initializer_range": chosen.initializer_range}
+        report(
+            f"{model}: learning rate {chosen.learning_rate:g}, initial standard deviation {_initial_std(chosen):.3f}"
+        )
     # All models of a seed before the next seed: a table cut short compares like with like.
-    return [run(model=model, seed=seed, learning_rate=best_rates[model]) for seed in seeds for model in models]
+    return [run(model=model, seed=seed, **best[model]) for seed in seeds for model in models]
 
 
 def byte_lm_table(results: list[tuple[ByteLMSettings, ByteLMMeasures]]) -> str:
@@ -158,32 +172,37 @@ def byte_lm_table(results: list[tuple[ByteLMSettings, ByteLMMeasures]]) -> str:
         "model",
         "parameters",
         "learning rate",
+        "initial std",
         "seeds",
         "validation loss, nats per byte",
         "top-1",
         "top-5",
-        "training, s",
-        "ms per step",
+        "wall clock, s",
+        "processor, ms per step",
     )
     lines = []
     for name in dict.fromkeys(run.model for run, _ in results):
         runs = [run for run, _ in results if run.model == name]
         found = [measures for run, measures in results if run.model == name]
-        seconds = [one.training_seconds for one in found]
         lines.append(
             (
                 name,
                 f"{found[0].parameters:,}",
                 f"{runs[0].learning_rate:g}",
+                f"{_initial_std(runs[0]):.3f}",
                 str(len(found)),
                 mean_with_error([one.loss for one in found]),
                 mean_with_error([one.top1 for one in found]),
                 mean_with_error([one.top5 for one in found]),
-                mean_with_error(seconds, digits=0),
-                mean_with_error([1000 * taken / runs[0].steps for taken in seconds], digits=0),
+                mean_with_error([one.wall_seconds for one in found], digits=0),
+                mean_with_error([1000 * one.training_seconds / runs[0].steps for one in found], digits=0),
             )
         )
     return markdown_table(header, lines)
+
+
+def _initial_std(settings: ByteLMSettings) -> float:
+    return settings.hidden_size**-0.5 if settings.initializer_range is None else settings.initializer_range
 
 
 @cache

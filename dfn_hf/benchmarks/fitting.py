@@ -1,6 +1,7 @@
 """The training loop of the benchmarks, the same for every model: AdamW, warm-up, cosine decay, clipping at 1.0."""
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -16,9 +17,16 @@ WARMUP_SHARE = 0.05
 
 @dataclass(frozen=True)
 class Fit:
-    """`seconds` of training alone, and the largest gradient norm seen, before clipping; infinite if it diverged."""
+    """What the training took, its evaluations apart, and the largest gradient norm before clipping.
+
+    Attributes:
+        seconds: of processor time on one CPU thread, else of wall time (`machine.clock`).
+        wall_seconds: by the clock on the wall, whatever else the machine did.
+        largest_gradient_norm: infinite if the run diverged.
+    """
 
     seconds: float
+    wall_seconds: float
     largest_gradient_norm: float
 
 
@@ -51,9 +59,9 @@ def fit(
     decay_steps = round(decay_share * (steps - warmup_steps))
     scheduler = get_wsd_schedule(optimizer, warmup_steps, decay_steps, num_training_steps=steps)
     model.train()
-    seconds, largest = 0.0, 0.0
+    seconds, wall_seconds, largest = 0.0, 0.0, 0.0
     for step in range(1, steps + 1):
-        started = clock(device)
+        started, wall_started = clock(device), time.perf_counter()
         batch = {name: tensor.to(device) for name, tensor in next(batches).items()}
         loss = model(**batch, use_cache=False).loss
         loss.backward()
@@ -67,6 +75,7 @@ def fit(
         optimizer.zero_grad()
         synchronize(device)
         seconds += clock(device) - started
+        wall_seconds += time.perf_counter() - wall_started
         if evaluate is not None and step % evaluate_every == 0 and step < steps:
             model.eval()
             evaluate(step)
@@ -74,4 +83,4 @@ def fit(
     model.eval()
     if evaluate is not None:
         evaluate(steps)
-    return Fit(seconds=seconds, largest_gradient_norm=largest)
+    return Fit(seconds=seconds, wall_seconds=wall_seconds, largest_gradient_norm=largest)

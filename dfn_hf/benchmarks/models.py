@@ -17,13 +17,17 @@ MODELS = ("dfn", *LLAMAS)
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What the compared models have in common; their parameters are those of the DFN of this size."""
+    """What the compared models have in common; their parameters are those of the DFN of this size.
+
+    `initializer_range` None is 1/sqrt(hidden_size), DFN's default.
+    """
 
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
     intermediate_size: int
+    initializer_range: float | None = None
 
 
 def build_model(name: str, size: ModelSize, *, device: str = "cpu", **dfn_options: Any) -> PreTrainedModel:
@@ -60,8 +64,9 @@ def _build_dfn(size: ModelSize, **options: Any) -> PreTrainedModel:
 
 
 def _build_llama(name: str, size: ModelSize, intermediate_size: int) -> PreTrainedModel:
+    initializer_range = size.hidden_size**-0.5 if size.initializer_range is None else size.initializer_range
     config = LlamaConfig(
-        **{**vars(size), "intermediate_size": intermediate_size},
+        **{**vars(size), "intermediate_size": intermediate_size, "initializer_range": initializer_range},
         num_key_value_heads=size.num_attention_heads,
         max_position_embeddings=2**20,
         tie_word_embeddings=True,
