@@ -16,6 +16,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from .attention_kernel import NativeFlowAttention, attention_library
+
 ELEMENTS_AT_ONCE = 2**20  # of the gathered values of one chunk: they stay in a processor's cache
 
 
@@ -44,6 +46,9 @@ def flow_attention(
     Returns:
         (y `[B, H, M, D]` in the dtype of value, log Σ exp ℓ `[B, H, M]` in the dtype of query).
     """
+    library = None if dropout > 0 else attention_library(query, key, value, fading)
+    if library is not None:
+        return NativeFlowAttention.apply(library, query, key, value, fading, query_index, reach, neighbors, window)
     first = query_index[:, 0] - (window - 1)
     local_key, local_value = (_local(x, first, query.shape[2] + window - 1) for x in (key, value))
     seed = int(torch.randint(2**62, ())) if dropout > 0 else 0

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .search_kernel import cells_natively, search_library, search_natively
+
 GRID = 64  # grid points per unit: searched positions are multiples of 2^-6
 ROTATION_SCALE = 1024  # rotations and shifts are stored as integers, in 1/1024
 EMPTY_KEY_CELL, EMPTY_QUERY_CELL = 2**30, 2**30 + 1  # no cell: an absent key and an absent query never meet
@@ -77,16 +79,22 @@ class CellGrids:
             offsets.append(offsets[-1] + count ** self.rotation.shape[1])
         return offsets
 
-    def cells(self, positions: torch.Tensor) -> torch.Tensor:
+    def cells(self, positions: torch.Tensor, *, on_grid: bool = False) -> torch.Tensor:
         """Cell of each position in each table: `[..., P]` → int32 `[..., L]`.
 
         Integer arithmetic in float64: exact for positions on the grid, in any order of summation.
+
+        Args:
+            on_grid: all positions are, so that native code gives the same cells.
         """
         num_tables, axes, position_dim = self.rotation.shape
         edges = torch.tensor(
             [round(size * GRID * ROTATION_SCALE) for size in self.cell_sizes], device=positions.device
         )
         shift = (self.shift.long() * edges[:, None]).div(ROTATION_SCALE, rounding_mode="floor")
+        library = search_library(positions) if on_grid else None
+        if library is not None:
+            return cells_natively(library, positions, GRID, self.rotation, shift, edges, self.cells_per_axis)
         edges = edges.double()[:, None]
         along_axes = (positions.double() * GRID) @ self.rotation.double().reshape(-1, position_dim).T
         # The quotient of two such integers is rounded to one from below only when it is one.
@@ -321,6 +329,7 @@ def search_cells(
     counts: torch.Tensor | None = None,
     chains: CellChains | None = None,
     segments: torch.Tensor | None = None,
+    table_offsets: list[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The K nearest distinct candidates of each query; brings the chains up to date.
 
@@ -333,6 +342,8 @@ def search_cells(
         counts: int64 `[G]`, how many queries of the row are real; the rest are padding at its end. All if None.
         chains: the entities before index past − window; None if there is no past and none is to be kept.
         segments: int64 `[G, M]`, a query sees its own segment only; none if negative. Only without a past.
+        table_offsets: `CellGrids.table_offsets` where cells are few enough to be addressed and positions lie on the
+            grid: native code then finds the same lists sooner.
 
     Returns:
         (indices int64 `[G, M, K]`, squared distances `[G, M, K]`); −1 and inf where there are fewer than K.
@@ -341,6 +352,24 @@ def search_cells(
     if num_queries == 0 or num_neighbors == 0:
         shape = (rows, num_queries, num_neighbors)
         return query_index.new_full(shape, -1), query_positions.new_full(shape, math.inf)
+    library = search_library(query_positions) if table_offsets is not None and segments is None else None
+    if library is not None:
+        return search_natively(
+            library,
+            query_positions,
+            query_cells,
+            query_index,
+            key_positions,
+            key_cells,
+            num_neighbors,
+            window,
+            candidates_per_table,
+            table_offsets,
+            reach,
+            counts,
+            None if chains is None else chains.heads,
+            None if chains is None else chains.links,
+        )
     device = query_cells.device
     flat_keys = key_positions.reshape(-1, key_positions.shape[-1])
     row_start = torch.arange(rows, device=device)[:, None, None] * key_positions.shape[1]

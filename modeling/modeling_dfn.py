@@ -355,7 +355,7 @@ class DynamicFlowAttention(nn.Module):
             )
         else:
             grids, chains = self._grids(), None
-            query_cells, cells = grids.cells(query), grids.cells(key)
+            query_cells, cells = (grids.cells(positions, on_grid=True) for positions in (query, key))
             if state is not None:
                 key, cells = state.append("place", key), state.append("cell", cells)
                 chains = self._chains(state, grids, batch)
@@ -371,6 +371,7 @@ class DynamicFlowAttention(nn.Module):
                 reach=reach,
                 counts=None if rows.counts is None else rows.counts.repeat_interleave(heads),
                 chains=chains,
+                table_offsets=grids.table_offsets,
             )
         return found.view(batch, heads, length, -1)
 

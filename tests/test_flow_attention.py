@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dfn_hf.modeling import flow_attention as module
+from dfn_hf.modeling.attention_kernel import attention_library
 from dfn_hf.modeling.flow_attention import flow_attention, flow_attention_reference, flow_weights
 
 STRICT = {"atol": 1e-11, "rtol": 1e-11}
@@ -98,7 +99,11 @@ def test_equals_the_loop(inputs):
 
 
 @pytest.mark.parametrize("value_dtype", TOLERANCE)
-def test_equals_the_loop_in_less_precision(inputs, value_dtype):
+@pytest.mark.parametrize("native", ["0", "1"])
+def test_equals_the_loop_in_less_precision(inputs, value_dtype, native, monkeypatch):
+    monkeypatch.setenv("DFN_HF_NATIVE", native)
+    runs_natively = attention_library(torch.ones(1), torch.ones(1, dtype=value_dtype)) is not None
+    assert runs_natively == (native == "1" and value_dtype == torch.float32)
     dtypes = dict.fromkeys(DIFFERENTIABLE, torch.float32) | {"value": value_dtype}
     rounded = inputs | {name: inputs[name].to(dtypes[name]).double() for name in DIFFERENTIABLE}
     found = outputs_and_gradients(flow_attention, rounded, **dtypes)

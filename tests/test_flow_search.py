@@ -20,6 +20,7 @@ from dfn_hf.modeling.flow_search import (
     search_cells,
     search_exact,
 )
+from dfn_hf.modeling.search_kernel import search_library
 
 METHODS = ("exact", "cells")
 
@@ -217,7 +218,7 @@ def test_every_cell_of_the_ball_lies_inside_the_grid():
 # Chains
 
 
-def searched_in_chunks(queries, keys, counts_per_call, num_neighbors, window, candidates, grids):
+def searched_in_chunks(queries, keys, counts_per_call, num_neighbors, window, candidates, grids, natively=False):
     """Feed ragged rows call by call with chains, storage per row as a cache keeps it; lists by place in the row."""
     rows, length, _ = queries.shape
     capacity = length + 10
@@ -241,7 +242,7 @@ def searched_in_chunks(queries, keys, counts_per_call, num_neighbors, window, ca
             stored[row, new], cells[row, new] = keys[row, new], grids.cells(keys[row, new])
         found = search_cells(
             asked, grids.cells(asked), index, stored, cells, num_neighbors, window, candidates,
-            counts=counts, chains=chains,
+            counts=counts, chains=chains, table_offsets=grids.table_offsets if natively else None,
         )  # fmt: skip
         for row in range(rows):
             for step in range(int(counts[row])):
@@ -265,15 +266,40 @@ SPLITS = {
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("kind", ["spread", "same", "few"])
 @pytest.mark.parametrize(("window", "candidates", "num_tables"), [(1, 3, 3), (5, 1, 1), (4, 16, 2)])
-def test_chains_give_the_lists_of_one_call(split, kind, window, candidates, num_tables):
+@pytest.mark.parametrize("natively", [False, True])
+def test_chains_give_the_lists_of_one_call(split, kind, window, candidates, num_tables, natively):
     queries, keys = (x[:, 0] for x in draw_positions((3, 1, 40, 2), 10, kind=kind))
     sizes = default_cell_sizes(num_tables)
     grids = CellGrids(*grid_constants(2, num_tables, 1), sizes, ball_cells_per_axis(2, sizes))
     index = torch.arange(40).expand(3, -1)
     whole = search_cells(queries, grids.cells(queries), index, keys, grids.cells(keys), 4, window, candidates)
-    found, _, _, past = searched_in_chunks(queries, keys, SPLITS[split], 4, window, candidates, grids)
+    found, _, _, past = searched_in_chunks(queries, keys, SPLITS[split], 4, window, candidates, grids, natively)
     for row in range(3):
         assert_same([x[row, : past[row]] for x in found], [x[row, : past[row]] for x in whole])
+
+
+@pytest.mark.parametrize("kind", ["spread", "same", "few"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 29, 4), (2, 300, 5), (5, 64, 8)])
+@pytest.mark.parametrize(
+    ("num_tables", "candidates", "num_neighbors", "window"), [(1, 1, 1, 0), (3, 5, 4, 3), (16, 8, 16, 32)]
+)
+@pytest.mark.parametrize("limited", [False, True])
+def test_native_code_finds_the_same_lists(kind, shape, num_tables, candidates, num_neighbors, window, limited):
+    rows, length, position_dim = shape
+    queries, keys = (x[:, 0] for x in draw_positions((rows, 1, length, position_dim), 19, kind=kind))
+    sizes = default_cell_sizes(num_tables)
+    grids = CellGrids(*grid_constants(position_dim, num_tables, 2), sizes, ball_cells_per_axis(position_dim, sizes))
+    assert search_library(queries) is not None
+    cells = [grids.cells(x) for x in (queries, keys)]
+    for positions, expected in zip((queries, keys), cells, strict=True):
+        assert torch.equal(grids.cells(positions, on_grid=True), expected)
+    index = torch.arange(length).expand(rows, -1)
+    options = {}
+    if limited:
+        options = {"reach": index % 17, "counts": torch.arange(rows) * length // rows}
+    arguments = (queries, cells[0], index, keys, cells[1], num_neighbors, window, candidates)
+    expected = search_cells(*arguments, **options)
+    assert_same(search_cells(*arguments, **options, table_offsets=grids.table_offsets), expected)
 
 
 @pytest.mark.parametrize("kind", ["spread", "same", "few"])

@@ -14,13 +14,16 @@ from dfn_hf import DFNConfig, DFNForCausalLM, DFNForSequenceClassification, DFNM
 from dfn_hf.modeling.configuration_dfn import AUTO_MAP
 
 CODE = {
+    "attention_kernel.py",
     "causal_conv.py",
     "chunk_memory.py",
     "configuration_dfn.py",
     "flow_attention.py",
     "flow_search.py",
     "modeling_dfn.py",
+    "native_library.py",
     "padding.py",
+    "search_kernel.py",
     "state_cache.py",
 }
 

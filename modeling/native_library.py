@@ -1,0 +1,96 @@
+"""C code built on first use into a library that is kept for the next process; without a compiler there is none.
+
+The code is plain C behind pointers and sizes: it needs a C compiler, and no headers of Python or torch. Libraries are
+named by what they were built from and for, and put in place whole, so that any number of processes, and any number of
+copies of this code from the Hub, can share a folder.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+SWITCH = "DFN_HF_NATIVE"  # set to 0 for torch operations alone
+ITEMS_PER_THREAD = 1024  # fewer are done before a thread has started
+
+
+def switched_on() -> bool:
+    """Whether native code may be used: always, unless the environment variable DFN_HF_NATIVE is 0."""
+    return os.environ.get(SWITCH, "1") != "0"
+
+
+@cache
+def native_library(source: str, *flags: str) -> ctypes.CDLL | None:
+    """The library built from C `source` with `flags`, or None where it cannot be built; the reason is logged once."""
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None or os.name != "posix":
+        logger.info("No C compiler was found: going on with torch operations, which are slower.")
+        return None
+    command = [compiler, "-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", *flags]
+    try:
+        made_of = "\0".join([source, *command, compiler_version(compiler), processor()])
+        folder = library_folder()
+        path = folder / f"{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.so"
+        if not path.exists():
+            with tempfile.TemporaryDirectory(dir=folder) as workplace:
+                code, built = Path(workplace, "code.c"), Path(workplace, "library.so")
+                code.write_text(source)
+                subprocess.run(
+                    [*command, "-o", str(built), str(code), "-lm"], check=True, capture_output=True, timeout=120
+                )
+                built.replace(path)
+        return ctypes.CDLL(str(path))
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        logger.info("Native code could not be built: going on with torch operations, which are slower. %s", reason)
+        return None
+
+
+def library_folder() -> Path:
+    """A folder of this user's own: what is in it gets executed."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "dfn_hf" / "native"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user.")
+    return folder
+
+
+def compiler_version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=30).stdout.decode()
+
+
+def processor() -> str:
+    """What `-march=native` looks at."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.platform()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+
+
+def in_threads(work: Callable[[int, int], None], rows: int, items_per_row: int) -> None:
+    """`work(first, last)` over all rows, in as many threads as torch uses and the work is worth."""
+    threads = max(1, min(torch.get_num_threads(), rows, rows * items_per_row // ITEMS_PER_THREAD))
+    bounds = [rows * thread // threads for thread in range(threads + 1)]
+    if threads == 1:
+        return work(0, rows)
+    with ThreadPoolExecutor(threads) as pool:  # a pool that is kept would not survive a fork
+        list(pool.map(work, bounds[:-1], bounds[1:]))
+
+
+def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    """Where the data of a CPU tensor starts; NULL for None."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
