@@ -315,7 +315,8 @@ def is_user_error(error: Exception) -> bool:
     from safetensors import SafetensorError
     from torch import OutOfMemoryError
 
-    return isinstance(error, ValueError | OSError | OutOfMemoryError | SafetensorError | StrictDataclassError)
+    mendable = ValueError | OSError | MemoryError | OutOfMemoryError | SafetensorError | StrictDataclassError
+    return isinstance(error, mendable)
 
 
 def one_line(error: Exception) -> str:

@@ -600,7 +600,8 @@ class DFNModel(DFNPreTrainedModel):
             if output_entities:
                 all_entities.append(entities_to_columns(entities, rows, state))
         if config.readout_window > 1:
-            hidden_states = self._read_out(hidden_states, influence, rows, states[-1])
+            # Kept by the first layer, whose refusal of a crop comes before any layer was cropped.
+            hidden_states = self._read_out(hidden_states, influence, rows, states[0])
         hidden_states = rows.scatter(self.norm(hidden_states))
         if output_hidden_states:
             all_states.append(hidden_states)

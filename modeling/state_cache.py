@@ -13,7 +13,7 @@ columns takes the right number of entities from each row.
 from collections.abc import Callable
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 
 
 class FixedState:
@@ -327,6 +327,15 @@ class StateLayer(CacheLayerMixin):
             self.lengths = new
             self.columns -= removed
         self._each(lambda state: state.trim())
+
+
+class RefusedStaticLayer(StaticLayer):
+    """What `StaticCache(config=model.config)` makes of a flow model's layer: a sentence."""
+
+    _layer_type = StateLayer._layer_type
+
+    def __init__(self, **kwargs):
+        raise ValueError("A flow model's state grows with its input: use DynamicCache(config=model.config).")
 
 
 def state_layers(past_key_values: Cache, num_layers: int) -> list[StateLayer]:

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, pipeline
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache, pipeline
 from transformers.utils import logging as transformers_logging
 
 from dfn_hf import DFNConfig, DFNForCausalLM, DFNForSequenceClassification, DFNModel
@@ -512,3 +512,24 @@ def test_the_search_cannot_change_under_a_cache():
 def test_caches_of_fixed_size_are_refused_in_a_sentence(model, implementation):
     with pytest.raises(ValueError, match=rf"'{implementation}' cannot hold.*\"dynamic\""):
         model.generate(IDS, cache_implementation=implementation, max_new_tokens=2, pad_token_id=0)
+
+
+def test_a_static_cache_made_by_hand_is_refused_in_a_sentence(model):
+    with pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"):
+        StaticCache(config=model.config, max_cache_len=16)
+
+
+def test_a_crop_that_is_refused_leaves_the_cache_as_it_was():
+    config = DFNConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20,
+        num_neighbors=4, local_window=4, num_tables=3, candidates_per_table=3, conv_kernel=1, readout_window=3,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = DFNForCausalLM(config).double().eval()
+    cache = DynamicCache(config=config)
+    with torch.no_grad():
+        model(IDS, past_key_values=cache)
+        with pytest.raises(ValueError, match="activate_past_recording"):
+            cache.crop(-2)
+        continued = model(IDS, past_key_values=cache).logits
+        assert torch.allclose(continued, model(torch.cat([IDS, IDS], dim=1)).logits[:, IDS.shape[1] :], **STRICT)

@@ -1,0 +1,56 @@
+"""What the embedded checkpoint writes: English, and its own."""
+
+import json
+import re
+
+import pytest
+from transformers import pipeline, set_seed
+
+import dfn_hf
+from dfn_hf.data import load_corpus
+from dfn_hf.evaluation import evaluate_causal_lm
+from dfn_hf.sources import load_causal_lm
+
+PROMPTS = ("MACBETH.\nI have", "And God said", "Enter KING HENRY", "And it came to pass", "O Romeo,")
+WORD = re.compile(r"[A-Za-z]+(?:['’][A-Za-z]+)*")
+LONGEST_COPY = 60
+
+
+@pytest.fixture(scope="module")
+def training_text():
+    return "\n".join(load_corpus("train")["text"])
+
+
+@pytest.fixture(scope="module")
+def samples():
+    """What the pipeline adds to each prompt, with the sampling that the checkpoint's generation config asks for."""
+    set_seed(0)
+    write = pipeline("text-generation", model=str(dfn_hf.checkpoint_path("dfn-tiny")))
+    outputs = write(list(PROMPTS), max_new_tokens=150, return_full_text=False)
+    return [output[0]["generated_text"] for output in outputs]
+
+
+def test_words_are_those_of_the_training_text(samples, training_text):
+    vocabulary = {word.lower() for word in WORD.findall(training_text)}
+    words = [word.lower() for sample in samples for word in WORD.findall(sample)]
+    assert len(words) >= 250
+    assert sum(word in vocabulary for word in words) / len(words) >= 0.85
+
+
+def test_nothing_long_is_copied(samples, training_text):
+    def spaced(text):
+        return " ".join(text.split())
+
+    training_text = spaced(training_text)
+    for sample in map(spaced, samples):
+        for start in range(max(1, len(sample) - LONGEST_COPY)):
+            span = sample[start : start + LONGEST_COPY + 1]
+            assert len(span) <= LONGEST_COPY or span not in training_text, span
+
+
+def test_card_states_what_it_reaches_on_held_out_text():
+    folder = dfn_hf.checkpoint_path("dfn-tiny")
+    model, tokenizer = load_causal_lm(str(folder))
+    found = evaluate_causal_lm(model, tokenizer, load_corpus("test")["text"], context_length=256)
+    assert f"{found.bits_per_byte:.3f} bits per byte" in (folder / "README.md").read_text(encoding="utf-8")
+    assert json.loads((folder / "training_log.json").read_text(encoding="utf-8"))
