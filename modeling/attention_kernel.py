@@ -12,8 +12,9 @@ from torch.autograd.function import once_differentiable
 
 from .native_library import in_threads, native_library, switched_on
 
-# Sums may be reassociated, so that they run in vector registers; infinities and NaNs keep their meaning.
-FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=fast")
+MOST_READ = 2**14  # entities of a query: the code holds their logits on the stack
+# Only the sums that say so are reassociated to run in vector registers.
+FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd")
 SOURCE = r"""
 #include <math.h>
 #include <stdint.h>
@@ -77,8 +78,10 @@ void forward(int64_t first, int64_t last, const Call *c) {
         for (int64_t m = 0; m < c->length; m++) {
             int64_t count = logits_of(c, b, h, m, ids, ages, weights);
             float largest = weights[0], sum = 0;
+#pragma omp simd reduction(max : largest)
             for (int64_t n = 1; n < count; n++) largest = weights[n] > largest ? weights[n] : largest;
             for (int64_t n = 0; n < count; n++) weights[n] = exp_of(weights[n] - largest);
+#pragma omp simd reduction(+ : sum)
             for (int64_t n = 0; n < count; n++) sum += weights[n];
             row(c->total, b, h)[m * c->total.entity] = largest + logf(sum);
             float *restrict y = row(c->y, b, h) + m * c->y.entity;
@@ -112,6 +115,7 @@ void backward(int64_t first, int64_t last, const Call *c) {
                 const float *value = values + ids[n] * c->value.entity;
                 float *restrict grad_value = grad_values + ids[n] * c->grad_value.entity;
                 float sum = 0;
+#pragma omp simd reduction(+ : sum)
                 for (int64_t d = 0; d < c->value_features; d++) {
                     sum += grad_y[d] * value[d];
                     grad_value[d] += weights[n] * grad_y[d];
@@ -200,7 +204,7 @@ class NativeFlowAttention(torch.autograd.Function):
 def _fades(bits: int) -> torch.Tensor:
     """log(1 + age) of every age below 2^bits, float32; kept, so that a step costs the same at every length."""
     with torch.inference_mode(False):
-        return torch.arange(2**bits, dtype=torch.float64).log1p_().float()
+        return torch.arange(2**bits, dtype=torch.float64, device="cpu").log1p_().float()
 
 
 def _with_dense_features(x: torch.Tensor) -> torch.Tensor:

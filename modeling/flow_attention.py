@@ -16,7 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .attention_kernel import NativeFlowAttention, attention_library
+from .attention_kernel import MOST_READ, NativeFlowAttention, attention_library
 
 ELEMENTS_AT_ONCE = 2**20  # of the gathered values of one chunk: they stay in a processor's cache
 
@@ -46,7 +46,8 @@ def flow_attention(
     Returns:
         (y `[B, H, M, D]` in the dtype of value, log Σ exp ℓ `[B, H, M]` in the dtype of query).
     """
-    library = None if dropout > 0 else attention_library(query, key, value, fading)
+    fits = dropout == 0 and window + neighbors.shape[-1] <= MOST_READ
+    library = attention_library(query, key, value, fading) if fits else None
     if library is not None:
         return NativeFlowAttention.apply(library, query, key, value, fading, query_index, reach, neighbors, window)
     first = query_index[:, 0] - (window - 1)

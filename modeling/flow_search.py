@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .search_kernel import cells_natively, search_library, search_natively
+from .search_kernel import MOST_NEIGHBORS, cells_natively, search_library, search_natively
 
 GRID = 64  # grid points per unit: searched positions are multiples of 2^-6
 ROTATION_SCALE = 1024  # rotations and shifts are stored as integers, in 1/1024
@@ -352,7 +352,8 @@ def search_cells(
     if num_queries == 0 or num_neighbors == 0:
         shape = (rows, num_queries, num_neighbors)
         return query_index.new_full(shape, -1), query_positions.new_full(shape, math.inf)
-    library = search_library(query_positions) if table_offsets is not None and segments is None else None
+    addressed = table_offsets is not None and segments is None
+    library = search_library(query_positions) if addressed and num_neighbors <= MOST_NEIGHBORS else None
     if library is not None:
         return search_natively(
             library,

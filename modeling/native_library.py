@@ -12,8 +12,8 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -38,57 +38,84 @@ def native_library(source: str, *flags: str) -> ctypes.CDLL | None:
     if compiler is None or os.name != "posix":
         logger.info("No C compiler was found: going on with torch operations, which are slower.")
         return None
-    command = [compiler, "-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared", *flags]
     try:
-        made_of = "\0".join([source, *command, compiler_version(compiler), processor()])
-        folder = library_folder()
-        path = folder / f"{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.so"
-        if not path.exists():
-            with tempfile.TemporaryDirectory(dir=folder) as workplace:
-                code, built = Path(workplace, "code.c"), Path(workplace, "library.so")
-                code.write_text(source)
-                subprocess.run(
-                    [*command, "-o", str(built), str(code), "-lm"], check=True, capture_output=True, timeout=120
-                )
-                built.replace(path)
-        return ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
+        # Tuned to this processor where it can be told from others that share the folder.
+        tuning = ["-march=native"] if processor() else []
+        try:
+            return built_library(source, [compiler, *tuning, *flags])
+        except subprocess.CalledProcessError:  # some compilers know no such tuning
+            return built_library(source, [compiler, *flags])
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
-        logger.info("Native code could not be built: going on with torch operations, which are slower. %s", reason)
+        logger.warning_once(f"Native code was not built: going on with torch operations, which are slower. {reason}")
         return None
+
+
+def built_library(source: str, command: list[str]) -> ctypes.CDLL:
+    """The library from the folder, or else built there."""
+    command = [*command, "-O3", "-std=gnu11", "-fPIC", "-shared"]
+    made_of = "\0".join([source, *command, compiler_version(command[0]), platform.machine(), processor()])
+    folder = library_folder()
+    path = folder / f"{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as workplace:
+            code, built = Path(workplace, "code.c"), Path(workplace, "library.so")
+            code.write_text(source)
+            subprocess.run(
+                [*command, "-o", str(built), str(code), "-lm"], check=True, capture_output=True, timeout=120
+            )
+            built.replace(path)
+    return ctypes.CDLL(str(path))
 
 
 def library_folder() -> Path:
     """A folder of this user's own: what is in it gets executed."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "dfn_hf" / "native"
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    folder = Path(base if os.path.isabs(base) else Path.home() / ".cache") / "dfn_hf" / "native"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if folder.stat().st_uid != os.getuid():
-        raise PermissionError(f"{folder} belongs to another user.")
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise PermissionError(f"{folder} is open to other users: make it yours alone.")
     return folder
 
 
 def compiler_version(compiler: str) -> str:
-    return subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=30).stdout.decode()
+    """What the compiler says of itself."""
+    said = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=30).stdout
+    return said.decode(errors="replace")
 
 
 def processor() -> str:
-    """What `-march=native` looks at."""
+    """What `-march=native` looks at; empty where it cannot be read."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.platform()
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+        return ""
+    told = ("model name", "flags", "features", "isa", "cpu part", "cpu variant")
+    return "\n".join(sorted({line for line in lines if line.lower().startswith(told)}))
 
 
 def in_threads(work: Callable[[int, int], None], rows: int, items_per_row: int) -> None:
     """`work(first, last)` over all rows, in as many threads as torch uses and the work is worth."""
     threads = max(1, min(torch.get_num_threads(), rows, rows * items_per_row // ITEMS_PER_THREAD))
     bounds = [rows * thread // threads for thread in range(threads + 1)]
-    if threads == 1:
-        return work(0, rows)
-    with ThreadPoolExecutor(threads) as pool:  # a pool that is kept would not survive a fork
-        list(pool.map(work, bounds[:-1], bounds[1:]))
+    errors: list[BaseException] = []
+
+    def part(first: int, last: int) -> None:
+        try:
+            work(first, last)
+        except BaseException as error:
+            errors.append(error)
+
+    # Threads of their own, not a pool: a pool that is kept does not survive a fork.
+    others = [threading.Thread(target=part, args=bounds[i : i + 2]) for i in range(1, threads)]
+    for thread in others:
+        thread.start()
+    part(*bounds[:2])
+    for thread in others:
+        thread.join()
+    if errors:
+        raise errors[0]
 
 
 def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:

@@ -11,6 +11,7 @@ import torch
 
 from .native_library import in_threads, native_library, pointer, switched_on
 
+MOST_NEIGHBORS = 2**14  # the code holds them on the stack
 # Distances without fused multiply-adds: the same bits as torch's.
 FLAGS = ("-ffp-contract=off", "-fno-math-errno")
 SOURCE = r"""
@@ -58,13 +59,13 @@ static inline int64_t insert(uint64_t *best, int64_t found, int64_t wanted, uint
    ran out. */
 int search(int64_t first, int64_t last, int64_t length, int64_t tables, int64_t dims, int64_t wanted, int64_t window,
            int64_t candidates, const float *queries, const int32_t *query_cells, const int64_t *query_index,
-           const float *keys, const int32_t *key_cells, int64_t stored, const int64_t *reach, const int64_t *counts,
-           const int64_t *offsets, int64_t slots, int32_t *all_heads, int32_t *all_links, int64_t link_capacity,
-           int64_t *indices, float *distances) {
+           const float *keys, int64_t stored, const int32_t *key_cells, int64_t cells_stored, const int64_t *reach,
+           const int64_t *counts, const int64_t *offsets, int64_t slots, int32_t *all_heads, int32_t *all_links,
+           int64_t link_capacity, int64_t *indices, float *distances) {
     int32_t *own_heads = NULL, *own_links = NULL;
     if (!all_heads) {
         own_heads = malloc(slots * sizeof(int32_t));
-        own_links = malloc(stored * tables * sizeof(int32_t));
+        own_links = malloc(cells_stored * tables * sizeof(int32_t));
         if (!own_heads || !own_links) {
             free(own_heads);
             free(own_links);
@@ -78,7 +79,7 @@ int search(int64_t first, int64_t last, int64_t length, int64_t tables, int64_t 
         int32_t *links = all_heads ? all_links + g * link_capacity * tables : own_links;
         if (!all_heads) memset(heads, -1, slots * sizeof(int32_t));
         const float *row_keys = keys + g * stored * dims;
-        const int32_t *row_cells = key_cells + g * stored * tables;
+        const int32_t *row_cells = key_cells + g * cells_stored * tables;
         for (int64_t m = 0; m < length; m++) {
             int64_t at = g * length + m, found = 0;
             if (!counts || m < counts[g]) {
@@ -149,8 +150,8 @@ def cells_natively(
     """
     num_tables, axes, dims = rotation.shape
     positions = positions.contiguous()
-    out = torch.empty(*positions.shape[:-1], num_tables, dtype=torch.int32)
-    tensors = [rotation.int(), shift.double(), edges.double(), torch.tensor(cells_per_axis).int()]
+    out = rotation.new_empty(*positions.shape[:-1], num_tables, dtype=torch.int32)
+    tensors = [rotation.int(), shift.double(), edges.double(), rotation.new_tensor(cells_per_axis, dtype=torch.int32)]
     tensors = [tensor.contiguous() for tensor in tensors]
 
     def work(first: int, last: int) -> None:
@@ -188,9 +189,9 @@ def search_natively(
     inputs = [None if tensor is None else tensor.contiguous() for tensor in inputs]
     query_positions, query_cells, query_index, key_positions, key_cells, reach, counts = inputs
     stored = key_positions.shape[1]
-    offsets = torch.tensor(table_offsets[:-1])
-    indices = torch.empty(rows, length, num_neighbors, dtype=torch.int64)
-    distances = torch.empty(rows, length, num_neighbors)
+    offsets = query_index.new_tensor(table_offsets[:-1])
+    indices = query_index.new_empty(rows, length, num_neighbors)
+    distances = query_positions.new_empty(rows, length, num_neighbors)
 
     def work(first: int, last: int) -> None:
         sizes = (
@@ -205,8 +206,10 @@ def search_natively(
         )
         failed = library.search(
             *map(ctypes.c_int64, sizes),
-            *map(pointer, (query_positions, query_cells, query_index, key_positions, key_cells)),
+            *map(pointer, (query_positions, query_cells, query_index, key_positions)),
             ctypes.c_int64(stored),
+            pointer(key_cells),
+            ctypes.c_int64(key_cells.shape[1]),
             *map(pointer, (reach, counts, offsets)),
             ctypes.c_int64(table_offsets[-1]),
             *map(pointer, (heads, links)),

@@ -4,12 +4,20 @@ import threading
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from dfn_hf import DFNConfig, DFNForCausalLM
+from dfn_hf.modeling import attention_kernel
 from dfn_hf.modeling import native_library as module
+from dfn_hf.modeling.flow_search import CellGrids, ball_cells_per_axis, grid_constants
 from dfn_hf.modeling.native_library import in_threads, native_library, processor
+from dfn_hf.modeling.search_kernel import search_library, search_natively
 
 SOURCE = "int answer(void) { return %d; }"
+
+
+def homeless():
+    raise RuntimeError("Could not determine home directory.")
 
 
 @pytest.fixture
@@ -37,7 +45,10 @@ def test_another_processor_gets_a_library_of_its_own(folder, monkeypatch):
     assert len(list(folder.iterdir())) == 2
 
 
-@pytest.mark.parametrize("obstacle", ["no compiler", "broken compiler", "wrong code", "no folder"])
+OBSTACLES = ("no compiler", "broken compiler", "wrong code", "no folder", "a folder open to others", "no home")
+
+
+@pytest.mark.parametrize("obstacle", OBSTACLES)
 def test_where_it_cannot_be_built_there_is_none(folder, obstacle, monkeypatch, tmp_path):
     source = SOURCE % 1
     if obstacle == "no compiler":
@@ -46,19 +57,84 @@ def test_where_it_cannot_be_built_there_is_none(folder, obstacle, monkeypatch, t
         monkeypatch.setenv("CC", "false")
     elif obstacle == "wrong code":
         source = "int answer(void) { return"
+    elif obstacle == "a folder open to others":
+        folder.mkdir(parents=True)
+        folder.chmod(0o777)
+    elif obstacle == "no home":
+        monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+        monkeypatch.setattr(module.Path, "home", homeless)
     else:
         (tmp_path / "dfn_hf").write_text("in the way")
     assert native_library(source) is None
 
 
-def test_a_model_without_it_gives_the_same(folder, monkeypatch):
-    config = DFNConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20,
-        num_neighbors=4, local_window=4, num_tables=3, candidates_per_table=3, memory_slots=2, initializer_range=0.5,
-    )  # fmt: skip
+def test_code_that_knows_no_tuning_is_built_without(folder, monkeypatch):
+    run = module.subprocess.run
+
+    def refuse(command, **options):
+        if "-march=native" in command:
+            raise module.subprocess.CalledProcessError(1, command, stderr=b"unknown option")
+        return run(command, **options)
+
+    monkeypatch.setattr(module.subprocess, "run", refuse)
+    assert native_library(SOURCE % 1).answer() == 1
+
+
+def draw_model(**options):
+    config = DFNConfig(**{
+        "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20,
+        "num_neighbors": 4, "local_window": 4, "num_tables": 3, "candidates_per_table": 3, "initializer_range": 0.5,
+        **options,
+    })  # fmt: skip
     torch.manual_seed(0)
-    model = DFNForCausalLM(config)
-    ids = torch.randint(0, 40, (2, 50))
+    return DFNForCausalLM(config), torch.randint(0, 40, (2, 50))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_default_dtype_for_new_tensors_changes_nothing(dtype):
+    model, ids = draw_model()
+    expected = model(ids).logits
+    torch.set_default_dtype(dtype)
+    try:
+        found = model(ids).logits
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.allclose(found, expected, atol=1e-5, rtol=0)
+
+
+def test_a_default_device_for_new_tensors_changes_nothing():
+    fades = attention_kernel._fades
+    fades.cache_clear()
+    with torch.device("meta"):
+        assert fades(3).device.type == "cpu"
+    grids = CellGrids(*grid_constants(2, 2, 0), [2.0, 1.0], ball_cells_per_axis(2, [2.0, 1.0]))
+    positions, index = torch.zeros(1, 5, 2), torch.arange(5)[None]
+    cells = grids.cells(positions, on_grid=True)
+    arguments = (search_library(positions), positions, cells, index, positions, cells, 2, 1, 3)
+    expected = search_natively(*arguments, grids.table_offsets, None, None, None, None)
+    with torch.device("meta"):
+        found = search_natively(*arguments, grids.table_offsets, None, None, None, None)
+    assert all(map(torch.equal, found, expected)) and found[0][0, -1].tolist() == [3, 2]
+
+
+def test_windows_too_wide_for_the_stack_are_left_to_torch():
+    model, ids = draw_model(local_window=2**20)
+    assert model(ids).logits.isfinite().all()
+
+
+def test_storages_of_different_length_are_each_read_by_their_own(monkeypatch):
+    model, ids = draw_model(conv_kernel=1, search_implementation="exact")
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        cache.crop(-50)
+        model.config.search_implementation = "cells"
+        found = model(ids[:, :20], past_key_values=cache).logits
+        assert torch.allclose(found, model(ids[:, :20]).logits, atol=1e-5, rtol=0)
+
+
+def test_a_model_without_it_gives_the_same(folder, monkeypatch):
+    model, ids = draw_model(memory_slots=2)
 
     def run():
         model.zero_grad()
@@ -88,3 +164,14 @@ def test_threads_share_the_rows(rows, threads, monkeypatch):
 
     in_threads(work, rows, 10**6)
     assert sorted(done) == list(range(rows))
+
+
+def test_an_error_in_any_thread_is_raised(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+
+    def work(first, last):
+        if first == 2:
+            raise MemoryError("none left")
+
+    with pytest.raises(MemoryError, match="none left"):
+        in_threads(work, 3, 10**6)
