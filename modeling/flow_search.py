@@ -44,9 +44,13 @@ def grid_constants(position_dim: int, num_tables: int, seed: int) -> tuple[torch
     return (rotation * ROTATION_SCALE).round().int(), (shift * ROTATION_SCALE).floor().int()
 
 
-def default_cell_sizes(num_tables: int) -> list[float]:
-    """Geometric from 8, which spans the ball, down to 0.35: coarse cells let training find far matches at all."""
-    coarsest, finest = 8.0, 0.35
+def default_cell_sizes(num_tables: int, coarsest: float = 8.0) -> list[float]:
+    """Geometric from `coarsest` down to 0.35.
+
+    Cells of 8 span the ball: they let training find far matches at all. A model that finds them recalls more at great
+    length when it is tuned further with cells from 2 down, of which none is full of the latest entities alone.
+    """
+    finest = 0.35
     return [coarsest * (finest / coarsest) ** (table / max(num_tables - 1, 1)) for table in range(num_tables)]
 
 

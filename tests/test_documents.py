@@ -1,14 +1,21 @@
 """The README's snippets and the notebooks do what they say."""
 
 import re
+import shlex
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from typer.testing import CliRunner
+
+from dfn_hf.benchmarks.results import ResultsFile
+from dfn_hf.cli import app
 
 ROOT = Path(__file__).parent.parent
-SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+TABLES = re.findall(r"`dfn-hf (bench [^`]*--results [^`]*)`", README)
 
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
@@ -20,6 +27,22 @@ def test_readme_snippet_runs(number, tmp_path, monkeypatch, capsys):
 
 def test_readme_has_its_snippets():
     assert len(SNIPPETS) == 3
+
+
+@pytest.mark.parametrize("command", TABLES)
+def test_readme_tables_are_what_their_commands_print(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(ResultsFile, "_append", lambda *_: pytest.fail("a run behind the README is missing"))
+    plot = ["--plot", str(tmp_path / "plot.png")] if "scaling" in command else []
+    result = CliRunner().invoke(app, [*shlex.split(command), *plot])
+    assert result.exit_code == 0, result.output
+    table = [line for line in result.stdout.splitlines() if line.startswith("|")]
+    assert len(table) >= 3
+    assert "\n".join(table) in README
+
+
+def test_readme_has_its_tables():
+    assert [command.split()[1] for command in TABLES] == ["scaling", "million", "recall", "lm", "ablations"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.name)

@@ -5,7 +5,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel, set_seed
+
+from dfn_hf import DFNConfig, DFNForCausalLM
+from dfn_hf.modeling.flow_search import default_cell_sizes
 
 from .fitting import fit
 from .machine import describe_machine
@@ -21,7 +25,10 @@ FINE_TUNING_SEED = 20_000
 
 @dataclass(frozen=True)
 class RecallSettings:
-    """One run: the model, the short task it learns, the long ones it is asked, and the fine-tuning in between."""
+    """One run: the model, the short task it learns, the long ones it is asked, and the fine-tuning in between.
+
+    `tuning_coarsest_cell` is the edge of DFN's largest cells from the fine-tuning on: before it they span the ball.
+    """
 
     model: str = "dfn"
     seed: int = 0
@@ -45,6 +52,7 @@ class RecallSettings:
     tuning_batch_size: int = 8
     tuning_steps: int = 400
     tuning_learning_rate: float = 1e-3
+    tuning_coarsest_cell: float = 2.0
     longest_length: int = 8192
     longest_num_pairs: int = 120
     long_batches: int = 8
@@ -145,6 +153,8 @@ def measure_recall(settings: RecallSettings, report: Callable[[str], None] = lam
         f"{settings.model}, seed {settings.seed}: {settings.long_length} tokens {long:.3f}, "
         f"{settings.longest_length} tokens {longest_before_tuning:.3f}; fine-tuning"
     )
+    if isinstance(model, DFNForCausalLM):
+        model = with_cell_sizes(model, default_cell_sizes(settings.num_tables, settings.tuning_coarsest_cell))
     _fine_tune(model, settings)
     return RecallMeasures(
         parameters=count_parameters(model),
@@ -178,7 +188,8 @@ def recall_table(results: list[tuple[RecallSettings, RecallMeasures]]) -> str:
         f"{settings.long_length} / {settings.long_num_pairs}, zero-shot",
         "the same, K = 0",
         f"{settings.longest_length} / {settings.longest_num_pairs}, zero-shot",
-        f"the same, after {settings.tuning_steps} steps at {settings.tuning_length}",
+        f"the same, after {settings.tuning_steps} steps at {settings.tuning_length}, "
+        f"cells from {settings.tuning_coarsest_cell:g} down",
         "minutes",
     )
     lines = []
@@ -198,6 +209,17 @@ def recall_table(results: list[tuple[RecallSettings, RecallMeasures]]) -> str:
             )
         )
     return markdown_table(header, lines)
+
+
+def with_cell_sizes(model: DFNForCausalLM, cell_sizes: list[float]) -> DFNForCausalLM:
+    """A model of the same weights that searches in cells of other sizes; their grids keep rotation and shift.
+
+    For a saved model, `from_pretrained(folder, cell_sizes=…)` does the same.
+    """
+    config = DFNConfig.from_dict({**model.config.to_dict(), "cell_sizes": cell_sizes})
+    resized = torch.nn.Module.to(DFNForCausalLM(config), model.device)
+    resized.load_state_dict(model.state_dict())
+    return resized
 
 
 def _long_recall_without_far(model: PreTrainedModel, settings: RecallSettings) -> float | None:
