@@ -5,5 +5,5 @@ cd "$(dirname "$0")/results"
 dfn-hf bench recall --results recall.csv
 dfn-hf bench lm --results lm.csv
 dfn-hf bench ablations --results ablations.csv
-dfn-hf bench scaling --results scaling.csv --repeats 1 --baseline-length 16384
+dfn-hf bench scaling --results scaling.csv
 dfn-hf bench million --results million.csv
