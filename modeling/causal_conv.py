@@ -31,7 +31,8 @@ class CausalConv(nn.Module):
             return self._convolve_segments(x, rows.segment, before)
         else:
             history = nn.functional.pad(x, (0, 0, before, 0))
-        return self.conv(history.transpose(1, 2)).transpose(1, 2)
+        # Laid out as projections read it: each of them would make a copy of its own.
+        return self.conv(history.transpose(1, 2)).transpose(1, 2).contiguous()
 
     def _convolve_segments(self, x: torch.Tensor, segment: torch.Tensor, gap: int) -> torch.Tensor:
         """Lay `gap` zeros before each segment, convolve, and take the entities out again."""

@@ -16,6 +16,7 @@ K neighbours, C memory chunks, S memory slots.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +50,7 @@ from .state_cache import StateLayer, state_layers
 
 logger = logging.get_logger(__name__)
 
-TOKENS_AT_ONCE = 8192  # of the MLP: no temporary of full length is wider than the hidden size
+ENTITIES_AT_ONCE = 4096  # of what is done entity by entity: temporaries of full length are few, and none is wide
 
 
 @dataclass
@@ -109,6 +110,22 @@ def ball(x: torch.Tensor) -> torch.Tensor:
     return 2 * x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1)
 
 
+def in_pieces(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
+    """`function` of tensors `[B, M, ...]`, `ENTITIES_AT_ONCE` entities at a time."""
+    length = tensors[0].shape[1]
+    if length <= ENTITIES_AT_ONCE:
+        return function(*tensors)
+    pieces = zip(*(x.split(ENTITIES_AT_ONCE, dim=1) for x in tensors), strict=True)
+    if torch.is_grad_enabled():
+        return torch.cat([function(*piece) for piece in pieces], dim=1)
+    first = function(*next(pieces))
+    whole = first.new_empty(first.shape[0], length, *first.shape[2:])
+    whole[:, :ENTITIES_AT_ONCE] = first
+    for start, piece in zip(range(ENTITIES_AT_ONCE, length, ENTITIES_AT_ONCE), pieces, strict=True):
+        whole[:, start : start + ENTITIES_AT_ONCE] = function(*piece)
+    return whole
+
+
 def unit_linear(in_features: int, out_features: int) -> nn.Linear:
     """A map whose outputs start as large as its inputs, whatever `initializer_range`: positions then fill the ball."""
     linear = nn.Linear(in_features, out_features, bias=False)
@@ -146,12 +163,18 @@ class FlowNorm(nn.Module):
         self.eps = config.norm_eps
 
     def forward(self, states: torch.Tensor, rows: Rows, state: StateLayer | None) -> torch.Tensor:
-        wide = states.to(torch.promote_types(states.dtype, torch.float32))
-        flow = self.flow_map(states).to(wide.dtype)
-        energy = flow.square().mean(dim=-1, keepdim=True) + 1e-2 * wide.square().mean(dim=-1, keepdim=True)
+        energy = in_pieces(self._energy, states)
         if self.running:
             energy = self._running_mean(energy, rows, state)
-        return (self.weight * (wide * torch.rsqrt(energy + self.eps))).to(states.dtype)
+        return in_pieces(self._scaled, states, energy)
+
+    def _energy(self, states: torch.Tensor) -> torch.Tensor:
+        wide = states.to(torch.promote_types(states.dtype, torch.float32))
+        flow = self.flow_map(states).to(wide.dtype)
+        return flow.square().mean(dim=-1, keepdim=True) + 1e-2 * wide.square().mean(dim=-1, keepdim=True)
+
+    def _scaled(self, states: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
+        return (self.weight * (states.to(energy.dtype) * torch.rsqrt(energy + self.eps))).to(states.dtype)
 
     def _running_mean(self, energy: torch.Tensor, rows: Rows, state: StateLayer | None) -> torch.Tensor:
         # Sums in float64: float32 sums would depend on how the sequence was split into calls.
@@ -417,8 +440,7 @@ class DynamicFieldMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, states: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        pieces = zip(states.split(TOKENS_AT_ONCE, dim=1), y.split(TOKENS_AT_ONCE, dim=1), strict=True)
-        return torch.cat([self.down_proj(F.gelu(self.up_proj(torch.cat(piece, dim=-1)))) for piece in pieces], dim=1)
+        return self.down_proj(F.gelu(self.up_proj(torch.cat([states, y], dim=-1))))
 
 
 class DFNLayer(GradientCheckpointingLayer):
@@ -454,11 +476,16 @@ class DFNLayer(GradientCheckpointingLayer):
         u = self.conv(self.flow_norm(hidden_states, rows, past_key_values), rows, past_key_values)
         u = u.to(hidden_states.dtype)
         y, moved, entities, weights = self.attention(u, rows, past_key_values, origin, output_attentions)
-        update = self.out_proj(y * F.silu(self.gate_proj(u)))
-        hidden_states = hidden_states + self.dropout(update)
-        update = self.mlp(self.mlp_norm(hidden_states, rows, past_key_values), y.to(hidden_states.dtype))
-        hidden_states = hidden_states + self.dropout(update)
+        hidden_states = in_pieces(self._add_flow, hidden_states, u, y)
+        normed = self.mlp_norm(hidden_states, rows, past_key_values)
+        hidden_states = in_pieces(self._add_field, hidden_states, normed, y)
         return hidden_states, moved if self.carry_positions else None, entities.influence, entities, weights
+
+    def _add_flow(self, states: torch.Tensor, u: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return states + self.dropout(self.out_proj(y * F.silu(self.gate_proj(u))))
+
+    def _add_field(self, states: torch.Tensor, normed: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return states + self.dropout(self.mlp(normed, y.to(states.dtype)))
 
 
 class DFNPreTrainedModel(PreTrainedModel):
@@ -587,6 +614,7 @@ class DFNModel(DFNPreTrainedModel):
         check_search(config, states[0])
         rows = self._rows(inputs_embeds, attention_mask, segment_ids, states)
         hidden_states = rows.compact(inputs_embeds)
+        del inputs_embeds  # a million tokens are a gigabyte of it
         all_states, all_weights, all_entities = [], [], []
         origin = None
         for layer, state in zip(layers, states, strict=True):
@@ -602,7 +630,7 @@ class DFNModel(DFNPreTrainedModel):
         if config.readout_window > 1:
             # Kept by the first layer, whose refusal of a crop comes before any layer was cropped.
             hidden_states = self._read_out(hidden_states, influence, rows, states[0])
-        hidden_states = rows.scatter(self.norm(hidden_states))
+        hidden_states = rows.scatter(in_pieces(self.norm, hidden_states))
         if output_hidden_states:
             all_states.append(hidden_states)
         if past_key_values is not None:

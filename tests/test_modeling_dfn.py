@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from dfn_hf import DFNConfig, DFNForCausalLM, DFNForSequenceClassification, DFNModel
 from dfn_hf.data import load_tokenizer
+from dfn_hf.modeling import modeling_dfn
 from dfn_hf.modeling.modeling_dfn import FlowNorm, PersistentFieldMemory, ball, make_norm
 from dfn_hf.modeling.padding import lay_rows
 from tests.families import VOCABULARY, draw_ids
@@ -533,3 +534,26 @@ def test_a_crop_that_is_refused_leaves_the_cache_as_it_was():
             cache.crop(-2)
         continued = model(IDS, past_key_values=cache).logits
         assert torch.allclose(continued, model(torch.cat([IDS, IDS], dim=1)).logits[:, IDS.shape[1] :], **STRICT)
+
+
+@pytest.mark.parametrize("flow_norm", ["entity", "running"])
+def test_pieces_change_nothing(flow_norm, monkeypatch):
+    config = DFNConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20,
+        num_neighbors=4, local_window=4, num_tables=3, candidates_per_table=3, flow_norm=flow_norm,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = DFNForCausalLM(config).double()
+
+    def run():
+        model.zero_grad()
+        with torch.no_grad():
+            logits = model(IDS).logits
+        loss = model(IDS, labels=IDS, use_cache=False).loss
+        loss.backward()
+        return [logits, *(parameter.grad.clone() for parameter in model.parameters())]
+
+    whole = run()
+    monkeypatch.setattr(modeling_dfn, "ENTITIES_AT_ONCE", 3)
+    for found, expected in zip(run(), whole, strict=True):
+        assert torch.allclose(found, expected, **STRICT)
