@@ -87,3 +87,61 @@ def lay_rows(
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
     first = torch.where(starts, places, 0).cummax(dim=1).values
     return replace(rows, reach=index - first, segment=starts.cumsum(dim=1) - 1)
+
+
+def column_mask(attention_mask: torch.Tensor | None, batch: int, length: int, past: int) -> torch.Tensor | None:
+    """The mask of this call's columns, bool `[batch, length]`, from one of these or of all columns so far."""
+    if attention_mask is None:
+        return None
+    if (
+        attention_mask.dim() != 2
+        or attention_mask.shape[0] != batch
+        or attention_mask.shape[1] not in (length, past + length)
+    ):
+        raise ValueError(
+            f"attention_mask must be [batch, length] = {[batch, length]} or, with the {past} columns before, "
+            f"{[batch, past + length]}; got {list(attention_mask.shape)}."
+        )
+    return attention_mask[:, -length:].bool()
+
+
+def packed_segments(position_ids: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
+    """Segment ids from positions that start again, None if they never do."""
+    if position_ids is None:
+        return None
+    if position_ids.shape not in ((batch, length), (1, length)):
+        raise ValueError(
+            f"position_ids must be [batch, length] = {[batch, length]} or {[1, length]}, "
+            f"got {list(position_ids.shape)}."
+        )
+    jumps = position_ids[:, 1:] != position_ids[:, :-1] + 1
+    if not jumps.any():
+        return None
+    return torch.nn.functional.pad(jumps.long().cumsum(dim=1), (1, 0)).expand(batch, -1)
+
+
+def row_columns(rows: Rows, state=None) -> torch.Tensor:
+    """Column of each entity of the rows so far, int64 `[batch, N]`; those of this call last.
+
+    Args:
+        state: `state_cache.StateLayer` before its `commit`, or None.
+    """
+    batch, length = rows.index.shape
+    mask = rows.mask if rows.mask is not None else rows.index.new_ones(batch, length, dtype=torch.bool)
+    if state is not None:
+        before = state.mask if state.mask is not None else mask.new_ones(batch, state.columns)
+        mask = torch.cat([before, mask], dim=1)
+    return (~mask).int().argsort(dim=1, stable=True)
+
+
+def to_columns(weights: torch.Tensor, rows: Rows, state=None) -> torch.Tensor:
+    """Weights `[batch, heads, M, N]` between rows' entities → between columns, zero where padded.
+
+    Args:
+        state: as for `row_columns`.
+    """
+    columns = row_columns(rows, state)
+    dense = weights.new_zeros(*weights.shape[:3], columns.shape[1])
+    columns = columns[:, None, None, : weights.shape[-1]].expand_as(weights)
+    dense = dense.scatter(-1, columns, weights)
+    return rows.scatter(dense.transpose(1, 2)).transpose(1, 2)
