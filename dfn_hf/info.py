@@ -10,6 +10,7 @@ from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoModelForCausalLM, Cache, PreTrainedConfig
 
 from .model_card import read_provenance
+from .modeling.state_cache import CACHE_NAME
 from .sources import load_config, resolve_source
 
 # Families whose layers all hold the same state, so that one layer tells the size of all.
@@ -98,7 +99,7 @@ def state_bytes_per_token(config: PreTrainedConfig) -> int:
     model = AutoModelForCausalLM.from_config(config).eval()
     short, long = 256, 512
     sizes = [
-        cache_bytes(model(torch.zeros(1, length, dtype=torch.long), use_cache=True).past_key_values)
+        cache_bytes(model(torch.zeros(1, length, dtype=torch.long), use_cache=True)[CACHE_NAME])
         for length in (short, long)
     ]
     return num_layers * (sizes[1] - sizes[0]) // (long - short)

@@ -66,7 +66,7 @@ class DFNConfig(PreTrainedConfig):
     """
 
     model_type = "dfn"
-    keys_to_ignore_at_inference = ["past_key_values", "entities"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "entities"]
 
     vocab_size: int = 4096
     hidden_size: int = 256

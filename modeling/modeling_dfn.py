@@ -26,7 +26,11 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 
@@ -46,7 +50,7 @@ from .flow_search import (
     search_exact,
 )
 from .padding import Rows, column_mask, lay_rows, packed_segments, row_columns, to_columns
-from .state_cache import StateLayer, state_layers
+from .state_cache import CACHE_NAME, StateLayer, state_layers
 
 logger = logging.get_logger(__name__)
 
@@ -71,25 +75,21 @@ class Entities:
 
 
 @dataclass
-class DFNModelOutput(ModelOutput):
+class DFNModelOutput(BaseModelOutputWithPast):
     """
     Attributes:
         last_hidden_state: `[B, M, hidden_size]`, zero where padded.
-        past_key_values: the state for continuation.
+        past_key_values: the state for continuation; named `cache` by transformers 5.24 and later.
         hidden_states: embeddings and each layer's output, the last one after the final norm.
         attentions: per layer the flow weights among tokens `[B, H, M, N]`; memory takes what is left to 1.
         entities: per layer `Entities`.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     entities: tuple[Entities, ...] | None = None
 
 
 @dataclass
-class DFNCausalLMOutput(ModelOutput):
+class DFNCausalLMOutput(CausalLMOutputWithPast):
     """
     Attributes:
         loss: scalar, next-token cross-entropy.
@@ -97,11 +97,6 @@ class DFNCausalLMOutput(ModelOutput):
         past_key_values, hidden_states, attentions, entities: see `DFNModelOutput`.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
     entities: tuple[Entities, ...] | None = None
 
 
@@ -493,7 +488,7 @@ class DFNPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DFNLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE_NAME]
     _supports_context_parallel = False
     _keep_in_fp32_modules_strict = ["log_sharpness", "log_fading", "decay_logit"]
 
@@ -559,6 +554,7 @@ class DFNModel(DFNPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         output_entities: bool = False,
+        cache: Cache | None = None,
         **kwargs,
     ) -> DFNModelOutput:
         """
@@ -573,11 +569,13 @@ class DFNModel(DFNPreTrainedModel):
             output_attentions: return dense flow weights, O(M²) memory.
             output_hidden_states: return the states of every layer.
             output_entities: return positions, influence and neighbours of every layer.
+            cache: what transformers 5.24 and later call `past_key_values`.
 
         Raises:
             ValueError: inputs that do not fit together; the message names them and the remedy.
         """
         config = self.config
+        past_key_values = past_key_values if cache is None else cache
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if (input_ids is None) == (inputs_embeds is None):
@@ -641,7 +639,7 @@ class DFNModel(DFNPreTrainedModel):
 
         return DFNModelOutput(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE_NAME: past_key_values if use_cache else None},
             hidden_states=tuple(all_states) if output_hidden_states else None,
             attentions=tuple(all_weights) if output_attentions else None,
             entities=tuple(all_entities) if output_entities else None,
@@ -746,6 +744,7 @@ class DFNForCausalLM(DFNPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         output_entities: bool = False,
+        cache: Cache | None = None,
         **kwargs,
     ) -> DFNCausalLMOutput:
         """
@@ -759,7 +758,7 @@ class DFNForCausalLM(DFNPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             segment_ids=segment_ids,
@@ -779,7 +778,7 @@ class DFNForCausalLM(DFNPreTrainedModel, GenerationMixin):
         return DFNCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             entities=outputs.entities,
@@ -816,6 +815,7 @@ class DFNForSequenceClassification(DFNPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> SequenceClassifierOutputWithPast:
         """
@@ -832,7 +832,7 @@ class DFNForSequenceClassification(DFNPreTrainedModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if cache is None else cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,
@@ -856,7 +856,7 @@ class DFNForSequenceClassification(DFNPreTrainedModel):
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

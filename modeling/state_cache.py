@@ -14,6 +14,10 @@ from collections.abc import Callable
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+# What outputs call the state for continuation, `generate()` too: `cache` from transformers 5.24 on.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class FixedState:

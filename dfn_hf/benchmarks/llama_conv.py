@@ -34,10 +34,11 @@ class ConvGatedAttention(LlamaAttention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,  # its name from transformers 5.24 on
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`hidden_states` and the result are `[batch, length, hidden_size]`."""
-        if past_key_values is not None:
+        if past_key_values is not None or cache is not None:
             raise ValueError("past_key_values is given, but the convolution keeps no cache: pass use_cache=False")
         assert position_embeddings is not None  # the decoder layer always passes them
         cos, sin = position_embeddings

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, set_seed
+from transformers import DynamicCache, PreTrainedModel, set_seed
 
 from dfn_hf import DFNConfig, DFNForCausalLM
 
@@ -108,8 +108,7 @@ def _build(settings: MillionSettings) -> PreTrainedModel:
 def _prefill(model: PreTrainedModel, input_ids: torch.Tensor, chunk_length: int) -> torch.Tensor:
     """Logits of the last token, `[vocab_size]`; the cache is kept only where there is more than one chunk."""
     use_cache = chunk_length < input_ids.shape[1]
-    state = None
+    state = DynamicCache(config=model.config) if use_cache else None
     for chunk in input_ids.split(chunk_length, dim=1):
         outputs = model(input_ids=chunk, past_key_values=state, use_cache=use_cache, logits_to_keep=1)
-        state = outputs.past_key_values
     return outputs.logits[0, -1]
