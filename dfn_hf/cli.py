@@ -61,9 +61,9 @@ def train(
     lora: Annotated[bool, typer.Option(help="With --from: train low-rank updates only.")] = False,
     lora_rank: Annotated[int, typer.Option(help="Rank of the updates.")] = 16,
     architecture: Annotated[
-        str, typer.Option("--model", help="dfn, or llama: a baseline of as many parameters.")
-    ] = "dfn",
-    size: Annotated[str, typer.Option(help="tiny, small, medium or large.")] = "tiny",
+        str | None, typer.Option("--model", help="dfn (default), or llama: a baseline of as many parameters.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="tiny (default), small, medium or large.")] = None,
     fields: Annotated[
         list[str] | None,
         typer.Option("--set", help="A field of the configuration, FIELD=VALUE, such as position_dim=8. Repeatable."),
@@ -117,7 +117,8 @@ def train(
 
     refuse(lora and start is None, "--lora needs --from: low-rank updates of random weights learn nothing")
     refuse(start is not None and tokenizer is not None, "--from brings its own tokenizer: leave out --tokenizer")
-    refuse(start is not None and bool(fields), "--from brings its own configuration: leave out --set")
+    for option, value in (("--set", fields), ("--model", architecture), ("--size", size)):
+        refuse(start is not None and bool(value), f"--from brings its own configuration: leave out {option}")
     refuse(validation_data is not None and data is None, "--validation-data needs --data")
     settings = TrainingSettings(
         max_steps=steps,
@@ -140,7 +141,11 @@ def train(
     if start is None:
         vocabulary = load_tokenizer(tokenizer or "bpe")
         model = new_causal_lm(
-            vocabulary, architecture=architecture, size=size, seed=seed, **dict(map(parse_field, fields or ()))
+            vocabulary,
+            architecture=architecture or "dfn",
+            size=size or "tiny",
+            seed=seed,
+            **dict(map(parse_field, fields or ())),
         )
     else:
         loaded, vocabulary = load_causal_lm(start)

@@ -305,6 +305,8 @@ def check_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
         raise ValueError(f"{folder} is a file: choose a folder to train into")
     others = [path.name for path in folder.iterdir() if path.name != CHECKPOINTS] if folder.is_dir() else []
     if others and not overwrite:
+        if resume:
+            raise ValueError(f"{folder} holds a finished model: there is no run to resume, leave resume out")
         raise ValueError(
             f"{folder} is not empty (it holds {sorted(others)[0]}): choose another folder, or overwrite to replace it"
         )
@@ -329,6 +331,7 @@ def check_same_run(checkpoints: Path, run: dict[str, Any]) -> None:
 def describe_run(model: PreTrainedModel, settings: TrainingSettings, provenance: str) -> dict[str, Any]:
     """All that must be the same for a run to be resumed, as JSON gives it back."""
     run = {"provenance": provenance, **dataclasses.asdict(settings), **model.config.to_dict()}
+    run.pop("transformers_version", None)  # which may be a newer one by now
     return json.loads(json.dumps(run, default=str))
 
 

@@ -145,6 +145,9 @@ def test_help_of_every_command(command):
         (["train", "OUT", "--from", "MODEL", "--data", "TEXT", "--lora", "--lora-rank", "0"], "rank must be"),
         (["train", "OUT", "--validation-data", "TEXT"], "--validation-data needs --data"),
         (["train", "MODEL", "--data", "TEXT/gotham.txt", "--from", "MODEL"], "is not empty"),
+        (["train", "MODEL", "--resume"], "holds a finished model"),
+        (["train", "OUT", "--from", "MODEL", "--size", "large"], "leave out --size"),
+        (["train", "OUT", "--from", "MODEL", "--model", "llama"], "leave out --model"),
     ],
 )
 def test_mistakes_are_one_clear_line_and_write_nothing(model, text, tmp_path, arguments, words):

@@ -14,6 +14,7 @@ from dfn_hf.data import load_tokenizer
 from dfn_hf.modeling import modeling_dfn
 from dfn_hf.modeling.modeling_dfn import FlowNorm, PersistentFieldMemory, ball, make_norm
 from dfn_hf.modeling.padding import lay_rows
+from dfn_hf.modeling.state_cache import CACHE_NAME
 from tests.families import VOCABULARY, draw_ids
 
 CPU = torch.device("cpu")
@@ -513,6 +514,17 @@ def test_the_search_cannot_change_under_a_cache():
 def test_caches_of_fixed_size_are_refused_in_a_sentence(model, implementation):
     with pytest.raises(ValueError, match=rf"'{implementation}' cannot hold.*\"dynamic\""):
         model.generate(IDS, cache_implementation=implementation, max_new_tokens=2, pad_token_id=0)
+
+
+def test_the_cache_goes_by_either_name(model):
+    with torch.no_grad():
+        results = []
+        for name in ("past_key_values", "cache"):
+            state = DynamicCache(config=model.config)
+            model(IDS, **{name: state})
+            results.append(model(IDS, **{name: state}))
+            assert results[-1][CACHE_NAME] is state and state.get_seq_length() == 2 * IDS.shape[1]
+    assert torch.equal(results[0].logits, results[1].logits)
 
 
 def test_a_static_cache_made_by_hand_is_refused_in_a_sentence(model):
