@@ -306,14 +306,14 @@ def check_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     others = [path.name for path in folder.iterdir() if path.name != CHECKPOINTS] if folder.is_dir() else []
     if others and not overwrite:
         if resume:
-            raise ValueError(f"{folder} holds a finished model: there is no run to resume, leave resume out")
+            raise ValueError(f"{folder} holds a finished model: there is no run to resume, leave out --resume")
         raise ValueError(
-            f"{folder} is not empty (it holds {sorted(others)[0]}): choose another folder, or overwrite to replace it"
+            f"{folder} is not empty (it holds {sorted(others)[0]}): choose another, or overwrite it (--overwrite)"
         )
     last = last_checkpoint(folder / CHECKPOINTS)
     if last is not None and not resume and not overwrite:
         raise ValueError(
-            f"{folder} holds a run that stopped after {last.name}: resume it, or overwrite to start again"
+            f"{folder} holds a run that stopped after {last.name}: resume it (--resume), or overwrite it (--overwrite)"
         )
 
 
@@ -324,7 +324,7 @@ def check_same_run(checkpoints: Path, run: dict[str, Any]) -> None:
         if earlier.get(field) != value:
             raise ValueError(
                 f"the unfinished run in {checkpoints.parent} had {field} = {earlier.get(field)!r}, not {value!r}: "
-                "resume with the same options, or overwrite to start again"
+                "resume with the same options, or overwrite it (--overwrite)"
             )
 
 
