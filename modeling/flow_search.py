@@ -47,8 +47,8 @@ def grid_constants(position_dim: int, num_tables: int, seed: int) -> tuple[torch
 def default_cell_sizes(num_tables: int, coarsest: float = 8.0) -> list[float]:
     """Geometric from `coarsest` down to 0.35.
 
-    Cells of 8 span the ball: they let training find far matches at all. A model that finds them recalls more at great
-    length when it is tuned further with cells from 2 down, of which none is full of the latest entities alone.
+    Cells of 8 span the ball: far matches are proposed from the first step of training on. At great length such cells
+    hold nothing but the latest entities; tune a trained model further with cells from 2 down for it.
     """
     finest = 0.35
     return [coarsest * (finest / coarsest) ** (table / max(num_tables - 1, 1)) for table in range(num_tables)]

@@ -488,7 +488,7 @@ class DFNPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DFNLayer"]
-    _skip_keys_device_placement = [CACHE_NAME]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_context_parallel = False
     _keep_in_fp32_modules_strict = ["log_sharpness", "log_fading", "decay_logit"]
 

@@ -19,7 +19,7 @@ from .results import ResultsFile, markdown_table, mean_with_error
 
 LEARNT = 0.99
 DECAY_SHARE = 0.2
-EVALUATION_SEED = 10_000
+EVALUATION_SEED = 30_000
 FINE_TUNING_SEED = 20_000
 
 
