@@ -44,13 +44,13 @@ def grid_constants(position_dim: int, num_tables: int, seed: int) -> tuple[torch
     return (rotation * ROTATION_SCALE).round().int(), (shift * ROTATION_SCALE).floor().int()
 
 
-def default_cell_sizes(num_tables: int, coarsest: float = 8.0) -> list[float]:
-    """Geometric from `coarsest` down to 0.35.
+def geometric_cell_sizes(num_tables: int, coarsest: float = 8.0, finest: float = 0.35) -> list[float]:
+    """Edges of the cells of each table, geometric from `coarsest` down to `finest`; the defaults are the model's.
 
     Cells of 8 span the ball: far matches are proposed from the first step of training on. At great length such cells
-    hold nothing but the latest entities; tune a trained model further with cells from 2 down for it.
+    hold nothing but the latest entities, and those of 0.35 part what belongs together; tune a trained model further
+    with cells from 2 to 1 for it.
     """
-    finest = 0.35
     return [coarsest * (finest / coarsest) ** (table / max(num_tables - 1, 1)) for table in range(num_tables)]
 
 
@@ -311,7 +311,7 @@ def check_cell_sizes(cell_sizes: list[float] | None, num_tables: int, candidates
             f"num_tables and candidates_per_table must be ≥ 1, got {num_tables} and {candidates_per_table}."
         )
     if cell_sizes is None:
-        return default_cell_sizes(num_tables)
+        return geometric_cell_sizes(num_tables)
     if len(cell_sizes) != num_tables:
         raise ValueError(f"cell_sizes must hold one size per table (num_tables={num_tables}), got {len(cell_sizes)}.")
     if not all(1 / GRID <= size < math.inf for size in cell_sizes):

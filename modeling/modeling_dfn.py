@@ -43,7 +43,7 @@ from .flow_search import (
     CellChains,
     CellGrids,
     ball_cells_per_axis,
-    default_cell_sizes,
+    geometric_cell_sizes,
     grid_axes,
     grid_constants,
     search_cells,
@@ -307,7 +307,7 @@ class DynamicFlowAttention(nn.Module):
         self.memory = PersistentFieldMemory(config) if config.memory_slots else None
         self.log_sharpness = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
         self.log_fading = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
-        self.cell_sizes = config.cell_sizes or default_cell_sizes(config.num_tables)
+        self.cell_sizes = config.cell_sizes or geometric_cell_sizes(config.num_tables)
         axes = grid_axes(config.position_dim)
         rotation = torch.empty(config.num_tables, axes, config.position_dim, dtype=torch.int32)
         self.register_buffer("grid_rotation", rotation)

@@ -12,7 +12,7 @@ from dfn_hf.modeling.flow_search import (
     CellGrids,
     ball_cells_per_axis,
     check_cell_sizes,
-    default_cell_sizes,
+    geometric_cell_sizes,
     grid_constants,
     nearest_predecessors,
     nearest_predecessors_reference,
@@ -142,7 +142,7 @@ def test_cells_give_the_nearest_distinct_candidates(
 ):
     queries, keys = draw_positions((2, 2, 45, position_dim), 6, dtype, kind)
     segments = torch.arange(45).expand(2, -1) % 3 - 1
-    grids = open_grids(position_dim, default_cell_sizes(num_tables), seed=2)
+    grids = open_grids(position_dim, geometric_cell_sizes(num_tables), seed=2)
     for segment_ids in (None, segments):
         found = nearest_predecessors(
             queries, keys, num_neighbors, window=window, num_tables=num_tables,
@@ -202,7 +202,7 @@ def test_identical_positions_give_the_most_recent(method):
 
 def test_every_cell_of_the_ball_lies_inside_the_grid():
     for position_dim in (1, 2, 4, 8):
-        sizes = default_cell_sizes(5)
+        sizes = geometric_cell_sizes(5)
         radius = 2 * position_dim**0.5
         directions = torch.randn(2000, position_dim, generator=torch.Generator().manual_seed(0))
         points = radius * directions / directions.norm(dim=-1, keepdim=True)
@@ -269,7 +269,7 @@ SPLITS = {
 @pytest.mark.parametrize("natively", [False, True])
 def test_chains_give_the_lists_of_one_call(split, kind, window, candidates, num_tables, natively):
     queries, keys = (x[:, 0] for x in draw_positions((3, 1, 40, 2), 10, kind=kind))
-    sizes = default_cell_sizes(num_tables)
+    sizes = geometric_cell_sizes(num_tables)
     grids = CellGrids(*grid_constants(2, num_tables, 1), sizes, ball_cells_per_axis(2, sizes))
     index = torch.arange(40).expand(3, -1)
     whole = search_cells(queries, grids.cells(queries), index, keys, grids.cells(keys), 4, window, candidates)
@@ -287,7 +287,7 @@ def test_chains_give_the_lists_of_one_call(split, kind, window, candidates, num_
 def test_native_code_finds_the_same_lists(kind, shape, num_tables, candidates, num_neighbors, window, limited):
     rows, length, position_dim = shape
     queries, keys = (x[:, 0] for x in draw_positions((rows, 1, length, position_dim), 19, kind=kind))
-    sizes = default_cell_sizes(num_tables)
+    sizes = geometric_cell_sizes(num_tables)
     grids = CellGrids(*grid_constants(position_dim, num_tables, 2), sizes, ball_cells_per_axis(position_dim, sizes))
     assert search_library(queries) is not None
     cells = [grids.cells(x) for x in (queries, keys)]
@@ -305,7 +305,7 @@ def test_native_code_finds_the_same_lists(kind, shape, num_tables, candidates, n
 @pytest.mark.parametrize("kind", ["spread", "same", "few"])
 def test_undo_leaves_the_chains_of_a_shorter_row(kind):
     queries, keys = (x[:, 0] for x in draw_positions((3, 1, 40, 2), 11, kind=kind))
-    sizes = default_cell_sizes(3)
+    sizes = geometric_cell_sizes(3)
     grids = CellGrids(*grid_constants(2, 3, 1), sizes, ball_cells_per_axis(2, sizes))
     window = 4
     shorter = torch.tensor([33, 2, 17])
@@ -457,9 +457,9 @@ def test_what_does_not_fit_is_named(method, arguments, told):
 
 
 def test_cell_sizes_run_from_coarse_to_fine():
-    sizes = default_cell_sizes(8)
+    sizes = geometric_cell_sizes(8)
     assert sizes[0] == 8.0 and sizes[-1] == pytest.approx(0.35)
     ratios = torch.tensor(sizes[1:]) / torch.tensor(sizes[:-1])
     assert torch.allclose(ratios, ratios[:1].expand_as(ratios))
-    assert default_cell_sizes(1) == [8.0]
+    assert geometric_cell_sizes(1) == [8.0]
     assert check_cell_sizes([2, 1], 2, 1) == [2, 1]

@@ -45,6 +45,7 @@ class AblationSettings:
     long_length: int = 2048
     long_num_pairs: int = 120
     long_batches: int = 4
+    evaluation_seed: int = 10_000
     device: str = "cpu"
 
 
@@ -149,6 +150,7 @@ def _train_recall(settings: AblationSettings, threads: int) -> dict[str, Any]:
         long_length=settings.long_length,
         long_num_pairs=settings.long_num_pairs,
         long_batches=settings.long_batches,
+        evaluation_seed=settings.evaluation_seed,
         device=settings.device,
     )
     learnt = learn_recall(recall, **VARIANTS[settings.variant])

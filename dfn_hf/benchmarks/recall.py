@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, set_seed
 
 from dfn_hf import DFNConfig, DFNForCausalLM
-from dfn_hf.modeling.flow_search import default_cell_sizes
+from dfn_hf.modeling.flow_search import geometric_cell_sizes
 
 from .fitting import fit
 from .machine import describe_machine
@@ -19,7 +19,6 @@ from .results import ResultsFile, markdown_table, mean_with_error
 
 LEARNT = 0.99
 DECAY_SHARE = 0.2
-EVALUATION_SEED = 30_000
 FINE_TUNING_SEED = 20_000
 
 
@@ -27,7 +26,8 @@ FINE_TUNING_SEED = 20_000
 class RecallSettings:
     """One run: the model, the short task it learns, the long ones it is asked, and the fine-tuning in between.
 
-    `tuning_coarsest_cell` is the edge of DFN's largest cells from the fine-tuning on: before it they span the ball.
+    `tuning_coarsest_cell` and `tuning_finest_cell` are the edges of DFN's largest and smallest cells from the
+    fine-tuning on: before it the largest span the ball. Accuracies are of sequences drawn with `evaluation_seed`.
     """
 
     model: str = "dfn"
@@ -53,9 +53,11 @@ class RecallSettings:
     tuning_steps: int = 400
     tuning_learning_rate: float = 1e-3
     tuning_coarsest_cell: float = 2.0
+    tuning_finest_cell: float = 1.0
     longest_length: int = 8192
     longest_num_pairs: int = 120
-    long_batches: int = 8
+    long_batches: int = 16
+    evaluation_seed: int = 50_000
     device: str = "cpu"
 
 
@@ -108,7 +110,7 @@ def learn_recall(
     accuracies: dict[int, float] = {}
 
     def evaluate(step: int) -> None:
-        accuracies[step] = recall_accuracy(model, seed=EVALUATION_SEED, num_batches=8, batch_size=32, **task)
+        accuracies[step] = recall_accuracy(model, seed=settings.evaluation_seed, num_batches=8, batch_size=32, **task)
         report(f"{settings.model}, seed {settings.seed}: step {step}, accuracy {accuracies[step]:.3f}")
 
     trained = fit(
@@ -132,7 +134,7 @@ def long_recall(model: PreTrainedModel, settings: RecallSettings) -> float:
     """Accuracy at `long_length`, with the model as it is."""
     return recall_accuracy(
         model,
-        seed=EVALUATION_SEED,
+        seed=settings.evaluation_seed,
         num_batches=settings.long_batches,
         batch_size=1,
         length=settings.long_length,
@@ -154,7 +156,10 @@ def measure_recall(settings: RecallSettings, report: Callable[[str], None] = lam
         f"{settings.longest_length} tokens {longest_before_tuning:.3f}; fine-tuning"
     )
     if isinstance(model, DFNForCausalLM):
-        model = with_cell_sizes(model, default_cell_sizes(settings.num_tables, settings.tuning_coarsest_cell))
+        model = with_cell_sizes(
+            model,
+            geometric_cell_sizes(settings.num_tables, settings.tuning_coarsest_cell, settings.tuning_finest_cell),
+        )
     _fine_tune(model, settings)
     return RecallMeasures(
         parameters=count_parameters(model),
@@ -189,7 +194,7 @@ def recall_table(results: list[tuple[RecallSettings, RecallMeasures]]) -> str:
         "the same, K = 0",
         f"{settings.longest_length} / {settings.longest_num_pairs}, zero-shot",
         f"the same, after {settings.tuning_steps} steps at {settings.tuning_length}, "
-        f"cells from {settings.tuning_coarsest_cell:g} down",
+        f"cells from {settings.tuning_coarsest_cell:g} to {settings.tuning_finest_cell:g}",
         "minutes",
     )
     lines = []
@@ -236,8 +241,8 @@ def _long_recall_without_far(model: PreTrainedModel, settings: RecallSettings) -
 def _longest_recall(model: PreTrainedModel, settings: RecallSettings) -> float:
     return recall_accuracy(
         model,
-        seed=EVALUATION_SEED,
-        num_batches=max(1, settings.long_batches // 2),
+        seed=settings.evaluation_seed,
+        num_batches=settings.long_batches,
         batch_size=1,
         length=settings.longest_length,
         num_pairs=settings.longest_num_pairs,
