@@ -15,29 +15,47 @@ from transformers import (  # noqa: E402
 
 from .embedded import checkpoint_path  # noqa: E402
 from .modeling.configuration_dfn import DFNConfig  # noqa: E402
+from .modeling.configuration_flownetwork import FlowNetworkConfig, adjust_num_heads  # noqa: E402
+from .modeling.flow_memory import FlowMemoryNetwork  # noqa: E402
+from .modeling.flow_routing import ContextAwareFlowRouter, FlowLayer  # noqa: E402
 from .modeling.flow_search import nearest_predecessors  # noqa: E402
 from .modeling.modeling_dfn import DFNForCausalLM, DFNForSequenceClassification, DFNModel  # noqa: E402
+from .modeling.modeling_flownetwork import (  # noqa: E402
+    FlowNetworkForCausalLM,
+    FlowNetworkForSequenceClassification,
+    FlowNetworkModel,
+)
 
 __version__ = "0.1.0"
 
-AutoConfig.register("dfn", DFNConfig, exist_ok=True)
-AutoModel.register(DFNConfig, DFNModel, exist_ok=True)
-AutoModelForCausalLM.register(DFNConfig, DFNForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(DFNConfig, DFNForSequenceClassification, exist_ok=True)
-for head, auto_class in (
-    (DFNModel, "AutoModel"),
-    (DFNForCausalLM, "AutoModelForCausalLM"),
-    (DFNForSequenceClassification, "AutoModelForSequenceClassification"),
+for config, model, causal_lm, classifier in (
+    (DFNConfig, DFNModel, DFNForCausalLM, DFNForSequenceClassification),
+    (FlowNetworkConfig, FlowNetworkModel, FlowNetworkForCausalLM, FlowNetworkForSequenceClassification),
 ):
+    AutoConfig.register(config.model_type, config, exist_ok=True)
     # So that save_pretrained and push_to_hub take the code along.
-    head.register_for_auto_class(auto_class)
-DFNConfig.register_for_auto_class()
+    config.register_for_auto_class()
+    for head, auto_class in (
+        (model, AutoModel),
+        (causal_lm, AutoModelForCausalLM),
+        (classifier, AutoModelForSequenceClassification),
+    ):
+        auto_class.register(config, head, exist_ok=True)
+        head.register_for_auto_class(auto_class.__name__)
 
 __all__ = [
+    "ContextAwareFlowRouter",
     "DFNConfig",
     "DFNForCausalLM",
     "DFNForSequenceClassification",
     "DFNModel",
+    "FlowLayer",
+    "FlowMemoryNetwork",
+    "FlowNetworkConfig",
+    "FlowNetworkForCausalLM",
+    "FlowNetworkForSequenceClassification",
+    "FlowNetworkModel",
+    "adjust_num_heads",
     "checkpoint_path",
     "nearest_predecessors",
 ]

@@ -59,6 +59,11 @@ class ChunkLayout:
         slot = self.slot.clamp(max=flat.shape[1] - 1)
         return flat.gather(1, slot[..., None].expand(-1, -1, flat.shape[-1]))
 
+    def of_chunks(self, x: torch.Tensor) -> torch.Tensor:
+        """What belongs to each entity's chunk: `[B, C, F]` → `[B, M', F]`."""
+        chunk = (self.slot // self.chunk_length).clamp(max=self.num_chunks - 1)
+        return x.gather(1, chunk[..., None].expand(-1, -1, x.shape[-1]))
+
     def last(self, count: int) -> "ChunkLayout":
         """The same for the last `count` entities."""
         return replace(self, slot=self.slot[:, self.slot.shape[1] - count :])
@@ -72,10 +77,12 @@ class ChunkMemory(nn.Module):
         num_slots: S; each slot pools with its own learnt query and decays at its own learnt rate.
         chunk_length: T.
         initial_decay: β before training, in (0, 1).
+        name: of its state in the cache; one layer may hold several memories.
     """
 
-    def __init__(self, features: int, num_slots: int, chunk_length: int, initial_decay: float):
+    def __init__(self, features: int, num_slots: int, chunk_length: int, initial_decay: float, name: str = "memory"):
         super().__init__()
+        self.tail_name, self.slots_name = f"{name}_tail", f"{name}_slots"
         self.chunk_length = chunk_length
         self.initial_decay = initial_decay
         self.pooling_query = nn.Parameter(torch.empty(num_slots, features))
@@ -99,9 +106,9 @@ class ChunkMemory(nn.Module):
         if state is None:
             entities, before = x, initial.expand(batch, -1, -1)
         else:
-            entities = state.tail("chunk", x, self.chunk_length - 1)
+            entities = state.tail(self.tail_name, x, self.chunk_length - 1)
             before = self._load(state, initial)
-        layout = self._lay_out(entities.shape[1] - length, rows)
+        layout = self._lay_out(entities.shape[1] - length, rows, 0 if state is None else state.aligned)
 
         pooled = self._pool(layout.lay(entities.to(dtype)), layout)
         decay = self.decay_logit.to(dtype).sigmoid().view(1, 1, -1, 1)
@@ -115,8 +122,12 @@ class ChunkMemory(nn.Module):
         read = torch.where(restart[:, 1:], initial, closed[:, :-1])
         return torch.cat([before[:, None], read], dim=1), layout.last(length)
 
-    def _lay_out(self, history: int, rows) -> ChunkLayout:
-        """The layout of `history` entities before this call, of which the open chunk's count, and the call's."""
+    def _lay_out(self, history: int, rows, aligned: int | None) -> ChunkLayout:
+        """The layout of `history` entities before this call, of which the open chunk's count, and the call's.
+
+        Args:
+            aligned: entities before this call if it is the same number in every row.
+        """
         span = self.chunk_length
         index = rows.index
         batch, length = index.shape
@@ -132,7 +143,10 @@ class ChunkMemory(nn.Module):
         else:
             place = rows.reach
             chunk = (place % span == 0).cumsum(dim=1) - 1
-        num_chunks = int(chunk.max()) + 1
+        if rows.segment is None and aligned is not None:
+            num_chunks = (aligned + length - 1) // span - aligned // span + 1
+        else:
+            num_chunks = int(chunk.max()) + 1
         slot = torch.where(real, chunk * span + place % span, num_chunks * span)
         starts = torch.zeros(batch, num_chunks, dtype=torch.bool, device=device)
         starts.scatter_(1, chunk.clamp(min=0), (place >= 0) & (place < span))
@@ -148,7 +162,7 @@ class ChunkMemory(nn.Module):
 
     def _load(self, state, initial: torch.Tensor) -> torch.Tensor:
         """Slots after the chunks that were closed before this call, `[B, S, D]`."""
-        stored = state.data("slots")
+        stored = state.data(self.slots_name)
         closed = state.lengths // self.chunk_length
         if stored is None:
             return initial.expand(closed.shape[0], -1, -1)
@@ -159,7 +173,7 @@ class ChunkMemory(nn.Module):
         """Keep the slots at each boundary: entry e is what e closed chunks left. An open one is overwritten."""
         capacity = (state.columns + length) // self.chunk_length + closed.shape[1] + 1
         at = state.lengths // self.chunk_length + 1
-        state.write_entries("slots", closed.flatten(2)[:, None], at, capacity)
+        state.write_entries(self.slots_name, closed.flatten(2)[:, None], at, capacity)
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:

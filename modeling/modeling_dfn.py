@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
@@ -32,7 +32,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import can_return_tuple
 
 from .causal_conv import CausalConv
 from .chunk_memory import ChunkMemory, mix_slots
@@ -49,10 +49,10 @@ from .flow_search import (
     search_cells,
     search_exact,
 )
-from .padding import Rows, column_mask, lay_rows, packed_segments, row_columns, to_columns
-from .state_cache import CACHE_NAME, StateLayer, state_layers
-
-logger = logging.get_logger(__name__)
+from .model_inputs import GrowingStateMixin, begin_call, embed, end_call, last_states, next_token_labels
+from .padding import Rows, row_columns, to_columns
+from .rms_norm import RMSNorm
+from .state_cache import CACHE_NAME, StateLayer
 
 ENTITIES_AT_ONCE = 4096  # of what is done entity by entity: temporaries of full length are few, and none is wide
 
@@ -126,20 +126,6 @@ def unit_linear(in_features: int, out_features: int) -> nn.Linear:
     linear = nn.Linear(in_features, out_features, bias=False)
     linear.init_std = in_features**-0.5
     return linear
-
-
-class RMSNorm(nn.Module):
-    """g ⊙ s · rsqrt(mean(s²) + ε), in at least float32."""
-
-    def __init__(self, hidden_size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(hidden_size))
-        self.eps = eps
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        wide = states.to(torch.promote_types(states.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (self.weight * normed).to(states.dtype)
 
 
 class FlowNorm(nn.Module):
@@ -578,39 +564,12 @@ class DFNModel(DFNPreTrainedModel):
         past_key_values = past_key_values if cache is None else cache
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
-        if inputs_embeds is None:
-            check_ids(input_ids, config.vocab_size)
-            inputs_embeds = self.embed_tokens(input_ids)
-        elif inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != config.hidden_size:
-            raise ValueError(
-                f"inputs_embeds must be [batch, length, hidden_size] with a hidden_size of {config.hidden_size}, got "
-                f"{list(inputs_embeds.shape)}."
-            )
-        batch, length, _ = inputs_embeds.shape
-        if length == 0 or batch == 0:
-            raise ValueError(f"The input is empty: batch {batch}, length {length}. Pass at least one token.")
-
-        use_cache = config.use_cache if use_cache is None else use_cache
-        packed = segment_ids is not None
-        if not packed and past_key_values is None and attention_mask is None:
-            segment_ids = packed_segments(position_ids, batch, length)
-            packed = segment_ids is not None
-        if self.gradient_checkpointing and self.training and (use_cache or past_key_values is not None):
-            logger.warning_once("A cache cannot be kept while gradients are checkpointed: going on without.")
-            use_cache, past_key_values = False, None
-        if packed and past_key_values is not None:
-            raise ValueError("segment_ids cannot be combined with past_key_values: continue one document per row.")
-        if use_cache and past_key_values is None and not packed:
-            past_key_values = DynamicCache(config=config)
-        layers = self.layers[: config.num_hidden_layers]  # early-exit decoding lowers it for its drafts
-        states: list[StateLayer | None] = [None] * len(layers)
-        if past_key_values is not None:
-            states = state_layers(past_key_values, len(layers))
-
+        inputs_embeds = embed(self, input_ids, inputs_embeds)
+        rows, states, past_key_values = begin_call(
+            self, inputs_embeds, attention_mask, position_ids, segment_ids, past_key_values, use_cache
+        )
         check_search(config, states[0])
-        rows = self._rows(inputs_embeds, attention_mask, segment_ids, states)
+        layers = self.layers[: config.num_hidden_layers]  # early-exit decoding lowers it for its drafts
         hidden_states = rows.compact(inputs_embeds)
         del inputs_embeds  # a million tokens are a gigabyte of it
         all_states, all_weights, all_entities = [], [], []
@@ -631,37 +590,14 @@ class DFNModel(DFNPreTrainedModel):
         hidden_states = rows.scatter(in_pieces(self.norm, hidden_states))
         if output_hidden_states:
             all_states.append(hidden_states)
-        if past_key_values is not None:
-            for state in states:
-                state.commit()
-                if past_key_values.offloading:
-                    state.offload()
-
+        end_call(past_key_values, states)
         return DFNModelOutput(
             last_hidden_state=hidden_states,
-            **{CACHE_NAME: past_key_values if use_cache else None},
+            **{CACHE_NAME: past_key_values},
             hidden_states=tuple(all_states) if output_hidden_states else None,
             attentions=tuple(all_weights) if output_attentions else None,
             entities=tuple(all_entities) if output_entities else None,
         )
-
-    def _rows(self, inputs_embeds, attention_mask, segment_ids, states) -> Rows:
-        batch, length, _ = inputs_embeds.shape
-        device = inputs_embeds.device
-        first = states[0]
-        mask = column_mask(attention_mask, batch, length, 0 if first is None else first.columns)
-        if segment_ids is not None and segment_ids.shape != (batch, length):
-            raise ValueError(
-                f"segment_ids must be [batch, length] = {[batch, length]}, got {list(segment_ids.shape)}."
-            )
-        if first is None:
-            return lay_rows(batch, length, device, mask=mask, segment_ids=segment_ids)
-        for state in states:
-            state.begin(batch, length, device)
-        rows = lay_rows(batch, length, device, mask=mask, past=first.lengths, aligned_past=first.aligned)
-        for state in states:
-            state.expect(rows)
-        return rows
 
     def _read_out(self, hidden_states, influence, rows: Rows, state: StateLayer | None) -> torch.Tensor:
         """s̄ (paper §3): mean of the `readout_window` most recent entities, weighted by softmax of their influence."""
@@ -675,19 +611,6 @@ class DFNModel(DFNPreTrainedModel):
         weights = windows.masked_fill(age > rows.reach[..., None], -math.inf).softmax(dim=-1)
         mean = sum(weights[..., step, None] * recent[:, step : step + length, :-1] for step in range(before + 1))
         return mean.to(hidden_states.dtype)
-
-
-def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
-    """Token ids must lie in the vocabulary; checked where that costs no synchronisation."""
-    if input_ids.dim() != 2:
-        raise ValueError(f"input_ids must be [batch, length], got {list(input_ids.shape)}.")
-    if input_ids.device.type == "cpu" and input_ids.numel():
-        low, high = int(input_ids.min()), int(input_ids.max())
-        if low < 0 or high >= vocab_size:
-            raise ValueError(
-                f"input_ids holds {low if low < 0 else high}, outside the vocabulary of {vocab_size} (`vocab_size`): "
-                "use the tokenizer of this model."
-            )
 
 
 def check_search(config: DFNConfig, state: StateLayer | None) -> None:
@@ -718,7 +641,7 @@ def entities_to_columns(entities: Entities, rows: Rows, state: StateLayer | None
     )
 
 
-class DFNForCausalLM(DFNPreTrainedModel, GenerationMixin):
+class DFNForCausalLM(GrowingStateMixin, DFNPreTrainedModel, GenerationMixin):
     """DFN with a next-token head: P(t) = softmax(W_o s̄) (paper §3)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -771,9 +694,7 @@ class DFNForCausalLM(DFNPreTrainedModel, GenerationMixin):
 
         loss = None
         if labels is not None:
-            if segment_ids is not None:
-                new_segment = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0)) | (segment_ids < 0)
-                labels = labels.masked_fill(new_segment, -100)
+            labels = next_token_labels(labels, segment_ids)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return DFNCausalLMOutput(
             loss=loss,
@@ -783,14 +704,6 @@ class DFNForCausalLM(DFNPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             entities=outputs.entities,
         )
-
-    def _prepare_cache_for_generation(self, generation_config, *args, **kwargs):
-        if generation_config.cache_implementation not in (None, "dynamic", "offloaded"):
-            raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} cannot hold DFN's state, which "
-                'grows with the input: leave it out, or use "dynamic" or "offloaded".'
-            )
-        return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
 
 
 class DFNForSequenceClassification(DFNPreTrainedModel):
@@ -838,18 +751,8 @@ class DFNForSequenceClassification(DFNPreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
-        states = outputs.last_hidden_state
-        batch, length, _ = states.shape
-        if attention_mask is not None:
-            real = attention_mask[:, -length:].bool()
-        elif input_ids is not None and self.config.pad_token_id is not None:
-            real = input_ids != self.config.pad_token_id
-        elif batch == 1 or input_ids is None:
-            real = torch.ones(batch, length, dtype=torch.bool, device=states.device)
-        else:
-            raise ValueError("A batch of several rows needs attention_mask, or `pad_token_id` in the config.")
-        last = (real * torch.arange(length, device=states.device)).argmax(dim=1)
-        logits = self.score(states[torch.arange(batch, device=states.device), last])
+        last = last_states(outputs.last_hidden_state, input_ids, attention_mask, self.config.pad_token_id)
+        logits = self.score(last)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)

@@ -35,8 +35,18 @@ class Rows:
             return columns
         trailing = (1,) * (columns.dim() - 2)
         rows = columns.gather(1, self.order.view(*self.order.shape, *trailing).expand_as(columns))
-        real = torch.arange(columns.shape[1], device=columns.device) < self.counts[:, None]
-        return torch.where(real.view(*real.shape, *trailing), rows, rows.new_zeros(()))
+        return torch.where(self.real().view(*self.index.shape, *trailing), rows, rows.new_zeros(()))
+
+    def real(self) -> torch.Tensor:
+        """Which places of the rows hold a real entity, bool `[batch, length]`."""
+        places = torch.arange(self.index.shape[1], device=self.index.device)
+        counts = self.index.shape[1] if self.counts is None else self.counts[:, None]
+        return (places < counts).expand_as(self.index)
+
+    def mean(self, values: torch.Tensor) -> torch.Tensor:
+        """Mean of `[batch, length]` over the real entities, a scalar."""
+        real = self.real()
+        return values.masked_fill(~real, 0).sum() / real.sum().clamp(min=1)
 
     def scatter(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows `[batch, length, ...]` → columns of the same shape, zero where padded."""
@@ -69,7 +79,7 @@ def lay_rows(
     if segment_ids is not None:
         real = segment_ids >= 0
         mask = real if mask is None else mask & real
-    if mask is not None and mask.all():
+    if mask is not None and not torch.compiler.is_compiling() and mask.all():
         mask = None
     places = torch.arange(length, device=device)
     if aligned_past is not None:

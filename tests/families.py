@@ -3,11 +3,12 @@
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
 
-from dfn_hf import DFNConfig, DFNForCausalLM
+from dfn_hf import DFNConfig, DFNForCausalLM, FlowNetworkConfig, FlowNetworkForCausalLM
 
 VOCABULARY = 40
 
@@ -19,11 +20,13 @@ class Family:
     Attributes:
         model_class: the `ForCausalLM` class.
         draw_config: a random small configuration.
+        assert_in_motion: fails unless every mechanism of a drawn model fires on ids `[batch, length]`.
         longest_reach: entities after which every mechanism, memories included, has been in use at least twice.
     """
 
     model_class: type[PreTrainedModel]
     draw_config: Callable
+    assert_in_motion: Callable
     longest_reach: int
 
 
@@ -57,7 +60,68 @@ def draw_dfn_config(rng: random.Random, **overrides) -> DFNConfig:
     return DFNConfig(**{**options, **overrides})
 
 
-FAMILIES = {"dfn": Family(DFNForCausalLM, draw_dfn_config, longest_reach=24)}
+def draw_flownetwork_config(rng: random.Random, **overrides) -> FlowNetworkConfig:
+    heads = rng.choice([1, 2, 4])
+    hidden_size = heads * rng.choice([3, 8, 12])
+    min_flow_window = rng.choice([1, 2])
+    options = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": rng.choice([2, 3]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": rng.choice([1, heads]),
+        "intermediate_size": rng.choice([20, 33]),
+        "block_type": rng.choice(["enhanced_flow", "flow_transformer"]),
+        "num_patterns": rng.choice([2, 3, 6]),
+        "base_sparsity": rng.choice([0.1, 0.3, 0.7, 1.0]),
+        "flow_window": rng.choice([3, 5, 12, 64]),
+        "min_flow_window": min_flow_window,
+        "memory_size": rng.choice([0, 2, 3]),
+        "num_memory_heads": heads,
+        "memory_chunk": rng.choice([2, 4, 7]),
+        "tie_word_embeddings": rng.random() < 0.5,
+        "pad_token_id": rng.choice([None, 0]),
+        "initializer_range": 0.5,
+    }
+    return FlowNetworkConfig(**{**options, **overrides})
+
+
+def assert_dfn_in_motion(model: DFNForCausalLM, ids: torch.Tensor) -> None:
+    """Every layer finds neighbours beyond its local window."""
+    assert all((layer.neighbors >= 0).any() for layer in model(ids, output_entities=True).entities)
+
+
+def record_output(seen: dict, module, args, output) -> None:
+    seen["output"] = output
+
+
+def assert_flownetwork_in_motion(model: FlowNetworkForCausalLM, ids: torch.Tensor) -> None:
+    """Every layer leaves reachable tokens out, routes tokens differently, and reads a memory that tokens changed."""
+    config = model.config
+    outputs = model(ids, output_flows=True)
+    for flows in outputs.flows:
+        assert flows.window.std() > 0.01
+        assert config.base_sparsity == 1 or flows.share.std() > 0.001
+        assert flows.matrix.triu(1).abs().max() == 0
+        reachable = torch.arange(1, ids.shape[1] + 1).clamp(max=config.flow_window)
+        kept = (flows.matrix > 0).sum(dim=-1)
+        assert (kept < reachable).any() or config.base_sparsity == 1
+        assert (kept > 0).all()
+    for layer in model.model.layers if config.memory_size else ():
+        seen = {}
+        hook = layer.sequence_memory.register_forward_hook(partial(record_output, seen))
+        model(ids)
+        hook.remove()
+        slots = seen["output"][0]
+        assert (slots[:, 1:] - slots[:, :1]).abs().max() > 1e-3
+
+
+FAMILIES = {
+    "dfn": Family(DFNForCausalLM, draw_dfn_config, assert_dfn_in_motion, longest_reach=24),
+    "flownetwork": Family(
+        FlowNetworkForCausalLM, draw_flownetwork_config, assert_flownetwork_in_motion, longest_reach=64
+    ),
+}
 
 
 def draw_model(family: str, seed: int, dtype: torch.dtype = torch.float64, **overrides) -> PreTrainedModel:

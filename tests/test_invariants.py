@@ -62,12 +62,10 @@ def test_no_gradient_reaches_back_from_an_earlier_logit(family, seed):
 
 
 @cases
-def test_search_beyond_the_local_window_is_active(family, seed):
+def test_every_mechanism_is_in_motion(family, seed):
     model = draw_model(family, seed)
-    ids = draw_ids(2, LENGTH, seed)
     with torch.no_grad():
-        entities = model(ids, output_entities=True).entities
-    assert all((layer.neighbors >= 0).any() for layer in entities)
+        FAMILIES[family].assert_in_motion(model, draw_ids(2, LENGTH, seed))
 
 
 # 2. Any split

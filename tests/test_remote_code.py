@@ -20,9 +20,11 @@ CODE = {
     "configuration_dfn.py",
     "flow_attention.py",
     "flow_search.py",
+    "model_inputs.py",
     "modeling_dfn.py",
     "native_library.py",
     "padding.py",
+    "rms_norm.py",
     "search_kernel.py",
     "state_cache.py",
 }

@@ -1,0 +1,164 @@
+"""Memory of a FlowNetwork: a bank that training writes, and slots that a sequence fills as it runs.
+
+The bank is one for the model: a buffer, written by an exponential moving average between optimizer steps and never by
+a gradient, read by all sequences. The slots are one set per layer and sequence (`chunk_memory.ChunkMemory`), written
+by closed chunks, kept in the cache and reset with it.
+
+Shape letters: B batch, M entities of this call, D features, H memory heads, C chunks, S slots of the bank.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import initialization as init
+
+from .chunk_memory import ChunkLayout
+from .configuration_flownetwork import adjust_num_heads
+from .flow_routing import check_sizes
+from .padding import Rows, lay_rows
+
+
+class MemoryBank(nn.Module):
+    """Slots `memory_bank` `[S, D]` that hold moving averages of the entities assigned to them.
+
+    An entity x is shared out over the slots by softmax(x · m_j / √D); a slot moves towards the mean of what it got,
+    m_j ← β m_j + (1 − β) Σ_i a_ij x_i / Σ_i a_ij. Sums are float64: their order does not matter.
+
+    Args:
+        d_model: D; memory_size: S; bank_decay: β, in (0, 1).
+    """
+
+    def __init__(self, d_model: int, memory_size: int, bank_decay: float = 0.99):
+        super().__init__()
+        check_sizes(d_model=d_model, memory_size=memory_size)
+        self.bank_decay = bank_decay
+        self.register_buffer("memory_bank", torch.empty(memory_size, d_model, dtype=torch.float32))
+        self.staged: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Random slots as large as normalised states."""
+        init.normal_(self.memory_bank)
+
+    @torch.no_grad()
+    def stage(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        """Add a batch to what the next `commit` writes; gives the norm of what it alone would change, a scalar.
+
+        Args:
+            x: `[B, M, D]`; entities that are not real do not count.
+        """
+        x = x.detach().double()
+        bank = self.memory_bank.double()
+        shares = (x @ bank.T / math.sqrt(x.shape[-1])).softmax(dim=-1) * rows.real()[..., None]
+        total, count = torch.einsum("bms,bmd->sd", shares, x), shares.sum(dim=(0, 1))
+        if self.staged is None:
+            self.staged = total, count
+        else:
+            self.staged = self.staged[0] + total, self.staged[1] + count
+        return (self._moved(total, count) - bank).norm()
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Write what was staged since the last commit, once, the same on every process; all must call it."""
+        total = torch.zeros_like(self.memory_bank, dtype=torch.float64)
+        count = total.new_zeros(total.shape[0])
+        if self.staged is not None:
+            total, count = self.staged
+        self.staged = None
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            both = torch.cat([total, count[:, None]], dim=1)
+            torch.distributed.all_reduce(both)
+            total, count = both[:, :-1], both[:, -1]
+        self.memory_bank.copy_(self._moved(total, count))
+
+    def _moved(self, total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        """The bank after the write, float64; slots that got nothing, or nothing finite, stay."""
+        bank = self.memory_bank.double()
+        mean = total / count.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
+        written = (count > 0) & mean.isfinite().all(dim=1)
+        return torch.where(written[:, None], self.bank_decay * bank + (1 - self.bank_decay) * mean, bank)
+
+
+class MemoryAttention(nn.Module):
+    """Attention of each entity over slots: those of the bank, and those its sequence had filled before its chunk.
+
+    Args:
+        size: D, features of entities and slots; num_heads: H, must divide it.
+    """
+
+    def __init__(self, size: int, num_heads: int, dropout: float = 0.0):
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.q_proj = nn.Linear(size, size, bias=False)
+        self.k_proj = nn.Linear(size, size, bias=False)
+        self.v_proj = nn.Linear(size, size, bias=False)
+        self.o_proj = nn.Linear(size, size, bias=False)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        bank: torch.Tensor | None,
+        slots: torch.Tensor | None = None,
+        layout: ChunkLayout | None = None,
+    ) -> torch.Tensor:
+        """`[B, M, D]` → the same; at least one of `bank` and `slots`.
+
+        Args:
+            bank: `[S, D]` or `[B, S, D]`.
+            slots: `[B, C, S', D]`, those that the entities of each chunk read; layout: where these lie.
+        """
+        batch, length, _ = x.shape
+        memory = [] if slots is None else [slots.to(x.dtype)]
+        if bank is not None:
+            chunks = 1 if slots is None else slots.shape[1]
+            memory.append(bank.to(x.dtype).expand(batch, -1, -1).unsqueeze(1).expand(-1, chunks, -1, -1))
+        memory = torch.cat(memory, dim=2)
+        query = self.q_proj(x)
+        in_chunks = memory.shape[1] > 1
+        query = layout.lay(query) if in_chunks else query.unsqueeze(1)
+        query, key, value = (self._heads(one) for one in (query, self.k_proj(memory), self.v_proj(memory)))
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        y = y.transpose(1, 2).flatten(2).unflatten(0, (batch, -1))  # [B, C, T, D]
+        return self.o_proj(layout.take(y) if in_chunks else y.flatten(1, 2))
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, C, T, F]` → `[B · C, H, T, F / H]`."""
+        return x.flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class FlowMemoryNetwork(MemoryBank):
+    """A memory that stands alone: read by attention, written at once, in training only.
+
+    Args:
+        d_model: D; memory_size: S; num_memory_heads: H, lowered to what divides D; bank_decay: β.
+    """
+
+    def __init__(self, d_model: int, memory_size: int, num_memory_heads: int, bank_decay: float = 0.99):
+        check_sizes(num_memory_heads=num_memory_heads)
+        super().__init__(d_model, memory_size, bank_decay)
+        self.attention = MemoryAttention(d_model, adjust_num_heads(d_model, num_memory_heads))
+        self.norm = nn.LayerNorm(d_model)
+
+    def forward(self, x: torch.Tensor, update_memory: bool = True) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """x and what it reads from the bank; then the bank takes x in.
+
+        Args:
+            x: `[B, M, d_model]`, rows without padding.
+            update_memory: False never writes; in eval mode nothing is ever written.
+
+        Returns:
+            (`[B, M, d_model]`, metrics: scalar `memory_write_norm`).
+        """
+        if x.dim() != 3 or x.shape[-1] != self.memory_bank.shape[1]:
+            raise ValueError(f"x must be [batch, length, {self.memory_bank.shape[1]}], got {list(x.shape)}.")
+        out = x + self.attention(self.norm(x), self.memory_bank.clone())
+        write_norm = x.new_zeros((), dtype=torch.float64)
+        if update_memory and self.training:
+            write_norm = self.stage(x, lay_rows(*x.shape[:2], x.device))
+            self.commit()
+        return out, {"memory_write_norm": write_norm}

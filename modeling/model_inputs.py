@@ -1,0 +1,153 @@
+"""What every flow model does with its inputs before the first layer, and with its state after the last."""
+
+import torch
+from torch.nn import functional as F
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.utils import logging
+
+from .padding import Rows, column_mask, lay_rows, packed_segments
+from .state_cache import StateLayer, state_layers
+
+logger = logging.get_logger(__name__)
+
+
+def embed(model, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    """Embeddings `[B, M, hidden_size]` of what the user passed.
+
+    Raises:
+        ValueError: not exactly one of the two, a wrong shape, an empty input, or ids outside the vocabulary.
+    """
+    config = model.config
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+    if inputs_embeds is None:
+        check_ids(input_ids, config.vocab_size)
+        inputs_embeds = model.embed_tokens(input_ids)
+    elif inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != config.hidden_size:
+        raise ValueError(
+            f"inputs_embeds must be [batch, length, hidden_size] with a hidden_size of {config.hidden_size}, got "
+            f"{list(inputs_embeds.shape)}."
+        )
+    batch, length, _ = inputs_embeds.shape
+    if length == 0 or batch == 0:
+        raise ValueError(f"The input is empty: batch {batch}, length {length}. Pass at least one token.")
+    return inputs_embeds
+
+
+def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
+    """Token ids must lie in the vocabulary; checked where that costs no synchronisation."""
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids must be [batch, length], got {list(input_ids.shape)}.")
+    if torch.compiler.is_compiling() or input_ids.device.type != "cpu" or not input_ids.numel():
+        return
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"input_ids holds {low if low < 0 else high}, outside the vocabulary of {vocab_size} (`vocab_size`): "
+            "use the tokenizer of this model."
+        )
+
+
+def begin_call(
+    model,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    segment_ids: torch.Tensor | None,
+    past_key_values: Cache | None,
+    use_cache: bool | None,
+) -> tuple[Rows, list[StateLayer | None], Cache | None]:
+    """Lay the rows of a call and get its state ready.
+
+    Returns:
+        (rows, the state of each layer or None, the cache or None). `end_call` closes what this opens.
+
+    Raises:
+        ValueError: inputs that do not fit together.
+    """
+    batch, length, _ = inputs_embeds.shape
+    use_cache = model.config.use_cache if use_cache is None else use_cache
+    packed = segment_ids is not None
+    if not packed and past_key_values is None and attention_mask is None:
+        segment_ids = packed_segments(position_ids, batch, length)
+        packed = segment_ids is not None
+    if model.gradient_checkpointing and model.training and (use_cache or past_key_values is not None):
+        logger.warning_once("A cache cannot be kept while gradients are checkpointed: going on without.")
+        use_cache, past_key_values = False, None
+    if packed and past_key_values is not None:
+        raise ValueError("segment_ids cannot be combined with past_key_values: continue one document per row.")
+    if segment_ids is not None and segment_ids.shape != (batch, length):
+        raise ValueError(f"segment_ids must be [batch, length] = {[batch, length]}, got {list(segment_ids.shape)}.")
+    if use_cache and past_key_values is None and not packed:
+        past_key_values = DynamicCache(config=model.config)
+    num_layers = model.config.num_hidden_layers
+    if past_key_values is None:
+        mask = column_mask(attention_mask, batch, length, 0)
+        rows = lay_rows(batch, length, inputs_embeds.device, mask=mask, segment_ids=segment_ids)
+        return rows, [None] * num_layers, None
+    states = state_layers(past_key_values, num_layers)
+    first = states[0]
+    mask = column_mask(attention_mask, batch, length, first.columns)
+    for state in states:
+        state.begin(batch, length, inputs_embeds.device)
+    rows = lay_rows(batch, length, inputs_embeds.device, mask=mask, past=first.lengths, aligned_past=first.aligned)
+    for state in states:
+        state.expect(rows)
+    return rows, states, past_key_values
+
+
+def end_call(cache: Cache | None, states: list[StateLayer | None]) -> None:
+    """Count the entities of the call."""
+    if cache is None:
+        return
+    for state in states:
+        state.commit()
+        if cache.offloading:
+            state.offload()
+
+
+def next_token_labels(labels: torch.Tensor, segment_ids: torch.Tensor | None) -> torch.Tensor:
+    """Labels without the first token of each packed segment: nothing before it tells of it."""
+    if segment_ids is None:
+        return labels
+    new_segment = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0)) | (segment_ids < 0)
+    return labels.masked_fill(new_segment, -100)
+
+
+def last_states(
+    states: torch.Tensor,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    pad_token_id: int | None,
+) -> torch.Tensor:
+    """State of the last real entity of each row, `[B, M, hidden_size]` → `[B, hidden_size]`.
+
+    Args:
+        attention_mask: says which are real; without it, every token that is not `pad_token_id` is.
+
+    Raises:
+        ValueError: several rows, and nothing tells which entities are real.
+    """
+    batch, length, _ = states.shape
+    if attention_mask is not None:
+        real = attention_mask[:, -length:].bool()
+    elif input_ids is not None and pad_token_id is not None:
+        real = input_ids != pad_token_id
+    elif batch == 1 or input_ids is None:
+        real = torch.ones(batch, length, dtype=torch.bool, device=states.device)
+    else:
+        raise ValueError("A batch of several rows needs attention_mask, or `pad_token_id` in the config.")
+    last = (real * torch.arange(length, device=states.device)).argmax(dim=1)
+    return states[torch.arange(batch, device=states.device), last]
+
+
+class GrowingStateMixin:
+    """For models that generate: a cache of fixed size is refused in a sentence."""
+
+    def _prepare_cache_for_generation(self, generation_config, *args, **kwargs):
+        if generation_config.cache_implementation not in (None, "dynamic", "offloaded"):
+            raise ValueError(
+                f"cache_implementation={generation_config.cache_implementation!r} cannot hold this model's state, "
+                'which grows with the input: leave it out, or use "dynamic" or "offloaded".'
+            )
+        return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)

@@ -1,0 +1,140 @@
+"""Causal attention with grouped key-value heads, full or over a sliding window, through transformers' interface.
+
+A window mask alone saves nothing: for a window, blocks of queries and the keys they see are folded into the batch.
+"""
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb, repeat_kv
+
+from .padding import Rows
+from .state_cache import StateLayer
+from .windows import block_length, by_offset, join_blocks, key_blocks, query_blocks, to_dense
+
+
+class RotaryEmbedding(LlamaRotaryEmbedding):
+    """Rotary embedding of an even number of features: of an odd head the last one stays as it is."""
+
+    @staticmethod
+    def compute_default_rope_parameters(config, **kwargs) -> tuple[torch.Tensor, float]:
+        rotated = config.head_dim // 2 * 2
+        frequencies = torch.arange(0, rotated, 2, dtype=torch.float32) / max(rotated, 1)
+        return config.rope_parameters["rope_theta"] ** -frequencies, 1.0
+
+
+class CausalAttention(nn.Module):
+    """Softmax attention of each entity over itself and those before it.
+
+    Args:
+        config: `num_attention_heads`, `num_key_value_heads`, `head_dim`, `attention_dropout` and the implementation.
+        input_size: features of what it reads; it writes `config.hidden_size`.
+        window: most recent entities that are seen, the entity itself included; None for all.
+    """
+
+    is_causal = True
+
+    def __init__(self, config, input_size: int, window: int | None):
+        super().__init__()
+        self.config = config
+        self.window = window
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = self.head_dim**-0.5
+        self.q_proj = nn.Linear(input_size, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(input_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(input_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        u: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        rows: Rows,
+        state: StateLayer | None,
+        output_attentions: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Args: u `[B, M, input_size]`; rotary: cosine and sine of each place, `[B, M, rotated features]`.
+
+        Returns:
+            (`[B, M, hidden_size]`, weights between the entities of the rows so far `[B, H, M, num_entities]` or None).
+        """
+        query, key, value = (
+            project(u).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = rotate(query, key, *rotary)
+        attend = self._over_all if self.window is None else self._over_window
+        y, weights = attend(query, key, value, rows, state, output_attentions)
+        return self.o_proj(y.flatten(2)), weights
+
+    def _over_all(self, query, key, value, rows: Rows, state: StateLayer | None, output_attentions: bool):
+        started = state is None or state.data("key") is None
+        if state is not None:
+            key, value = state.append("key", key), state.append("value", value)
+            num_entities = query.shape[2] if started else key.shape[2]
+            key, value = key[:, :, :num_entities], value[:, :, :num_entities]
+        mask = None
+        if not started or rows.segment is not None:
+            age = rows.index[..., None] - torch.arange(key.shape[2], device=key.device)
+            mask = ((age >= 0) & (age <= rows.reach[..., None]))[:, None]
+        y, weights = self._attend(query, key, value, mask, output_attentions)
+        return y, None if weights is None else weights[..., : int(rows.index.max()) + 1]
+
+    def _over_window(self, query, key, value, rows: Rows, state: StateLayer | None, output_attentions: bool):
+        batch, heads, length, _ = query.shape
+        before = self.window - 1
+        block = block_length(length, before)
+        new = torch.cat([key, value], dim=1).transpose(1, 2).flatten(2)
+        history = nn.functional.pad(new, (0, 0, before, 0)) if state is None else state.tail("attention", new, before)
+        blocks = key_blocks(history, before, block).flatten(0, 1)  # [B · N, before + T, …]
+        key, value = blocks.unflatten(-1, (-1, self.head_dim)).transpose(1, 2).chunk(2, dim=1)
+        query = query_blocks(query.transpose(1, 2).flatten(2), block).flatten(0, 1)
+        query = query.unflatten(-1, (heads, -1)).transpose(1, 2)
+        reach = query_blocks(rows.reach[..., None], block).flatten(0, 1)  # [B · N, T, 1]
+        places = torch.arange(before + block, device=reach.device)
+        age = places[before:, None] - places
+        mask = ((age >= 0) & (age <= reach.clamp(max=before)))[:, None]
+        y, weights = self._attend(query, key, value, mask, output_attentions)
+        y = join_blocks(y.flatten(2).unflatten(0, (batch, -1)), length)
+        if weights is not None:
+            weights = by_offset(weights).transpose(1, 2).flatten(2).unflatten(0, (batch, -1))
+            weights = join_blocks(weights, length).unflatten(-1, (heads, -1)).transpose(1, 2)
+            weights = to_dense(weights, rows.index, int(rows.index.max()) + 1)
+        return y, weights
+
+    def _attend(self, query, key, value, mask, output_attentions: bool):
+        """`[B, M, H, head_dim]`, and weights `[B, H, M, N]` if asked; mask bool `[B, 1, M, N]`, None for causal."""
+        implementation = "eager" if output_attentions else self.config._attn_implementation
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        y, weights = interface(self, query, key, value, mask, dropout=dropout, scaling=self.scaling)
+        return y, weights if output_attentions else None
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """The attention interface in plain torch, with its softmax in at least float32.
+
+    Args:
+        query: `[B, H, M, D]`; key, value: `[B, H', N, D]`; attention_mask: bool `[B, 1, M, N]`, None for causal.
+
+    Returns:
+        (`[B, M, H, D]`, weights `[B, H, M, N]`).
+    """
+    key, value = (repeat_kv(x, module.num_key_value_groups) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is None:
+        attention_mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
+    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    weights = nn.functional.dropout(weights, dropout, module.training)
+    return (weights @ value).transpose(1, 2), weights
+
+
+def rotate(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
+    """Rotary embedding of as many features as `cos` has; the rest stays."""
+    rotated = cos.shape[-1]
+    if rotated == query.shape[-1]:
+        return apply_rotary_pos_emb(query, key, cos, sin)
+    turned = apply_rotary_pos_emb(query[..., :rotated], key[..., :rotated], cos, sin)
+    return tuple(torch.cat([a, x[..., rotated:]], dim=-1) for a, x in zip(turned, (query, key), strict=True))
