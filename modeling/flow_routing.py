@@ -111,9 +111,9 @@ class FlowLayer(nn.Module):
         rank: int = 32,
     ):
         super().__init__()
-        check_sizes(
-            input_dim=input_dim, output_dim=output_dim, num_patterns=num_patterns, window=window or 1, rank=rank
-        )
+        check_sizes(input_dim=input_dim, output_dim=output_dim, num_patterns=num_patterns, rank=rank)
+        if window is not None:
+            check_sizes(window=window)
         check_sparsity(base_sparsity)
         self.base_sparsity = base_sparsity
         self.window = window
