@@ -48,7 +48,7 @@ def select_strongest(flow: torch.Tensor, count: torch.Tensor, most: int) -> torc
     strongest = flow.topk(min(most + 2, flow.shape[-1]), dim=-1).values
     strongest = F.pad(strongest, (0, most + 2 - strongest.shape[-1]))
     place = (count - 0.5).clamp(min=0.5, max=most).expand(flow.shape[:-1])
-    below = place.detach().floor().long()
+    below = place.detach().floor().long().clamp(0, most)  # again: what a NaN is as a whole number is undefined
     upper, lower = (strongest.gather(-1, (below + step).unsqueeze(-1)) for step in (0, 1))
     threshold = upper + (lower - upper) * (place - below).unsqueeze(-1)
     kept = (flow - (1 - TIE_MARGIN) * threshold).relu()
