@@ -153,8 +153,9 @@ class FlowLayer(nn.Module):
         patterns, query, key, intensity = self._assemble(x)
         age = (rows.index[0][:, None] - rows.index[0]).expand(batch, -1, -1)
         profile = self._profile(length)[:, age[0].clamp(min=0)]
-        mixture = torch.einsum("bip,pij->bij", patterns, profile)
-        scores = query @ key.transpose(1, 2)
+        with torch.autocast(x.device.type, enabled=False):
+            mixture = torch.einsum("bip,pij->bij", patterns, profile)
+            scores = query @ key.transpose(1, 2)
         flow, reachable = self._route(scores, mixture, age, rows.reach, routing, self.window or length)
         return flow * intensity, self._metrics(patterns, (flow > 0).sum(dim=-1) / reachable, rows)
 
@@ -209,9 +210,10 @@ class FlowLayer(nn.Module):
         for start in range(0, keys.shape[1], step):
             piece = slice(start, start + step)
             queries, weights, reach, strength, *routed = (one[:, piece] for one in blocks)
-            scores = by_offset(queries @ keys[:, piece].transpose(-1, -2))
+            with torch.autocast(x.device.type, enabled=False):
+                scores, mixture = by_offset(queries @ keys[:, piece].transpose(-1, -2)), weights @ profile
             routed = tuple(one[..., 0] for one in routed) or None
-            flow, reachable = self._route(scores, weights @ profile, age, reach[..., 0], routed, width)
+            flow, reachable = self._route(scores, mixture, age, reach[..., 0], routed, width)
             shares.append((flow.detach() > 0).sum(dim=-1) / reachable)
             flow = flow * strength
             mixed.append(by_key(flow).to(value.dtype) @ values[:, piece])
