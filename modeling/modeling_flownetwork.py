@@ -67,7 +67,7 @@ class FlowNetworkModelOutput(BaseModelOutputWithPast):
         flows: per layer `Flows`.
         metrics: scalar tensors, means over layers and real tokens: `sparsity_kept` (kept of reachable),
             `pattern_entropy` in nats, `window_mean` in tokens; and `memory_write_norm`, what this batch will change in
-            the bank (0 in eval).
+            the bank (0 in eval, and where no gradients are taken).
     """
 
     flows: tuple[Flows, ...] | None = None
@@ -287,9 +287,8 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         metrics = {name: torch.stack([one[name] for one in all_metrics]).mean() for name in all_metrics[0]}
         if self.memory is not None:
-            metrics["memory_write_norm"] = (
-                self.memory.stage(hidden_states, rows) if self.training else bank.new_zeros(())
-            )
+            learns = self.training and torch.is_grad_enabled()  # generate() does not, in training mode either
+            metrics["memory_write_norm"] = self.memory.stage(hidden_states, rows) if learns else bank.new_zeros(())
         hidden_states = rows.scatter(hidden_states)
         if output_hidden_states:
             all_states.append(hidden_states)
