@@ -134,6 +134,11 @@ class FlowNetworkConfig(PreTrainedConfig):
     def validate_layer_type(self):
         """Nothing to check: `layer_types` is derived."""
 
+    def validate_rope(self):
+        """As everywhere, but for odd heads: their last feature is not rotated, so they are fine."""
+        if self.head_dim % 2 == 0:
+            super().validate_rope()
+
     def validate_architecture(self):
         """Reject values out of range and fields that contradict each other."""
         for field in (
