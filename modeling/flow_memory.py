@@ -78,7 +78,7 @@ class MemoryBank(nn.Module):
         """The bank after the write, float64; slots that got nothing, or nothing finite, stay."""
         bank = self.memory_bank.double()
         mean = total / count.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
-        written = (count > 0) & mean.isfinite().all(dim=1)
+        written = (count > 0) & mean.to(self.memory_bank.dtype).isfinite().all(dim=1)
         return torch.where(written[:, None], self.bank_decay * bank + (1 - self.bank_decay) * mean, bank)
 
 
