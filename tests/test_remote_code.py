@@ -5,28 +5,92 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import dataclass
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from dfn_hf import DFNConfig, DFNForCausalLM, DFNForSequenceClassification, DFNModel
-from dfn_hf.modeling.configuration_dfn import AUTO_MAP
+from dfn_hf import (
+    DFNConfig,
+    DFNForCausalLM,
+    DFNForSequenceClassification,
+    DFNModel,
+    FlowNetworkConfig,
+    FlowNetworkForCausalLM,
+    FlowNetworkForSequenceClassification,
+    FlowNetworkModel,
+)
+from dfn_hf.modeling import configuration_dfn, configuration_flownetwork
 
-CODE = {
-    "attention_kernel.py",
-    "causal_conv.py",
-    "chunk_memory.py",
-    "configuration_dfn.py",
-    "flow_attention.py",
-    "flow_search.py",
-    "model_inputs.py",
-    "modeling_dfn.py",
-    "native_library.py",
-    "padding.py",
-    "rms_norm.py",
-    "search_kernel.py",
-    "state_cache.py",
+
+@dataclass(frozen=True)
+class Case:
+    """A family, and what a saved folder of it must hold.
+
+    Attributes:
+        heads: the base model, `ForCausalLM` and `ForSequenceClassification`.
+        fields: of a small configuration.
+        code: files that travel with it.
+    """
+
+    config_class: type[PreTrainedConfig]
+    heads: tuple[type[PreTrainedModel], ...]
+    fields: dict
+    auto_map: dict[str, str]
+    code: set[str]
+
+    def make(self, head: int) -> PreTrainedModel:
+        torch.manual_seed(0)
+        return self.heads[head](self.config_class(**COMMON_FIELDS, **self.fields)).double().eval()
+
+
+COMMON_FIELDS = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 20,
+    "memory_chunk": 4,
+    "num_labels": 3,
+    "initializer_range": 0.5,
+}
+COMMON_CODE = {"chunk_memory.py", "model_inputs.py", "padding.py", "rms_norm.py", "state_cache.py"}
+MODEL, CAUSAL, CLASSIFIER = range(3)
+
+CASES = {
+    "dfn": Case(
+        DFNConfig,
+        (DFNModel, DFNForCausalLM, DFNForSequenceClassification),
+        {"local_window": 3, "num_neighbors": 4, "memory_slots": 2},
+        configuration_dfn.AUTO_MAP,
+        COMMON_CODE
+        | {
+            "attention_kernel.py",
+            "causal_conv.py",
+            "configuration_dfn.py",
+            "flow_attention.py",
+            "flow_search.py",
+            "modeling_dfn.py",
+            "native_library.py",
+            "search_kernel.py",
+        },
+    ),
+    "flownetwork": Case(
+        FlowNetworkConfig,
+        (FlowNetworkModel, FlowNetworkForCausalLM, FlowNetworkForSequenceClassification),
+        {"flow_window": 6, "min_flow_window": 2, "base_sparsity": 0.4, "memory_size": 2, "num_memory_heads": 2},
+        configuration_flownetwork.AUTO_MAP,
+        COMMON_CODE
+        | {
+            "configuration_flownetwork.py",
+            "flow_memory.py",
+            "flow_routing.py",
+            "modeling_flownetwork.py",
+            "windowed_attention.py",
+            "windows.py",
+        },
+    ),
 }
 
 # Runs in an empty folder, with dfn_hf out of reach, on the folders that the test has saved.
@@ -55,7 +119,8 @@ def check(actual, name):
 
 
 config = AutoConfig.from_pretrained(f"{saved}/causal", trust_remote_code=True)
-assert config.model_type == "dfn" and config.memory_slots == 2
+assert type(config).__module__.startswith("transformers_modules."), type(config)
+assert expected["config"].items() <= config.to_dict().items()
 
 with torch.no_grad():
     check(load(AutoModel, f"{saved}/causal")(ids).last_hidden_state, "states")
@@ -71,6 +136,10 @@ with torch.no_grad():
             assert torch.equal(model.generate(ids, attention_mask=mask, **options), expected[name]), name
 model.train().gradient_checkpointing_enable()
 model(ids, labels=ids).loss.backward()
+if config.model_type == "flownetwork":
+    before = model.model.memory.memory_bank.clone()
+    model.commit_memory()
+    assert not torch.equal(model.model.memory.memory_bank, before)
 """
 
 WAYS = {
@@ -79,19 +148,15 @@ WAYS = {
 }
 
 
-def make(model_class):
-    torch.manual_seed(0)
-    config = DFNConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20,
-        local_window=3, num_neighbors=4, memory_slots=2, memory_chunk=4, num_labels=3, initializer_range=0.5,
-    )  # fmt: skip
-    return model_class(config).double().eval()
+@pytest.fixture(scope="module", params=CASES)
+def family(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    causal, classes = make(DFNForCausalLM), make(DFNForSequenceClassification)
+def saved(family, tmp_path_factory):
+    folder, case = tmp_path_factory.mktemp(family), CASES[family]
+    causal, classes = case.make(CAUSAL), case.make(CLASSIFIER)
     causal.save_pretrained(folder / "causal")
     classes.save_pretrained(folder / "classes")
     ids = torch.randint(1, 40, (2, 30), generator=torch.Generator().manual_seed(0))
@@ -99,6 +164,7 @@ def saved(tmp_path_factory):
     mask[0, :6] = 0
     with torch.no_grad():
         expected = {
+            "config": {"model_type": family} | case.fields,
             "ids": ids,
             "mask": mask,
             "states": causal.model(ids).last_hidden_state,
@@ -111,17 +177,22 @@ def saved(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("model_class", [DFNModel, DFNForCausalLM, DFNForSequenceClassification])
-def test_every_head_saves_all_code_and_every_entry(model_class, tmp_path):
-    make(model_class).save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.glob("*.py")} == CODE
-    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
-    for entry in AUTO_MAP.values():
+def assert_carries_its_code(folder, case):
+    assert {path.name for path in folder.glob("*.py")} == case.code
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == case.auto_map
+
+
+@pytest.mark.parametrize("head", [MODEL, CAUSAL, CLASSIFIER])
+def test_every_head_saves_all_code_and_every_entry(family, head, tmp_path):
+    case = CASES[family]
+    case.make(head).save_pretrained(tmp_path)
+    assert_carries_its_code(tmp_path, case)
+    for entry in case.auto_map.values():
         module, name = entry.split(".")
         assert f"class {name}" in (tmp_path / f"{module}.py").read_text()
 
 
-def test_loads_where_the_package_is_not_installed(saved, tmp_path):
+def test_loads_where_the_package_is_not_installed(family, saved, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     elsewhere = tmp_path / "elsewhere"
@@ -137,10 +208,9 @@ def test_loads_where_the_package_is_not_installed(saved, tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     assert "not initialized" not in result.stderr and "not used" not in result.stderr
     # What was saved there is as complete, and opens with the installed package too.
-    assert {path.name for path in again.glob("*.py")} == CODE
-    assert json.loads((again / "config.json").read_text())["auto_map"] == AUTO_MAP
+    assert_carries_its_code(again, CASES[family])
     model = AutoModelForCausalLM.from_pretrained(again, dtype=torch.float64)
-    assert type(model) is DFNForCausalLM
+    assert type(model) is CASES[family].heads[CAUSAL]
     expected = torch.load(saved / "expected.pt", weights_only=True)
     with torch.no_grad():
         assert torch.allclose(model(expected["ids"]).logits, expected["unpadded"], atol=1e-9, rtol=0)
