@@ -21,12 +21,16 @@ def draw_batch():
     return ids, labels
 
 
-def gradients_of_all(model):
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+def learnt(model):
+    """Gradients, and the buffers after what training staged was written to them."""
+    if hasattr(model, "commit_memory"):
+        model.commit_memory()
+    gradients = {f"{name}.grad": parameter.grad.clone() for name, parameter in model.named_parameters()}
+    return gradients | dict(model.named_buffers())
 
 
 def train(rank, cases, rendezvous, results):
-    """Loss and gradients of each case over the rows of this process, as `DistributedDataParallel` leaves them."""
+    """Loss and what was learnt of each case from the rows of this process, as `DistributedDataParallel` leaves it."""
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=PROCESSES)
     try:
         torch.set_num_threads(1)
@@ -42,13 +46,19 @@ def train(rank, cases, rendezvous, results):
             (loss * PROCESSES).backward()
             loss = loss.detach()
             dist.all_reduce(loss)
-            found.append((loss, gradients_of_all(model.module)))
+            found.append((loss, learnt(model.module)))
         torch.save(found, results / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-CASES = [("dfn", {"memory_slots": 2, "readout_window": 3}), ("dfn", {"carry_positions": True, "memory_slots": 0})]
+CASES = [
+    ("dfn", {"memory_slots": 2, "readout_window": 3}),
+    ("dfn", {"carry_positions": True, "memory_slots": 0}),
+    ("flownetwork", {"block_type": "enhanced_flow", "memory_size": 3}),
+    ("flownetwork", {"block_type": "flow_transformer", "memory_size": 2, "bank_decay": 0.5}),
+    ("flownetwork", {"memory_size": 0}),
+]
 
 
 def test_two_processes_equal_one(tmp_path):
@@ -58,9 +68,17 @@ def test_two_processes_equal_one(tmp_path):
     ids, labels = draw_batch()
     for case, (family, options) in enumerate(CASES):
         model = draw_model(family, SEED, **options).train()
+        before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         expected = model(ids, labels=labels, use_cache=False).loss
         expected.backward()
-        for loss, gradients in (of_rank[case] for of_rank in found):
+        expected_values = learnt(model)
+        banks = [name for name in before if name.endswith("memory_bank")]
+        assert bool(banks) == (options.get("memory_size", 0) > 0)
+        assert not any(torch.equal(expected_values[name], before[name]) for name in banks)
+        for loss, values in (of_rank[case] for of_rank in found):
             assert torch.allclose(loss, expected, atol=1e-6)
-            for name, gradient in gradients_of_all(model).items():
-                assert torch.allclose(gradients[name], gradient, atol=1e-9, rtol=0), name
+            assert values.keys() == expected_values.keys()
+            for name, value in expected_values.items():
+                assert torch.allclose(values[name], value, atol=1e-9, rtol=0), name
+        for name in banks:
+            assert torch.equal(*(of_rank[case][1][name] for of_rank in found))
