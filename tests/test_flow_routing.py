@@ -148,10 +148,11 @@ def make_layer(window, num_patterns=4, base_sparsity=0.3, dtype=torch.float64, r
 
 
 def draw_routing(layer, batch, length):
-    """Windows and shares as a router may give them."""
+    """Windows and shares as a router may give them, the largest for the last entity."""
     generator = torch.Generator().manual_seed(1)
     window, share = torch.rand(2, batch, length, generator=generator, dtype=torch.float64)
     widest = layer.window or length
+    window[:, -1] = share[:, -1] = 1
     return 1 + (widest - 1) * window, layer.base_sparsity * (0.5 + share)
 
 
@@ -161,6 +162,7 @@ def flow_matrix_by_loop(layer, x, routing):
     num_patterns, rank = layer.profile.shape[0], layer.rank
     maps = layer.query_maps.weight.view(num_patterns, rank, FEATURES)
     profile = F.softplus(interpolate_knots(layer.profile, layer.knots, length))
+    temperature = max(1.0, (layer.window or 1) / 16)
     matrix = torch.zeros(batch, length, length, dtype=torch.float64)
     for row in range(batch):
         keys = [layer.key_proj.weight @ entity for entity in x[row]]
@@ -179,7 +181,7 @@ def flow_matrix_by_loop(layer, x, routing):
                 mixture = sum(shares[p] * profile[p, i - j] for p in range(num_patterns))
                 logs.append(query @ keys[j] / math.sqrt(rank) + mixture.log())
                 if routing is not None:
-                    logs[-1] = logs[-1] + F.logsigmoid((routing[0][row, i] - (i - j)) / layer.temperature)
+                    logs[-1] = logs[-1] + F.logsigmoid((routing[0][row, i] - (i - j)) / temperature)
             if routing is not None:
                 reachable, share = min(reachable, float(routing[0][row, i])), float(routing[1][row, i])
             flow = torch.stack(logs).exp()

@@ -188,10 +188,13 @@ def test_what_is_written_is_read_by_the_next_batch_only():
     assert not torch.allclose(train_step(model, ids).logits, first.logits)
 
 
-def test_a_commit_before_the_backward_pass_does_not_disturb_it():
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_commit_before_the_backward_pass_does_not_disturb_it(checkpointing):
     gradients = []
     for early in (False, True):
         model, ids = make_model().train(), draw_ids(2, 20, 0)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         loss = model(ids, labels=ids, use_cache=False).loss
         if early:
             model.commit_memory()
