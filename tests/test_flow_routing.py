@@ -366,6 +366,11 @@ def test_any_split_mixes_the_same(split, window):
     assert torch.allclose(found[0], expected[0], **STRICT) and torch.allclose(found[1], expected[1], **STRICT)
 
 
+def test_a_state_needs_a_window():
+    with pytest.raises(ValueError, match="`window`"):
+        make_layer(None).mix(draw(1, 9, FEATURES), state=StateLayer())
+
+
 def test_less_precision_is_routed_in_float32():
     layer, x = make_layer(5).bfloat16(), draw(1, 12, FEATURES).bfloat16()
     with torch.no_grad():
