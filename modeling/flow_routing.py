@@ -191,7 +191,7 @@ class FlowLayer(nn.Module):
         patterns, query, key, intensity = self._assemble(x)
         value = self.value_proj(x)
         if self.window is None and state is not None:
-            raise ValueError("A state keeps a window: give the FlowLayer a `window`, or mix whole rows without a state.")
+            raise ValueError("A state keeps a window: give the FlowLayer a `window`, or mix whole rows.")
         width = self.window or length
         before = width - 1
         block = block_length(length, before)
