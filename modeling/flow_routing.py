@@ -28,7 +28,7 @@ from .windows import block_length, by_key, by_offset, join_blocks, key_blocks, q
 
 CONTEXT_SIZE = 16  # features of the context that the router sees
 LEAST_SHARE, MOST_SHARE = 0.5, 1.5  # what the router's share lies between, in units of `base_sparsity`
-TIE_MARGIN = 4e-3  # entries this close below the threshold stay: ties are kept together, and no row is empty
+TIE_MARGIN = 1e-2  # entries this close below the threshold stay: ties are kept together, and no row is empty
 NEAR_OFFSETS = 8  # offsets that a profile tells apart; beyond them it is linear between powers of two
 FARTHEST_KNOT = 2**20
 QUERIES_AT_ONCE = 8192  # rows of the flow that are held at a time

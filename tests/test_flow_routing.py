@@ -239,7 +239,7 @@ def test_a_matrix_does_not_know_the_future_or_other_rows():
     assert torch.equal(before[2], after[2]) and torch.equal(before[1, :12], after[1, :12])
 
 
-@pytest.mark.parametrize("base_sparsity", [0.05, 0.1, 0.3])
+@pytest.mark.parametrize("base_sparsity", [0.1, 0.3])
 @pytest.mark.parametrize("window", [None, 128])
 def test_about_the_share_asked_for_is_kept(base_sparsity, window):
     for seed in range(2):
