@@ -56,7 +56,7 @@ class FlowNetworkConfig(PreTrainedConfig):
             between a half and one and a half of it.
         flow_window (`int`, defaults to 128): Most recent tokens that can flow into one, the token itself included.
         min_flow_window (`int`, defaults to 8): The least window that the router can choose.
-        memory_size (`int`, defaults to 32): Slots of the memory bank, and of each layer's memory of the sequence. 0
+        memory_size (`int`, defaults to 16): Slots of the memory bank, and of each layer's memory of the sequence. 0
             turns both off.
         num_memory_heads (`int`, defaults to 4): Heads of the attention to the memory.
         memory_decay (`float`, defaults to 0.9): Weight that a slot of the sequence's memory, or of the router's
@@ -94,7 +94,7 @@ class FlowNetworkConfig(PreTrainedConfig):
     base_sparsity: float | int = 0.1
     flow_window: int = 128
     min_flow_window: int = 8
-    memory_size: int = 32
+    memory_size: int = 16
     num_memory_heads: int = 4
     memory_decay: float | int = 0.9
     memory_chunk: int = 64

@@ -18,6 +18,7 @@ from .chunk_memory import ChunkLayout
 from .configuration_flownetwork import adjust_num_heads
 from .flow_routing import check_sizes
 from .padding import Rows, lay_rows
+from .rms_norm import RMSNorm
 
 
 class MemoryBank(nn.Module):
@@ -85,17 +86,21 @@ class MemoryBank(nn.Module):
 class MemoryAttention(nn.Module):
     """Attention of each entity over slots: those of the bank, and those its sequence had filled before its chunk.
 
+    Heads share keys and values (multi-query attention, arXiv 1911.02150); queries and keys are normalised per head.
+
     Args:
         size: D, features of entities and slots; num_heads: H, must divide it.
     """
 
-    def __init__(self, size: int, num_heads: int, dropout: float = 0.0):
+    def __init__(self, size: int, num_heads: int, dropout: float = 0.0, norm_eps: float = 1e-6):
         super().__init__()
         self.num_heads = num_heads
         self.dropout = dropout
         self.q_proj = nn.Linear(size, size, bias=False)
-        self.k_proj = nn.Linear(size, size, bias=False)
-        self.v_proj = nn.Linear(size, size, bias=False)
+        self.k_proj = nn.Linear(size, size // num_heads, bias=False)
+        self.v_proj = nn.Linear(size, size // num_heads, bias=False)
+        self.q_norm = RMSNorm(size // num_heads, norm_eps)
+        self.k_norm = RMSNorm(size // num_heads, norm_eps)
         self.o_proj = nn.Linear(size, size, bias=False)
 
     def forward(
@@ -117,18 +122,17 @@ class MemoryAttention(nn.Module):
             chunks = 1 if slots is None else slots.shape[1]
             memory.append(bank.to(x.dtype).expand(batch, -1, -1).unsqueeze(1).expand(-1, chunks, -1, -1))
         memory = torch.cat(memory, dim=2)
+        key, value = (project(memory).flatten(0, 1).unsqueeze(1) for project in (self.k_proj, self.v_proj))
         query = self.q_proj(x)
         in_chunks = memory.shape[1] > 1
-        query = layout.lay(query) if in_chunks else query.unsqueeze(1)
-        query, key, value = (self._heads(one) for one in (query, self.k_proj(memory), self.v_proj(memory)))
+        query = layout.lay(query) if in_chunks else query.unsqueeze(1)  # [B, C, T, D]
+        query = query.flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        query, key = self.q_norm(query), self.k_norm(key)
+        key, value = (one.expand(-1, self.num_heads, -1, -1) for one in (key, value))
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-        y = y.transpose(1, 2).flatten(2).unflatten(0, (batch, -1))  # [B, C, T, D]
+        y = y.transpose(1, 2).flatten(2).unflatten(0, (batch, -1))
         return self.o_proj(layout.take(y) if in_chunks else y.flatten(1, 2))
-
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, C, T, F]` → `[B · C, H, T, F / H]`."""
-        return x.flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
 class FlowMemoryNetwork(MemoryBank):

@@ -3,7 +3,7 @@
 A token mixes learnt patterns with weights a_ip, of which the strongest are kept. A pattern is a low-rank query map Q_p
 and a profile over relative offsets; keys are shared by all patterns:
 
-    q_i  = Σ_p a_ip Q_p x_i
+    q_i  = Σ_p a_ip Q_p x_i                                            q and k scaled to a mean square of 1
     F_ij = exp(q_i · k_j / √R) · Σ_p a_ip softplus(profile_p(i − j)) · sigmoid((w_i − (i − j)) / τ)
 
 over the window i − j < `window`; w_i is the window that the router gives entity i. Of each row of F the strongest
@@ -28,10 +28,15 @@ from .windows import block_length, by_key, by_offset, join_blocks, key_blocks, q
 
 CONTEXT_SIZE = 16  # features of the context that the router sees
 LEAST_SHARE, MOST_SHARE = 0.5, 1.5  # what the router's share lies between, in units of `base_sparsity`
-TIE_MARGIN = 1e-2  # entries this close below the threshold stay: ties are kept together, and no row is empty
+TIE_MARGIN = (
+    0.08  # of a single kept entry, less the more are kept: entries this close below the threshold stay, so that
+)
+FEW = (
+    8  # (of so many or more it is the least) ties are kept together, no row is empty and no weight hangs on a last bit
+)
 NEAR_OFFSETS = 8  # offsets that a profile tells apart; beyond them it is linear between powers of two
 FARTHEST_KNOT = 2**20
-QUERIES_AT_ONCE = 8192  # rows of the flow that are held at a time
+QUERIES_AT_ONCE = 2048  # rows of the flow that are held at a time
 
 
 def select_strongest(flow: torch.Tensor, count: torch.Tensor, most: int) -> torch.Tensor:
@@ -51,8 +56,14 @@ def select_strongest(flow: torch.Tensor, count: torch.Tensor, most: int) -> torc
     below = place.detach().floor().long().clamp(0, most)  # a NaN becomes any integer
     upper, lower = (strongest.gather(-1, (below + step).unsqueeze(-1)) for step in (0, 1))
     threshold = upper + (lower - upper) * (place - below).unsqueeze(-1)
-    kept = (flow - (1 - TIE_MARGIN) * threshold).relu()
+    margin = TIE_MARGIN / (place.detach() + 0.5).clamp(max=FEW).unsqueeze(-1)
+    kept = (flow - (1 - margin) * threshold).relu()
     return kept / kept.sum(dim=-1, keepdim=True)
+
+
+def unit_mean_square(x: torch.Tensor) -> torch.Tensor:
+    """Scaled so that products of any two are bounded: exp() of them then neither overflows nor picks one alone."""
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6)
 
 
 def profile_knots(window: int) -> list[int]:
@@ -108,7 +119,7 @@ class FlowLayer(nn.Module):
         num_patterns: int,
         base_sparsity: float = 0.1,
         window: int | None = None,
-        rank: int = 32,
+        rank: int = 16,
     ):
         super().__init__()
         check_sizes(input_dim=input_dim, output_dim=output_dim, num_patterns=num_patterns, rank=rank)
@@ -131,8 +142,14 @@ class FlowLayer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Random profiles: patterns differ from the start."""
-        init.normal_(self.profile)
+        """Mostly the entity just before flows in at the start: what is learnt in few steps then is worth having.
+
+        From random profiles a language model learns much slower, and worse than without flow.
+        """
+        profile = torch.randn_like(self.profile) - 4
+        profile[:, min(1, len(self.knots) - 1)] = 5
+        init.copy_(self.profile, profile)
+        init.constant_(self.intensity_proj.bias, 2)
 
     def forward(
         self, x: torch.Tensor, routing: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -205,20 +222,20 @@ class FlowLayer(nn.Module):
         of_entities = [query, patterns, rows.reach[..., None], intensity]
         if routing is not None:
             of_entities += [one[..., None] for one in routing]
-        blocks = [query_blocks(one, block) for one in of_entities]
+        blocks = [keys, values, *(query_blocks(one, block) for one in of_entities)]
 
         mixed, flows, shares = [], [], []
-        step = max(1, QUERIES_AT_ONCE // block)
-        for start in range(0, keys.shape[1], step):
-            piece = slice(start, start + step)
-            queries, weights, reach, strength, *routed = (one[:, piece] for one in blocks)
+        at_once = max(1, QUERIES_AT_ONCE // block)
+        for keys, values, queries, weights, reach, strength, *routed in zip(
+            *(one.split(at_once, dim=1) for one in blocks), strict=True
+        ):
             with torch.autocast(x.device.type, enabled=False):
-                scores, mixture = by_offset(queries @ keys[:, piece].transpose(-1, -2)), weights @ profile
+                scores, mixture = by_offset(queries @ keys.transpose(-1, -2)), weights @ profile
             routed = tuple(one[..., 0] for one in routed) or None
             flow, reachable = self._route(scores, mixture, age, reach[..., 0], routed, width)
             shares.append((flow.detach() > 0).sum(dim=-1) / reachable)
             flow = flow * strength
-            mixed.append(by_key(flow).to(value.dtype) @ values[:, piece])
+            mixed.append(by_key(flow).to(value.dtype) @ values)
             flows.append(flow if not torch.is_grad_enabled() else flow[..., :0])
         mixed, flow = (join_blocks(torch.cat(pieces, dim=1), length) for pieces in (mixed, flows))
         share = torch.cat(shares, dim=1).flatten(1)[:, :length]
@@ -229,7 +246,7 @@ class FlowLayer(nn.Module):
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             intensity = self.intensity_proj(x).to(dtype).sigmoid()
-            query = self.query_maps(x).to(dtype).unflatten(-1, (-1, self.rank)) / math.sqrt(self.rank)
+            query = self.query_maps(x).to(dtype).unflatten(-1, (-1, self.rank))
             key = self.key_proj(x).to(dtype)
             if self.pattern_selector is None:
                 patterns = torch.ones_like(intensity)
@@ -238,7 +255,8 @@ class FlowLayer(nn.Module):
                 if patterns.shape[-1] > self.kept_patterns:
                     count = patterns.new_tensor(self.kept_patterns)
                     patterns = select_strongest(patterns, count, self.kept_patterns)
-            return patterns, (patterns.unsqueeze(-1) * query).sum(dim=-2), key, intensity
+            query = (patterns.unsqueeze(-1) * query).sum(dim=-2)
+            return patterns, unit_mean_square(query) / math.sqrt(self.rank), unit_mean_square(key), intensity
 
     def _profile(self, width: int) -> torch.Tensor:
         """softplus of each pattern's profile, by offset from 0: `[P, width]`."""

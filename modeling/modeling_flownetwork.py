@@ -3,11 +3,13 @@
 A layer, for the states s of a row:
 
     u  = RMSNorm(s)
-    s += Attention(u) + FlowLayer(u)           the flow's windows and shares from ContextAwareFlowRouter(u)
+    f  = FlowLayer(u)                          windows and shares from ContextAwareFlowRouter(u)
+    y  = Attention(u + f)                      over the flow's window        (`block_type="enhanced_flow"`)
+    y  = Attention(u) + f                      over everything before        (`block_type="flow_transformer"`)
+    s += W_o (y ⊙ silu(W_g (u + f)))
     s += MemoryAttention(RMSNorm(s))           over the model's bank and the slots that the row has filled so far
     s += feed-forward(RMSNorm(s))
 
-Attention is over the flow's window (`block_type="enhanced_flow"`) or over everything before (`"flow_transformer"`).
 Rows are left-aligned behind the model's boundary (`padding.py`); state lives in `state_cache.StateLayer`.
 
 Shape letters: B batch, M entities of this call, N entities so far, H heads.
@@ -101,7 +103,7 @@ class FeedForward(nn.Module):
 
 
 class FlowNetworkLayer(GradientCheckpointingLayer):
-    """Attention and flow side by side, memory, and a feed-forward network; each adds to the state.
+    """Flow with attention, memory, and a feed-forward network; each adds to the state.
 
     Args:
         input_size: features of what it reads if they are not `config.hidden_size`; a projection then joins the two.
@@ -111,10 +113,9 @@ class FlowNetworkLayer(GradientCheckpointingLayer):
         super().__init__()
         size = config.hidden_size
         input_size = size if input_size is None else input_size
-        window = config.flow_window if config.block_type == "enhanced_flow" else None
+        self.parallel = config.block_type == "flow_transformer"
         self.residual_proj = nn.Linear(input_size, size, bias=False) if input_size != size else nn.Identity()
         self.input_norm = RMSNorm(input_size, config.norm_eps)
-        self.attention = CausalAttention(config, input_size, window)
         self.router = ContextAwareFlowRouter(
             input_size,
             config.flow_window,
@@ -124,14 +125,16 @@ class FlowNetworkLayer(GradientCheckpointingLayer):
             config.memory_decay,
         )
         self.flow = FlowLayer(input_size, size, config.num_patterns, config.base_sparsity, config.flow_window)
+        self.attention = CausalAttention(config, None if self.parallel else config.flow_window)
+        self.gate_proj = nn.Linear(size, size, bias=False)
+        self.out_proj = nn.Linear(size, size, bias=False)
         self.sequence_memory = self.memory_norm = self.memory_attention = None
         if config.memory_size:
-            self.sequence_memory = ChunkMemory(
-                input_size, config.memory_size, config.memory_chunk, config.memory_decay
-            )
-            self.slots_proj = nn.Linear(input_size, size, bias=False) if input_size != size else nn.Identity()
+            self.sequence_memory = ChunkMemory(size, config.memory_size, config.memory_chunk, config.memory_decay)
             self.memory_norm = RMSNorm(size, config.norm_eps)
-            self.memory_attention = MemoryAttention(size, config.num_memory_heads, config.attention_dropout)
+            self.memory_attention = MemoryAttention(
+                size, config.num_memory_heads, config.attention_dropout, config.norm_eps
+            )
         self.mlp_norm = RMSNorm(size, config.norm_eps)
         self.mlp = FeedForward(size, config.intermediate_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -152,16 +155,19 @@ class FlowNetworkLayer(GradientCheckpointingLayer):
             metrics).
         """
         u = self.input_norm(hidden_states)
-        attended, weights = self.attention(u, rotary, rows, past_key_values, output_attentions)
         routing = self.router(u, rows, past_key_values)
         flowed, flow, metrics = self.flow.mix(u, routing, rows, past_key_values)
-        hidden_states = self.residual_proj(hidden_states) + self.dropout(attended + flowed.to(attended.dtype))
+        flowed = flowed.to(u.dtype)
+        u = self.residual_proj(u)
+        met = u + flowed
+        y, weights = self.attention(u if self.parallel else met, rotary, rows, past_key_values, output_attentions)
+        y = (y + flowed if self.parallel else y) * F.silu(self.gate_proj(met))
+        hidden_states = self.residual_proj(hidden_states) + self.dropout(self.out_proj(y))
         if self.memory_attention is not None:
+            normed = self.memory_norm(hidden_states)
             with torch.autocast(u.device.type, enabled=False):
-                slots, layout = self.sequence_memory(u, rows, past_key_values)
-            slots = self.slots_proj(slots.to(hidden_states.dtype))
-            read = self.memory_attention(self.memory_norm(hidden_states), bank, slots, layout)
-            hidden_states = hidden_states + self.dropout(read)
+                slots, layout = self.sequence_memory(normed, rows, past_key_values)
+            hidden_states = hidden_states + self.dropout(self.memory_attention(normed, bank, slots, layout))
         hidden_states = hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
         metrics = metrics | {"window_mean": rows.mean(routing[0].detach())}
         return hidden_states, weights, (flow, *routing), metrics

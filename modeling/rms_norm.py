@@ -9,7 +9,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(hidden_size))
+        self.weight = nn.Parameter(torch.ones(hidden_size))
         self.eps = eps
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:

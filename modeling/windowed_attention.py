@@ -9,6 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb, repeat_kv
 
 from .padding import Rows
+from .rms_norm import RMSNorm
 from .state_cache import StateLayer
 from .windows import block_length, by_offset, join_blocks, key_blocks, query_blocks, to_dense
 
@@ -24,27 +25,27 @@ class RotaryEmbedding(LlamaRotaryEmbedding):
 
 
 class CausalAttention(nn.Module):
-    """Softmax attention of each entity over itself and those before it.
+    """Softmax attention of each entity over itself and those before it; queries and keys are normalised per head.
 
     Args:
         config: `num_attention_heads`, `num_key_value_heads`, `head_dim`, `attention_dropout` and the implementation.
-        input_size: features of what it reads; it writes `config.hidden_size`.
         window: most recent entities that are seen, the entity itself included; None for all.
     """
 
     is_causal = True
 
-    def __init__(self, config, input_size: int, window: int | None):
+    def __init__(self, config, window: int | None):
         super().__init__()
         self.config = config
         self.window = window
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
-        self.q_proj = nn.Linear(input_size, config.num_attention_heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(input_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(input_size, config.num_key_value_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
+        self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
+        self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
 
     def forward(
         self,
@@ -54,19 +55,20 @@ class CausalAttention(nn.Module):
         state: StateLayer | None,
         output_attentions: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Args: u `[B, M, input_size]`; rotary: cosine and sine of each place, `[B, M, rotated features]`.
+        """Args: u `[B, M, hidden_size]`; rotary: cosine and sine of each place, `[B, M, rotated features]`.
 
         Returns:
-            (`[B, M, hidden_size]`, weights between the entities of the rows so far `[B, H, M, num_entities]` or None).
+            (what the heads read, side by side `[B, M, hidden_size]`; weights between the entities of the rows so far
+            `[B, H, M, num_entities]`, or None).
         """
         query, key, value = (
             project(u).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
-        query, key = rotate(query, key, *rotary)
+        query, key = rotate(self.q_norm(query), self.k_norm(key), *rotary)
         attend = self._over_all if self.window is None else self._over_window
         y, weights = attend(query, key, value, rows, state, output_attentions)
-        return self.o_proj(y.flatten(2)), weights
+        return y.flatten(2), weights
 
     def _over_all(self, query, key, value, rows: Rows, state: StateLayer | None, output_attentions: bool):
         started = state is None or state.data("key") is None
@@ -85,12 +87,14 @@ class CausalAttention(nn.Module):
         batch, heads, length, _ = query.shape
         before = self.window - 1
         block = block_length(length, before)
-        new = torch.cat([key, value], dim=1).transpose(1, 2).flatten(2)
-        history = nn.functional.pad(new, (0, 0, before, 0)) if state is None else state.tail("attention", new, before)
-        blocks = key_blocks(history, before, block).flatten(0, 1)  # [B · N, before + T, …]
-        key, value = blocks.unflatten(-1, (-1, self.head_dim)).transpose(1, 2).chunk(2, dim=1)
-        query = query_blocks(query.transpose(1, 2).flatten(2), block).flatten(0, 1)
-        query = query.unflatten(-1, (heads, -1)).transpose(1, 2)
+        query, key, value = (x.transpose(1, 2).flatten(2) for x in (query, key, value))
+        if state is None:
+            key, value = (nn.functional.pad(x, (0, 0, before, 0)) for x in (key, value))
+        else:
+            key, value = state.tail("key", key, before), state.tail("value", value, before)
+        blocks = query_blocks(query, block), key_blocks(key, before, block), key_blocks(value, before, block)
+        # Blocks join the batch: [B · N, H, T or before + T, head_dim].
+        query, key, value = (x.flatten(0, 1).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in blocks)
         reach = query_blocks(rows.reach[..., None], block).flatten(0, 1)  # [B · N, T, 1]
         places = torch.arange(before + block, device=reach.device)
         age = places[before:, None] - places

@@ -25,6 +25,8 @@ def key_blocks(history: torch.Tensor, before: int, block: int) -> torch.Tensor:
     """What each block of queries sees: `[B, before + M, F]` → `[B, N, before + T, F]`, zero after the last."""
     length = history.shape[1] - before
     padded = F.pad(history, (0, 0, 0, -length % block))
+    if block == before:  # as `block_length` has it
+        return _Pairs.apply(padded.unflatten(1, (-1, block)))
     return padded.unfold(1, before + block, block).transpose(2, 3)
 
 
@@ -35,18 +37,59 @@ def join_blocks(x: torch.Tensor, length: int) -> torch.Tensor:
 
 def by_offset(scores: torch.Tensor) -> torch.Tensor:
     """`[..., T, before + T]` by key → `[..., T, before + 1]`, oldest first: entry e looks back by before − e."""
-    block, keys = scores.shape[-2:]
-    # Row t begins at its key t: a row of keys + 1 entries is one entry longer than what it takes from.
-    flat = F.pad(scores.flatten(-2), (0, block))
-    return flat.unflatten(-1, (block, keys + 1))[..., : keys - block + 1]
+    return _Skew.apply(scores)
 
 
 def by_key(weights: torch.Tensor) -> torch.Tensor:
     """The way back: `[..., T, before + 1]` → `[..., T, before + T]`, zero outside the window."""
-    block, width = weights.shape[-2:]
-    keys = width + block - 1
-    flat = F.pad(weights, (0, keys + 1 - width)).flatten(-2)
-    return flat[..., : block * keys].unflatten(-1, (block, keys))
+    return _Unskew.apply(weights)
+
+
+class _Pairs(torch.autograd.Function):
+    """Each block with the next, `[B, N + 1, T, F]` → `[B, N, 2 T, F]`, with a gradient in one pass."""
+
+    @staticmethod
+    def forward(ctx, blocks):
+        return torch.cat([blocks[:, :-1], blocks[:, 1:]], dim=2)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        first, second = gradient.chunk(2, dim=2)
+        return torch.cat([first[:, :1], first[:, 1:] + second[:, :-1], second[:, -1:]], dim=1)
+
+
+def _diagonals(by_key: torch.Tensor) -> torch.Tensor:
+    """A view of contiguous `[..., T, K]`: row t from its key t on, K − T + 1 of them."""
+    block, keys = by_key.shape[-2:]
+    shape = (*by_key.shape[:-1], keys - block + 1)
+    return by_key.as_strided(shape, (*by_key.stride()[:-2], keys + 1, 1))
+
+
+class _Skew(torch.autograd.Function):
+    """`by_offset` and its gradient, each one copy: autograd's own way through views takes several."""
+
+    @staticmethod
+    def forward(ctx, scores):
+        return _diagonals(scores.contiguous()).contiguous()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _Unskew.apply(gradient)
+
+
+class _Unskew(torch.autograd.Function):
+    """`by_key` and its gradient."""
+
+    @staticmethod
+    def forward(ctx, weights):
+        block, width = weights.shape[-2:]
+        spread = weights.new_zeros(*weights.shape[:-1], width + block - 1)
+        _diagonals(spread).copy_(weights)
+        return spread
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return _Skew.apply(gradient)
 
 
 def to_dense(weights: torch.Tensor, index: torch.Tensor, num_entities: int) -> torch.Tensor:

@@ -62,7 +62,7 @@ def draw_dfn_config(rng: random.Random, **overrides) -> DFNConfig:
 
 def draw_flownetwork_config(rng: random.Random, **overrides) -> FlowNetworkConfig:
     heads = rng.choice([1, 2, 4])
-    hidden_size = heads * rng.choice([3, 8, 12])
+    hidden_size = heads * rng.choice([8, 9, 12])
     min_flow_window = rng.choice([1, 2])
     options = {
         "vocab_size": VOCABULARY,

@@ -1,25 +1,24 @@
-"""The compared models: DFN, and Llamas of the same width, depth, head count and number of parameters."""
+"""The compared models, all of the same width, depth, head count and number of parameters."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from dfn_hf import DFNConfig, DFNForCausalLM
+from dfn_hf import DFNConfig, DFNForCausalLM, FlowNetworkConfig, FlowNetworkForCausalLM
 
 from .llama_conv import ConvGatedLlamaForCausalLM
-
-LLAMAS: dict[str, type[LlamaForCausalLM]] = {"llama": LlamaForCausalLM, "llama-conv": ConvGatedLlamaForCausalLM}
-MODELS = ("dfn", *LLAMAS)
+from .without_flow import FlowNetworkWithoutFlow
 
 
 @dataclass(frozen=True)
 class ModelSize:
     """What the compared models have in common; their parameters are those of the DFN of this size.
 
-    `initializer_range` None is 1/sqrt(hidden_size), DFN's default.
+    `initializer_range` None is 1/sqrt(hidden_size), the default of DFN and FlowNetwork.
     """
 
     vocab_size: int
@@ -30,23 +29,23 @@ class ModelSize:
     initializer_range: float | None = None
 
 
-def build_model(name: str, size: ModelSize, *, device: str = "cpu", **dfn_options: Any) -> PreTrainedModel:
+def build_model(name: str, size: ModelSize, *, device: str = "cpu", **options: Any) -> PreTrainedModel:
     """A freshly initialised model on `device`; seed torch before.
 
     Args:
         name: one of `MODELS`.
-        size: the DFN's size. A Llama takes all of it but `intermediate_size`, chosen to have as many parameters.
-        dfn_options: further `DFNConfig` fields; they do not change the Llamas.
+        size: the DFN's size. The others take all of it but `intermediate_size`, chosen to have as many parameters.
+        options: further fields of the model's configuration; they do not change the number of parameters that it is
+            to have. None for a Llama.
 
     Raises:
-        ValueError: an unknown name, or a DFN too small for a Llama of as many parameters.
+        ValueError: an unknown name, or a DFN too small for a model of as many parameters.
     """
-    _check_name(name)
-    if name == "dfn":
-        model = _build_dfn(size, **dfn_options)
-    else:
-        model = _build_llama(name, size, _matching_intermediate_size(name, size))
-    return torch.nn.Module.to(model, device)
+    if name not in MODELS:
+        raise ValueError(f"model is {name!r}: choose one of {', '.join(MODELS)}")
+    if name != "dfn":
+        size = replace(size, intermediate_size=_matching_intermediate_size(name, size, **options))
+    return torch.nn.Module.to(_BUILDERS[name](size, **options), device)
 
 
 def count_parameters(model: torch.nn.Module) -> int:
@@ -54,19 +53,19 @@ def count_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def _check_name(name: str) -> None:
-    if name not in MODELS:
-        raise ValueError(f"model is {name!r}: choose one of {', '.join(MODELS)}")
-
-
 def _build_dfn(size: ModelSize, **options: Any) -> PreTrainedModel:
     return DFNForCausalLM(DFNConfig(**vars(size), **options))
 
 
-def _build_llama(name: str, size: ModelSize, intermediate_size: int) -> PreTrainedModel:
-    initializer_range = size.hidden_size**-0.5 if size.initializer_range is None else size.initializer_range
+def _build_flownetwork(
+    size: ModelSize, model_class: type[FlowNetworkForCausalLM] = FlowNetworkForCausalLM, **options: Any
+) -> PreTrainedModel:
+    return model_class(FlowNetworkConfig(**{**vars(size), "num_memory_heads": size.num_attention_heads, **options}))
+
+
+def _build_llama(size: ModelSize, model_class: type[LlamaForCausalLM] = LlamaForCausalLM) -> PreTrainedModel:
     config = LlamaConfig(
-        **{**vars(size), "intermediate_size": intermediate_size, "initializer_range": initializer_range},
+        **{**vars(size), "initializer_range": size.initializer_range or size.hidden_size**-0.5},
         num_key_value_heads=size.num_attention_heads,
         max_position_embeddings=2**20,
         tie_word_embeddings=True,
@@ -74,13 +73,29 @@ def _build_llama(name: str, size: ModelSize, intermediate_size: int) -> PreTrain
         bos_token_id=None,
         eos_token_id=None,
     )
-    return LLAMAS[name](config)
+    return model_class(config)
 
 
-def _matching_intermediate_size(name: str, size: ModelSize) -> int:
-    wanted = _parameters_of(lambda: _build_dfn(size))
-    least = _parameters_of(lambda: _build_llama(name, size, 1))
-    next_least = _parameters_of(lambda: _build_llama(name, size, 2))
+_BUILDERS: dict[str, Callable[..., PreTrainedModel]] = {
+    "dfn": _build_dfn,
+    "flownetwork": _build_flownetwork,
+    "flow-transformer": partial(_build_flownetwork, block_type="flow_transformer"),
+    "flownetwork, 1 pattern": partial(_build_flownetwork, num_patterns=1),
+    "flownetwork, no flow": partial(_build_flownetwork, model_class=FlowNetworkWithoutFlow),
+    "flownetwork, no memory": partial(_build_flownetwork, memory_size=0),
+    "llama": _build_llama,
+    "llama-conv": partial(_build_llama, model_class=ConvGatedLlamaForCausalLM),
+}
+MODELS = tuple(_BUILDERS)
+
+
+def _matching_intermediate_size(name: str, size: ModelSize, **options: Any) -> int:
+    def parameters(name: str, intermediate_size: int, **options: Any) -> int:
+        with torch.device("meta"):
+            return count_parameters(_BUILDERS[name](replace(size, intermediate_size=intermediate_size), **options))
+
+    wanted = parameters("dfn", size.intermediate_size)
+    least, next_least = (parameters(name, width, **options) for width in (1, 2))
     width = 1 + round((wanted - least) / (next_least - least))
     if width < 1:
         raise ValueError(
@@ -88,8 +103,3 @@ def _matching_intermediate_size(name: str, size: ModelSize) -> int:
             f"raise intermediate_size (now {size.intermediate_size})"
         )
     return width
-
-
-def _parameters_of(build: Callable[[], PreTrainedModel]) -> int:
-    with torch.device("meta"):
-        return count_parameters(build())
