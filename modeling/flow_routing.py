@@ -28,12 +28,9 @@ from .windows import block_length, by_key, by_offset, join_blocks, key_blocks, q
 
 CONTEXT_SIZE = 16  # features of the context that the router sees
 LEAST_SHARE, MOST_SHARE = 0.5, 1.5  # what the router's share lies between, in units of `base_sparsity`
-TIE_MARGIN = (
-    0.08  # of a single kept entry, less the more are kept: entries this close below the threshold stay, so that
-)
-FEW = (
-    8  # (of so many or more it is the least) ties are kept together, no row is empty and no weight hangs on a last bit
-)
+# Entries this share below the threshold stay, so that ties are kept together, no row is empty and no weight hangs on a
+# last bit: TIE_MARGIN where one is kept, TIE_MARGIN / count where more are, TIE_MARGIN / FEW where many are.
+TIE_MARGIN, FEW = 0.08, 8
 NEAR_OFFSETS = 8  # offsets that a profile tells apart; beyond them it is linear between powers of two
 FARTHEST_KNOT = 2**20
 QUERIES_AT_ONCE = 2048  # rows of the flow that are held at a time
@@ -56,7 +53,7 @@ def select_strongest(flow: torch.Tensor, count: torch.Tensor, most: int) -> torc
     below = place.detach().floor().long().clamp(0, most)  # a NaN becomes any integer
     upper, lower = (strongest.gather(-1, (below + step).unsqueeze(-1)) for step in (0, 1))
     threshold = upper + (lower - upper) * (place - below).unsqueeze(-1)
-    margin = TIE_MARGIN / (place.detach() + 0.5).clamp(max=FEW).unsqueeze(-1)
+    margin = TIE_MARGIN / (place + 0.5).clamp(max=FEW).unsqueeze(-1)
     kept = (flow - (1 - margin) * threshold).relu()
     return kept / kept.sum(dim=-1, keepdim=True)
 

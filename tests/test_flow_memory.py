@@ -161,16 +161,18 @@ def test_a_bank_names_what_it_cannot_be_made_of(name, size):
 # Reading
 
 
+def normalised(norm, x):
+    return norm.weight * x / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
+
+
 def read_by_loop(attention, x, slots):
     """What one entity `[D]` reads from slots `[S, D]`."""
-    query = attention.q_proj(x).view(attention.num_heads, -1)
-    key, value = (
-        project(slots).unflatten(-1, (attention.num_heads, -1)) for project in (attention.k_proj, attention.v_proj)
-    )
+    query = normalised(attention.q_norm, attention.q_proj(x).view(attention.num_heads, -1))
+    key, value = normalised(attention.k_norm, attention.k_proj(slots)), attention.v_proj(slots)
     heads = []
     for head in range(attention.num_heads):
-        scores = key[:, head] @ query[head] / math.sqrt(query.shape[1])
-        heads.append(scores.softmax(dim=0) @ value[:, head])
+        scores = key @ query[head] / math.sqrt(query.shape[1])
+        heads.append(scores.softmax(dim=0) @ value)
     return attention.o_proj(torch.cat(heads))
 
 

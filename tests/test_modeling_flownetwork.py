@@ -57,7 +57,7 @@ LEFT_PADDED[0, :7] = 0
 
 
 @block_types
-def test_a_layer_adds_attention_flow_memory_and_feed_forward(block_type):
+def test_a_layer_adds_flow_with_attention_memory_and_feed_forward(block_type):
     model = make_model(FlowNetworkModel, block_type=block_type)
     layer, rows, states = model.layers[0], lay_rows(2, 20, CPU), torch.randn(2, 20, 16).double()
     rotary = model.rotary(states, rows.reach)
@@ -65,9 +65,15 @@ def test_a_layer_adds_attention_flow_memory_and_feed_forward(block_type):
         found, _, _, _ = layer(states, bank_of(model), rotary, rows)
         u = layer.input_norm(states)
         matrix, _ = layer.flow(u, layer.router(u))
-        expected = states + layer.attention(u, rotary, rows, None, False)[0] + layer.flow.apply(matrix, u)
-        slots, layout = layer.sequence_memory(u, rows)
-        expected = expected + layer.memory_attention(layer.memory_norm(expected), bank_of(model), slots, layout)
+        flow = layer.flow.apply(matrix, u)
+        if block_type == "enhanced_flow":
+            read, _ = layer.attention(u + flow, rotary, rows, None, False)
+        else:
+            read = layer.attention(u, rotary, rows, None, False)[0] + flow
+        expected = states + layer.out_proj(read * F.silu(layer.gate_proj(u + flow)))
+        normed = layer.memory_norm(expected)
+        slots, layout = layer.sequence_memory(normed, rows)
+        expected = expected + layer.memory_attention(normed, bank_of(model), slots, layout)
         expected = expected + layer.mlp(layer.mlp_norm(expected))
     assert torch.allclose(found, expected, **STRICT)
 
@@ -110,7 +116,9 @@ def test_full_attention_sees_farther_than_windows_do(num_hidden_layers, window):
     # No chunk closes: the router's context holds nothing of the row.
     options = {"memory_size": 0, "memory_chunk": length, "flow_window": window, "num_hidden_layers": num_hidden_layers}
     windowed = gradient_of_the_last_logits(make_model(**options), length)
-    assert windowed[length - 1 - reach :].all() and not windowed[: length - 1 - reach].any()
+    # In each layer the flow looks back by its window, and attention over what has flowed by as much again.
+    far, farther = length - 1 - reach, length - 1 - 2 * reach
+    assert windowed[far:].all() and windowed[farther:far].any() and not windowed[:farther].any()
     assert gradient_of_the_last_logits(make_model(block_type="flow_transformer", **options), length).all()
 
 
@@ -383,7 +391,11 @@ def test_the_first_loss_is_that_of_guessing():
     bank = bank_of(model)
     assert bank.std() == pytest.approx(1, rel=0.05) and bank.mean().abs() < 0.05
     for layer in model.model.layers:
-        assert layer.flow.profile.std().item() == pytest.approx(1, rel=0.2)
+        just_before = torch.zeros_like(layer.flow.profile)
+        just_before[:, 1] = 9
+        profile = layer.flow.profile.detach() + 4 - just_before
+        assert (profile[:, 1] == 0).all() and profile[:, 2:].std() == pytest.approx(1, rel=0.25)
+        assert (layer.flow.intensity_proj.bias == 2).all()
         for memory in (layer.sequence_memory, layer.router.context):
             assert torch.allclose(memory.decay_logit.sigmoid(), torch.tensor(0.9))
 

@@ -11,7 +11,6 @@ from dfn_hf.modeling.state_cache import StateLayer
 from dfn_hf.modeling.windowed_attention import CausalAttention, RotaryEmbedding
 
 CPU = torch.device("cpu")
-FEATURES = 7
 STRICT = {"atol": 1e-9, "rtol": 0}
 THETA = 100.0
 # Heads, heads of keys and values, features of a head.
@@ -30,7 +29,7 @@ def make_attention(window, heads="grouped", implementation="eager", dtype=torch.
         attn_implementation=implementation,
     )
     torch.manual_seed(0)
-    attention = CausalAttention(config, FEATURES, window)
+    attention = CausalAttention(config, window)
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return attention.to(dtype).eval()
@@ -42,8 +41,9 @@ def angles(places, head_dim):
     return places[..., None] * THETA ** -(torch.arange(half, dtype=torch.float64) / max(half, 1))
 
 
-def draw(batch, length):
-    return torch.randn(batch, length, FEATURES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+def draw(attention, batch, length):
+    features = attention.config.hidden_size
+    return torch.randn(batch, length, features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 def attend(attention, u, rows=None, state=None, output_attentions=False):
@@ -61,8 +61,12 @@ def turn(x, place):
     return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin(), rest])
 
 
+def normalised(norm, x):
+    return norm.weight * x / (x.square().mean() + norm.eps).sqrt()
+
+
 def attend_by_loop(attention, u, window):
-    """Outputs `[M, hidden_size]` and weights `[H, M, M]` of one segment `[M, FEATURES]`."""
+    """What the heads read `[M, hidden_size]` and weights `[H, M, M]` of one segment `[M, hidden_size]`."""
     heads = attention.config.num_attention_heads
     query, key, value = (
         (u @ project.weight.T).unflatten(-1, (-1, attention.head_dim))
@@ -74,12 +78,13 @@ def attend_by_loop(attention, u, window):
         first = 0 if window is None else max(0, i - window + 1)
         mixed = []
         for head in range(heads):
-            turned = turn(query[i, head], i)
-            scores = [turned @ turn(key[j, head // group], j) for j in range(first, i + 1)]
+            turned = turn(normalised(attention.q_norm, query[i, head]), i)
+            keys = [normalised(attention.k_norm, key[j, head // group]) for j in range(first, i + 1)]
+            scores = [turned @ turn(one, j) for j, one in enumerate(keys, start=first)]
             shares = (torch.stack(scores) / math.sqrt(attention.head_dim)).softmax(dim=0)
             weights[head, i, first : i + 1] = shares.detach()
             mixed.append(shares @ value[first : i + 1, head // group])
-        outputs.append(torch.cat(mixed) @ attention.o_proj.weight.T)
+        outputs.append(torch.cat(mixed))
     return torch.stack(outputs), weights
 
 
@@ -99,7 +104,7 @@ def test_the_rotary_embedding_is_that_of_as_many_pairs_as_there_are(heads):
 @pytest.mark.parametrize("length", [1, 2, 13])
 def test_equals_the_loop(heads, window, length):
     attention = make_attention(window, heads)
-    u = draw(2, length)
+    u = draw(attention, 2, length)
     with torch.no_grad():
         y, weights = attend(attention, u, output_attentions=True)
         expected = [attend_by_loop(attention, row, window) for row in u]
@@ -118,7 +123,7 @@ def outputs_and_gradients(attention, u, run):
 @pytest.mark.parametrize("window", WINDOWS)
 def test_gradients_equal_those_of_the_loop(window):
     attention = make_attention(window, "odd")
-    u = draw(2, 13)
+    u = draw(attention, 2, 13)
     found = outputs_and_gradients(attention, u, lambda *inputs: attend(*inputs)[0])
     expected = outputs_and_gradients(
         attention, u, lambda attention, u: torch.stack([attend_by_loop(attention, row, window)[0] for row in u])
@@ -131,12 +136,13 @@ def test_gradients_equal_those_of_the_loop(window):
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("packed", [False, True])
 def test_sdpa_equals_eager_in_fp32(heads, window, packed):
-    u, segments = draw(2, 29), torch.tensor([[0] * 9 + [1] * 20, [0] * 29])
+    segments = torch.tensor([[0] * 9 + [1] * 20, [0] * 29])
     rows = lay_rows(2, 29, CPU, segment_ids=segments if packed else None)
     results = []
     for implementation in ("eager", "sdpa"):
         attention = make_attention(window, heads, implementation, torch.float32)
         assert attention.config._attn_implementation == implementation
+        u = draw(attention, 2, 29)
         results.append(outputs_and_gradients(attention, u, lambda *inputs: attend(*inputs, rows)[0]))
     for one, other in zip(*results, strict=True):
         assert (one - other).abs().max() <= 2e-5 * other.abs().max().clamp(min=1)
@@ -145,20 +151,20 @@ def test_sdpa_equals_eager_in_fp32(heads, window, packed):
 @pytest.mark.parametrize("window", WINDOWS)
 def test_asking_for_weights_changes_nothing_and_they_give_the_output(window):
     attention = make_attention(window, implementation="sdpa")
-    u = draw(2, 13)
+    u = draw(attention, 2, 13)
     with torch.no_grad():
         y, none = attend(attention, u)
         again, weights = attend(attention, u, output_attentions=True)
         value = attention.v_proj(u).unflatten(-1, (-1, attention.head_dim)).repeat_interleave(2, dim=2)
         mixed = weights @ value.transpose(1, 2)
     assert none is None and torch.allclose(again, y, **STRICT)
-    assert torch.allclose(attention.o_proj(mixed.transpose(1, 2).flatten(2)), y, **STRICT)
+    assert torch.allclose(mixed.transpose(1, 2).flatten(2), y, **STRICT)
 
 
 @pytest.mark.parametrize("window", WINDOWS)
 def test_segments_attend_as_if_alone(window):
     attention = make_attention(window)
-    u, lengths = draw(2, 30), [[1, 4, 9, 5, 11], [12, 18]]
+    u, lengths = draw(attention, 2, 30), [[1, 4, 9, 5, 11], [12, 18]]
     segments = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths])
     rows = lay_rows(2, 30, CPU, segment_ids=segments)
     with torch.no_grad():
@@ -180,7 +186,7 @@ def test_segments_attend_as_if_alone(window):
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_any_split_attends_the_same(sizes, window, implementation):
     attention = make_attention(window, implementation=implementation)
-    u, state, pieces = draw(2, 13), StateLayer(), []
+    u, state, pieces = draw(attention, 2, 13), StateLayer(), []
     with torch.no_grad():
         expected, weights = attend(attention, u, output_attentions=True)
         start = 0
@@ -202,7 +208,7 @@ def test_any_split_attends_the_same(sizes, window, implementation):
 def test_dropout_is_for_training(window):
     attention = make_attention(window)
     attention.config.attention_dropout = 0.5
-    u = draw(2, 13)
+    u = draw(attention, 2, 13)
     with torch.no_grad():
         plain = attend(attention, u)[0]
         assert torch.equal(attend(attention, u)[0], plain)
