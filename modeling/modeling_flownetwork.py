@@ -162,7 +162,9 @@ class FlowNetworkLayer(GradientCheckpointingLayer):
         met = u + flowed
         y, weights = self.attention(u if self.parallel else met, rotary, rows, past_key_values, output_attentions)
         y = (y + flowed if self.parallel else y) * F.silu(self.gate_proj(met))
-        hidden_states = self.residual_proj(hidden_states) + self.dropout(self.out_proj(y))
+        # In the dtype it came in: autocast would hand the next layer bf16.
+        residual = self.residual_proj(hidden_states).to(hidden_states.dtype)
+        hidden_states = residual + self.dropout(self.out_proj(y))
         if self.memory_attention is not None:
             normed = self.memory_norm(hidden_states)
             with torch.autocast(u.device.type, enabled=False):

@@ -99,6 +99,22 @@ def test_a_layer_of_another_width_projects_what_it_adds_to(memory_size):
     assert all(parameter.grad.any() for parameter in layer.parameters())
 
 
+def test_layers_of_two_widths_run_under_autocast():
+    config, rows, states = (
+        FlowNetworkConfig(**TINY, attn_implementation="sdpa"),
+        lay_rows(2, 9, CPU),
+        torch.randn(2, 9, 10),
+    )
+    bank, rotary = torch.randn(5, 16), RotaryEmbedding(config)(states, rows.reach)
+    for width in (10, 16):
+        layer = FlowNetworkLayer(config, input_size=width)
+        for memory in (layer.router.context, layer.sequence_memory):
+            memory.reset_parameters(1.0)
+        with torch.autocast("cpu", torch.bfloat16):
+            states, _, _, _ = layer(states, bank, rotary, rows)
+        assert states.dtype == torch.float32 and states.isfinite().all()
+
+
 # Reach
 
 
