@@ -14,11 +14,18 @@ from transformers import (  # noqa: E402
 )
 
 from .embedded import checkpoint_path  # noqa: E402
+from .flow_memory_callback import FlowMemoryCallback  # noqa: E402
 from .modeling.configuration_dfn import DFNConfig  # noqa: E402
 from .modeling.configuration_flownetwork import FlowNetworkConfig, adjust_num_heads  # noqa: E402
 from .modeling.flow_memory import FlowMemoryNetwork  # noqa: E402
 from .modeling.flow_routing import ContextAwareFlowRouter, FlowLayer  # noqa: E402
 from .modeling.flow_search import nearest_predecessors  # noqa: E402
+from .modeling.flownetwork import (  # noqa: E402
+    EnhancedFlowLayer,
+    EnhancedFlowTransformer,
+    FlowNetwork,
+    safe_tensor_to_int,
+)
 from .modeling.modeling_dfn import DFNForCausalLM, DFNForSequenceClassification, DFNModel  # noqa: E402
 from .modeling.modeling_flownetwork import (  # noqa: E402
     FlowNetworkForCausalLM,
@@ -49,8 +56,12 @@ __all__ = [
     "DFNForCausalLM",
     "DFNForSequenceClassification",
     "DFNModel",
+    "EnhancedFlowLayer",
+    "EnhancedFlowTransformer",
     "FlowLayer",
+    "FlowMemoryCallback",
     "FlowMemoryNetwork",
+    "FlowNetwork",
     "FlowNetworkConfig",
     "FlowNetworkForCausalLM",
     "FlowNetworkForSequenceClassification",
@@ -58,4 +69,5 @@ __all__ = [
     "adjust_num_heads",
     "checkpoint_path",
     "nearest_predecessors",
+    "safe_tensor_to_int",
 ]

@@ -30,6 +30,7 @@ from transformers.integrations import is_tensorboard_available
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .collation import PackedBlockCollator
+from .flow_memory_callback import FlowMemoryCallback
 from .model_card import model_card
 from .output_folder import clear_disk_errors, whole_folder
 from .progress import ProgressBarCallback
@@ -202,7 +203,7 @@ def train_causal_lm(
         train_dataset=train_blocks,
         eval_dataset=validation_blocks,
         processing_class=tokenizer,
-        callbacks=[*callbacks, progress_bar] if progress else list(callbacks),
+        callbacks=[FlowMemoryCallback(), *callbacks, *([progress_bar] if progress else [])],
     )
     trainer.remove_callback(PrinterCallback)
     if base_model.config.model_type == "dfn" and settings.exact_search_share > 0:

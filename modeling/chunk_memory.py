@@ -110,13 +110,12 @@ class ChunkMemory(nn.Module):
             before = self._load(state, initial)
         layout = self._lay_out(entities.shape[1] - length, rows, 0 if state is None else state.aligned)
 
-        pooled = self._pool(layout.lay(entities.to(dtype)), layout)
-        decay = self.decay_logit.to(dtype).sigmoid().view(1, 1, -1, 1)
+        pooled, decay = self._aggregate(layout.lay(entities.to(dtype)), layout)
         restart = layout.starts_segment[..., None, None]
         start = torch.where(restart, initial, 0)
         start = torch.cat([before[:, None], start[:, 1:]], dim=1)
         inputs = (1 - decay) * pooled + decay * start
-        closed = decay_scan(torch.where(restart, 0, decay).expand(-1, -1, inputs.shape[2], 1), inputs)
+        closed = decay_scan(torch.where(restart, 0, decay), inputs)
         if state is not None:
             self._store(state, closed, length)
         read = torch.where(restart[:, 1:], initial, closed[:, :-1])
@@ -153,12 +152,20 @@ class ChunkMemory(nn.Module):
         starts[:, 0] = True
         return ChunkLayout(slot, num_chunks, span, starts)
 
-    def _pool(self, laid: torch.Tensor, layout: ChunkLayout) -> torch.Tensor:
-        """Attention pooling of each chunk, `[B, C, T, D]` → `[B, C, S, D]`; zero where a chunk is empty."""
+    def _decay(self, dtype: torch.dtype) -> torch.Tensor:
+        """β of each slot, `[S]`."""
+        return self.decay_logit.to(dtype).sigmoid()
+
+    def _aggregate(self, laid: torch.Tensor, layout: ChunkLayout) -> tuple[torch.Tensor, torch.Tensor]:
+        """What each chunk writes, and the weight that slots keep when it does.
+
+        Attention pooling, `[B, C, T, D]` → `[B, C, S, D]`, zero where a chunk is empty; β, `[B, C, S, 1]`.
+        """
         held = layout.lay(torch.ones_like(layout.slot, dtype=laid.dtype)[..., None])
         scores = laid @ self.pooling_query.to(laid.dtype).T / math.sqrt(laid.shape[-1])
         scores = scores.masked_fill(held == 0, torch.finfo(laid.dtype).min)
-        return (scores.softmax(dim=2) * held).transpose(2, 3) @ laid
+        pooled = (scores.softmax(dim=2) * held).transpose(2, 3) @ laid
+        return pooled, self._decay(laid.dtype)[:, None].expand(*pooled.shape[:3], 1)
 
     def _load(self, state, initial: torch.Tensor) -> torch.Tensor:
         """Slots after the chunks that were closed before this call, `[B, S, D]`."""

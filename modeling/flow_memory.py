@@ -1,8 +1,8 @@
 """Memory of a FlowNetwork: a bank that training writes, and slots that a sequence fills as it runs.
 
 The bank is one for the model: a buffer, written by an exponential moving average between optimizer steps and never by
-a gradient, read by all sequences. The slots are one set per layer and sequence (`chunk_memory.ChunkMemory`), written
-by closed chunks, kept in the cache and reset with it.
+a gradient, read by all sequences. The slots are one set per layer and sequence, written by closed chunks, kept in the
+cache and reset with it.
 
 Shape letters: B batch, M entities of this call, D features, H memory heads, C chunks, S slots of the bank.
 """
@@ -14,18 +14,21 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from .chunk_memory import ChunkLayout
+from .chunk_memory import ChunkLayout, ChunkMemory
 from .configuration_flownetwork import adjust_num_heads
 from .flow_routing import check_sizes
 from .padding import Rows, lay_rows
 from .rms_norm import RMSNorm
 
+BANK_SHARPNESS = 4.0
+
 
 class MemoryBank(nn.Module):
     """Slots `memory_bank` `[S, D]` that hold moving averages of the entities assigned to them.
 
-    An entity x is shared out over the slots by softmax(x · m_j / √D); a slot moves towards the mean of what it got,
-    m_j ← β m_j + (1 − β) Σ_i a_ij x_i / Σ_i a_ij. Sums are float64: their order does not matter.
+    An entity x is shared out over the slots by a_j = softmax_j(4 x · m_j / √D), sharp enough that slots stay apart; a
+    slot moves towards the mean of what it got, m_j ← β m_j + (1 − β) Σ_i a_ij x_i / Σ_i a_ij. Sums are float64: their
+    order does not matter.
 
     Args:
         d_model: D; memory_size: S; bank_decay: β, in (0, 1).
@@ -34,6 +37,8 @@ class MemoryBank(nn.Module):
     def __init__(self, d_model: int, memory_size: int, bank_decay: float = 0.99):
         super().__init__()
         check_sizes(d_model=d_model, memory_size=memory_size)
+        if not 0 < bank_decay < 1:
+            raise ValueError(f"`bank_decay` must lie in (0, 1), got {bank_decay}.")
         self.bank_decay = bank_decay
         self.register_buffer("memory_bank", torch.empty(memory_size, d_model, dtype=torch.float32))
         self.staged: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -53,7 +58,8 @@ class MemoryBank(nn.Module):
         """
         x = x.detach().double()
         bank = self.memory_bank.double()
-        shares = (x @ bank.T / math.sqrt(x.shape[-1])).softmax(dim=-1) * rows.real()[..., None]
+        scores = BANK_SHARPNESS * x @ bank.T / math.sqrt(x.shape[-1])
+        shares = scores.softmax(dim=-1) * rows.real()[..., None]
         total, count = torch.einsum("bms,bmd->sd", shares, x), shares.sum(dim=(0, 1))
         if self.staged is None:
             self.staged = total, count
@@ -81,6 +87,32 @@ class MemoryBank(nn.Module):
         mean = total / count.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
         written = (count > 0) & mean.to(self.memory_bank.dtype).isfinite().all(dim=1)
         return torch.where(written[:, None], self.bank_decay * bank + (1 - self.bank_decay) * mean, bank)
+
+
+class SequenceMemory(ChunkMemory):
+    """Slots that a sequence fills as it runs: like the bank, each holds a moving mean of the entities assigned to it.
+
+    An entity x is shared out over the slots by a_j = softmax_j(q_j · x / √D), q_j learnt. Chunk by chunk,
+
+        m_j ← κ_j m_j + (1 − κ_j) Σ_t a_tj x_t / Σ_t a_tj,     κ_j = β_j^(Σ_t a_tj · S / T):
+
+    a slot that gets its even share keeps β_j, and one that gets nothing keeps what it holds, for as long as it takes.
+    """
+
+    @torch.no_grad()
+    def reset_parameters(self, std: float) -> None:
+        """Queries far enough apart that entities of different content go to different slots from the start."""
+        super().reset_parameters(std)
+        init.normal_(self.pooling_query, std=2.0)
+
+    def _aggregate(self, laid: torch.Tensor, layout: ChunkLayout) -> tuple[torch.Tensor, torch.Tensor]:
+        held = layout.lay(torch.ones_like(layout.slot, dtype=laid.dtype)[..., None])
+        scores = laid @ self.pooling_query.to(laid.dtype).T / math.sqrt(laid.shape[-1])
+        shares = (scores.softmax(dim=-1) * held).transpose(2, 3)  # [B, C, S, T]
+        mass = shares.sum(dim=-1, keepdim=True)
+        pooled = shares @ laid / mass.clamp(min=torch.finfo(laid.dtype).tiny)
+        even_share = self.chunk_length / mass.shape[2]
+        return pooled, self._decay(laid.dtype)[:, None] ** (mass / even_share)
 
 
 class MemoryAttention(nn.Module):

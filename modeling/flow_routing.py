@@ -188,7 +188,8 @@ class FlowLayer(nn.Module):
         routing: tuple[torch.Tensor, torch.Tensor] | None = None,
         rows: Rows | None = None,
         state: StateLayer | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        output_flow: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
         """What flows into each entity, in O(M · W).
 
         Args:
@@ -196,9 +197,10 @@ class FlowLayer(nn.Module):
             routing: as for `forward`.
             rows: `padding.Rows` of this call; None for rows without padding.
             state: the window before this call, or None.
+            output_flow: return the flow too.
 
         Returns:
-            (`[B, M, output_dim]`; flow by offset `[B, M, W]`, oldest first, empty in training; metrics).
+            (`[B, M, output_dim]`; flow by offset `[B, M, W]`, oldest first, without gradient, or None; metrics).
         """
         batch, length, _ = x.shape
         rows = lay_rows(batch, length, x.device) if rows is None else rows
@@ -233,8 +235,10 @@ class FlowLayer(nn.Module):
             shares.append((flow.detach() > 0).sum(dim=-1) / reachable)
             flow = flow * strength
             mixed.append(by_key(flow).to(value.dtype) @ values)
-            flows.append(flow if not torch.is_grad_enabled() else flow[..., :0])
-        mixed, flow = (join_blocks(torch.cat(pieces, dim=1), length) for pieces in (mixed, flows))
+            if output_flow:
+                flows.append(flow.detach())
+        mixed = join_blocks(torch.cat(mixed, dim=1), length)
+        flow = join_blocks(torch.cat(flows, dim=1), length) if output_flow else None
         share = torch.cat(shares, dim=1).flatten(1)[:, :length]
         return mixed, flow, self._metrics(patterns, share, rows)
 

@@ -34,7 +34,7 @@ from transformers.utils import can_return_tuple
 
 from .chunk_memory import ChunkMemory
 from .configuration_flownetwork import FlowNetworkConfig
-from .flow_memory import MemoryAttention, MemoryBank
+from .flow_memory import MemoryAttention, MemoryBank, SequenceMemory
 from .flow_routing import ContextAwareFlowRouter, FlowLayer
 from .model_inputs import GrowingStateMixin, begin_call, embed, end_call, last_states, next_token_labels
 from .padding import Rows, to_columns
@@ -130,7 +130,7 @@ class FlowNetworkLayer(GradientCheckpointingLayer):
         self.out_proj = nn.Linear(size, size, bias=False)
         self.sequence_memory = self.memory_norm = self.memory_attention = None
         if config.memory_size:
-            self.sequence_memory = ChunkMemory(size, config.memory_size, config.memory_chunk, config.memory_decay)
+            self.sequence_memory = SequenceMemory(size, config.memory_size, config.memory_chunk, config.memory_decay)
             self.memory_norm = RMSNorm(size, config.norm_eps)
             self.memory_attention = MemoryAttention(
                 size, config.num_memory_heads, config.attention_dropout, config.norm_eps
@@ -147,7 +147,8 @@ class FlowNetworkLayer(GradientCheckpointingLayer):
         rows: Rows,
         past_key_values: StateLayer | None = None,
         output_attentions: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+        output_flow: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor | None, ...], dict[str, torch.Tensor]]:
         """Args: hidden_states `[B, M, input_size]`; bank: slots `[S, hidden_size]` or `[B, S, hidden_size]`, or None.
 
         Returns:
@@ -156,7 +157,7 @@ class FlowNetworkLayer(GradientCheckpointingLayer):
         """
         u = self.input_norm(hidden_states)
         routing = self.router(u, rows, past_key_values)
-        flowed, flow, metrics = self.flow.mix(u, routing, rows, past_key_values)
+        flowed, flow, metrics = self.flow.mix(u, routing, rows, past_key_values, output_flow)
         flowed = flowed.to(u.dtype)
         u = self.residual_proj(u)
         met = u + flowed
@@ -207,14 +208,13 @@ class FlowNetworkPreTrainedModel(PreTrainedModel):
         """Write to the memory bank what forward passes in training have staged since the last call.
 
         To be called once per optimizer step, by every process (`FlowMemoryCallback` does it for a `Trainer`). Nothing
-        happens where no memory trains, as under PEFT, and what was staged is forgotten.
+        happens where no memory trains, as under PEFT.
         """
         model = self.base_model
         if model.memory is None:
             return
-        if any(parameter.requires_grad for layer in model.layers for parameter in layer.sequence_memory.parameters()):
+        if model.memory_trains:
             model.memory.commit()
-        model.memory.staged = None
 
 
 class FlowNetworkModel(FlowNetworkPreTrainedModel):
@@ -231,6 +231,13 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
+
+    @property
+    def memory_trains(self) -> bool:
+        """Whether gradients train the memory of the layers; the bank is written only along with it."""
+        return any(
+            parameter.requires_grad for layer in self.layers for parameter in layer.sequence_memory.parameters()
+        )
 
     @can_return_tuple
     def forward(
@@ -259,8 +266,7 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
             segment_ids: int64 `[B, M]`, packed documents: a token sees its own segment only; negative is padding.
             output_attentions: return the weights of the self-attention, O(M²) memory.
             output_hidden_states: return the states of every layer.
-            output_flows: return the flow matrix, windows and shares of every layer, O(M²) memory; not while
-                gradients are taken.
+            output_flows: return the flow matrix, windows and shares of every layer, O(M²) memory.
             cache: what transformers 5.24 and later call `past_key_values`.
 
         Raises:
@@ -269,8 +275,6 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        if output_flows and torch.is_grad_enabled():
-            raise ValueError("output_flows is for looking, not for training: call the model under torch.no_grad().")
         inputs_embeds = embed(self, input_ids, inputs_embeds)
         past_key_values = past_key_values if cache is None else cache
         rows, states, past_key_values = begin_call(
@@ -285,7 +289,13 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
             if output_hidden_states:
                 all_states.append(rows.scatter(hidden_states))
             hidden_states, weights, flow, metrics = layer(
-                hidden_states, bank, rotary, rows, past_key_values=state, output_attentions=output_attentions
+                hidden_states,
+                bank,
+                rotary,
+                rows,
+                past_key_values=state,
+                output_attentions=output_attentions,
+                output_flow=output_flows,
             )
             all_metrics.append(metrics)
             if output_attentions:
@@ -295,7 +305,8 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         metrics = {name: torch.stack([one[name] for one in all_metrics]).mean() for name in all_metrics[0]}
         if self.memory is not None:
-            learns = self.training and torch.is_grad_enabled()  # generate() does not, in training mode either
+            # generate() learns nothing, in training mode either.
+            learns = self.training and torch.is_grad_enabled() and self.memory_trains
             metrics["memory_write_norm"] = self.memory.stage(hidden_states, rows) if learns else bank.new_zeros(())
         hidden_states = rows.scatter(hidden_states)
         if output_hidden_states:

@@ -33,7 +33,7 @@ def rows_of(x, mask=None):
 def written_by_loop(bank, entities):
     """Slots after they took in `entities` `[number, D]`, straight from the equation."""
     slots = []
-    shares = [(bank @ entity / math.sqrt(FEATURES)).softmax(dim=0) for entity in entities]
+    shares = [(4 * bank @ entity / math.sqrt(FEATURES)).softmax(dim=0) for entity in entities]
     for j in range(len(bank)):
         total = sum(share[j] * entity for share, entity in zip(shares, entities, strict=True))
         mean = total / sum(share[j] for share in shares)

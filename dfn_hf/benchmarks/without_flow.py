@@ -16,8 +16,8 @@ class NoRouter(nn.Module):
 class NoFlow(nn.Module):
     """In the place of `FlowLayer`: nothing flows."""
 
-    def mix(self, x: torch.Tensor, routing, rows, state=None) -> tuple[torch.Tensor, torch.Tensor, dict]:
-        return torch.zeros_like(x), x[..., :0], {}
+    def mix(self, x: torch.Tensor, routing, rows, state, output_flow) -> tuple[torch.Tensor, None, dict]:
+        return torch.zeros_like(x), None, {}
 
 
 class FlowNetworkWithoutFlow(FlowNetworkForCausalLM):
