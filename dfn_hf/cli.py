@@ -61,7 +61,7 @@ def train(
     lora: Annotated[bool, typer.Option(help="With --from: train low-rank updates only.")] = False,
     lora_rank: Annotated[int, typer.Option(help="Rank of the updates.")] = 16,
     architecture: Annotated[
-        str | None, typer.Option("--model", help="dfn (default), or llama: a baseline of as many parameters.")
+        str | None, typer.Option("--model", help="dfn (default), flownetwork, or llama: all of as many parameters.")
     ] = None,
     size: Annotated[str | None, typer.Option(help="tiny (default), small, medium or large.")] = None,
     fields: Annotated[
@@ -280,15 +280,16 @@ def info(model: Annotated[str, typer.Argument(help=MODEL_HELP)]) -> None:
 @app.command()
 def demo(
     output: Annotated[Path, typer.Argument(help="Folder for models and pictures; replaced.")] = Path("demo"),
+    architecture: Annotated[str, typer.Option("--model", help="dfn or flownetwork.")] = "dfn",
     steps: Annotated[int | None, typer.Option(help="Optimizer steps of each model, to see it all sooner.")] = None,
 ) -> None:
-    """Train a small DFN and a Llama of equal size on the same batches, compare them, generate, draw.
+    """Train a small model and a Llama of equal size on the same batches, compare them, generate, draw.
 
     Takes less than ten minutes on two cores. Example: `dfn-hf demo --steps 20`
     """
     from .demo import run_demo
 
-    run_demo(output, **({} if steps is None else {"steps": steps}))
+    run_demo(output, architecture, **({} if steps is None else {"steps": steps}))
 
 
 def parse_field(assignment: str) -> tuple[str, Any]:

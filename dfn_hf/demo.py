@@ -1,4 +1,4 @@
-"""The demonstration: a small DFN and a Llama of equal size, trained on the same batches, compared, used and drawn."""
+"""The demonstration: a small model and a Llama of equal size, trained on the same batches, compared and used."""
 
 import subprocess
 import sys
@@ -15,6 +15,7 @@ from .sources import load_causal_lm
 from .training import TrainingResult, TrainingSettings, train_causal_lm
 from .visualization import flow_map, plot_flow_map, plot_loss_curves
 
+BASELINE = "llama"
 SIZE = "tiny"
 BLOCK_SIZE = 256
 BATCH_SIZE = 4
@@ -26,20 +27,27 @@ MAPPED = ("Wherefore was that cry?", "Signifying nothing.")  # from Macbeth, V.5
 READER = "time"
 
 
-def run_demo(output: Path, *, steps: int = STEPS) -> None:
-    """Train both models, print how they compare, reload the DFN in a new process to generate, and draw two pictures.
+def run_demo(output: Path, architecture: str = "dfn", *, steps: int = STEPS) -> None:
+    """Train both models, print how they compare, reload the first in a new process to generate, and draw pictures.
 
     Args:
-        output: folder; `dfn/` and `llama/` in it become transformers folders, `loss_curves.png` and `flow_map.png` the
-            pictures. What an earlier demonstration left there is replaced.
+        output: folder; a folder named by the architecture and `llama/` in it become transformers folders,
+            `loss_curves.png` and, for a DFN, `flow_map.png` the pictures. What an earlier demonstration left there is
+            replaced.
+        architecture: "dfn" or "flownetwork".
         steps: optimizer steps of each model.
+
+    Raises:
+        ValueError: another architecture.
     """
+    if architecture not in ARCHITECTURES or architecture == BASELINE:
+        raise ValueError(f"--model is {architecture!r}: choose dfn or flownetwork")
     tokenizer = load_tokenizer("bpe")
     blocks, held_out = corpus_blocks(tokenizer, BLOCK_SIZE, num_validation=VALIDATION_BLOCKS)
     output.mkdir(parents=True, exist_ok=True)
     results: dict[str, TrainingResult] = {}
     rows = []
-    for name in ARCHITECTURES:
+    for name in (architecture, BASELINE):
         model = new_causal_lm(tokenizer, architecture=name, size=SIZE)
         print(f"\n{name}: {model.num_parameters():,} parameters, {steps} steps of {BATCH_SIZE * BLOCK_SIZE:,} tokens")
         started = time.perf_counter()
@@ -63,11 +71,12 @@ def run_demo(output: Path, *, steps: int = STEPS) -> None:
         rows.append((name, model.num_parameters(), seconds, evaluate_saved(output / name, tokenizer)))
 
     print_comparison(rows)
-    draw(output, results)
-    print(f"\n{output / 'dfn'} in a new process continues {PROMPT!r}:\n", flush=True)
-    generate = [sys.executable, "-m", "dfn_hf.cli", "generate", str(output / "dfn"), "--prompt", PROMPT, "--seed", "0"]
+    pictures = draw(output, architecture, results)
+    saved = output / architecture
+    print(f"\n{saved} in a new process continues {PROMPT!r}:\n", flush=True)
+    generate = [sys.executable, "-m", "dfn_hf.cli", "generate", str(saved), "--prompt", PROMPT, "--seed", "0"]
     subprocess.run(generate, check=True)
-    print(f"\nModels and pictures are in {output}: dfn/, llama/, loss_curves.png, flow_map.png")
+    print(f"\nModels and pictures are in {output}: {architecture}/, {BASELINE}/, {', '.join(pictures)}")
 
 
 def evaluate_saved(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Evaluation:
@@ -79,19 +88,22 @@ def evaluate_saved(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Evaluati
 def print_comparison(rows: list[tuple[str, int, float, Evaluation]]) -> None:
     """One line per model, over the same validation documents."""
     print("\nValidation: two plays of Shakespeare and four books of the Bible that neither model has seen\n")
-    print("model     parameters  train s    loss  perplexity  bits/byte   top-1   top-5")
+    print("model         parameters  train s    loss  perplexity  bits/byte   top-1   top-5")
     for name, parameters, seconds, found in rows:
         print(
-            f"{name:<8}{parameters:>12,}{seconds:>9.0f}{found.loss:>8.3f}{found.perplexity:>12.1f}"
+            f"{name:<12}{parameters:>12,}{seconds:>9.0f}{found.loss:>8.3f}{found.perplexity:>12.1f}"
             f"{found.bits_per_byte:>11.3f}{found.top1_accuracy:>8.1%}{found.top5_accuracy:>8.1%}"
         )
 
 
-def draw(output: Path, results: dict[str, TrainingResult]) -> None:
-    """The loss curves of both runs, and a flow map of the DFN over a speech that it has not seen."""
+def draw(output: Path, architecture: str, results: dict[str, TrainingResult]) -> list[str]:
+    """The loss curves of both runs and, of a DFN, a flow map over a speech that it has not seen; the files' names."""
     histories = {name: result.history for name, result in results.items()}
     plot_loss_curves(histories, path=str(output / "loss_curves.png"))
-    model, tokenizer = load_causal_lm(str(output / "dfn"))
+    if architecture != "dfn":
+        return ["loss_curves.png"]
+    model, tokenizer = load_causal_lm(str(output / architecture))
     macbeth = load_corpus("validation")["text"][0]
     start, end = map(macbeth.index, MAPPED)
     plot_flow_map(flow_map(model, tokenizer, macbeth[start:end], word=READER), path=str(output / "flow_map.png"))
+    return ["loss_curves.png", "flow_map.png"]

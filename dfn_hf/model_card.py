@@ -28,7 +28,7 @@ def model_card(
         library_name="transformers", pipeline_tag="text-generation", tags=[model.config.model_type]
     ).to_yaml()
     options = ", ".join(f"{option} {value:g}" for option, value in settings.items())
-    imports = "import dfn_hf\n" if model.config.model_type == "dfn" else ""
+    imports = "import dfn_hf\n" if model.config.model_type in ("dfn", "flownetwork") else ""
     content = f"""---
 {metadata}
 ---

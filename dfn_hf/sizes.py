@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .benchmarks.models import ModelSize, build_model
 
@@ -13,7 +13,7 @@ SIZES: dict[str, dict[str, int]] = {
     "medium": {"hidden_size": 512, "num_hidden_layers": 8, "num_attention_heads": 8, "intermediate_size": 1536},
     "large": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 2304},
 }
-ARCHITECTURES = ("dfn", "llama")
+ARCHITECTURES = ("dfn", "flownetwork", "llama")
 
 
 def new_causal_lm(
@@ -28,12 +28,12 @@ def new_causal_lm(
 
     Args:
         tokenizer: gives `vocab_size` and the special tokens.
-        architecture: "dfn", or "llama": the baseline with as many parameters as the DFN of this size, to within one
-            unit of its `intermediate_size`.
+        architecture: one of `ARCHITECTURES`, "llama" being the baseline. Those of a size have as many parameters, to
+            within one unit of their `intermediate_size`.
         size: one of `SIZES`.
         seed: of the weights.
-        options: fields of the configuration that differ from the size's: any of `DFNConfig`; for a Llama those that
-            `SIZES` holds.
+        options: fields of the configuration that differ from the size's: any of `DFNConfig` or `FlowNetworkConfig`;
+            for a Llama those that `SIZES` holds.
 
     Raises:
         ValueError: an unknown architecture or size, or a field that the configuration does not have or refuses.
@@ -43,8 +43,8 @@ def new_causal_lm(
     if size not in SIZES:
         raise ValueError(f"size is {size!r}: choose one of {', '.join(SIZES)}")
     shape = SIZES[size] | {field: options.pop(field) for field in SIZES[size] if field in options}
-    if architecture == "dfn":
-        check_fields(options)
+    if architecture != "llama":
+        check_fields(architecture, options)
     elif options:
         raise ValueError(f"a Llama of this package has no option {next(iter(options))!r}, only {', '.join(shape)}")
 
@@ -57,10 +57,10 @@ def new_causal_lm(
     return model
 
 
-def check_fields(options: dict[str, Any]) -> None:
-    """Raise ValueError for a name that is no field of `DFNConfig`: transformers would take it without a word."""
-    from . import DFNConfig
-
+def check_fields(architecture: str, options: dict[str, Any]) -> None:
+    """Raise ValueError for a name that is no field of the configuration: transformers would take it without a word."""
+    config_class = AutoConfig.for_model(architecture).__class__
     for field in options:
-        if field not in DFNConfig.__dataclass_fields__:
-            raise ValueError(f"DFNConfig has no field {field!r}; it has {', '.join(DFNConfig.__annotations__)}")
+        if field not in config_class.__dataclass_fields__:
+            known = ", ".join(config_class.__annotations__)
+            raise ValueError(f"{config_class.__name__} has no field {field!r}; it has {known}")

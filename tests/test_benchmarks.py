@@ -17,7 +17,7 @@ from dfn_hf.benchmarks.mqar import IGNORED, recall_accuracy, recall_batch, recal
 from dfn_hf.benchmarks.results import ResultsFile, markdown_table, mean_with_error
 from dfn_hf.benchmarks.scaling import ScalingMeasures, ScalingSettings, corpus_bytes, log_log_slope, scaling_table
 
-TINY = ModelSize(vocab_size=256, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
+TINY = ModelSize(vocab_size=256, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=256)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,13 +144,13 @@ class TestByteText:
 class TestModels:
     @pytest.mark.parametrize("hidden_size", [64, 128])
     def test_parameter_counts_are_equal_within_two_percent(self, hidden_size):
-        size = dataclasses.replace(TINY, hidden_size=hidden_size, intermediate_size=2 * hidden_size)
+        size = dataclasses.replace(TINY, hidden_size=hidden_size, intermediate_size=5 * hidden_size)
         dfn, *llamas = (count_parameters(build_model(name, size)) for name in MODELS)
         for llama in llamas:
             assert abs(llama / dfn - 1) < 0.02
 
     def test_unknown_names_and_impossible_sizes_are_refused(self):
-        with pytest.raises(ValueError, match="choose one of dfn, llama, llama-conv"):
+        with pytest.raises(ValueError, match="choose one of dfn, flownetwork, .*llama, llama-conv"):
             build_model("lstm", TINY)
         with pytest.raises(ValueError, match="raise intermediate_size"):
             build_model("llama", dataclasses.replace(TINY, intermediate_size=1, hidden_size=128))
@@ -261,7 +261,7 @@ def test_models_meet_the_same_batches(monkeypatch):
         raise StopIteration
 
     monkeypatch.setattr(byte_lm, "fit", record)
-    settings = byte_lm.ByteLMSettings(hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    settings = byte_lm.ByteLMSettings(hidden_size=32, intermediate_size=256, num_hidden_layers=1)
     for name in MODELS:
         with pytest.raises(StopIteration):
             byte_lm.measure_byte_lm(dataclasses.replace(settings, model=name))

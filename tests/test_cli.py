@@ -180,7 +180,11 @@ def test_traceback_on_request():
     assert isinstance(result.exception, ValueError)
 
 
-def test_demo_trains_compares_reloads_and_draws(tmp_path, monkeypatch, capfd):
+PICTURES = {"dfn": ("loss_curves.png", "flow_map.png"), "flownetwork": ("loss_curves.png",)}
+
+
+@pytest.mark.parametrize("architecture", PICTURES)
+def test_demo_trains_compares_reloads_and_draws(architecture, tmp_path, monkeypatch, capfd):
     documents = {split: corpus.load_corpus(split).select(range(1)) for split in ("train", "validation")}
     short = {split: rows.map(lambda row: {"text": row["text"][:6000]}) for split, rows in documents.items()}
     for module in (blocks, demo):
@@ -190,12 +194,18 @@ def test_demo_trains_compares_reloads_and_draws(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(demo, "READER", None)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(Path(demo.__file__).parents[1]), *sys.path])))
 
-    demo.run_demo(tmp_path, steps=1)
+    demo.run_demo(tmp_path, architecture, steps=1)
 
     said = capfd.readouterr().out
-    for words in ("perplexity", "bits/byte", "top-1", "dfn ", "llama ", "To-morrow"):
+    for words in ("perplexity", "bits/byte", "top-1", f"{architecture} ", "llama ", "To-morrow"):
         assert words in said
-    for picture in ("loss_curves.png", "flow_map.png"):
+    for picture in PICTURES[architecture]:
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
-    for name in ("dfn", "llama"):
+    for name in (architecture, "llama"):
         assert (tmp_path / name / "model.safetensors").is_file()
+
+
+def test_demo_is_not_of_the_baseline(tmp_path):
+    with pytest.raises(ValueError, match="dfn or flownetwork"):
+        demo.run_demo(tmp_path, "llama")
+    assert not any(tmp_path.iterdir())

@@ -14,7 +14,7 @@ Results = Annotated[Path, typer.Option("--results", help="CSV of finished runs; 
 Seeds = Annotated[int, typer.Option(min=1, help="Number of seeds: 0, 1, 2, …")]
 Threads = Annotated[int, typer.Option(min=1, help="CPU threads.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
-Models = Annotated[list[str], typer.Option("--model", help="dfn, llama or llama-conv; repeat it for several.")]
+Models = Annotated[list[str], typer.Option("--model", help="Such as dfn, flownetwork, llama, llama-conv; repeat it.")]
 LearningRates = Annotated[list[float], typer.Option("--learning-rate", help="A rate to try; repeat it for several.")]
 Lengths = Annotated[list[int], typer.Option("--length", min=1, help="Tokens for DFN; repeat it for several.")]
 BaselineLengths = Annotated[list[int], typer.Option("--baseline-length", min=1, help="Tokens for Llama; repeat it.")]

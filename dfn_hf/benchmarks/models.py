@@ -80,9 +80,9 @@ _BUILDERS: dict[str, Callable[..., PreTrainedModel]] = {
     "dfn": _build_dfn,
     "flownetwork": _build_flownetwork,
     "flow-transformer": partial(_build_flownetwork, block_type="flow_transformer"),
-    "flownetwork, 1 pattern": partial(_build_flownetwork, num_patterns=1),
-    "flownetwork, no flow": partial(_build_flownetwork, model_class=FlowNetworkWithoutFlow),
-    "flownetwork, no memory": partial(_build_flownetwork, memory_size=0),
+    "flownetwork-1-pattern": partial(_build_flownetwork, num_patterns=1),
+    "flownetwork-no-flow": partial(_build_flownetwork, model_class=FlowNetworkWithoutFlow),
+    "flownetwork-no-memory": partial(_build_flownetwork, memory_size=0),
     "llama": _build_llama,
     "llama-conv": partial(_build_llama, model_class=ConvGatedLlamaForCausalLM),
 }
