@@ -210,6 +210,39 @@ def million(
     _print(million_table(settings, measures), {measures.machine}, results)
 
 
+@app.command()
+def speed(
+    models: Models = ["flownetwork", "llama"],  # noqa: B006
+    works: Annotated[
+        list[str] | None, typer.Option("--work", help="forward, training or decoding; repeat it. Default: all.")
+    ] = None,
+    lengths: Lengths = [2**13, 2**14, 2**15, 2**16, 2**17],  # noqa: B006
+    longest_quadratic: Annotated[
+        int, typer.Option(help="Models with attention over everything, and every training step, are left out beyond.")
+    ] = 2**14,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed repetitions; their median counts.")] = 3,
+    results: Results = RESULTS_FOLDER / "speed.csv",
+    threads: Threads = 1,
+    device: Device = "cpu",
+) -> None:
+    """Forward pass, training step and decoding of models of equal size, over the length.
+
+    Example: dfn-hf bench speed --model flownetwork --model flow-transformer --model llama --work training
+    """
+    from .speed import WORKS, SpeedSettings, run_speed, speed_table
+
+    linear = ("dfn", "flownetwork")
+    runs = [
+        SpeedSettings(model=model, work=work, length=length, repeats=repeats, threads=threads, device=device)
+        for work in works or WORKS
+        for length in lengths
+        for model in models
+        if length <= longest_quadratic or (work != "training" and model in linear)
+    ]
+    finished = run_speed(runs, results, _report)
+    _print(speed_table(finished), {measures.machine for _, measures in finished}, results)
+
+
 def _report(line: str) -> None:
     typer.echo(line, err=True)
 
