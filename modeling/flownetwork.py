@@ -78,6 +78,8 @@ class EnhancedFlowLayer(nn.Module):
         )
         self.rotary = RotaryEmbedding(config)
         self.layer = FlowNetworkLayer(config, input_dim)
+        if self.layer.sequence_memory is not None:
+            self.layer.sequence_memory.reset_parameters(config.initializer_range)
 
     def forward(
         self, x: torch.Tensor, memory: torch.Tensor | None = None

@@ -47,7 +47,7 @@ def read(memory, x, rows, state=None):
     """What each entity reads, `[B, M, S, D]`."""
     slots, layout = memory(x, rows, state)
     per_place = slots.flatten(2)[:, :, None].expand(-1, -1, memory.chunk_length, -1)
-    return layout.take(per_place).unflatten(-1, (SLOTS, FEATURES))
+    return layout.take(per_place).unflatten(-1, slots.shape[2:])
 
 
 def gradients(memory, x, outputs):
@@ -110,7 +110,7 @@ class Feed:
         mask = torch.arange(width) < torch.tensor(counts)[:, None]
         rows = lay_rows(len(counts), width, CPU, mask=mask, past=state.lengths, aligned_past=state.aligned)
         state.expect(rows)
-        new = x.new_zeros(len(counts), width, FEATURES)
+        new = x.new_zeros(len(counts), width, x.shape[-1])
         for row, count in enumerate(counts):
             new[row, :count] = x[row, self.done[row] : self.done[row] + count]
         with torch.no_grad():

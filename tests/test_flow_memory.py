@@ -2,15 +2,18 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from dfn_hf import FlowMemoryNetwork
 from dfn_hf.modeling.chunk_memory import ChunkMemory
-from dfn_hf.modeling.flow_memory import MemoryAttention, MemoryBank
+from dfn_hf.modeling.flow_memory import MemoryAttention, MemoryBank, SequenceMemory
 from dfn_hf.modeling.padding import lay_rows
+from tests.test_chunk_memory import SPLITS, Feed, read
 
 CPU = torch.device("cpu")
 FEATURES, SLOTS, DECAY = 6, 3, 0.9
@@ -156,6 +159,160 @@ def test_no_gradient_passes_through_a_write():
 def test_a_bank_names_what_it_cannot_be_made_of(name, size):
     with pytest.raises(ValueError, match=rf"`{name}` must be at least 1, got {size}"):
         MemoryBank(**{"d_model": 4, "memory_size": 4, name: size})
+
+
+@pytest.mark.parametrize("memory", [MemoryBank, partial(FlowMemoryNetwork, num_memory_heads=2)])
+@pytest.mark.parametrize("decay", [0, 1, -0.1, 1.5, math.nan])
+def test_a_decay_that_is_none_is_refused(memory, decay):
+    with pytest.raises(ValueError, match=rf"`bank_decay` must lie in \(0, 1\), got {decay}"):
+        memory(4, 4, bank_decay=decay)
+
+
+@pytest.mark.parametrize("common", [0.0, 1.0])
+def test_slots_stay_apart_over_many_writes(common):
+    """Of normalised states in clusters, whether or not these share a direction."""
+    width, count = 64, 16
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(count, width, generator=generator) + common * torch.randn(width, generator=generator)
+    torch.manual_seed(0)
+    bank = MemoryBank(width, count, bank_decay=0.97)
+    for _ in range(300):
+        members = centres[torch.randint(count, (2, 32), generator=generator)]
+        x = F.rms_norm(members + 0.3 * torch.randn(2, 32, width, generator=generator), (width,))
+        bank.stage(x, rows_of(x))
+        bank.commit()
+    centres = F.rms_norm(centres, (width,))
+    nearest = torch.cdist(bank.memory_bank, centres).argmin(dim=1)
+    assert len(nearest.unique()) == count
+    assert torch.pdist(bank.memory_bank).mean() > 0.9 * torch.pdist(centres).mean()
+
+
+# The slots of a sequence
+
+
+def make_sequence_memory(chunk_length=4):
+    torch.manual_seed(chunk_length)
+    memory = SequenceMemory(FEATURES, SLOTS, chunk_length, initial_decay=0.8)
+    memory.reset_parameters(std=1.0)
+    with torch.no_grad():
+        memory.decay_logit.add_(torch.randn(SLOTS))
+    return memory.double()
+
+
+def held_by_loop(memory, x):
+    """What each entity of one segment `[length, D]` reads, `[length, S, D]`, straight from the equations."""
+    slots, seen = memory.initial_slots, []
+    for start in range(0, len(x), memory.chunk_length):
+        chunk = x[start : start + memory.chunk_length]
+        seen += [slots] * len(chunk)
+        shares = [(memory.pooling_query @ entity / math.sqrt(FEATURES)).softmax(dim=0) for entity in chunk]
+        moved = []
+        for j in range(SLOTS):
+            mass = sum(share[j] for share in shares)
+            mean = sum(share[j] * entity for share, entity in zip(shares, chunk, strict=True)) / mass
+            kept = memory.decay_logit[j].sigmoid() ** (mass * SLOTS / memory.chunk_length)
+            moved.append(kept * slots[j] + (1 - kept) * mean)
+        slots = torch.stack(moved)
+    return torch.stack(seen)
+
+
+def assert_same_with_gradients(memory, x, found, expected, all_move=True):
+    assert torch.allclose(found, expected, **STRICT)
+    inputs = [x, *memory.parameters()]
+    for one, other in zip(gradients(found, inputs), gradients(expected, inputs), strict=True):
+        assert (one.any() or not all_move) and torch.allclose(one, other, atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("chunk_length", [2, 4, 7])
+@pytest.mark.parametrize("length", [15, 16, 29])
+def test_slots_of_a_sequence_equal_the_loop(chunk_length, length):
+    memory, x = make_sequence_memory(chunk_length), draw(2, length, FEATURES).requires_grad_()
+    expected = torch.stack([held_by_loop(memory, row) for row in x])
+    assert_same_with_gradients(memory, x, read(memory, x, rows_of(x)), expected)
+
+
+@pytest.mark.parametrize("chunk_length", [2, 4, 7])
+def test_before_a_chunk_has_closed_the_slots_are_the_first_ones(chunk_length):
+    memory, x = make_sequence_memory(chunk_length), draw(2, chunk_length, FEATURES)
+    first = memory.initial_slots.expand(2, chunk_length, -1, -1)
+    assert torch.equal(read(memory, x, rows_of(x)), first)
+
+
+@pytest.mark.parametrize("chunk_length", [2, 4, 7])
+def test_each_segment_starts_with_slots_of_its_own(chunk_length):
+    memory, x = make_sequence_memory(chunk_length), draw(2, 30, FEATURES).requires_grad_()
+    lengths = [[1, 4, 9, 5, 11], [12, 18]]
+    segments = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths])
+    found = read(memory, x, lay_rows(2, 30, CPU, segment_ids=segments))
+    pieces = [held_by_loop(memory, piece) for row in range(2) for piece in x[row].split(lengths[row])]
+    assert_same_with_gradients(memory, x, found, torch.cat(pieces).view_as(found))
+
+
+@pytest.mark.parametrize("chunk_length", [2, 4, 7])
+def test_padding_is_not_assigned(chunk_length):
+    memory, x = make_sequence_memory(chunk_length), draw(3, 30, FEATURES).requires_grad_()
+    counts = (30, 17, 0)
+    mask = torch.arange(30) < torch.tensor(counts)[:, None]
+    rows = rows_of(x, mask)
+    found = read(memory, rows.compact(x), rows)[mask]
+    expected = torch.cat([held_by_loop(memory, x[row, :count]) for row, count in enumerate(counts) if count])
+    assert_same_with_gradients(memory, x, found, expected)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("chunk_length", [2, 4, 7])
+def test_a_sequence_in_pieces_fills_the_same_slots(split, chunk_length):
+    memory, x = make_sequence_memory(chunk_length), draw(2, 29, FEATURES)
+    feed = Feed(memory, x)
+    pieces = [feed(counts) for counts in SPLITS[split]]
+    for row in range(2):
+        found = torch.cat([piece[row] for piece in pieces])
+        assert torch.allclose(found, held_by_loop(memory, x[row]), **STRICT)
+
+
+@pytest.mark.parametrize("removed", [1, 4, 9])
+def test_what_is_cropped_leaves_the_slots(removed):
+    memory, x, other = make_sequence_memory(), draw(2, 40, FEATURES), draw(2, 40, FEATURES, seed=3)
+    feed = Feed(memory, x)
+    feed.state.activate_past_recording()
+    feed([20 - removed] * 2)
+    feed([removed] * 2, x=other)
+    feed.state.crop(-removed)
+    feed.done = [20 - removed] * 2
+    found = feed([9, 9]), feed([1, 1]), feed([10, 10])
+    for row in range(2):
+        expected = held_by_loop(memory, x[row])[20 - removed : 40 - removed]
+        assert torch.allclose(torch.cat([piece[row] for piece in found]), expected, **STRICT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("score", [-1e4, -90.0, -60.0])  # a share of 0, of less than float32 can hold well, of 1e-26
+def test_a_slot_that_gets_almost_nothing_keeps_what_it_holds(dtype, score):
+    memory, x = make_sequence_memory().to(dtype), draw(2, 400, FEATURES).to(dtype)
+    x[..., 0] = 1  # what the queries tell slots apart by
+    x.requires_grad_()
+    with torch.no_grad():
+        memory.pooling_query.zero_()
+        memory.pooling_query[1, 0] = score * math.sqrt(FEATURES)
+    found = read(memory, x, rows_of(x))
+    assert torch.allclose(found[:, :, 1], memory.initial_slots[1].expand(2, 400, -1), **STRICT)
+    assert (found[:, -1, [0, 2]] - memory.initial_slots[[0, 2]]).abs().min() > 1e-3
+    assert all(gradient.isfinite().all() for gradient in gradients(found, [x, *memory.parameters()]))
+
+
+def test_an_even_share_decays_at_the_rate_of_the_slot():
+    memory, x = make_sequence_memory(), draw(1, 9, FEATURES)
+    with torch.no_grad():
+        memory.pooling_query.zero_()
+    kept = memory.decay_logit.sigmoid()[:, None]
+    expected = kept * memory.initial_slots + (1 - kept) * x[0, :4].mean(dim=0)
+    assert torch.allclose(read(memory, x, rows_of(x))[0, 4], expected, **STRICT)
+
+
+def test_entities_are_assigned_in_float32_at_least():
+    memory = make_sequence_memory().float()
+    slots, _ = memory(draw(1, 12, FEATURES).bfloat16(), lay_rows(1, 12, CPU))
+    assert slots.dtype == torch.float32 and slots.isfinite().all()
 
 
 # Reading
