@@ -18,7 +18,7 @@ class RotaryEmbedding(LlamaRotaryEmbedding):
     """Rotary embedding of an even number of features: of an odd head the last one stays as it is."""
 
     @staticmethod
-    def compute_default_rope_parameters(config, **kwargs) -> tuple[torch.Tensor, float]:
+    def compute_default_rope_parameters(config, device=None, **kwargs) -> tuple[torch.Tensor, float]:
         rotated = config.head_dim // 2 * 2
         frequencies = torch.arange(0, rotated, 2, dtype=torch.float32) / max(rotated, 1)
         return config.rope_parameters["rope_theta"] ** -frequencies, 1.0
