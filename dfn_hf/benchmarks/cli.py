@@ -211,6 +211,32 @@ def million(
 
 
 @app.command()
+def memory(
+    memory_sizes: Annotated[list[int], typer.Option("--memory-size", help="Slots; repeat it for several.")] = [8, 0],  # noqa: B006
+    seeds: Seeds = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 1000,
+    results: Results = RESULTS_FOLDER / "memory.csv",
+    threads: Threads = 1,
+    device: Device = "cpu",
+) -> None:
+    """A FlowNetwork's memory: recall of an answer from far before its windows, with memory and without.
+
+    Example: dfn-hf bench memory --seeds 1
+    """
+    from .machine import set_up_device
+    from .memory_recall import MemoryRecallSettings, memory_recall_table, run_memory_recall
+
+    set_up_device(device, threads)
+    runs = [
+        MemoryRecallSettings(memory_size=size, seed=seed, steps=steps, device=device)
+        for size in memory_sizes
+        for seed in range(seeds)
+    ]
+    finished = run_memory_recall(runs, results, _report)
+    _print(memory_recall_table(finished), {measures.machine for _, measures in finished}, results)
+
+
+@app.command()
 def speed(
     models: Models = ["flownetwork", "llama"],  # noqa: B006
     works: Annotated[

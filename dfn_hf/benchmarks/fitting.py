@@ -44,7 +44,7 @@ def fit(
     """Train `model` for `steps` batches of `input_ids` and `labels`, each `[batch, length]` int64.
 
     The learning rate rises over the first 5 % of the steps, stays, and falls to 0 over the last `decay_share` of the
-    rest. Weight decay is for matrices, not for vectors and scalars. `evaluate(step)` is called every
+    rest; a memory bank is written at every step. Weight decay is for matrices, not for vectors and scalars. `evaluate(step)` is called every
     `evaluate_every` steps and at the end, and its time is not counted. A gradient that is not finite ends the training
     with the weights as they were before it.
     """
@@ -58,6 +58,7 @@ def fit(
     warmup_steps = round(WARMUP_SHARE * steps)
     decay_steps = round(decay_share * (steps - warmup_steps))
     scheduler = get_wsd_schedule(optimizer, warmup_steps, decay_steps, num_training_steps=steps)
+    commit_memory = getattr(model, "commit_memory", None)
     model.train()
     seconds, wall_seconds, largest = 0.0, 0.0, 0.0
     for step in range(1, steps + 1):
@@ -73,6 +74,8 @@ def fit(
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
+        if commit_memory is not None:
+            commit_memory()
         synchronize(device)
         seconds += clock(device) - started
         wall_seconds += time.perf_counter() - wall_started
