@@ -16,7 +16,6 @@ K neighbours, C memory chunks, S memory slots.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -51,10 +50,9 @@ from .flow_search import (
 )
 from .model_inputs import GrowingStateMixin, begin_call, embed, end_call, last_states, next_token_labels
 from .padding import Rows, row_columns, to_columns
+from .pieces import in_pieces
 from .rms_norm import RMSNorm
 from .state_cache import CACHE_NAME, StateLayer
-
-ENTITIES_AT_ONCE = 4096  # of what is done entity by entity: temporaries of full length are few, and none is wide
 
 
 @dataclass
@@ -103,22 +101,6 @@ class DFNCausalLMOutput(CausalLMOutputWithPast):
 def ball(x: torch.Tensor) -> torch.Tensor:
     """2 x / sqrt(mean(x²) + 1): into the ball of radius 2 sqrt(P), smooth at 0, the range fixed whatever the data."""
     return 2 * x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1)
-
-
-def in_pieces(function: Callable[..., torch.Tensor], *tensors: torch.Tensor) -> torch.Tensor:
-    """`function` of tensors `[B, M, ...]`, `ENTITIES_AT_ONCE` entities at a time."""
-    length = tensors[0].shape[1]
-    if length <= ENTITIES_AT_ONCE:
-        return function(*tensors)
-    pieces = zip(*(x.split(ENTITIES_AT_ONCE, dim=1) for x in tensors), strict=True)
-    if torch.is_grad_enabled():
-        return torch.cat([function(*piece) for piece in pieces], dim=1)
-    first = function(*next(pieces))
-    whole = first.new_empty(first.shape[0], length, *first.shape[2:])
-    whole[:, :ENTITIES_AT_ONCE] = first
-    for start, piece in zip(range(ENTITIES_AT_ONCE, length, ENTITIES_AT_ONCE), pieces, strict=True):
-        whole[:, start : start + ENTITIES_AT_ONCE] = function(*piece)
-    return whole
 
 
 def unit_linear(in_features: int, out_features: int) -> nn.Linear:

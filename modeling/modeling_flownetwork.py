@@ -38,6 +38,7 @@ from .flow_memory import MemoryAttention, MemoryBank, SequenceMemory
 from .flow_routing import ContextAwareFlowRouter, FlowLayer
 from .model_inputs import GrowingStateMixin, begin_call, embed, end_call, last_states, next_token_labels
 from .padding import Rows, to_columns
+from .pieces import in_pieces
 from .rms_norm import RMSNorm
 from .state_cache import CACHE_NAME, StateLayer
 from .windowed_attention import CausalAttention, RotaryEmbedding
@@ -155,25 +156,31 @@ class FlowNetworkLayer(GradientCheckpointingLayer):
             (states `[B, M, hidden_size]`; weights of the self-attention or None; flow by offset, window and share;
             metrics).
         """
-        u = self.input_norm(hidden_states)
+        u = in_pieces(self.input_norm, hidden_states)
         routing = self.router(u, rows, past_key_values)
         flowed, flow, metrics = self.flow.mix(u, routing, rows, past_key_values, output_flow)
         flowed = flowed.to(u.dtype)
         u = self.residual_proj(u)
         met = u + flowed
         y, weights = self.attention(u if self.parallel else met, rotary, rows, past_key_values, output_attentions)
-        y = (y + flowed if self.parallel else y) * F.silu(self.gate_proj(met))
+        y = y + flowed if self.parallel else y
         # In the dtype it came in: autocast would hand the next layer bf16.
         residual = self.residual_proj(hidden_states).to(hidden_states.dtype)
-        hidden_states = residual + self.dropout(self.out_proj(y))
+        hidden_states = in_pieces(self._add_mixed, residual, y, met)
         if self.memory_attention is not None:
-            normed = self.memory_norm(hidden_states)
+            normed = in_pieces(self.memory_norm, hidden_states)
             with torch.autocast(u.device.type, enabled=False):
                 slots, layout = self.sequence_memory(normed, rows, past_key_values)
             hidden_states = hidden_states + self.dropout(self.memory_attention(normed, bank, slots, layout))
-        hidden_states = hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+        hidden_states = in_pieces(self._add_mlp, hidden_states)
         metrics = metrics | {"window_mean": rows.mean(routing[0].detach())}
         return hidden_states, weights, (flow, *routing), metrics
+
+    def _add_mixed(self, states: torch.Tensor, y: torch.Tensor, met: torch.Tensor) -> torch.Tensor:
+        return states + self.dropout(self.out_proj(y * F.silu(self.gate_proj(met))))
+
+    def _add_mlp(self, states: torch.Tensor) -> torch.Tensor:
+        return states + self.dropout(self.mlp(self.mlp_norm(states)))
 
 
 class FlowNetworkPreTrainedModel(PreTrainedModel):

@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from dfn_hf import DFNConfig, DFNForCausalLM, DFNForSequenceClassification, DFNModel
 from dfn_hf.data import load_tokenizer
-from dfn_hf.modeling import modeling_dfn
+from dfn_hf.modeling import pieces
 from dfn_hf.modeling.modeling_dfn import FlowNorm, PersistentFieldMemory, ball, make_norm
 from dfn_hf.modeling.padding import lay_rows
 from dfn_hf.modeling.state_cache import CACHE_NAME
@@ -566,6 +566,6 @@ def test_pieces_change_nothing(flow_norm, monkeypatch):
         return [logits, *(parameter.grad.clone() for parameter in model.parameters())]
 
     whole = run()
-    monkeypatch.setattr(modeling_dfn, "ENTITIES_AT_ONCE", 3)
+    monkeypatch.setattr(pieces, "ENTITIES_AT_ONCE", 3)
     for found, expected in zip(run(), whole, strict=True):
         assert torch.allclose(found, expected, **STRICT)

@@ -45,8 +45,8 @@ def fit(
 
     The learning rate rises over the first 5 % of the steps, stays, and falls to 0 over the last `decay_share` of the
     rest; a memory bank is written at every step. Weight decay is for matrices, not for vectors and scalars.
-    `evaluate(step)` is called every `evaluate_every` steps and at the end, and its time is not counted. A gradient that
-    is not finite ends the training with the weights as they were before it.
+    `evaluate(step)` is called every `evaluate_every` steps and at the end, and its time is not counted. A gradient
+    that is not finite ends the training with the weights as they were before it.
     """
     device = str(model.device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
