@@ -7,3 +7,4 @@ dfn-hf bench lm --results lm.csv
 dfn-hf bench ablations --results ablations.csv
 dfn-hf bench scaling --results scaling.csv
 dfn-hf bench million --results million.csv
+dfn-hf bench memory --results memory.csv
