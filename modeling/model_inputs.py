@@ -114,33 +114,6 @@ def next_token_labels(labels: torch.Tensor, segment_ids: torch.Tensor | None) ->
     return labels.masked_fill(new_segment, -100)
 
 
-def last_states(
-    states: torch.Tensor,
-    input_ids: torch.Tensor | None,
-    attention_mask: torch.Tensor | None,
-    pad_token_id: int | None,
-) -> torch.Tensor:
-    """State of the last real entity of each row, `[B, M, hidden_size]` → `[B, hidden_size]`.
-
-    Args:
-        attention_mask: says which are real; without it, every token that is not `pad_token_id` is.
-
-    Raises:
-        ValueError: several rows, and nothing tells which entities are real.
-    """
-    batch, length, _ = states.shape
-    if attention_mask is not None:
-        real = attention_mask[:, -length:].bool()
-    elif input_ids is not None and pad_token_id is not None:
-        real = input_ids != pad_token_id
-    elif batch == 1 or input_ids is None:
-        real = torch.ones(batch, length, dtype=torch.bool, device=states.device)
-    else:
-        raise ValueError("A batch of several rows needs attention_mask, or `pad_token_id` in the config.")
-    last = (real * torch.arange(length, device=states.device)).argmax(dim=1)
-    return states[torch.arange(batch, device=states.device), last]
-
-
 class GrowingStateMixin:
     """For models that generate: a cache of fixed size is refused in a sentence."""
 

@@ -28,13 +28,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
-    SequenceClassifierOutputWithPast,
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from .causal_conv import CausalConv
 from .chunk_memory import ChunkMemory, mix_slots
+from .classification import LastStateClassification
 from .configuration_dfn import SEARCHES, DFNConfig
 from .flow_attention import flow_attention, flow_weights
 from .flow_search import (
@@ -48,7 +48,7 @@ from .flow_search import (
     search_cells,
     search_exact,
 )
-from .model_inputs import GrowingStateMixin, begin_call, embed, end_call, last_states, next_token_labels
+from .model_inputs import GrowingStateMixin, begin_call, embed, end_call, next_token_labels
 from .padding import Rows, row_columns, to_columns
 from .pieces import in_pieces
 from .rms_norm import RMSNorm
@@ -688,7 +688,7 @@ class DFNForCausalLM(GrowingStateMixin, DFNPreTrainedModel, GenerationMixin):
         )
 
 
-class DFNForSequenceClassification(DFNPreTrainedModel):
+class DFNForSequenceClassification(LastStateClassification, DFNPreTrainedModel):
     """DFN with a linear head on the last real entity of each row."""
 
     def __init__(self, config: DFNConfig):
@@ -697,54 +697,6 @@ class DFNForSequenceClassification(DFNPreTrainedModel):
         self.model = DFNModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        cache: Cache | None = None,
-        **kwargs,
-    ) -> SequenceClassifierOutputWithPast:
-        """
-        Args:
-            attention_mask: says which entity is the last; without it, the last token that is not `pad_token_id` is.
-            labels: `[B]` classes or values, `[B, num_labels]` for several at once.
-
-        Returns:
-            `logits` `[B, num_labels]` and, with labels, `loss`.
-
-        The other arguments are those of `DFNModel.forward`.
-        """
-        outputs: DFNModelOutput = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values if cache is None else cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-        )
-        last = last_states(outputs.last_hidden_state, input_ids, attention_mask, self.config.pad_token_id)
-        logits = self.score(last)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=logits,
-            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
 
 
 __all__ = ["DFNForCausalLM", "DFNForSequenceClassification", "DFNModel", "DFNPreTrainedModel"]

@@ -27,16 +27,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
-    SequenceClassifierOutputWithPast,
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from .chunk_memory import ChunkMemory
+from .classification import LastStateClassification
 from .configuration_flownetwork import FlowNetworkConfig
 from .flow_memory import MemoryAttention, MemoryBank, SequenceMemory
 from .flow_routing import ContextAwareFlowRouter, FlowLayer
-from .model_inputs import GrowingStateMixin, begin_call, embed, end_call, last_states, next_token_labels
+from .model_inputs import GrowingStateMixin, begin_call, embed, end_call, next_token_labels
 from .padding import Rows, to_columns
 from .pieces import in_pieces
 from .rms_norm import RMSNorm
@@ -402,7 +402,7 @@ class FlowNetworkForCausalLM(GrowingStateMixin, FlowNetworkPreTrainedModel, Gene
         )
 
 
-class FlowNetworkForSequenceClassification(FlowNetworkPreTrainedModel):
+class FlowNetworkForSequenceClassification(LastStateClassification, FlowNetworkPreTrainedModel):
     """FlowNetwork with a linear head on the last real token of each row."""
 
     def __init__(self, config: FlowNetworkConfig):
@@ -411,54 +411,6 @@ class FlowNetworkForSequenceClassification(FlowNetworkPreTrainedModel):
         self.model = FlowNetworkModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        cache: Cache | None = None,
-        **kwargs,
-    ) -> SequenceClassifierOutputWithPast:
-        """
-        Args:
-            attention_mask: says which token is the last; without it, the last that is not `pad_token_id` is.
-            labels: `[B]` classes or values, `[B, num_labels]` for several at once.
-
-        Returns:
-            `logits` `[B, num_labels]` and, with labels, `loss`.
-
-        The other arguments are those of `FlowNetworkModel.forward`.
-        """
-        outputs: FlowNetworkModelOutput = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values if cache is None else cache,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-        )
-        last = last_states(outputs.last_hidden_state, input_ids, attention_mask, self.config.pad_token_id)
-        logits = self.score(last)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=logits,
-            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
 
 
 __all__ = [

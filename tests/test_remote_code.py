@@ -55,7 +55,15 @@ COMMON_FIELDS = {
     "num_labels": 3,
     "initializer_range": 0.5,
 }
-COMMON_CODE = {"chunk_memory.py", "model_inputs.py", "padding.py", "pieces.py", "rms_norm.py", "state_cache.py"}
+COMMON_CODE = {
+    "chunk_memory.py",
+    "classification.py",
+    "model_inputs.py",
+    "padding.py",
+    "pieces.py",
+    "rms_norm.py",
+    "state_cache.py",
+}
 MODEL, CAUSAL, CLASSIFIER = range(3)
 
 CASES = {
