@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(nn.Module):
@@ -13,6 +14,26 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        wide = states.to(torch.promote_types(states.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (self.weight * normed).to(states.dtype)
+        dtype = torch.promote_types(states.dtype, torch.float32)
+        return _ScaledRMS.apply(states.to(dtype), self.weight.to(dtype), self.eps).to(states.dtype)
+
+
+class _ScaledRMS(torch.autograd.Function):
+    """g ⊙ s · rsqrt(mean(s²) + ε) and its gradient, in half of autograd's passes over memory."""
+
+    @staticmethod
+    def forward(ctx, states, weight, eps):
+        inverse = (torch.linalg.vector_norm(states, dim=-1, keepdim=True).square() / states.shape[-1] + eps).rsqrt()
+        normed = states * inverse
+        ctx.save_for_backward(normed, inverse, weight)
+        return weight * normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        normed, inverse, weight = ctx.saved_tensors
+        product = gradient * normed
+        with torch.autocast(gradient.device.type, enabled=False):
+            mean = (product @ weight).unsqueeze(-1) / weight.shape[0]
+        states_gradient = torch.addcmul(gradient * weight, normed, mean, value=-1) * inverse
+        return states_gradient, product.sum_to_size(weight.shape), None
