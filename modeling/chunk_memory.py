@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import initialization as init
 
 
@@ -39,23 +40,32 @@ class ChunkLayout:
         slot: int64 `[B, M']`, chunk · T + place in the chunk; `num_chunks` · T where nothing real is.
         num_chunks: C; chunk_length: T.
         starts_segment: bool `[B, C]`, chunks that nothing of their segment comes before.
+        start: slot of the first entity where each has the slot after the one before, in every row; negative if the
+            first ones are not real. None where rows differ: the entities are then moved one by one.
     """
 
     slot: torch.Tensor
     num_chunks: int
     chunk_length: int
     starts_segment: torch.Tensor
+    start: int | None = None
 
     def lay(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, M', F]` → `[B, C, T, F]`, zero where nothing is."""
-        batch, _, features = x.shape
-        laid = x.new_zeros(batch, self.num_chunks * self.chunk_length + 1, features)
-        laid = laid.scatter(1, self.slot[..., None].expand_as(x), x)[:, :-1]
+        batch, length, features = x.shape
+        slots = self.num_chunks * self.chunk_length
+        if self.start is not None:
+            laid = F.pad(x, (0, 0, self.start, slots - self.start - length))
+        else:
+            laid = x.new_zeros(batch, slots + 1, features)
+            laid = laid.scatter(1, self.slot[..., None].expand_as(x), x)[:, :-1]
         return laid.view(batch, self.num_chunks, self.chunk_length, features)
 
     def take(self, laid: torch.Tensor) -> torch.Tensor:
         """The way back: `[B, C, T, F]` → `[B, M', F]`."""
         flat = laid.flatten(1, 2)
+        if self.start is not None:
+            return F.pad(flat, (0, 0, -self.start, self.start + self.slot.shape[1] - flat.shape[1]))
         slot = self.slot.clamp(max=flat.shape[1] - 1)
         return flat.gather(1, slot[..., None].expand(-1, -1, flat.shape[-1]))
 
@@ -66,7 +76,8 @@ class ChunkLayout:
 
     def last(self, count: int) -> "ChunkLayout":
         """The same for the last `count` entities."""
-        return replace(self, slot=self.slot[:, self.slot.shape[1] - count :])
+        left_out = self.slot.shape[1] - count
+        return replace(self, slot=self.slot[:, left_out:], start=None if self.start is None else self.start + left_out)
 
 
 class ChunkMemory(nn.Module):
@@ -150,7 +161,8 @@ class ChunkMemory(nn.Module):
         starts = torch.zeros(batch, num_chunks, dtype=torch.bool, device=device)
         starts.scatter_(1, chunk.clamp(min=0), (place >= 0) & (place < span))
         starts[:, 0] = True
-        return ChunkLayout(slot, num_chunks, span, starts)
+        in_step = rows.segment is None and rows.counts is None and aligned is not None
+        return ChunkLayout(slot, num_chunks, span, starts, aligned % span - history if in_step else None)
 
     def _decay(self, dtype: torch.dtype) -> torch.Tensor:
         """β of each slot, `[S]`."""
@@ -169,12 +181,12 @@ class ChunkMemory(nn.Module):
 
     def _load(self, state, initial: torch.Tensor) -> torch.Tensor:
         """Slots after the chunks that were closed before this call, `[B, S, D]`."""
-        stored = state.data(self.slots_name)
         closed = state.lengths // self.chunk_length
-        if stored is None:
+        entry = state.entry(self.slots_name, closed)
+        if entry is None:
             return initial.expand(closed.shape[0], -1, -1)
-        entry = stored[torch.arange(closed.shape[0], device=closed.device), 0, closed].view(-1, *initial.shape)
-        return torch.where((closed == 0)[:, None, None], initial, entry.to(initial.dtype))
+        entry = entry.view(-1, *initial.shape).to(initial.dtype)
+        return torch.where((closed == 0)[:, None, None], initial, entry)
 
     def _store(self, state, closed: torch.Tensor, length: int) -> None:
         """Keep the slots at each boundary: entry e is what e closed chunks left. An open one is overwritten."""
