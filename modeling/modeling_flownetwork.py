@@ -16,6 +16,7 @@ Shape letters: B batch, M entities of this call, N entities so far, H heads.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -40,6 +41,7 @@ from .model_inputs import GrowingStateMixin, begin_call, embed, end_call, next_t
 from .padding import Rows, to_columns
 from .pieces import in_pieces
 from .rms_norm import RMSNorm
+from .spans import read_in_spans, span_length
 from .state_cache import CACHE_NAME, StateLayer
 from .windowed_attention import CausalAttention, RotaryEmbedding
 from .windows import to_dense
@@ -139,6 +141,7 @@ class FlowNetworkLayer(GradientCheckpointingLayer):
         self.mlp_norm = RMSNorm(size, config.norm_eps)
         self.mlp = FeedForward(size, config.intermediate_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
+        self.span_length = span_length(config.memory_chunk, block=max(1, config.flow_window - 1))
 
     def forward(
         self,
@@ -156,31 +159,53 @@ class FlowNetworkLayer(GradientCheckpointingLayer):
             (states `[B, M, hidden_size]`; weights of the self-attention or None; flow by offset, window and share;
             metrics).
         """
-        u = in_pieces(self.input_norm, hidden_states)
-        routing = self.router(u, rows, past_key_values)
-        flowed, flow, metrics = self.flow.mix(u, routing, rows, past_key_values, output_flow)
+        can_split = rows.segment is None and (past_key_values is None or not torch.is_grad_enabled())
+        long = hidden_states.shape[1] > self.span_length
+        if self.parallel or output_attentions or output_flow or not (can_split and long):
+            return self._read(rows, past_key_values, hidden_states, *rotary, bank, output_attentions, output_flow)
+        read = partial(self._read, bank=bank)
+        spans = read_in_spans(read, past_key_values, rows, self.span_length, hidden_states, *rotary)
+        hidden_states = torch.cat([states for _, (states, *_) in spans], dim=1)
+        return hidden_states, None, None, mean_metrics([(span, metrics) for span, (*_, metrics) in spans])
+
+    def _read(
+        self,
+        rows: Rows,
+        state: StateLayer | None,
+        hidden_states: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        bank: torch.Tensor | None,
+        output_attentions: bool = False,
+        output_flow: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor | None, ...], dict[str, torch.Tensor]]:
+        """The rows, or a span of them, at once."""
+        u = self.input_norm(hidden_states)
+        routing = self.router(u, rows, state)
+        flowed, flow, metrics = self.flow.mix(u, routing, rows, state, output_flow)
         flowed = flowed.to(u.dtype)
         u = self.residual_proj(u)
         met = u + flowed
-        y, weights = self.attention(u if self.parallel else met, rotary, rows, past_key_values, output_attentions)
+        y, weights = self.attention(u if self.parallel else met, (cos, sin), rows, state, output_attentions)
         y = y + flowed if self.parallel else y
         # In the dtype it came in: autocast would hand the next layer bf16.
         residual = self.residual_proj(hidden_states).to(hidden_states.dtype)
-        hidden_states = in_pieces(self._add_mixed, residual, y, met)
+        hidden_states = residual + self.dropout(self.out_proj(y * F.silu(self.gate_proj(met))))
         if self.memory_attention is not None:
-            normed = in_pieces(self.memory_norm, hidden_states)
+            normed = self.memory_norm(hidden_states)
             with torch.autocast(u.device.type, enabled=False):
-                slots, layout = self.sequence_memory(normed, rows, past_key_values)
+                slots, layout = self.sequence_memory(normed, rows, state)
             hidden_states = hidden_states + self.dropout(self.memory_attention(normed, bank, slots, layout))
-        hidden_states = in_pieces(self._add_mlp, hidden_states)
+        hidden_states = hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
         metrics = metrics | {"window_mean": rows.mean(routing[0].detach())}
         return hidden_states, weights, (flow, *routing), metrics
 
-    def _add_mixed(self, states: torch.Tensor, y: torch.Tensor, met: torch.Tensor) -> torch.Tensor:
-        return states + self.dropout(self.out_proj(y * F.silu(self.gate_proj(met))))
 
-    def _add_mlp(self, states: torch.Tensor) -> torch.Tensor:
-        return states + self.dropout(self.mlp(self.mlp_norm(states)))
+def mean_metrics(spans: list[tuple[Rows, dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
+    """Means over the real entities of spans → over those of the rows."""
+    counts = torch.stack([span.real().sum() for span, _ in spans])
+    shares = counts / counts.sum().clamp(min=1)
+    return {name: (torch.stack([one[name] for _, one in spans]) * shares).sum() for name in spans[0][1]}
 
 
 class FlowNetworkPreTrainedModel(PreTrainedModel):
@@ -309,7 +334,7 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
                 all_weights.append(to_columns(weights, rows, state))
             if output_flows:
                 all_flows.append(flows_to_columns(*flow, rows, state))
-        hidden_states = self.norm(hidden_states)
+        hidden_states = in_pieces(self.norm, hidden_states)
         metrics = {name: torch.stack([one[name] for one in all_metrics]).mean() for name in all_metrics[0]}
         if self.memory is not None:
             # generate() learns nothing, in training mode either.

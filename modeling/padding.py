@@ -29,6 +29,13 @@ class Rows:
     reach: torch.Tensor
     segment: torch.Tensor | None
 
+    def span(self, places: slice) -> "Rows":
+        """The rows of a span of places, for what happens within rows: columns are no longer known."""
+        length = places.stop - places.start
+        counts = None if self.counts is None else (self.counts - places.start).clamp(0, length)
+        segment = None if self.segment is None else self.segment[:, places]
+        return Rows(None, None, counts, self.index[:, places], self.reach[:, places], segment)
+
     def compact(self, columns: torch.Tensor) -> torch.Tensor:
         """Columns `[batch, length, ...]` → rows of the same shape, zero after the last real entity."""
         if self.order is None:

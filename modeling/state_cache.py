@@ -183,8 +183,19 @@ class StateLayer(CacheLayerMixin):
         """Which of the columns are real, and how many of each row: `padding.Rows` of the call."""
         self._rows = rows
 
+    def mark(self, rows) -> None:
+        """Which of the columns just counted, span by span, were real: `padding.Rows` of them all."""
+        if rows.mask is None:
+            return
+        length = rows.mask.shape[1]
+        before = rows.mask.new_ones(rows.mask.shape[0], self.columns - length)
+        before = before if self.mask is None else self.mask[:, : self.columns - length]
+        self.mask = torch.cat([before, rows.mask], dim=1)
+
     def commit(self) -> None:
-        """Count the entities of this call."""
+        """Count the entities of this call, if they were not counted span by span."""
+        if self._rows is None:
+            return
         length, mask, counts = self.incoming, self._rows.mask, self._rows.counts
         self._rows = None
         if mask is not None or self.mask is not None:
@@ -219,6 +230,11 @@ class StateLayer(CacheLayerMixin):
             state = self.states[name] = AppendState(new.new_zeros(*new.shape[:2], 0, new.shape[3]).detach())
         state.reserve(capacity)
         state.write(new.detach(), at)
+
+    def entry(self, name: str, at: torch.Tensor) -> torch.Tensor | None:
+        """What `write_entries` put at `at` `[batch]` in its one group, `[batch, features]`; None if nothing."""
+        stored = self.data(name)
+        return None if stored is None else stored[torch.arange(len(at), device=at.device), 0, at]
 
     def tail(self, name: str, new: torch.Tensor, size: int) -> torch.Tensor:
         """The `size` inputs before this call (zero before a row's start), then `new`: `[batch, size + length, ...]`.
