@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from .blocks import corpus_blocks
 from .data import load_corpus, load_tokenizer
 from .evaluation import Evaluation, evaluate_causal_lm
+from .flow_pictures import plot_flow_matrix, read_flows
 from .sizes import ARCHITECTURES, new_causal_lm
 from .sources import load_causal_lm
 from .training import TrainingResult, TrainingSettings, train_causal_lm
@@ -32,8 +33,8 @@ def run_demo(output: Path, architecture: str = "dfn", *, steps: int = STEPS) -> 
 
     Args:
         output: folder; a folder named by the architecture and `llama/` in it become transformers folders,
-            `loss_curves.png` and, for a DFN, `flow_map.png` the pictures. What an earlier demonstration left there is
-            replaced.
+            `loss_curves.png` and `flow_map.png` (DFN) or `flow_matrix.png` (FlowNetwork) the pictures. What an earlier
+            demonstration left there is replaced.
         architecture: "dfn" or "flownetwork".
         steps: optimizer steps of each model.
 
@@ -97,13 +98,15 @@ def print_comparison(rows: list[tuple[str, int, float, Evaluation]]) -> None:
 
 
 def draw(output: Path, architecture: str, results: dict[str, TrainingResult]) -> list[str]:
-    """The loss curves of both runs and, of a DFN, a flow map over a speech that it has not seen; the files' names."""
+    """The loss curves of both runs, and what flows where in a speech that neither has seen; the files' names."""
     histories = {name: result.history for name, result in results.items()}
     plot_loss_curves(histories, path=str(output / "loss_curves.png"))
-    if architecture != "dfn":
-        return ["loss_curves.png"]
     model, tokenizer = load_causal_lm(str(output / architecture))
     macbeth = load_corpus("validation")["text"][0]
     start, end = map(macbeth.index, MAPPED)
-    plot_flow_map(flow_map(model, tokenizer, macbeth[start:end], word=READER), path=str(output / "flow_map.png"))
-    return ["loss_curves.png", "flow_map.png"]
+    speech = macbeth[start:end]
+    if architecture == "dfn":
+        plot_flow_map(flow_map(model, tokenizer, speech, word=READER), path=str(output / "flow_map.png"))
+        return ["loss_curves.png", "flow_map.png"]
+    plot_flow_matrix(read_flows(model, tokenizer, speech), path=str(output / "flow_matrix.png"))
+    return ["loss_curves.png", "flow_matrix.png"]

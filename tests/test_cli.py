@@ -180,7 +180,7 @@ def test_traceback_on_request():
     assert isinstance(result.exception, ValueError)
 
 
-PICTURES = {"dfn": ("loss_curves.png", "flow_map.png"), "flownetwork": ("loss_curves.png",)}
+PICTURES = {"dfn": ("loss_curves.png", "flow_map.png"), "flownetwork": ("loss_curves.png", "flow_matrix.png")}
 
 
 @pytest.mark.parametrize("architecture", PICTURES)
