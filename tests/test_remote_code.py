@@ -95,6 +95,7 @@ CASES = {
             "flow_memory.py",
             "flow_routing.py",
             "modeling_flownetwork.py",
+            "spans.py",
             "windowed_attention.py",
             "windows.py",
         },
