@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from .corpus import load_corpus
 from .text_files import load_text
 from .tokenization import load_tokenizer
+from .verses import load_verses
 
-__all__ = ["load_corpus", "load_text", "load_tokenizer", "pack", "tokenize"]
+__all__ = ["load_corpus", "load_text", "load_tokenizer", "load_verses", "pack", "tokenize"]
 
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
