@@ -1,4 +1,4 @@
-"""What the embedded checkpoint writes: English, and its own."""
+"""What the embedded checkpoints write: English, and their own."""
 
 import json
 import re
@@ -14,6 +14,7 @@ from dfn_hf.sources import load_causal_lm
 PROMPTS = ("MACBETH.\nI have", "And God said", "Enter KING HENRY", "And it came to pass", "O Romeo,")
 WORD = re.compile(r"[A-Za-z]+(?:['’][A-Za-z]+)*")
 LONGEST_COPY = 60
+MOST_BYTES = 8 * 2**20
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +22,16 @@ def training_text():
     return "\n".join(load_corpus("train")["text"])
 
 
+@pytest.fixture(scope="module", params=["dfn-tiny", "flownetwork-tiny"])
+def folder(request):
+    return dfn_hf.checkpoint_path(request.param)
+
+
 @pytest.fixture(scope="module")
-def samples():
+def samples(folder):
     """What the pipeline adds to each prompt, with the sampling that the checkpoint's generation config asks for."""
     set_seed(0)
-    write = pipeline("text-generation", model=str(dfn_hf.checkpoint_path("dfn-tiny")))
+    write = pipeline("text-generation", model=str(folder))
     outputs = write(list(PROMPTS), max_new_tokens=150, return_full_text=False)
     return [output[0]["generated_text"] for output in outputs]
 
@@ -48,9 +54,12 @@ def test_nothing_long_is_copied(samples, training_text):
             assert len(span) <= LONGEST_COPY or span not in training_text, span
 
 
-def test_card_states_what_it_reaches_on_held_out_text():
-    folder = dfn_hf.checkpoint_path("dfn-tiny")
+def test_card_states_what_it_reaches_on_held_out_text(folder):
     model, tokenizer = load_causal_lm(str(folder))
     found = evaluate_causal_lm(model, tokenizer, load_corpus("test")["text"], context_length=256)
     assert f"{found.bits_per_byte:.3f} bits per byte" in (folder / "README.md").read_text(encoding="utf-8")
     assert json.loads((folder / "training_log.json").read_text(encoding="utf-8"))
+
+
+def test_it_is_small(folder):
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= MOST_BYTES
