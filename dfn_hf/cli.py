@@ -113,7 +113,7 @@ def train(
     from .lora import add_lora
     from .sizes import new_causal_lm
     from .sources import load_causal_lm
-    from .training import TrainingSettings, check_output_folder, train_causal_lm
+    from .training import TrainingSettings, check_output_folder, train_model
 
     refuse(lora and start is None, "--lora needs --from: low-rank updates of random weights learn nothing")
     refuse(start is not None and tokenizer is not None, "--from brings its own tokenizer: leave out --tokenizer")
@@ -165,7 +165,7 @@ def train(
         )
     text = "the embedded corpus of Shakespeare and the King James Bible" if data is None else data
     origin = "from scratch" if start is None else f"from {start}"
-    result = train_causal_lm(
+    result = train_model(
         model,
         vocabulary,
         blocks,

@@ -13,7 +13,7 @@ from .evaluation import Evaluation, evaluate_causal_lm
 from .flow_pictures import plot_flow_matrix, read_flows
 from .sizes import ARCHITECTURES, new_causal_lm
 from .sources import load_causal_lm
-from .training import TrainingResult, TrainingSettings, train_causal_lm
+from .training import TrainingResult, TrainingSettings, train_model
 from .visualization import flow_map, plot_flow_map, plot_loss_curves
 
 BASELINE = "llama"
@@ -52,7 +52,7 @@ def run_demo(output: Path, architecture: str = "dfn", *, steps: int = STEPS) -> 
         model = new_causal_lm(tokenizer, architecture=name, size=SIZE)
         print(f"\n{name}: {model.num_parameters():,} parameters, {steps} steps of {BATCH_SIZE * BLOCK_SIZE:,} tokens")
         started = time.perf_counter()
-        results[name] = train_causal_lm(
+        results[name] = train_model(
             model,
             tokenizer,
             blocks,

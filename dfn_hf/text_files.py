@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import fsspec
 from datasets import Dataset, Features, IterableDataset, Value
@@ -102,6 +102,21 @@ def whole(path: str) -> Iterator[str]:
 
 
 def json_lines(path: str, text_field: str) -> Iterator[str]:
+    for number, record in json_records(path):
+        if not isinstance(record.get(text_field), str):
+            raise ValueError(
+                f"{path}, line {number} has no text in the field {text_field!r} (its fields: {', '.join(record)}): "
+                "name the field that holds the text"
+            )
+        yield record[text_field]
+
+
+def json_records(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The number and the object of each line of a file of JSON Lines, blank ones left out.
+
+    Raises:
+        ValueError: a line is not a JSON object.
+    """
     with fsspec.open(path, "rt", encoding="utf-8", compression="infer") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -110,10 +125,6 @@ def json_lines(path: str, text_field: str) -> Iterator[str]:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
                 raise ValueError(f"{path}, line {number} is not JSON ({error}): write one object per line") from error
-            if not isinstance(record, dict) or not isinstance(record.get(text_field), str):
-                fields = ", ".join(record) if isinstance(record, dict) else "none"
-                raise ValueError(
-                    f"{path}, line {number} has no text in the field {text_field!r} (its fields: {fields}): "
-                    "name the field that holds the text"
-                )
-            yield record[text_field]
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}, line {number} has no text, for it has no fields: write one object per line")
+            yield number, record

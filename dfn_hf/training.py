@@ -1,7 +1,8 @@
-"""Training of causal language models on packed blocks, with a `Trainer` that resumes and saves whole folders.
+"""Training of language models, with a `Trainer` that resumes and saves whole folders.
 
-Works for DFN and for any other causal language model of transformers, so that a baseline is trained on the same
-batches by the same code. `torchrun --nproc-per-node 4 -m dfn_hf.cli train …` trains on several devices.
+Works for the models of this package and for any other of transformers, so that a baseline is trained on the same
+batches by the same code: causal ones on packed blocks, encoder-decoders on pairs.
+`torchrun --nproc-per-node 4 -m dfn_hf.cli train …` trains on several devices.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ import torch
 from peft import PeftModel
 from torch.utils.data import Dataset, IterableDataset
 from transformers import (
+    DataCollator,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -139,7 +141,7 @@ class MatrixDecayTrainer(Trainer):
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
 
 
-def train_causal_lm(
+def train_model(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     train_blocks: Dataset | IterableDataset,
@@ -152,6 +154,7 @@ def train_causal_lm(
     overwrite: bool = False,
     progress: bool = True,
     callbacks: Iterable[TrainerCallback] = (),
+    data_collator: DataCollator | None = None,
 ) -> TrainingResult:
     """Train `model` and save the best checkpoint by validation loss as a transformers folder.
 
@@ -160,10 +163,11 @@ def train_causal_lm(
     logs are written when it is installed. On a GPU that has bfloat16, training runs in mixed precision.
 
     Args:
-        model: a causal language model, or one with LoRA (`dfn_hf.lora.add_lora`). With LoRA the folder holds the
-            merged model, which loads like any other, and in `adapter/` the adapter alone.
+        model: a language model, or one with LoRA (`dfn_hf.lora.add_lora`). With LoRA the folder holds the merged
+            model, which loads like any other, and in `adapter/` the adapter alone.
         tokenizer: saved beside the model.
-        train_blocks, validation_blocks: packed blocks of `input_ids`, `labels`, `segment_ids`, each `[block_size]`.
+        train_blocks, validation_blocks: packed blocks of `input_ids`, `labels`, `segment_ids`, each `[block_size]`;
+            or what `data_collator` takes.
         output_folder: must be new or empty, unless `overwrite` or `resume`.
         settings: None means the defaults of `TrainingSettings`.
         provenance: one sentence for the model card: which text, and which model it started from.
@@ -171,6 +175,7 @@ def train_causal_lm(
         overwrite: replace what stands in `output_folder` once training has ended.
         progress: show a progress bar.
         callbacks: further Trainer callbacks.
+        data_collator: makes batches; None for packed blocks.
 
     Raises:
         ValueError: `output_folder` holds something that neither `resume` nor `overwrite` allows to touch, or the
@@ -199,7 +204,7 @@ def train_causal_lm(
     trainer = MatrixDecayTrainer(
         model=model,
         args=training_arguments(checkpoints, settings),
-        data_collator=PackedBlockCollator(base_model),
+        data_collator=data_collator or PackedBlockCollator(base_model),
         train_dataset=train_blocks,
         eval_dataset=validation_blocks,
         processing_class=tokenizer,

@@ -17,7 +17,7 @@ from dfn_hf.collation import PackedBlockCollator, positions_in_segments
 from dfn_hf.data import load_corpus, load_tokenizer, pack, tokenize
 from dfn_hf.lora import add_lora
 from dfn_hf.sizes import new_causal_lm
-from dfn_hf.training import TrainingSettings, last_checkpoint, train_causal_lm
+from dfn_hf.training import TrainingSettings, last_checkpoint, train_model
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 SETTINGS = TrainingSettings(max_steps=6, batch_size=4, save_interval=3, learning_rate=1e-2)
@@ -46,7 +46,7 @@ def model(request, tokenizer):
 
 
 def train(model, tokenizer, blocks, folder, settings=SETTINGS, **options):
-    return train_causal_lm(model, tokenizer, *blocks, folder, settings, progress=False, **options)
+    return train_model(model, tokenizer, *blocks, folder, settings, progress=False, **options)
 
 
 def contents(folder):
