@@ -1,4 +1,4 @@
-"""Dynamic Flow Networks for Hugging Face Transformers."""
+"""Flow architectures for Hugging Face Transformers: DFN, FlowNetwork and Liquid."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from transformers import (  # noqa: E402
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
 )
 
@@ -17,6 +18,8 @@ from .embedded import checkpoint_path  # noqa: E402
 from .flow_memory_callback import FlowMemoryCallback  # noqa: E402
 from .modeling.configuration_dfn import DFNConfig  # noqa: E402
 from .modeling.configuration_flownetwork import FlowNetworkConfig, adjust_num_heads  # noqa: E402
+from .modeling.configuration_liquid import LiquidConfig  # noqa: E402
+from .modeling.deformable_conv import DeformableConv1d, OptimizedGatedConvolution  # noqa: E402
 from .modeling.flow_memory import FlowMemoryNetwork  # noqa: E402
 from .modeling.flow_routing import ContextAwareFlowRouter, FlowLayer  # noqa: E402
 from .modeling.flow_search import nearest_predecessors  # noqa: E402
@@ -26,38 +29,73 @@ from .modeling.flownetwork import (  # noqa: E402
     FlowNetwork,
     safe_tensor_to_int,
 )
+from .modeling.frequency_attention import FrequencyHyenaAttention  # noqa: E402
+from .modeling.liquid_block import ImprovedTransformerBlock  # noqa: E402
+from .modeling.liquid_embedding import EnhancedLiquidEmbedding  # noqa: E402
+from .modeling.local_attention import EnhancedLocalAttentionWithGQA  # noqa: E402
+from .modeling.lstm_memory import EnhancedLSTM  # noqa: E402
+from .modeling.mixture_of_experts import MoELayer  # noqa: E402
 from .modeling.modeling_dfn import DFNForCausalLM, DFNForSequenceClassification, DFNModel  # noqa: E402
 from .modeling.modeling_flownetwork import (  # noqa: E402
     FlowNetworkForCausalLM,
     FlowNetworkForSequenceClassification,
     FlowNetworkModel,
 )
+from .modeling.modeling_liquid import (  # noqa: E402
+    BidirectionalEncoder,
+    LiquidForSeq2SeqLM,
+    LiquidForSequenceClassification,
+    LiquidModel,
+)
 
 __version__ = "0.1.0"
 
-for config, model, causal_lm, classifier in (
-    (DFNConfig, DFNModel, DFNForCausalLM, DFNForSequenceClassification),
-    (FlowNetworkConfig, FlowNetworkModel, FlowNetworkForCausalLM, FlowNetworkForSequenceClassification),
+for config, heads in (
+    (
+        DFNConfig,
+        {
+            AutoModel: DFNModel,
+            AutoModelForCausalLM: DFNForCausalLM,
+            AutoModelForSequenceClassification: DFNForSequenceClassification,
+        },
+    ),
+    (
+        FlowNetworkConfig,
+        {
+            AutoModel: FlowNetworkModel,
+            AutoModelForCausalLM: FlowNetworkForCausalLM,
+            AutoModelForSequenceClassification: FlowNetworkForSequenceClassification,
+        },
+    ),
+    (
+        LiquidConfig,
+        {
+            AutoModel: LiquidModel,
+            AutoModelForSeq2SeqLM: LiquidForSeq2SeqLM,
+            AutoModelForSequenceClassification: LiquidForSequenceClassification,
+        },
+    ),
 ):
     AutoConfig.register(config.model_type, config, exist_ok=True)
     # So that save_pretrained and push_to_hub take the code along.
     config.register_for_auto_class()
-    for head, auto_class in (
-        (model, AutoModel),
-        (causal_lm, AutoModelForCausalLM),
-        (classifier, AutoModelForSequenceClassification),
-    ):
+    for auto_class, head in heads.items():
         auto_class.register(config, head, exist_ok=True)
         head.register_for_auto_class(auto_class.__name__)
 
 __all__ = [
+    "BidirectionalEncoder",
     "ContextAwareFlowRouter",
     "DFNConfig",
     "DFNForCausalLM",
     "DFNForSequenceClassification",
     "DFNModel",
+    "DeformableConv1d",
     "EnhancedFlowLayer",
     "EnhancedFlowTransformer",
+    "EnhancedLSTM",
+    "EnhancedLiquidEmbedding",
+    "EnhancedLocalAttentionWithGQA",
     "FlowLayer",
     "FlowMemoryCallback",
     "FlowMemoryNetwork",
@@ -66,6 +104,14 @@ __all__ = [
     "FlowNetworkForCausalLM",
     "FlowNetworkForSequenceClassification",
     "FlowNetworkModel",
+    "FrequencyHyenaAttention",
+    "ImprovedTransformerBlock",
+    "LiquidConfig",
+    "LiquidForSeq2SeqLM",
+    "LiquidForSequenceClassification",
+    "LiquidModel",
+    "MoELayer",
+    "OptimizedGatedConvolution",
     "adjust_num_heads",
     "checkpoint_path",
     "nearest_predecessors",

@@ -80,7 +80,7 @@ def begin_call(
         raise ValueError(f"segment_ids must be [batch, length] = {[batch, length]}, got {list(segment_ids.shape)}.")
     if use_cache and past_key_values is None and not packed:
         past_key_values = DynamicCache(config=model.config)
-    num_layers = model.config.num_hidden_layers
+    num_layers = len(model.config.layer_types)
     if past_key_values is None:
         mask = column_mask(attention_mask, batch, length, 0)
         rows = lay_rows(batch, length, inputs_embeds.device, mask=mask, segment_ids=segment_ids)

@@ -43,7 +43,7 @@ from .pieces import in_pieces
 from .rms_norm import RMSNorm
 from .spans import read_in_spans, span_length
 from .state_cache import CACHE_NAME, StateLayer
-from .windowed_attention import CausalAttention, RotaryEmbedding
+from .windowed_attention import RotaryEmbedding, SelfAttention
 from .windows import to_dense
 
 
@@ -128,7 +128,7 @@ class FlowNetworkLayer(GradientCheckpointingLayer):
             config.memory_decay,
         )
         self.flow = FlowLayer(input_size, size, config.num_patterns, config.base_sparsity, config.flow_window)
-        self.attention = CausalAttention(config, None if self.parallel else config.flow_window)
+        self.attention = SelfAttention(config, None if self.parallel else config.flow_window)
         self.gate_proj = nn.Linear(size, size, bias=False)
         self.out_proj = nn.Linear(size, size, bias=False)
         self.sequence_memory = self.memory_norm = self.memory_attention = None

@@ -50,6 +50,12 @@ class Rows:
         counts = self.index.shape[1] if self.counts is None else self.counts[:, None]
         return (places < counts).expand_as(self.index)
 
+    def ahead(self) -> torch.Tensor:
+        """Real entities of this call behind each one, int64 `[batch, length]`; negative where it is not real."""
+        places = torch.arange(self.index.shape[1], device=self.index.device)
+        counts = self.index.shape[1] if self.counts is None else self.counts[:, None]
+        return (counts - 1 - places).expand_as(self.index)
+
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean of `[batch, length]` over the real entities, a scalar."""
         real = self.real()

@@ -265,6 +265,10 @@ class StateLayer(CacheLayerMixin):
             self.states[name] = TableState(make(), undo)
         return self.states[name].data
 
+    def replace(self, name: str, data: torch.Tensor) -> None:
+        """Keep `[batch, ...]` in the place of what stood there. A layer that holds such a state cannot be cropped."""
+        self.states[name] = FixedState(data)
+
     def data(self, name: str) -> torch.Tensor | None:
         """The tensor behind a name, None if nothing was stored yet."""
         state = self.states.get(name)

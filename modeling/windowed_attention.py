@@ -24,20 +24,18 @@ class RotaryEmbedding(LlamaRotaryEmbedding):
         return config.rope_parameters["rope_theta"] ** -frequencies, 1.0
 
 
-class CausalAttention(nn.Module):
-    """Softmax attention of each entity over itself and those before it; queries and keys are normalised per head.
+class GroupedQueryAttention(nn.Module):
+    """Projections of a softmax attention whose queries and keys are normalised per head, and the way to its interface.
 
     Args:
         config: `num_attention_heads`, `num_key_value_heads`, `head_dim`, `attention_dropout` and the implementation.
-        window: most recent entities that are seen, the entity itself included; None for all.
     """
 
-    is_causal = True
+    is_causal = True  # where no mask is given
 
-    def __init__(self, config, window: int | None):
+    def __init__(self, config):
         super().__init__()
         self.config = config
-        self.window = window
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.scaling = self.head_dim**-0.5
@@ -46,6 +44,33 @@ class CausalAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.num_key_value_heads * self.head_dim, bias=False)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps)
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps)
+
+    def project(self, linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+        """`[B, M, hidden_size]` → `[B, heads, M, head_dim]`."""
+        return linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def attend(self, query, key, value, mask, output_attentions: bool):
+        """`[B, M, H, head_dim]`, and weights `[B, H, M, N]` if asked; mask bool `[B, 1, M, N]`, None for causal."""
+        implementation = "eager" if output_attentions else self.config._attn_implementation
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        y, weights = interface(self, query, key, value, mask, dropout=dropout, scaling=self.scaling)
+        return y, weights if output_attentions else None
+
+
+class SelfAttention(GroupedQueryAttention):
+    """Attention of each entity over itself and those before it, or on both sides.
+
+    Args:
+        config: as for `GroupedQueryAttention`.
+        window: most recent entities that are seen, the entity itself included; None for all.
+        two_sided: see as many on the other side too; rows are then known whole.
+    """
+
+    def __init__(self, config, window: int | None, two_sided: bool = False):
+        super().__init__(config)
+        self.window = window
+        self.two_sided = two_sided
 
     def forward(
         self,
@@ -61,10 +86,7 @@ class CausalAttention(nn.Module):
             (what the heads read, side by side `[B, M, hidden_size]`; weights between the entities of the rows so far
             `[B, H, M, num_entities]`, or None).
         """
-        query, key, value = (
-            project(u).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key, value = (self.project(linear, u) for linear in (self.q_proj, self.k_proj, self.v_proj))
         query, key = rotate(self.q_norm(query), self.k_norm(key), *rotary)
         attend = self._over_all if self.window is None else self._over_window
         y, weights = attend(query, key, value, rows, state, output_attentions)
@@ -80,40 +102,36 @@ class CausalAttention(nn.Module):
         if not started or rows.segment is not None:
             age = rows.index[..., None] - torch.arange(key.shape[2], device=key.device)
             mask = ((age >= 0) & (age <= rows.reach[..., None]))[:, None]
-        y, weights = self._attend(query, key, value, mask, output_attentions)
+        y, weights = self.attend(query, key, value, mask, output_attentions)
         return y, None if weights is None else weights[..., : int(rows.index.max()) + 1]
 
     def _over_window(self, query, key, value, rows: Rows, state: StateLayer | None, output_attentions: bool):
         batch, heads, length, _ = query.shape
         before = self.window - 1
+        after = before if self.two_sided else 0
         block = block_length(length, before)
         query, key, value = (x.transpose(1, 2).flatten(2) for x in (query, key, value))
         if state is None:
-            key, value = (nn.functional.pad(x, (0, 0, before, 0)) for x in (key, value))
+            key, value = (nn.functional.pad(x, (0, 0, before, after)) for x in (key, value))
         else:
             key, value = state.tail("key", key, before), state.tail("value", value, before)
-        blocks = query_blocks(query, block), key_blocks(key, before, block), key_blocks(value, before, block)
-        # Blocks join the batch: [B · N, H, T or before + T, head_dim].
+        blocks = [query_blocks(query, block), *(key_blocks(x, before, block, after) for x in (key, value))]
+        # Blocks join the batch: [B · N, H, T or before + T + after, head_dim].
         query, key, value = (x.flatten(0, 1).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in blocks)
         reach = query_blocks(rows.reach[..., None], block).flatten(0, 1)  # [B · N, T, 1]
-        places = torch.arange(before + block, device=reach.device)
-        age = places[before:, None] - places
-        mask = ((age >= 0) & (age <= reach.clamp(max=before)))[:, None]
-        y, weights = self._attend(query, key, value, mask, output_attentions)
+        places = torch.arange(before + block + after, device=reach.device)
+        age = places[before : before + block, None] - places
+        ahead = 0
+        if after:
+            ahead = query_blocks(rows.ahead()[..., None], block).flatten(0, 1).clamp(min=0, max=after)
+        mask = ((age >= -ahead) & (age <= reach.clamp(max=before)))[:, None]
+        y, weights = self.attend(query, key, value, mask, output_attentions)
         y = join_blocks(y.flatten(2).unflatten(0, (batch, -1)), length)
         if weights is not None:
             weights = by_offset(weights).transpose(1, 2).flatten(2).unflatten(0, (batch, -1))
             weights = join_blocks(weights, length).unflatten(-1, (heads, -1)).transpose(1, 2)
-            weights = to_dense(weights, rows.index, int(rows.index.max()) + 1)
+            weights = to_dense(weights, rows.index + after, int(rows.index.max()) + 1)
         return y, weights
-
-    def _attend(self, query, key, value, mask, output_attentions: bool):
-        """`[B, M, H, head_dim]`, and weights `[B, H, M, N]` if asked; mask bool `[B, 1, M, N]`, None for causal."""
-        implementation = "eager" if output_attentions else self.config._attn_implementation
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        dropout = self.config.attention_dropout if self.training else 0.0
-        y, weights = interface(self, query, key, value, mask, dropout=dropout, scaling=self.scaling)
-        return y, weights if output_attentions else None
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):

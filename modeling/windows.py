@@ -21,13 +21,13 @@ def query_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
     return F.pad(x, (0, 0, 0, -length % block)).unflatten(1, (-1, block))
 
 
-def key_blocks(history: torch.Tensor, before: int, block: int) -> torch.Tensor:
-    """What each block of queries sees: `[B, before + M, F]` → `[B, N, before + T, F]`, zero after the last."""
-    length = history.shape[1] - before
+def key_blocks(history: torch.Tensor, before: int, block: int, after: int = 0) -> torch.Tensor:
+    """What each block sees: `[B, before + M + after, F]` → `[B, N, before + T + after, F]`, zero after the last."""
+    length = history.shape[1] - before - after
     padded = F.pad(history, (0, 0, 0, -length % block))
-    if block == before:  # as `block_length` has it
+    if block == before and not after:  # as `block_length` has it
         return _Pairs.apply(padded.unflatten(1, (-1, block)))
-    return padded.unfold(1, before + block, block).transpose(2, 3)
+    return padded.unfold(1, before + block + after, block).transpose(2, 3)
 
 
 def join_blocks(x: torch.Tensor, length: int) -> torch.Tensor:
@@ -96,10 +96,10 @@ def to_dense(weights: torch.Tensor, index: torch.Tensor, num_entities: int) -> t
     """Weights by offset → between entities, for output: `[B, H, M, before + 1]` → `[B, H, M, num_entities]`.
 
     Args:
-        index: int64 `[B, M]`, place of each query in its row; what lies before the row's start must weigh 0.
+        index: int64 `[B, M]`, place in its row of what each query weighs last; what lies outside must weigh 0.
     """
     width = weights.shape[-1]
     places = index[..., None] - torch.arange(width - 1, -1, -1, device=index.device)
     dense = weights.new_zeros(*weights.shape[:3], num_entities)
-    places = places.clamp(min=0)[:, None].expand_as(weights)
+    places = places.clamp(0, num_entities - 1)[:, None].expand_as(weights)
     return dense.scatter_add(-1, places, weights)

@@ -8,7 +8,7 @@ import torch
 from dfn_hf import FlowNetworkConfig
 from dfn_hf.modeling.padding import lay_rows
 from dfn_hf.modeling.state_cache import StateLayer
-from dfn_hf.modeling.windowed_attention import CausalAttention, RotaryEmbedding
+from dfn_hf.modeling.windowed_attention import RotaryEmbedding, SelfAttention
 
 CPU = torch.device("cpu")
 STRICT = {"atol": 1e-9, "rtol": 0}
@@ -29,7 +29,7 @@ def make_attention(window, heads="grouped", implementation="eager", dtype=torch.
         attn_implementation=implementation,
     )
     torch.manual_seed(0)
-    attention = CausalAttention(config, window)
+    attention = SelfAttention(config, window)
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return attention.to(dtype).eval()

@@ -1,0 +1,75 @@
+"""Attention between the frequencies of a frame (Liquid, §3.1)."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .spectral_frames import octave_bands
+
+PHASE_FLOOR = 1e-3  # of the frame's rms: where a bin is smaller its phase is rounding noise
+LEAST_ENERGY = 1e-12
+
+
+class BandAttention(nn.Module):
+    """Multi-head attention over the bins of one band, on their magnitudes.
+
+    Args:
+        size: D, features; num_heads: must divide it.
+    """
+
+    def __init__(self, size: int, num_heads: int, dropout: float, norm_eps: float):
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.proj = nn.Linear(size, size)
+        self.norm = nn.LayerNorm(size, norm_eps)
+        self.q_proj = nn.Linear(size, size, bias=False)
+        self.k_proj = nn.Linear(size, size, bias=False)
+        self.v_proj = nn.Linear(size, size, bias=False)
+        self.o_proj = nn.Linear(size, size, bias=False)
+
+    def forward(self, magnitude: torch.Tensor) -> torch.Tensor:
+        """`[frames, bins, D]` → the same."""
+        h = self.norm(self.proj(magnitude))
+        query, key, value = (
+            project(h).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class FrequencyHyenaAttention(nn.Module):
+    """Each octave band of a frame's spectrum attends within itself and takes its phases back.
+
+    X = rFFT(x),  H_b = LayerNorm(Linear_b(|X_b|)),  O_b = Attention_b(H_b) ⊙ X_b / √(|X_b|² + ε²),  y = irFFT(O);
+    then `project`: LayerNorm(Linear(y)). Linear in the number of frames. Transforms run in at least float32.
+
+    Args:
+        size: D, features; frame_length: L; num_heads: must divide D.
+    """
+
+    def __init__(self, size: int, frame_length: int, num_heads: int, dropout: float = 0.0, norm_eps: float = 1e-5):
+        super().__init__()
+        self.frame_length = frame_length
+        self.bands = octave_bands(frame_length // 2 + 1)
+        self.attention = nn.ModuleList([BandAttention(size, num_heads, dropout, norm_eps) for _ in self.bands])
+        self.out_proj = nn.Linear(size, size)
+        self.norm = nn.LayerNorm(size, norm_eps)
+
+    def forward(self, frames: torch.Tensor) -> torch.Tensor:
+        """`[B, N, L, D]` → the same, in at least float32."""
+        dtype = torch.promote_types(frames.dtype, torch.float32)
+        spectrum = torch.fft.rfft(frames.to(dtype), dim=2).flatten(0, 1)  # [B · N, K, D]
+        energy = spectrum.real.square() + spectrum.imag.square()
+        floor = PHASE_FLOOR**2 * energy.mean(dim=(1, 2), keepdim=True) + LEAST_ENERGY
+        phase = spectrum * torch.rsqrt(energy + floor)
+        magnitude = (energy + floor).sqrt().to(self.out_proj.weight.dtype)
+        heard = [attend(magnitude[:, band]).to(dtype) for attend, band in zip(self.attention, self.bands, strict=True)]
+        y = torch.fft.irfft(torch.cat(heard, dim=1) * phase, n=self.frame_length, dim=1)
+        return y.unflatten(0, frames.shape[:2])
+
+    def project(self, y: torch.Tensor) -> torch.Tensor:
+        """`[..., D]` in time → the same."""
+        return self.norm(self.out_proj(y))

@@ -1,0 +1,150 @@
+"""Embedding of tokens by convolutions, frequency attention and adaptive compression (Liquid, §3.2).
+
+Shape letters: B batch, M entities of this call, D features.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .frequency_attention import FrequencyHyenaAttention
+from .padding import Rows
+from .spectral_frames import AdaptiveLowPass, LaggedFrames, RowFrames
+from .state_cache import StateLayer
+
+
+@dataclass
+class Compression:
+    """What the low-pass of an embedding did.
+
+    Attributes:
+        recon_loss: `[B]`, mean distance that compression makes to a row's real tokens; 0 if nothing is compressed.
+        ratio: scalar, mean share of the frequencies that frames keep.
+    """
+
+    recon_loss: torch.Tensor
+    ratio: torch.Tensor
+
+
+class EnhancedLiquidEmbedding(nn.Module):
+    """Of the encoder: token + position → 2 × (convolution, GELU) → LayerNorm → frequency attention → adaptive low-pass
+    → LayerNorm(Linear).
+
+    Args:
+        config: `LiquidConfig`.
+        causal: the decoder's, `CausalLiquidEmbedding`, has another order and frame length.
+    """
+
+    causal = False
+
+    def __init__(self, config):
+        super().__init__()
+        size, eps = config.hidden_size, config.norm_eps
+        self.frame_length = config.decoder_frame_length if self.causal else config.frame_length
+        self.position_embedding = None
+        if config.max_position_embeddings is not None:
+            self.position_embedding = nn.Embedding(config.max_position_embeddings, size)
+        self.conv1 = nn.Conv1d(size, size, config.conv_kernel)
+        self.conv2 = nn.Conv1d(size, size, config.conv_kernel)
+        self.layer_norm = nn.LayerNorm(size, eps)
+        self.frequency_attention = FrequencyHyenaAttention(
+            size, self.frame_length, config.num_attention_heads, config.attention_dropout, eps
+        )
+        self.low_pass = AdaptiveLowPass(self.frame_length, config.base_compression_ratio, config.min_compression_ratio)
+        self.proj = nn.Linear(size, size)
+        self.proj_norm = nn.LayerNorm(size, eps)
+
+    def forward(self, x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, Compression]:
+        """`[B, M, D]` embedded tokens, zero where not real, → (the same shape, what compression did)."""
+        real = rows.real()[..., None]
+        x = self._add_positions(x, rows)
+        for conv in (self.conv1, self.conv2):
+            x = F.gelu(self._convolve(conv, only(real, x)))
+        x = only(real, self.layer_norm(x))
+        framing = RowFrames(self.frame_length, rows)
+        with torch.autocast(x.device.type, enabled=False):
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            heard = framing.join(self.frequency_attention(framing.split(wide, coarse=True)), coarse=True).to(x.dtype)
+        y = only(real, self.frequency_attention.project(heard))
+        with torch.autocast(x.device.type, enabled=False):
+            wide = y.to(torch.promote_types(y.dtype, torch.float32))
+            frames, ratio = self.low_pass(framing.split(wide, coarse=False))
+            compressed = framing.join(frames, coarse=False).to(y.dtype)
+        out = self._project(compressed)
+        with torch.no_grad():
+            whole = self._project(y)
+        distance = only(real[..., 0], (out - whole).abs().mean(dim=-1, dtype=ratio.dtype))
+        recon_loss = distance.sum(dim=1) / real.sum(dim=(1, 2)).clamp(min=1)
+        return out, Compression(recon_loss, ratio.detach().mean())
+
+    def _add_positions(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+        if self.position_embedding is None:
+            return x
+        longest = self.position_embedding.num_embeddings
+        index = rows.index.masked_fill(~rows.real(), 0)
+        if not torch.compiler.is_compiling() and int(index.max()) >= longest:
+            raise ValueError(
+                f"The input holds {int(index.max()) + 1} tokens and `max_position_embeddings` is {longest}: shorten "
+                "it, or train a model with a larger value, or with None, which has no limit."
+            )
+        return x + self.position_embedding(index)
+
+    def _convolve(self, conv: nn.Conv1d, x: torch.Tensor) -> torch.Tensor:
+        side = conv.kernel_size[0] // 2
+        return conv(F.pad(x, (0, 0, side, side)).transpose(1, 2)).transpose(1, 2)
+
+    def _project(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj_norm(self.proj(x))
+
+
+class CausalLiquidEmbedding(EnhancedLiquidEmbedding):
+    """Of the decoder: LayerNorm(Linear(c + s)), c the convolutions' output, s what frequency attention and low-pass
+    made of the frame completed before the entity's own, at the same place in it."""
+
+    causal = True
+
+    def forward(
+        self, x: torch.Tensor, rows: Rows, state: StateLayer | None = None
+    ) -> tuple[torch.Tensor, Compression]:
+        """As for the encoder.
+
+        Args:
+            state: holds taps and the frames before this call, or None.
+        """
+        real = rows.real()[..., None]
+        x = self._add_positions(x, rows)
+        for name, conv in (("conv1", self.conv1), ("conv2", self.conv2)):
+            before = conv.kernel_size[0] - 1
+            history = self._history(name, only(real, x), before, state)
+            x = F.gelu(conv(history.transpose(1, 2)).transpose(1, 2))
+        c = only(real, self.layer_norm(x))
+        framing = LaggedFrames(self.frame_length, rows)
+        history = self._history("frames", c, framing.history, state)
+        with torch.autocast(c.device.type, enabled=False):
+            wide = framing.split(history.to(torch.promote_types(c.dtype, torch.float32)))
+            heard = self.frequency_attention(wide).to(c.dtype)
+        heard = self.frequency_attention.project(heard)
+        frames, ratio = self.low_pass(heard)
+        frames = frames.to(c.dtype)
+        out = self._project(c + framing.lag(frames))
+        if state is None:
+            recon_loss = self._reconstruction(frames, heard, framing.completed(frames.shape[1]), ratio.dtype)
+        else:
+            recon_loss = ratio.new_zeros(ratio.shape[0])  # a loss is of whole rows
+        return out, Compression(recon_loss, ratio.detach().mean())
+
+    def _reconstruction(self, frames, heard, completed, dtype: torch.dtype) -> torch.Tensor:
+        with torch.no_grad():
+            whole = self._project(heard)
+        distance = (self._project(frames) - whole).abs().mean(dim=(2, 3), dtype=dtype)
+        return only(completed, distance).sum(dim=1) / completed.sum(dim=1).clamp(min=1)
+
+    def _history(self, name: str, x: torch.Tensor, before: int, state: StateLayer | None) -> torch.Tensor:
+        return F.pad(x, (0, 0, before, 0)) if state is None else state.tail(name, x, before)
+
+
+def only(where: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """x where it is real, else 0."""
+    return torch.where(where, x, x.new_zeros(()))

@@ -1,0 +1,77 @@
+"""The attentions of a Liquid block: over a sliding window of its own row, and over the encoder's states (§3.3)."""
+
+import torch
+from torch import nn
+
+from .padding import Rows
+from .state_cache import StateLayer
+from .windowed_attention import GroupedQueryAttention, SelfAttention
+
+
+class EnhancedLocalAttentionWithGQA(nn.Module):
+    """Sliding-window attention with grouped keys and values, causal or on both sides, and its output projection.
+
+    Args:
+        config: `LiquidConfig`.
+        two_sided: see a window on both sides, as the encoder does.
+    """
+
+    def __init__(self, config, two_sided: bool):
+        super().__init__()
+        self.attention = SelfAttention(config, config.attention_window, two_sided)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        rows: Rows,
+        state: StateLayer | None,
+        output_attentions: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`[B, M, hidden_size]` → (the same, weights `[B, H, M, N]` or None); arguments as for `SelfAttention`."""
+        y, weights = self.attention(x, rotary, rows, state, output_attentions)
+        return self.o_proj(y), weights
+
+
+class CrossAttention(GroupedQueryAttention):
+    """Attention of each entity of the decoder over all real tokens of the source."""
+
+    is_causal = False
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        source: torch.Tensor,
+        source_mask: torch.Tensor | None,
+        state: StateLayer | None,
+        output_attentions: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            x: `[B, M, hidden_size]`; source: `[B, S, hidden_size]`.
+            source_mask: bool `[B, S]`, True where real, at least once in a row; None if everywhere.
+            state: holds keys and values of the source from the first call on, or None.
+
+        Returns:
+            (`[B, M, hidden_size]`, weights `[B, H, M, S]` or None).
+        """
+        key = None if state is None else state.data("source_key")
+        if key is not None:
+            value = state.data("source_value")
+        else:
+            key = self.k_norm(self.project(self.k_proj, source))
+            value = self.project(self.v_proj, source)
+            if state is not None:
+                state.replace("source_key", key.detach())
+                state.replace("source_value", value.detach())
+        query = self.q_norm(self.project(self.q_proj, x))
+        if source_mask is None:
+            source_mask = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
+        mask = source_mask[:, None, None].expand(-1, -1, query.shape[2], -1)
+        y, weights = self.attend(query, key, value, mask, output_attentions)
+        return self.o_proj(y.flatten(2)), weights
