@@ -47,6 +47,7 @@ from .modeling.modeling_liquid import (  # noqa: E402
     LiquidForSequenceClassification,
     LiquidModel,
 )
+from .text2text_pipeline import register as register_text2text_pipeline  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -82,6 +83,8 @@ for config, heads in (
     for auto_class, head in heads.items():
         auto_class.register(config, head, exist_ok=True)
         head.register_for_auto_class(auto_class.__name__)
+
+register_text2text_pipeline()
 
 __all__ = [
     "BidirectionalEncoder",

@@ -49,19 +49,29 @@ def options(
 def train(
     output: Annotated[Path, typer.Argument(help="Folder for the trained model: new or empty.")],
     data: Annotated[
-        str | None, typer.Option(help="Text: a file or a folder of .txt, .md, .jsonl. Default: the embedded corpus.")
+        str | None,
+        typer.Option(
+            help="Text: a file or a folder of .txt, .md, .jsonl. Default: the embedded corpus. For liquid and t5: "
+            "JSON Lines of pairs. Default: the embedded verses, English to Spanish."
+        ),
     ] = None,
     validation_data: Annotated[
         str | None, typer.Option(help="Text to validate on. Default: 5 % of --data, or the corpus' validation split.")
     ] = None,
     validation_blocks: Annotated[int, typer.Option(help="Validate on so many blocks at most, spread evenly.")] = 128,
     text_field: Annotated[str, typer.Option(help="Field of JSON Lines that holds the text.")] = "text",
+    source_field: Annotated[str, typer.Option(help="Field that holds a pair's source, such as en.")] = "source",
+    target_field: Annotated[str, typer.Option(help="Field that holds a pair's target, such as es.")] = "target",
     streaming: Annotated[bool, typer.Option(help="Read --data while training, not before.")] = False,
     start: Annotated[str | None, typer.Option("--from", help=f"Fine-tune this model. {MODEL_HELP}")] = None,
     lora: Annotated[bool, typer.Option(help="With --from: train low-rank updates only.")] = False,
     lora_rank: Annotated[int, typer.Option(help="Rank of the updates.")] = 16,
     architecture: Annotated[
-        str | None, typer.Option("--model", help="dfn (default), flownetwork, or llama: all of as many parameters.")
+        str | None,
+        typer.Option(
+            "--model",
+            help="dfn (default), flownetwork, or llama, of as many parameters; on pairs of texts, liquid or t5.",
+        ),
     ] = None,
     size: Annotated[str | None, typer.Option(help="tiny (default), small, medium or large.")] = None,
     fields: Annotated[
@@ -69,11 +79,12 @@ def train(
         typer.Option("--set", help="A field of the configuration, FIELD=VALUE, such as position_dim=8. Repeatable."),
     ] = None,
     tokenizer: Annotated[
-        str | None, typer.Option(help="bpe (default), byte, or a folder or Hub id. With --from: the model's.")
+        str | None,
+        typer.Option(help="bpe (default), byte, bpe-en-es (for pairs), a folder or Hub id. With --from: the model's."),
     ] = None,
-    block_size: Annotated[int, typer.Option(help="Tokens per block.")] = 256,
+    block_size: Annotated[int, typer.Option(help="Tokens per block; of pairs, of a side at most.")] = 256,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
-    batch_size: Annotated[int, typer.Option(help="Blocks per device and forward pass.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Blocks or pairs per device and forward pass.")] = 16,
     accumulation: Annotated[int, typer.Option(help="Forward passes per optimizer step.")] = 1,
     learning_rate: Annotated[
         float | None, typer.Option(help="Peak. Default: 3e-3 from scratch, 3e-4 with --from, 1e-3 with --lora.")
@@ -101,19 +112,25 @@ def train(
 
     Fine-tune on your own text: `dfn-hf train my-poems --from dfn-tiny --data poems/ --lora`
 
+    An encoder-decoder on pairs: `dfn-hf train my-translator --model liquid --data pairs.jsonl`
+
     After a kill: the same command with `--resume`
 
     On several GPUs: `torchrun --nproc-per-node 4 -m dfn_hf.cli train …`
     """
     from accelerate import PartialState
+    from transformers import DataCollatorForSeq2Seq
 
     from .blocks import corpus_blocks, text_blocks
     from .data import load_tokenizer
     from .hub import push_folder, require_token
     from .lora import add_lora
+    from .seq2seq_sizes import ARCHITECTURES as SEQ2SEQ_ARCHITECTURES
+    from .seq2seq_sizes import new_seq2seq_lm
     from .sizes import new_causal_lm
-    from .sources import load_causal_lm
+    from .sources import load_causal_lm, load_config, load_seq2seq_lm
     from .training import TrainingSettings, check_output_folder, train_model
+    from .translation import load_pairs, training_pairs
 
     refuse(lora and start is None, "--lora needs --from: low-rank updates of random weights learn nothing")
     refuse(start is not None and tokenizer is not None, "--from brings its own tokenizer: leave out --tokenizer")
@@ -138,32 +155,49 @@ def train(
         require_token()
 
     model: Any
-    if start is None:
-        vocabulary = load_tokenizer(tokenizer or "bpe")
-        model = new_causal_lm(
-            vocabulary,
-            architecture=architecture or "dfn",
-            size=size or "tiny",
-            seed=seed,
-            **dict(map(parse_field, fields or ())),
-        )
+    options = dict(map(parse_field, fields or ()))
+    pairs = architecture in SEQ2SEQ_ARCHITECTURES or (start is not None and load_config(start).is_encoder_decoder)
+    collator = None
+    if pairs:
+        refuse(lora or streaming, "--lora and --streaming are for causal models: leave them out with pairs of texts")
+        if start is None:
+            vocabulary = load_tokenizer(tokenizer or "bpe-en-es")
+            model = new_seq2seq_lm(
+                vocabulary, architecture=architecture or "liquid", size=size or "tiny", seed=seed, **options
+            )
+        else:
+            model, vocabulary = load_seq2seq_lm(start)
+        fields_of_pairs = {"source_field": source_field, "target_field": target_field}
+        loaded_pairs = None if data is None else load_pairs(data, **fields_of_pairs)
+        held_out_of_them = None if validation_data is None else load_pairs(validation_data, **fields_of_pairs)
+        blocks, held_out = training_pairs(vocabulary, block_size, loaded_pairs, held_out_of_them, seed=seed)
+        collator = DataCollatorForSeq2Seq(vocabulary, model)
+        text = "the verses of the World English Bible and the Reina-Valera" if data is None else data
+        unit = f"pairs of at most {block_size} tokens a side"
     else:
-        loaded, vocabulary = load_causal_lm(start)
-        model = add_lora(loaded, rank=lora_rank) if lora else loaded
-    if data is None:
-        blocks, held_out = corpus_blocks(vocabulary, block_size, num_validation=validation_blocks)
-    else:
-        blocks, held_out = text_blocks(
-            vocabulary,
-            block_size,
-            data,
-            validation_data,
-            num_validation=validation_blocks,
-            text_field=text_field,
-            streaming=streaming,
-            seed=seed,
-        )
-    text = "the embedded corpus of Shakespeare and the King James Bible" if data is None else data
+        if start is None:
+            vocabulary = load_tokenizer(tokenizer or "bpe")
+            model = new_causal_lm(
+                vocabulary, architecture=architecture or "dfn", size=size or "tiny", seed=seed, **options
+            )
+        else:
+            loaded, vocabulary = load_causal_lm(start)
+            model = add_lora(loaded, rank=lora_rank) if lora else loaded
+        if data is None:
+            blocks, held_out = corpus_blocks(vocabulary, block_size, num_validation=validation_blocks)
+        else:
+            blocks, held_out = text_blocks(
+                vocabulary,
+                block_size,
+                data,
+                validation_data,
+                num_validation=validation_blocks,
+                text_field=text_field,
+                streaming=streaming,
+                seed=seed,
+            )
+        text = "the embedded corpus of Shakespeare and the King James Bible" if data is None else data
+        unit = f"blocks of {block_size} tokens"
     origin = "from scratch" if start is None else f"from {start}"
     result = train_model(
         model,
@@ -172,10 +206,10 @@ def train(
         held_out,
         output,
         settings,
-        provenance=f"Trained on {text}, in blocks of {block_size} tokens, "
-        f"{origin}{f' with LoRA of rank {lora_rank}' if lora else ''}.",
+        provenance=f"Trained on {text}, in {unit}, {origin}{f' with LoRA of rank {lora_rank}' if lora else ''}.",
         resume=resume,
         overwrite=overwrite,
+        data_collator=collator,
     )
     if not PartialState().is_main_process:
         return
@@ -258,6 +292,48 @@ def evaluate(
         "scored": f"{found.num_tokens:,} tokens, {found.num_bytes:,} bytes, {found.num_documents:,} documents",
     }
     echo_rows(rows)
+
+
+@app.command()
+def translate(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts to translate, each in quotes.")] = None,
+    data: Annotated[str | None, typer.Option(help="Score the translations of these pairs: JSON Lines.")] = None,
+    source_field: Annotated[str, typer.Option(help="Field that holds a pair's source, such as en.")] = "source",
+    target_field: Annotated[str, typer.Option(help="Field that holds a pair's target, such as es.")] = "target",
+    split: Annotated[
+        str | None, typer.Option(help="Score those of the embedded verses: train, validation or test.")
+    ] = None,
+    num_beams: Annotated[int, typer.Option(min=1, help="1 takes the most probable token each time.")] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a translation, at most.")] = 128,
+    shuffled: Annotated[
+        bool, typer.Option("--shuffled", help="Give each target another source: what the model says without reading.")
+    ] = False,
+) -> None:
+    """Translate texts, or score the translations of pairs by chrF and BLEU.
+
+    Example: `dfn-hf translate my-translator "In the beginning God created the heavens." --num-beams 4`
+    """
+    from .data import load_verses
+    from .sources import load_seq2seq_lm
+    from .translation import load_pairs, score_translations, shuffle_sources, translate
+
+    given = [bool(texts), data is not None, split is not None]
+    refuse(sum(given) != 1, "give one of three: texts, --data, or --split")
+    loaded, tokenizer = load_seq2seq_lm(model)
+    generation = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
+    if texts:
+        for text in translate(loaded, tokenizer, texts, **generation):
+            typer.echo(text)
+        return
+    if data is not None:
+        pairs = load_pairs(data, source_field=source_field, target_field=target_field)
+    else:
+        pairs = load_verses(split or "test")
+    sources = list(pairs["source"])
+    translations = translate(loaded, tokenizer, shuffle_sources(sources) if shuffled else sources, **generation)
+    scores = score_translations(translations, list(pairs["target"]))
+    echo_rows({"chrF": f"{scores.chrf:.2f}", "BLEU": f"{scores.bleu:.2f}", "pairs": f"{len(pairs):,}"})
 
 
 @app.command()

@@ -9,13 +9,15 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from .text2text_pipeline import TASK as TEXT2TEXT
+
 PROVENANCE = "Provenance"
 
 
 def model_card(
     model: PreTrainedModel, *, name: str, provenance: str, settings: dict[str, Any], validation_loss: float
 ) -> ModelCard:
-    """The card of a freshly trained causal language model.
+    """The card of a freshly trained language model.
 
     Args:
         model: the trained model.
@@ -24,11 +26,13 @@ def model_card(
         settings: option names and values of the training run.
         validation_loss: in nats per token.
     """
-    metadata = ModelCardData(
-        library_name="transformers", pipeline_tag="text-generation", tags=[model.config.model_type]
-    ).to_yaml()
+    task = "text2text-generation" if model.config.is_encoder_decoder else "text-generation"
+    metadata = ModelCardData(library_name="transformers", pipeline_tag=task, tags=[model.config.model_type]).to_yaml()
     options = ", ".join(f"{option} {value:g}" for option, value in settings.items())
-    imports = "import dfn_hf\n" if model.config.model_type in ("dfn", "flownetwork") else ""
+    imports = "import dfn_hf\n" if model.config.model_type in ("dfn", "flownetwork", "liquid") else ""
+    if model.config.is_encoder_decoder:
+        imports = imports or "import dfn_hf  # brings this pipeline\n"
+        task = TEXT2TEXT
     content = f"""---
 {metadata}
 ---
@@ -40,7 +44,7 @@ A `{type(model).__name__}` of {model.num_parameters():,} parameters.
 ```python
 {imports}from transformers import pipeline
 
-pipeline("text-generation", model="{name}")("Once", max_new_tokens=60)
+pipeline("{task}", model="{name}")("Once", max_new_tokens=60)
 ```
 
 ## {PROVENANCE}

@@ -4,11 +4,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -55,11 +57,21 @@ def load_causal_lm(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
 
     The model is in evaluation mode, and on the GPU where there is one.
     """
+    return load_model(source, AutoModelForCausalLM)
+
+
+def load_seq2seq_lm(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The encoder-decoder and the tokenizer at `source`, as `load_causal_lm` gives them."""
+    return load_model(source, AutoModelForSeq2SeqLM)
+
+
+def load_model(source: str, auto_class: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of one of transformers' Auto classes and the tokenizer at `source`; see `resolve_source`."""
     path = resolve_source(source)
     with clear_hub_errors(path):
-        model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        model, tokenizer = auto_class.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     if torch.cuda.is_available():
-        model.cuda()  # type: ignore[call-arg]
+        model.cuda()
     return model, tokenizer
 
 

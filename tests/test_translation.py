@@ -1,0 +1,222 @@
+"""Encoder-decoders on pairs: reading them, training, translating, scoring, and the pipeline."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    DataCollatorForSeq2Seq,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    pipeline,
+)
+from typer.testing import CliRunner
+
+from dfn_hf import LiquidForSeq2SeqLM
+from dfn_hf.cli import app
+from dfn_hf.data import load_tokenizer, load_verses
+from dfn_hf.seq2seq_sizes import new_seq2seq_lm
+from dfn_hf.sources import load_seq2seq_lm
+from dfn_hf.translation import (
+    encode_pairs,
+    load_pairs,
+    score_translations,
+    shuffle_sources,
+    training_pairs,
+    translate,
+)
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16, "moe_intermediate_size": 8}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("bpe-en-es")
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return new_seq2seq_lm(tokenizer, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def folder(model, tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+# Pairs
+
+
+def test_pairs_are_read_from_plain_and_from_wmt_lines(tmp_path):
+    plain = write_lines(tmp_path / "plain.jsonl", [{"source": " a ", "target": "b"}, {"source": " ", "target": "c"}])
+    wmt = write_lines(tmp_path / "wmt.jsonl", [{"translation": {"en": "one", "es": "uno"}}])
+    assert load_pairs(plain).to_list() == [{"source": "a", "target": "b"}]
+    read = load_pairs(wmt, source_field="en", target_field="es")
+    assert read.to_list() == [{"source": "one", "target": "uno"}]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"source": "a"}\n', r"line 1 has no texts 'source' and 'target' \(its fields: source\)"),
+        ('{"source": "a", "target": 3}\n', "line 1 has no texts"),
+        ('{"translation": ["a", "b"]}\n', "line 1 has no texts"),
+        ('{"source": "", "target": ""}\n', "holds no pair"),
+        ("[1]\n", "line 1 has no text"),
+        ("not json\n", "line 1 is not JSON"),
+    ],
+)
+def test_unusable_lines_are_named(content, message, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load_pairs(path)
+
+
+def test_encoded_pairs_end_and_long_ones_are_left_out(tokenizer):
+    pairs = Dataset.from_list(
+        [{"source": "In the beginning", "target": "En el principio"}, {"source": "a " * 50, "target": "b"}]
+    )
+    encoded = encode_pairs(pairs, tokenizer, max_length=20)
+    assert len(encoded) == 1
+    assert encoded[0]["input_ids"][-1] == encoded[0]["labels"][-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(encoded[0]["labels"], skip_special_tokens=True) == "En el principio"
+    with pytest.raises(ValueError, match="longer than max_length"):
+        encode_pairs(pairs, tokenizer, max_length=1)
+
+
+def test_some_of_ones_own_pairs_are_held_out(tokenizer):
+    pairs = Dataset.from_list([{"source": f"word {number}", "target": f"palabra {number}"} for number in range(40)])
+    train, held_out = training_pairs(tokenizer, 20, pairs)
+    assert (len(train), len(held_out)) == (38, 2)
+    again = training_pairs(tokenizer, 20, pairs)[1]
+    assert again.to_list() == held_out.to_list()
+    with pytest.raises(ValueError, match="one pair is too few"):
+        training_pairs(tokenizer, 20, pairs.select(range(1)))
+
+
+# Models
+
+
+def test_a_t5_of_as_many_parameters(tokenizer):
+    liquid, t5 = (new_seq2seq_lm(tokenizer, architecture=name) for name in ("liquid", "t5"))
+    assert isinstance(liquid, LiquidForSeq2SeqLM)
+    assert abs(t5.num_parameters() / liquid.num_parameters() - 1) < 0.001
+    assert t5.config.decoder_start_token_id == liquid.config.decoder_start_token_id == tokenizer.pad_token_id
+    with pytest.raises(ValueError, match="choose one of liquid, t5"):
+        new_seq2seq_lm(tokenizer, architecture="bart")
+    with pytest.raises(ValueError, match="no field 'width'"):
+        new_seq2seq_lm(tokenizer, width=3)
+
+
+def test_translations_keep_their_order_whatever_the_batch(model, tokenizer):
+    texts = ["In the beginning God created the heavens and the earth.", "And", "God said, Let there be light."]
+    together = translate(model, tokenizer, texts, num_beams=2, max_new_tokens=8)
+    alone = [translate(model, tokenizer, [text], num_beams=2, max_new_tokens=8)[0] for text in texts]
+    assert together == alone
+
+
+def test_scores_are_sacrebleus_and_shuffling_moves_every_source():
+    references = [
+        "Y dijo Dios: Sea la luz: y fué la luz.",
+        "Y llamó Dios á la luz Día, y á las tinieblas llamó Noche.",
+    ]
+    perfect = score_translations(references, references)
+    assert perfect.chrf == pytest.approx(100) and perfect.bleu == pytest.approx(100)
+    assert score_translations(references[::-1], references).chrf < 60
+    sources = [str(number) for number in range(7)]
+    shuffled = shuffle_sources(sources)
+    assert sorted(shuffled) == sources and all(one != other for one, other in zip(sources, shuffled, strict=True))
+
+
+def test_seq2seq_trainer_predicts_with_generate(model, tokenizer, tmp_path):
+    pairs = encode_pairs(
+        load_verses("validation").select(range(6)).select_columns(["source", "target"]), tokenizer, 96
+    )
+    arguments = Seq2SeqTrainingArguments(
+        str(tmp_path), max_steps=2, per_device_train_batch_size=2, per_device_eval_batch_size=3, report_to="none",
+        predict_with_generate=True, learning_rate=1e-2, logging_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Seq2SeqTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=pairs,
+        eval_dataset=pairs,
+        data_collator=DataCollatorForSeq2Seq(tokenizer, model),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    predictions = trainer.predict(pairs, max_new_tokens=8).predictions
+    assert predictions.shape == (6, 9)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[1] < losses[0]
+
+
+def test_the_pipeline_gives_what_translate_gives(folder):
+    write = pipeline("liquid-text2text", model=str(folder))
+    text = "In the beginning God created the heavens and the earth."
+    model, tokenizer = load_seq2seq_lm(str(folder))
+    expected = translate(model, tokenizer, [text], num_beams=2, max_new_tokens=8)[0]
+    assert write(text, num_beams=2, max_new_tokens=8) == [{"generated_text": expected}]
+    several = write([text, "And"], num_beams=2, num_return_sequences=2, max_new_tokens=8, batch_size=2)
+    assert [len(one) for one in several] == [2, 2]
+    assert several[0][0]["generated_text"] == expected
+    with pytest.raises(ValueError, match="takes a text"):
+        write("")
+
+
+# Commands
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def test_train_and_translate_on_ones_own_pairs(tmp_path, tokenizer):
+    lines = [{"translation": {"en": f"the number {n}", "es": f"el número {n}"}} for n in range(12)]
+    data = write_lines(tmp_path / "pairs.jsonl", lines)
+    fields = ["--source-field", "en", "--target-field", "es"]
+    settings = [part for field, value in SMALL.items() for part in ("--set", f"{field}={value}")]
+    trained = run(
+        "train", tmp_path / "model", "--model", "liquid", "--data", data, *fields, *settings, "--steps", 2,
+        "--batch-size", 4, "--block-size", 32,
+    )  # fmt: skip
+    assert trained.exit_code == 0, trained.output
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    assert type(model) is LiquidForSeq2SeqLM
+    card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
+    assert "liquid-text2text" in card and "pairs of at most 32 tokens" in card
+    said = run("translate", tmp_path / "model", "the number 3", "the number 4", "--max-new-tokens", 5)
+    assert said.exit_code == 0 and len(said.stdout.splitlines()) == 2
+    scored = run("translate", tmp_path / "model", "--data", data, *fields, "--num-beams", 1, "--max-new-tokens", 5)
+    assert "chrF" in scored.stdout and "BLEU" in scored.stdout
+    more = run("train", tmp_path / "more", "--from", tmp_path / "model", "--data", data, *fields, "--steps", 1)
+    assert more.exit_code == 0, more.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["translate", "MODEL"], "one of three"),
+        (["translate", "MODEL", "a text", "--split", "test"], "one of three"),
+        (["translate", "MODEL", "--split", "dev"], "no split 'dev'"),
+        (["train", "OUT", "--model", "liquid", "--streaming"], "causal models"),
+        (["train", "OUT", "--model", "liquid", "--set", "width=3"], "no field 'width'"),
+        (["train", "OUT", "--model", "liquid", "--data", "nowhere.jsonl"], "no file or folder"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, folder, tmp_path):
+    places = {"MODEL": str(folder), "OUT": str(tmp_path / "out")}
+    result = run(*(places.get(argument, argument) for argument in arguments))
+    assert result.exit_code == 1
+    assert message in result.stderr and len(result.stderr.strip().splitlines()) == 1
