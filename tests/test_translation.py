@@ -157,7 +157,9 @@ def test_seq2seq_trainer_predicts_with_generate(model, tokenizer, tmp_path):
     )
     trainer.train()
     predictions = trainer.predict(pairs, max_new_tokens=8).predictions
-    assert predictions.shape == (6, 9)
+    assert len(predictions) == 6
+    assert (predictions[:, 0] == model.config.decoder_start_token_id).all()
+    assert (predictions[:, 9:] == tokenizer.pad_token_id).all()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[1] < losses[0]
 
