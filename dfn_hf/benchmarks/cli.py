@@ -237,6 +237,38 @@ def memory(
 
 
 @app.command()
+def translation(
+    models: Models = ["liquid", "t5"],  # noqa: B006
+    seeds: Seeds = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 3000,
+    search_steps: Annotated[int, typer.Option(min=1, help="Steps of the short runs that pick a learning rate.")] = 300,
+    learning_rates: LearningRates = [1e-3, 3e-3, 6e-3],  # noqa: B006
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs per step.")] = 32,
+    results: Results = RESULTS_FOLDER / "translation.csv",
+    threads: Threads = 1,
+    device: Device = "cpu",
+) -> None:
+    """English to Spanish on the embedded verses: Liquid beside a T5 of equal size, and Liquid with one part off.
+
+    Example: dfn-hf bench translation --model liquid --model "no LSTM" --steps 1000
+    """
+    from .machine import set_up_device
+    from .translation import TranslationSettings, run_translation, translation_table
+
+    set_up_device(device, threads)
+    finished = run_translation(
+        TranslationSettings(steps=steps, batch_size=batch_size, device=device),
+        models=models,
+        seeds=range(seeds),
+        learning_rates=learning_rates,
+        search_steps=search_steps,
+        path=results,
+        report=_report,
+    )
+    _print(translation_table(finished), {measures.machine for _, measures in finished}, results)
+
+
+@app.command()
 def speed(
     models: Models = ["flownetwork", "llama"],  # noqa: B006
     works: Annotated[
