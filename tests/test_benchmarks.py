@@ -5,9 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from typer.testing import CliRunner
 
-from dfn_hf.benchmarks import byte_lm, recall
+import dfn_hf.seq2seq_sizes
+import dfn_hf.translation
+from dfn_hf.benchmarks import byte_lm, recall, translation
 from dfn_hf.benchmarks.byte_text import ByteWindows
 from dfn_hf.benchmarks.cli import app
 from dfn_hf.benchmarks.fitting import fit
@@ -16,6 +19,7 @@ from dfn_hf.benchmarks.models import MODELS, ModelSize, build_model, count_param
 from dfn_hf.benchmarks.mqar import IGNORED, recall_accuracy, recall_batch, recall_batches
 from dfn_hf.benchmarks.results import ResultsFile, markdown_table, mean_with_error
 from dfn_hf.benchmarks.scaling import ScalingMeasures, ScalingSettings, corpus_bytes, log_log_slope, scaling_table
+from dfn_hf.data import load_verses
 
 TINY = ModelSize(vocab_size=256, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=256)
 
@@ -276,3 +280,32 @@ def test_without_far_neighbours_the_configuration_is_restored(monkeypatch):
     monkeypatch.setattr(recall, "long_recall", lambda model, settings: seen.append(model.config.num_neighbors) or 0.5)
     assert recall._long_recall_without_far(model, recall.RecallSettings()) == 0.5
     assert seen == [0] and model.config.num_neighbors == 16
+
+
+def test_translation_is_measured_beside_a_t5_and_resumes(tmp_path, monkeypatch):
+    few = {split: load_verses(split).select(range(8)) for split in ("train", "validation", "test")}
+    monkeypatch.setattr(translation, "load_verses", few.get)
+    monkeypatch.setattr(dfn_hf.translation, "load_verses", few.get)
+    monkeypatch.setattr(dfn_hf.seq2seq_sizes, "SIZES", {"tiny": {"hidden_size": 16, "num_hidden_layers": 1}})
+    translation.encoded.cache_clear()
+    arguments = ["translation", "--model", "liquid", "--model", "no LSTM", "--model", "t5", "--steps", "2"]
+    arguments += ["--search-steps", "1", "--learning-rate", "1e-3", "--batch-size", "4"]
+    arguments += ["--results", str(tmp_path / "translation.csv")]
+    first = CliRunner().invoke(app, arguments)
+    assert first.exit_code == 0, first.output
+    table = [line for line in first.stdout.splitlines() if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["liquid", "no LSTM", "t5"]
+    monkeypatch.setattr(translation, "measure_translation", lambda *_: pytest.fail("a finished run was repeated"))
+    assert CliRunner().invoke(app, arguments).stdout == first.stdout
+    translation.encoded.cache_clear()
+
+
+def test_translation_batches_depend_on_the_seed_alone():
+    pairs = Dataset.from_list([{"input_ids": [number], "labels": [number]} for number in range(10)])
+
+    def numbers(seed):
+        batches = translation.random_batches(pairs, 3, seed, lambda rows: [row["input_ids"][0] for row in rows])
+        return list(itertools.islice(batches, 4))
+
+    assert numbers(0) == numbers(0) != numbers(1)
+    assert len({number for batch in numbers(0)[:3] for number in batch}) == 9

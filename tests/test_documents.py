@@ -26,7 +26,7 @@ def test_readme_snippet_runs(number, tmp_path, monkeypatch, capsys):
 
 
 def test_readme_has_its_snippets():
-    assert len(SNIPPETS) == 5
+    assert len(SNIPPETS) == 6
 
 
 @pytest.mark.parametrize("command", TABLES)
