@@ -51,39 +51,43 @@ from .text2text_pipeline import register as register_text2text_pipeline  # noqa:
 
 __version__ = "0.1.0"
 
-for config, heads in (
-    (
-        DFNConfig,
-        {
-            AutoModel: DFNModel,
-            AutoModelForCausalLM: DFNForCausalLM,
-            AutoModelForSequenceClassification: DFNForSequenceClassification,
-        },
-    ),
-    (
-        FlowNetworkConfig,
-        {
-            AutoModel: FlowNetworkModel,
-            AutoModelForCausalLM: FlowNetworkForCausalLM,
-            AutoModelForSequenceClassification: FlowNetworkForSequenceClassification,
-        },
-    ),
-    (
-        LiquidConfig,
-        {
-            AutoModel: LiquidModel,
-            AutoModelForSeq2SeqLM: LiquidForSeq2SeqLM,
-            AutoModelForSequenceClassification: LiquidForSequenceClassification,
-        },
-    ),
-):
-    AutoConfig.register(config.model_type, config, exist_ok=True)
-    # So that save_pretrained and push_to_hub take the code along.
-    config.register_for_auto_class()
-    for auto_class, head in heads.items():
-        auto_class.register(config, head, exist_ok=True)
-        head.register_for_auto_class(auto_class.__name__)
 
+def _register_families() -> None:
+    for config, heads in (
+        (
+            DFNConfig,
+            {
+                AutoModel: DFNModel,
+                AutoModelForCausalLM: DFNForCausalLM,
+                AutoModelForSequenceClassification: DFNForSequenceClassification,
+            },
+        ),
+        (
+            FlowNetworkConfig,
+            {
+                AutoModel: FlowNetworkModel,
+                AutoModelForCausalLM: FlowNetworkForCausalLM,
+                AutoModelForSequenceClassification: FlowNetworkForSequenceClassification,
+            },
+        ),
+        (
+            LiquidConfig,
+            {
+                AutoModel: LiquidModel,
+                AutoModelForSeq2SeqLM: LiquidForSeq2SeqLM,
+                AutoModelForSequenceClassification: LiquidForSequenceClassification,
+            },
+        ),
+    ):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        # So that save_pretrained and push_to_hub take the code along.
+        config.register_for_auto_class()
+        for auto_class, head in heads.items():
+            auto_class.register(config, head, exist_ok=True)
+            head.register_for_auto_class(auto_class.__name__)
+
+
+_register_families()
 register_text2text_pipeline()
 
 __all__ = [

@@ -14,7 +14,7 @@ from .modeling.state_cache import CACHE_NAME
 from .sources import load_config, resolve_source
 
 # Families whose layers all hold the same state, so that one layer tells the size of all.
-UNIFORM_FAMILIES = ("dfn", "llama")
+UNIFORM_FAMILIES = ("dfn", "flownetwork", "llama")
 SUMMARY_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -102,7 +102,9 @@ def state_bytes_per_token(config: PreTrainedConfig) -> int:
     num_layers, config.num_hidden_layers, config.vocab_size = config.num_hidden_layers, 1, 8
     config.pad_token_id = config.bos_token_id = config.eos_token_id = None
     model = AutoModelForCausalLM.from_config(config).eval()
-    short, long = 256, 512
+    chunk = getattr(config, "memory_chunk", 1)
+    short = chunk * max(1, 256 // chunk)
+    long = 2 * short
     sizes = [
         cache_bytes(model(torch.zeros(1, length, dtype=torch.long), use_cache=True)[CACHE_NAME])
         for length in (short, long)

@@ -192,6 +192,11 @@ def train_model(
             f"the tokenizer has {len(tokenizer)} tokens but the model's vocab_size is {base_model.config.vocab_size}: "
             "use the tokenizer the model was made for"
         )
+    if settings.exact_search_share and base_model.config.model_type != "dfn":
+        raise ValueError(
+            f"exact_search_share is {settings.exact_search_share:g} and a {base_model.config.model_type} searches for "
+            "nothing: leave it out (--exact-search)"
+        )
     use_cache = base_model.config.use_cache
     run = describe_run(base_model, settings, provenance)
     checkpoints = output_folder / CHECKPOINTS
@@ -211,7 +216,7 @@ def train_model(
         callbacks=[FlowMemoryCallback(), *callbacks, *([progress_bar] if progress else [])],
     )
     trainer.remove_callback(PrinterCallback)
-    if base_model.config.model_type == "dfn" and settings.exact_search_share > 0:
+    if settings.exact_search_share > 0:
         trainer.add_callback(SearchSwitchCallback(settings.exact_search_share))
 
     with clear_disk_errors(output_folder):

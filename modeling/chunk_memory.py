@@ -128,7 +128,7 @@ class ChunkMemory(nn.Module):
         inputs = (1 - decay) * pooled + decay * start
         closed = decay_scan(torch.where(restart, 0, decay), inputs)
         if state is not None:
-            self._store(state, closed, length)
+            self._store(state, closed)
         read = torch.where(restart[:, 1:], initial, closed[:, :-1])
         return torch.cat([before[:, None], read], dim=1), layout.last(length)
 
@@ -188,9 +188,9 @@ class ChunkMemory(nn.Module):
         entry = entry.view(-1, *initial.shape).to(initial.dtype)
         return torch.where((closed == 0)[:, None, None], initial, entry)
 
-    def _store(self, state, closed: torch.Tensor, length: int) -> None:
+    def _store(self, state, closed: torch.Tensor) -> None:
         """Keep the slots at each boundary: entry e is what e closed chunks left. An open one is overwritten."""
-        capacity = (state.columns + length) // self.chunk_length + closed.shape[1] + 1
+        capacity = state.columns // self.chunk_length + closed.shape[1] + 1
         at = state.lengths // self.chunk_length + 1
         state.write_entries(self.slots_name, closed.flatten(2)[:, None], at, capacity)
 

@@ -103,6 +103,8 @@ class EnhancedFlowLayer(nn.Module):
 class FlowNetwork(nn.Module):
     """A whole causal model with windowed attention: cost grows with the length, not with its square.
 
+    `causal_lm` is the `FlowNetworkForCausalLM` inside, which generates, saves and loads.
+
     Args:
         vocab_size, d_model, num_layers: sizes; max_seq_len: longest input that it is meant for.
         num_patterns: flow patterns; num_heads: lowered to what divides `d_model`.
@@ -153,6 +155,10 @@ class FlowNetwork(nn.Module):
         """int64 `[batch, length]` → (logits `[batch, length, vocab_size]`, metrics)."""
         outputs = self.causal_lm(input_ids, use_cache=False)
         return outputs.logits, outputs.metrics
+
+    def commit_memory(self) -> None:
+        """As `FlowNetworkForCausalLM.commit_memory`: once per optimizer step."""
+        self.causal_lm.commit_memory()
 
 
 class EnhancedFlowTransformer(FlowNetwork):

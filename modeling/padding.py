@@ -116,15 +116,15 @@ def column_mask(attention_mask: torch.Tensor | None, batch: int, length: int, pa
     """The mask of this call's columns, bool `[batch, length]`, from one of these or of all columns so far."""
     if attention_mask is None:
         return None
+    columns = f"{[batch, length]}"
+    if past:
+        columns += f" or, with the {past} columns before, {[batch, past + length]}"
     if (
         attention_mask.dim() != 2
         or attention_mask.shape[0] != batch
         or attention_mask.shape[1] not in (length, past + length)
     ):
-        raise ValueError(
-            f"attention_mask must be [batch, length] = {[batch, length]} or, with the {past} columns before, "
-            f"{[batch, past + length]}; got {list(attention_mask.shape)}."
-        )
+        raise ValueError(f"attention_mask must be [batch, length] = {columns}; got {list(attention_mask.shape)}.")
     return attention_mask[:, -length:].bool()
 
 

@@ -100,8 +100,10 @@ class SelfAttention(GroupedQueryAttention):
             key, value = key[:, :, :num_entities], value[:, :, :num_entities]
         mask = None
         if not started or rows.segment is not None:
-            age = rows.index[..., None] - torch.arange(key.shape[2], device=key.device)
-            mask = ((age >= 0) & (age <= rows.reach[..., None]))[:, None]
+            places = torch.arange(key.shape[2], device=key.device)
+            mask = (places <= rows.index[..., None])[:, None]
+            if rows.segment is not None:
+                mask = mask & (places >= (rows.index - rows.reach)[..., None])[:, None]
         y, weights = self.attend(query, key, value, mask, output_attentions)
         return y, None if weights is None else weights[..., : int(rows.index.max()) + 1]
 

@@ -94,6 +94,13 @@ def test_info_state_of_a_llama_is_its_keys_and_values(text, tmp_path):
     )
 
 
+def test_info_state_of_a_flownetwork_is_its_slots():
+    layers, chunk, bytes_each = 4, 64, 4
+    slots, router_context = 16 * 128, 16
+    expected = layers * (slots + router_context) * bytes_each // chunk
+    assert f"{expected} bytes per token" in run("info", "flownetwork-tiny").stdout
+
+
 def test_fine_tunes_with_lora_on_a_stream(model, text, tmp_path):
     result = run(
         *("train", tmp_path / "tuned", "--from", model, "--lora", "--lora-rank", 2),

@@ -142,6 +142,17 @@ def test_every_weight_learns(network):
     assert all(weight.grad is not None and weight.grad.any() for weight in model.parameters())
 
 
+def test_its_bank_is_written_by_commit_memory_alone():
+    torch.manual_seed(0)
+    model = flownetwork.FlowNetwork(vocab_size=50, d_model=16, num_layers=1, max_seq_len=64).train()
+    bank = model.causal_lm.model.memory.memory_bank
+    before = bank.clone()
+    model(torch.randint(50, (2, 20)))
+    assert torch.equal(bank, before)
+    model.commit_memory()
+    assert not torch.equal(bank, before)
+
+
 @networks
 def test_the_causal_model_inside_generates_is_saved_and_loads(network, tmp_path):
     model, ids = make_network(network), draw_ids(2, 70)

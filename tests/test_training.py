@@ -211,6 +211,13 @@ def test_search_switches_at_the_share_of_steps_and_ends_with_cells(tokenizer, bl
     assert json.loads((result.folder / "config.json").read_text())["search_implementation"] == "cells"
 
 
+def test_a_search_is_not_switched_where_there_is_none(tokenizer, blocks, tmp_path):
+    model = new_causal_lm(tokenizer, architecture="llama", **TINY)
+    with pytest.raises(ValueError, match="a llama searches for nothing"):
+        train(model, tokenizer, blocks, tmp_path / "model", replace(SETTINGS, exact_search_share=0.5))
+    assert not (tmp_path / "model").exists()
+
+
 def test_packed_documents_do_not_see_each_other_in_a_llama():
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_attention_heads=2, use_cache=False)
