@@ -47,6 +47,7 @@ from .modeling.modeling_liquid import (  # noqa: E402
     LiquidForSequenceClassification,
     LiquidModel,
 )
+from .module_norms_callback import ModuleNormsCallback  # noqa: E402
 from .text2text_pipeline import register as register_text2text_pipeline  # noqa: E402
 
 __version__ = "0.1.0"
@@ -118,6 +119,7 @@ __all__ = [
     "LiquidForSequenceClassification",
     "LiquidModel",
     "MoELayer",
+    "ModuleNormsCallback",
     "OptimizedGatedConvolution",
     "adjust_num_heads",
     "checkpoint_path",

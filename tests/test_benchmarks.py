@@ -230,10 +230,13 @@ ABLATIONS = ("ablations", "--seeds", 1, "--lm-steps", 1, "--recall-steps", 1)
 ABLATIONS += ("--long-length", 128, "--long-num-pairs", 16, "--variant", "FlowNorm rms")
 SCALING = ("scaling", "--length", 256, "--baseline-length", 256, "--hidden-size", 32)
 SCALING += ("--num-hidden-layers", 1, "--repeats", 1)
+REVERSAL = ("reversal", "--seeds", 1, "--steps", 1)
 MILLION = ("million", "--length", 2048, "--chunk-length", 500, "--hidden-size", 32, "--num-hidden-layers", 2)
 
 
-@pytest.mark.parametrize("arguments", [RECALL, LM, ABLATIONS, SCALING, MILLION], ids=lambda arguments: arguments[0])
+@pytest.mark.parametrize(
+    "arguments", [RECALL, LM, ABLATIONS, SCALING, REVERSAL, MILLION], ids=lambda arguments: arguments[0]
+)
 def test_every_benchmark_prints_its_table_and_resumes(arguments, tmp_path, monkeypatch):
     path = tmp_path / "results.csv"
     first = run_cli(*arguments, "--results", path)

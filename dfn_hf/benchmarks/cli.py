@@ -237,6 +237,27 @@ def memory(
 
 
 @app.command()
+def reversal(
+    seeds: Seeds = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 600,
+    results: Results = RESULTS_FOLDER / "reversal.csv",
+    threads: Threads = 1,
+    device: Device = "cpu",
+) -> None:
+    """A Liquid that reverses strings of 32 letters with windows of 8.
+
+    Example: dfn-hf bench reversal --seeds 1 --threads 2
+    """
+    from .machine import set_up_device
+    from .reversal import ReversalSettings, reversal_table, run_reversal
+
+    set_up_device(device, threads)
+    runs = [ReversalSettings(seed=seed, steps=steps, device=device) for seed in range(seeds)]
+    finished = run_reversal(runs, results, _report)
+    _print(reversal_table(finished), {measures.machine for _, measures in finished}, results)
+
+
+@app.command()
 def translation(
     models: Models = ["liquid", "t5"],  # noqa: B006
     seeds: Seeds = 1,
