@@ -43,9 +43,8 @@ def train(folder, modules=None, **arguments):
     )
     pairs = [{"input_ids": list(range(2, 9 + n)), "labels": list(range(3, 9 + n))} for n in range(8)]
     settings = {
-    assert {PART, "model.encoder.layers.0.attention"} <= parts
-    assert "model.encoder.layers.0.dropout" not in parts
-        "disable_tqdm": True, "use_cpu": True,
+        "max_steps": 6, "logging_steps": 2, "per_device_train_batch_size": 2, "report_to": "none",
+        "save_strategy": "no", "disable_tqdm": True, "use_cpu": True,
     }  # fmt: skip
     callback, expected = ModuleNormsCallback(modules), Expected()
     trainer = Trainer(
