@@ -208,7 +208,7 @@ def train_model(
     progress_bar = ProgressBarCallback()
     trainer = MatrixDecayTrainer(
         model=model,
-        args=training_arguments(checkpoints, settings),
+        args=training_arguments(checkpoints, settings, group_by_length=data_collator is not None),
         data_collator=data_collator or PackedBlockCollator(base_model),
         train_dataset=train_blocks,
         eval_dataset=validation_blocks,
@@ -243,8 +243,14 @@ def train_model(
     return result
 
 
-def training_arguments(checkpoints: Path, settings: TrainingSettings) -> TrainingArguments:
-    """The Trainer's arguments for `settings`, to change and use with a Trainer of one's own."""
+def training_arguments(
+    checkpoints: Path, settings: TrainingSettings, *, group_by_length: bool = False
+) -> TrainingArguments:
+    """The Trainer's arguments for `settings`, to change and use with a Trainer of one's own.
+
+    Args:
+        group_by_length: make batches of rows about as long as each other, where rows are not packed.
+    """
     on_gpu = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(checkpoints),
@@ -274,6 +280,7 @@ def training_arguments(checkpoints: Path, settings: TrainingSettings) -> Trainin
         report_to="tensorboard" if is_tensorboard_available() else "none",
         remove_unused_columns=False,
         label_names=["labels"],
+        train_sampling_strategy="group_by_length" if group_by_length else "random",
         seed=settings.seed,
         disable_tqdm=True,
         log_level="error",

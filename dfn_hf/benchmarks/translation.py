@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.utils.data import BatchSampler
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, set_seed
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from dfn_hf.data import load_tokenizer, load_verses
 from dfn_hf.seq2seq_sizes import new_seq2seq_lm
@@ -17,11 +19,14 @@ from dfn_hf.translation import score_translations, shuffle_sources, training_pai
 from .fitting import fit
 from .machine import describe_machine
 from .results import ResultsFile, markdown_table, mean_with_error
+from .without_frequency import remove_frequency_attention
 
 SEARCH_SEED = 1000
 TOKENIZER = "bpe-en-es"
+WITHOUT_FREQUENCY = "no frequency attention"
 VARIANTS: dict[str, dict[str, Any]] = {
     "liquid": {},
+    WITHOUT_FREQUENCY: {},
     "no offsets": {"max_offset": 0},
     "1 expert": {"num_experts": 1},
     "no LSTM": {"memory_hidden_size": 0},
@@ -76,6 +81,8 @@ def measure_translation(
         seed=settings.seed,
         **VARIANTS.get(settings.model, {}),
     )
+    if settings.model == WITHOUT_FREQUENCY:
+        remove_frequency_attention(model)
     model = torch.nn.Module.to(model, settings.device)
     train, validation = encoded(settings.max_length)
     collate = DataCollatorForSeq2Seq(tokenizer, model)
@@ -117,12 +124,15 @@ def encoded(max_length: int) -> tuple[Dataset, Dataset]:
 def random_batches(
     pairs: Dataset, batch_size: int, seed: int, collate: Callable[[list], Any]
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless padded batches; they depend on the seed alone."""
+    """Endless padded batches of pairs about as long as each other; they depend on the seed alone."""
+    lengths = [
+        max(len(source), len(target)) for source, target in zip(pairs["input_ids"], pairs["labels"], strict=True)
+    ]
     generator = torch.Generator().manual_seed(seed)
+    sampler = LengthGroupedSampler(batch_size, lengths=lengths, generator=generator)
     while True:
-        for numbers in torch.randperm(len(pairs), generator=generator).split(batch_size):
-            if len(numbers) == batch_size:
-                yield collate(with_masks(pairs.select(numbers.tolist())))
+        for numbers in BatchSampler(sampler, batch_size, drop_last=True):
+            yield collate(with_masks(pairs.select(numbers)))
 
 
 def with_masks(pairs: Dataset) -> list[dict[str, list[int]]]:
