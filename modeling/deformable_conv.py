@@ -4,12 +4,14 @@ Shape letters: B batch, M entities of this call, T taps, C channels.
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from .padding import Rows
+from .pieces import in_pieces
 from .state_cache import StateLayer
 
 
@@ -78,8 +80,11 @@ class DeformableConv1d(nn.Module):
 
     def convolve(self, x: torch.Tensor, offsets: torch.Tensor | None, before: int) -> torch.Tensor:
         """The convolution of `[B, before + M, C]` at given offsets `[B, M, T]`; None for none."""
-        held = x.shape[1]
-        own = torch.arange(before, held, device=x.device)[:, None]
+        own = torch.arange(before, x.shape[1], device=x.device)[None, :, None]
+        return in_pieces(partial(self._read, x), own, *([] if offsets is None else [offsets]))
+
+    def _read(self, x: torch.Tensor, own: torch.Tensor, offsets: torch.Tensor | None = None) -> torch.Tensor:
+        """The output at places `own` `[1, M, 1]` of x."""
         places = own + torch.tensor(self.displacements, device=x.device)
         if offsets is None:
             taps = self._gather(x, places.expand(x.shape[0], -1, -1))
@@ -123,5 +128,8 @@ class OptimizedGatedConvolution(nn.Module):
 
     def forward(self, x: torch.Tensor, rows: Rows, state: StateLayer | None = None) -> torch.Tensor:
         """`[B, M, channels]` → the same; arguments as for `DeformableConv1d.forward`."""
-        main, gate = self.deform_conv(x, rows, state).chunk(2, dim=-1)
+        return in_pieces(self._gated, self.deform_conv(x, rows, state))
+
+    def _gated(self, y: torch.Tensor) -> torch.Tensor:
+        main, gate = y.chunk(2, dim=-1)
         return self.dropout(self.norm(F.gelu(main) * gate.sigmoid()))

@@ -18,6 +18,7 @@ from .finite_check import check_finite
 from .local_attention import CrossAttention, EnhancedLocalAttentionWithGQA
 from .mixture_of_experts import MoELayer, Routing
 from .padding import Rows
+from .pieces import in_pieces
 from .state_cache import StateLayer
 
 STATE_LIMIT = 100.0  # of what the feed-forward network adds
@@ -80,22 +81,25 @@ class ImprovedTransformerBlock(GradientCheckpointingLayer):
             (states; weights of the self-attention and of the cross-attention, or None; router loss `[B]`; routing).
         """
         y, weights = self.attention(
-            self.attention_norm(hidden_states), rotary, rows, past_key_values, output_attentions
+            in_pieces(self.attention_norm, hidden_states), rotary, rows, past_key_values, output_attentions
         )
         hidden_states = hidden_states + self.dropout(self._checked(y, "attention"))
         cross_weights = None
         if self.cross_attention is not None:
             y, cross_weights = self.cross_attention(
-                self.cross_norm(hidden_states), source, source_mask, cross_state, output_attentions
+                in_pieces(self.cross_norm, hidden_states), source, source_mask, cross_state, output_attentions
             )
             hidden_states = hidden_states + self.dropout(self._checked(y, "cross-attention"))
-        y = self.gated_conv(self.conv_norm(hidden_states), rows, past_key_values)
+        y = self.gated_conv(in_pieces(self.conv_norm, hidden_states), rows, past_key_values)
         hidden_states = hidden_states + self.dropout(self._checked(y, "gated convolution"))
-        y, router_loss, routing = self.moe(self.moe_norm(hidden_states), rows)
+        y, router_loss, routing = self.moe(in_pieces(self.moe_norm, hidden_states), rows)
         hidden_states = hidden_states + self.dropout(self._checked(y, "experts"))
-        y = self.mlp(self.mlp_norm(hidden_states))
-        hidden_states = hidden_states + self.dropout(self._checked(y, "feed-forward network"))
+        hidden_states = in_pieces(self._fed_forward, hidden_states)
         return hidden_states, weights, cross_weights, router_loss, routing
+
+    def _fed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        y = self.mlp(self.mlp_norm(hidden_states))
+        return hidden_states + self.dropout(self._checked(y, "feed-forward network"))
 
     def _checked(self, y: torch.Tensor, part: str) -> torch.Tensor:
         return check_finite(y, self.finite_check, f"{self.name}, {part}")

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .frequency_attention import FrequencyHyenaAttention
 from .padding import Rows
+from .pieces import in_overlapping_pieces, in_pieces
 from .spectral_frames import AdaptiveLowPass, LaggedFrames, RowFrames
 from .state_cache import StateLayer
 
@@ -61,21 +62,21 @@ class EnhancedLiquidEmbedding(nn.Module):
         real = rows.real()[..., None]
         x = self._add_positions(x, rows)
         for conv in (self.conv1, self.conv2):
-            x = F.gelu(self._convolve(conv, only(real, x)))
-        x = only(real, self.layer_norm(x))
+            side = conv.kernel_size[0] // 2
+            x = self._convolve(conv, F.pad(only(real, x), (0, 0, side, side)))
+        x = only(real, in_pieces(self.layer_norm, x))
         framing = RowFrames(self.frame_length, rows)
         with torch.autocast(x.device.type, enabled=False):
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            heard = framing.join(self.frequency_attention(framing.split(wide, coarse=True)), coarse=True).to(x.dtype)
-        y = only(real, self.frequency_attention.project(heard))
+            heard = in_pieces(self.frequency_attention, framing.split(wide, coarse=True), size=self.frame_length)
+            heard = framing.join(heard, coarse=True).to(x.dtype)
+        y = only(real, in_pieces(self.frequency_attention.project, heard))
         with torch.autocast(x.device.type, enabled=False):
             wide = y.to(torch.promote_types(y.dtype, torch.float32))
-            frames, ratio = self.low_pass(framing.split(wide, coarse=False))
+            frames, ratio = in_pieces(self.low_pass, framing.split(wide, coarse=False), size=self.frame_length)
             compressed = framing.join(frames, coarse=False).to(y.dtype)
-        out = self._project(compressed)
-        with torch.no_grad():
-            whole = self._project(y)
-        distance = only(real[..., 0], (out - whole).abs().mean(dim=-1, dtype=ratio.dtype))
+        out = in_pieces(self._project, compressed)
+        distance = only(real[..., 0], in_pieces(self._distance, out, y))
         recon_loss = distance.sum(dim=1) / real.sum(dim=(1, 2)).clamp(min=1)
         return out, Compression(recon_loss, ratio.detach().mean())
 
@@ -92,11 +93,19 @@ class EnhancedLiquidEmbedding(nn.Module):
         return x + self.position_embedding(index)
 
     def _convolve(self, conv: nn.Conv1d, x: torch.Tensor) -> torch.Tensor:
-        side = conv.kernel_size[0] // 2
-        return conv(F.pad(x, (0, 0, side, side)).transpose(1, 2)).transpose(1, 2)
+        """GELU of the convolution: `[B, kernel size − 1 + M, D]` → `[B, M, D]`."""
+        return in_overlapping_pieces(
+            lambda piece: F.gelu(conv(piece.transpose(1, 2)).transpose(1, 2)), x, conv.kernel_size[0] - 1
+        )
 
     def _project(self, x: torch.Tensor) -> torch.Tensor:
         return self.proj_norm(self.proj(x))
+
+    def _distance(self, out: torch.Tensor, uncompressed: torch.Tensor) -> torch.Tensor:
+        """Mean over the features of the distance that compression makes to what the projection gives."""
+        with torch.no_grad():
+            whole = self._project(uncompressed)
+        return (out - whole).abs().mean(dim=-1, dtype=torch.promote_types(out.dtype, torch.float32))
 
 
 class CausalLiquidEmbedding(EnhancedLiquidEmbedding):
@@ -117,28 +126,26 @@ class CausalLiquidEmbedding(EnhancedLiquidEmbedding):
         x = self._add_positions(x, rows)
         for name, conv in (("conv1", self.conv1), ("conv2", self.conv2)):
             before = conv.kernel_size[0] - 1
-            history = self._history(name, only(real, x), before, state)
-            x = F.gelu(conv(history.transpose(1, 2)).transpose(1, 2))
-        c = only(real, self.layer_norm(x))
+            x = self._convolve(conv, self._history(name, only(real, x), before, state))
+        c = only(real, in_pieces(self.layer_norm, x))
         framing = LaggedFrames(self.frame_length, rows)
         history = self._history("frames", c, framing.history, state)
         with torch.autocast(c.device.type, enabled=False):
             wide = framing.split(history.to(torch.promote_types(c.dtype, torch.float32)))
-            heard = self.frequency_attention(wide).to(c.dtype)
-        heard = self.frequency_attention.project(heard)
-        frames, ratio = self.low_pass(heard)
+            heard = in_pieces(self.frequency_attention, wide, size=self.frame_length).to(c.dtype)
+        heard = in_pieces(self.frequency_attention.project, heard, size=self.frame_length)
+        frames, ratio = in_pieces(self.low_pass, heard, size=self.frame_length)
         frames = frames.to(c.dtype)
-        out = self._project(c + framing.lag(frames))
+        out = in_pieces(self._project, c + framing.lag(frames))
         if state is None:
-            recon_loss = self._reconstruction(frames, heard, framing.completed(frames.shape[1]), ratio.dtype)
+            recon_loss = self._reconstruction(frames, heard, framing.completed(frames.shape[1]))
         else:
             recon_loss = ratio.new_zeros(ratio.shape[0])  # a loss is of whole rows
         return out, Compression(recon_loss, ratio.detach().mean())
 
-    def _reconstruction(self, frames, heard, completed, dtype: torch.dtype) -> torch.Tensor:
-        with torch.no_grad():
-            whole = self._project(heard)
-        distance = (self._project(frames) - whole).abs().mean(dim=(2, 3), dtype=dtype)
+    def _reconstruction(self, frames, heard, completed) -> torch.Tensor:
+        distances = in_pieces(lambda x, y: self._distance(self._project(x), y), frames, heard, size=self.frame_length)
+        distance = distances.mean(dim=2)
         return only(completed, distance).sum(dim=1) / completed.sum(dim=1).clamp(min=1)
 
     def _history(self, name: str, x: torch.Tensor, before: int, state: StateLayer | None) -> torch.Tensor:

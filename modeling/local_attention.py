@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from .padding import Rows
+from .pieces import in_pieces
 from .state_cache import StateLayer
 from .windowed_attention import GroupedQueryAttention, SelfAttention
 
@@ -69,9 +70,14 @@ class CrossAttention(GroupedQueryAttention):
             if state is not None:
                 state.replace("source_key", key.detach())
                 state.replace("source_value", value.detach())
-        query = self.q_norm(self.project(self.q_proj, x))
         if source_mask is None:
             source_mask = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
+        if output_attentions:
+            return self._read(key, value, source_mask, True, x)
+        return in_pieces(lambda piece: self._read(key, value, source_mask, False, piece)[0], x), None
+
+    def _read(self, key, value, source_mask: torch.Tensor, output_attentions: bool, x: torch.Tensor):
+        query = self.q_norm(self.project(self.q_proj, x))
         mask = source_mask[:, None, None].expand(-1, -1, query.shape[2], -1)
         y, weights = self.attend(query, key, value, mask, output_attentions)
         return self.o_proj(y.flatten(2)), weights

@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from .padding import Rows
+from .pieces import in_pieces
 from .state_cache import StateLayer
 
 
@@ -42,4 +43,7 @@ class EnhancedLSTM(nn.Module):
             after = tuple(torch.where(moved, new, old) for new, old in zip(after, earlier, strict=True))
         if state is not None:
             state.replace("lstm", torch.stack([half.transpose(0, 1) for half in after], dim=1).detach())
+        return in_pieces(self._add_memory, x, h)
+
+    def _add_memory(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         return self.dropout(x + self.output_layer(h))

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers.integrations import use_experts_implementation
 
 from .padding import Rows
+from .pieces import in_pieces
 
 
 @dataclass
@@ -87,9 +88,13 @@ class MoELayer(nn.Module):
         weights = weights.masked_fill(~used, 0)
         if config.normalize_expert_weights:
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-        y = self.experts(x.flatten(0, 1), index.flatten(0, 1), weights.flatten(0, 1).to(x.dtype))
+        y = in_pieces(self._mixed, x, index, weights)
         loss = self._loss(probability, index, used, real)
-        return y.view_as(x), loss, Routing(logits, index, weights)
+        return y, loss, Routing(logits, index, weights)
+
+    def _mixed(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        y = self.experts(x.flatten(0, 1), index.flatten(0, 1), weights.flatten(0, 1).to(x.dtype))
+        return y.view_as(x)
 
     def _count(self, probability: torch.Tensor) -> torch.Tensor:
         """Experts that each token uses, `[B, M]`."""

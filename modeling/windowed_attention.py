@@ -3,12 +3,15 @@
 A window mask alone saves nothing: for a window, blocks of queries and the keys they see are folded into the batch.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb, repeat_kv
 
 from .padding import Rows
+from .pieces import in_pieces
 from .rms_norm import RMSNorm
 from .state_cache import StateLayer
 from .windows import block_length, by_offset, join_blocks, key_blocks, query_blocks, to_dense
@@ -86,13 +89,22 @@ class SelfAttention(GroupedQueryAttention):
             (what the heads read, side by side `[B, M, hidden_size]`; weights between the entities of the rows so far
             `[B, H, M, num_entities]`, or None).
         """
-        query, key, value = (self.project(linear, u) for linear in (self.q_proj, self.k_proj, self.v_proj))
-        query, key = rotate(self.q_norm(query), self.k_norm(key), *rotary)
+        query, key, value = in_pieces(self._projected, u, *rotary)
         attend = self._over_all if self.window is None else self._over_window
-        y, weights = attend(query, key, value, rows, state, output_attentions)
-        return y.flatten(2), weights
+        return attend(query, key, value, rows, state, output_attentions)
+
+    def _projected(self, u, cos, sin) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values, heads side by side: `[B, M, features]` each."""
+        query, key, value = (self.project(linear, u) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        query, key = rotate(self.q_norm(query), self.k_norm(key), cos, sin)
+        return tuple(x.transpose(1, 2).flatten(2) for x in (query, key, value))
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        """`[B, M, features]` → `[B, heads, M, head_dim]`."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _over_all(self, query, key, value, rows: Rows, state: StateLayer | None, output_attentions: bool):
+        query, key, value = (self._heads(x) for x in (query, key, value))
         started = state is None or state.data("key") is None
         if state is not None:
             key, value = state.append("key", key), state.append("value", value)
@@ -105,35 +117,52 @@ class SelfAttention(GroupedQueryAttention):
             if rows.segment is not None:
                 mask = mask & (places >= (rows.index - rows.reach)[..., None])[:, None]
         y, weights = self.attend(query, key, value, mask, output_attentions)
-        return y, None if weights is None else weights[..., : int(rows.index.max()) + 1]
+        return y.flatten(2), None if weights is None else weights[..., : int(rows.index.max()) + 1]
 
     def _over_window(self, query, key, value, rows: Rows, state: StateLayer | None, output_attentions: bool):
-        batch, heads, length, _ = query.shape
+        length = query.shape[1]
         before = self.window - 1
         after = before if self.two_sided else 0
         block = block_length(length, before)
-        query, key, value = (x.transpose(1, 2).flatten(2) for x in (query, key, value))
         if state is None:
             key, value = (nn.functional.pad(x, (0, 0, before, after)) for x in (key, value))
         else:
             key, value = state.tail("key", key, before), state.tail("value", value, before)
-        blocks = [query_blocks(query, block), *(key_blocks(x, before, block, after) for x in (key, value))]
-        # Blocks join the batch: [B · N, H, T or before + T + after, head_dim].
-        query, key, value = (x.flatten(0, 1).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for x in blocks)
-        reach = query_blocks(rows.reach[..., None], block).flatten(0, 1)  # [B · N, T, 1]
-        places = torch.arange(before + block + after, device=reach.device)
+        ahead = rows.ahead() if after else torch.zeros_like(rows.reach)
+        y, *weights = in_pieces(
+            partial(self._over_blocks, before, output_attentions),
+            query_blocks(query, block),
+            key_blocks(key, before, block, after),
+            key_blocks(value, before, block, after),
+            query_blocks(rows.reach[..., None].clamp(max=before), block),
+            query_blocks(ahead[..., None].clamp(min=0, max=after), block),
+            size=block,
+        )
+        y = join_blocks(y, length)
+        if not output_attentions:
+            return y, None
+        by_head = join_blocks(weights[0], length).unflatten(-1, (query.shape[2] // self.head_dim, -1)).transpose(1, 2)
+        return y, to_dense(by_head, rows.index + after, int(rows.index.max()) + 1)
+
+    def _over_blocks(self, before: int, output_attentions: bool, query, key, value, reach, ahead):
+        """`[B, N, T, features]` of each block, and if asked its weights by offset `[B, N, T, H · offsets]`.
+
+        Args:
+            query: `[B, N, T, features]`; key, value: `[B, N, keys, features]`.
+            reach, ahead: `[B, N, T, 1]`, entities that each sees on either side.
+        """
+        batch, _, block, _ = query.shape
+        places = torch.arange(key.shape[2], device=key.device)
         age = places[before : before + block, None] - places
-        ahead = 0
-        if after:
-            ahead = query_blocks(rows.ahead()[..., None], block).flatten(0, 1).clamp(min=0, max=after)
-        mask = ((age >= -ahead) & (age <= reach.clamp(max=before)))[:, None]
+        reach, ahead = reach.flatten(0, 1), ahead.flatten(0, 1)
+        mask = ((age >= -ahead) & (age <= reach))[:, None]
+        # Blocks join the batch: [B · N, H, T or keys, head_dim].
+        query, key, value = (self._heads(x.flatten(0, 1)) for x in (query, key, value))
         y, weights = self.attend(query, key, value, mask, output_attentions)
-        y = join_blocks(y.flatten(2).unflatten(0, (batch, -1)), length)
-        if weights is not None:
-            weights = by_offset(weights).transpose(1, 2).flatten(2).unflatten(0, (batch, -1))
-            weights = join_blocks(weights, length).unflatten(-1, (heads, -1)).transpose(1, 2)
-            weights = to_dense(weights, rows.index + after, int(rows.index.max()) + 1)
-        return y, weights
+        results = (
+            (y.flatten(2), by_offset(weights).transpose(1, 2).flatten(2)) if output_attentions else (y.flatten(2),)
+        )
+        return tuple(x.unflatten(0, (batch, -1)) for x in results)
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):

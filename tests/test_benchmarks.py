@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 import dfn_hf.seq2seq_sizes
 import dfn_hf.translation
-from dfn_hf.benchmarks import byte_lm, recall, translation
+from dfn_hf import LiquidConfig, LiquidForSeq2SeqLM
+from dfn_hf.benchmarks import byte_lm, recall, seq2seq_speed, speed, translation
 from dfn_hf.benchmarks.byte_text import ByteWindows
 from dfn_hf.benchmarks.cli import app
 from dfn_hf.benchmarks.fitting import fit
@@ -19,7 +20,9 @@ from dfn_hf.benchmarks.models import MODELS, ModelSize, build_model, count_param
 from dfn_hf.benchmarks.mqar import IGNORED, recall_accuracy, recall_batch, recall_batches
 from dfn_hf.benchmarks.results import ResultsFile, markdown_table, mean_with_error
 from dfn_hf.benchmarks.scaling import ScalingMeasures, ScalingSettings, corpus_bytes, log_log_slope, scaling_table
+from dfn_hf.benchmarks.without_frequency import remove_frequency_attention
 from dfn_hf.data import load_verses
+from dfn_hf.modeling.padding import lay_rows
 
 TINY = ModelSize(vocab_size=256, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=256)
 
@@ -291,16 +294,60 @@ def test_translation_is_measured_beside_a_t5_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(dfn_hf.translation, "load_verses", few.get)
     monkeypatch.setattr(dfn_hf.seq2seq_sizes, "SIZES", {"tiny": {"hidden_size": 16, "num_hidden_layers": 1}})
     translation.encoded.cache_clear()
-    arguments = ["translation", "--model", "liquid", "--model", "no LSTM", "--model", "t5", "--steps", "2"]
+    models = ["liquid", "no frequency attention", "no LSTM", "t5"]
+    arguments = ["translation", *(word for model in models for word in ("--model", model)), "--steps", "2"]
     arguments += ["--search-steps", "1", "--learning-rate", "1e-3", "--batch-size", "4"]
     arguments += ["--results", str(tmp_path / "translation.csv")]
     first = CliRunner().invoke(app, arguments)
     assert first.exit_code == 0, first.output
     table = [line for line in first.stdout.splitlines() if line.startswith("|")]
-    assert [line.split("|")[1].strip() for line in table[2:]] == ["liquid", "no LSTM", "t5"]
+    assert [line.split("|")[1].strip() for line in table[2:]] == models
     monkeypatch.setattr(translation, "measure_translation", lambda *_: pytest.fail("a finished run was repeated"))
     assert CliRunner().invoke(app, arguments).stdout == first.stdout
     translation.encoded.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("command", "models", "works"),
+    [
+        ("speed", ["flownetwork", "llama"], ["forward", "training", "decoding"]),
+        ("seq2seq-speed", ["liquid", "liquid-no-lstm", "t5"], ["encoder", "decoder", "joint", "training", "decoding"]),
+    ],
+)
+def test_speed_has_every_line_and_does_not_measure_twice(command, models, works, tmp_path, monkeypatch):
+    arguments = [command, "--length", "64", "--length", "128", "--repeats", "1"]
+    arguments += ["--results", str(tmp_path / "speed.csv")]
+    for module in (speed, seq2seq_speed):
+        monkeypatch.setattr(module, "run_isolated", lambda measure, settings: measure(settings))
+    first = CliRunner().invoke(app, arguments)
+    assert first.exit_code == 0, first.output
+    table = [[cell.strip() for cell in line.split("|")[1:3]] for line in first.stdout.splitlines() if line[:1] == "|"]
+    assert table[2:] == [[work, length] for work in works for length in ("64", "128")]
+    assert all(f"log-log slope of {work}, {model}, 64 to 128:" in first.stdout for work in works for model in models)
+    for module in (speed, seq2seq_speed):
+        monkeypatch.setattr(module, "run_isolated", lambda *_: pytest.fail("a finished run was repeated"))
+    assert CliRunner().invoke(app, arguments).stdout == first.stdout
+
+
+def test_without_frequency_attention_frames_stay_as_they_are():
+    torch.manual_seed(0)
+    config = LiquidConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, frame_length=8, min_compression_ratio=1)
+    model = LiquidForSeq2SeqLM(config).double().eval()
+    remove_frequency_attention(model)
+    for embedding in (model.model.encoder.embedding, model.model.decoder.embedding):
+        assert not [name for name, _ in embedding.named_parameters() if "q_proj" in name]
+    embedding = model.model.encoder.embedding
+    x = torch.randn(2, 21, 16, dtype=torch.float64)
+    heard = embedding.frequency_attention.project(plain_convolutions(embedding, x))
+    found, _ = embedding(x, lay_rows(2, 21, x.device))
+    assert torch.allclose(found, embedding.proj_norm(embedding.proj(heard)), rtol=0, atol=1e-12)
+
+
+def plain_convolutions(embedding, x):
+    for conv in (embedding.conv1, embedding.conv2):
+        x = torch.nn.functional.conv1d(x.transpose(1, 2), conv.weight, conv.bias, padding="same").transpose(1, 2)
+        x = torch.nn.functional.gelu(x)
+    return embedding.layer_norm(x)
 
 
 def test_translation_batches_depend_on_the_seed_alone():

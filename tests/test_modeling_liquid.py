@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, DynamicCache, EncoderDecoderCache
 
 from dfn_hf import LiquidConfig, LiquidForSeq2SeqLM, LiquidForSequenceClassification, LiquidModel
+from dfn_hf.modeling import pieces
 
 VOCABULARY = 40
 SOURCE, TARGET = 37, 29
@@ -129,8 +130,8 @@ def test_every_source_token_changes_the_logits_and_states_on_both_sides(seed):
 # Any split
 
 
-def in_pieces(model, source, target, sizes, mask=None, source_mask=None):
-    cache, pieces, start = new_cache(model), [], 0
+def in_calls(model, source, target, sizes, mask=None, source_mask=None):
+    cache, parts, start = new_cache(model), [], 0
     for size in sizes:
         stop = start + size
         with torch.no_grad():
@@ -142,9 +143,9 @@ def in_pieces(model, source, target, sizes, mask=None, source_mask=None):
                 past_key_values=cache,
             )
         assert outputs.past_key_values is cache and cache.get_seq_length() == stop
-        pieces.append(outputs.logits)
+        parts.append(outputs.logits)
         start = stop
-    return torch.cat(pieces, dim=1)
+    return torch.cat(parts, dim=1)
 
 
 @seeds
@@ -152,7 +153,7 @@ def in_pieces(model, source, target, sizes, mask=None, source_mask=None):
 def test_any_split_gives_the_logits_of_one_pass(seed, sizes):
     model = draw_model(seed)
     source, target = draw_pair(2, seed)
-    assert torch.allclose(in_pieces(model, source, target, sizes), logits_of(model, source, target), **STRICT)
+    assert torch.allclose(in_calls(model, source, target, sizes), logits_of(model, source, target), **STRICT)
 
 
 # Padding and rows
@@ -175,8 +176,8 @@ def test_padding_of_the_target_changes_no_real_position(seed, name):
     for ids in (target, garbage):
         padded = logits_of(model, source, ids, decoder_attention_mask=mask)
         for sizes in ([12, 1, 1, 1, 14], [1] * TARGET):
-            pieces = in_pieces(model, source, ids, sizes, mask)
-            assert torch.allclose(pieces[mask.bool()], padded[mask.bool()], **STRICT)
+            parts = in_calls(model, source, ids, sizes, mask)
+            assert torch.allclose(parts[mask.bool()], padded[mask.bool()], **STRICT)
         for row in range(2):
             real = mask[row].bool()
             alone = logits_of(model, source[row : row + 1], target[row : row + 1, real])
@@ -196,7 +197,7 @@ def test_padding_of_the_source_changes_nothing(seed, name):
         logits_of(model, None, target, inputs_embeds=broken, attention_mask=mask),
         logits_of(model, None, target, inputs_embeds=embeddings, attention_mask=mask),
     )
-    assert torch.allclose(in_pieces(model, source, target, [20, 9], source_mask=mask), padded, **STRICT)
+    assert torch.allclose(in_calls(model, source, target, [20, 9], source_mask=mask), padded, **STRICT)
     with torch.no_grad():
         states = model.model.encoder(source, attention_mask=mask).last_hidden_state
     assert not states[mask == 0].any()
@@ -337,6 +338,34 @@ def test_the_embedding_compresses_and_experts_are_in_use():
         assert 1 <= outputs.metrics[f"{side}experts_per_token"] <= 2
 
 
+@seeds
+@pytest.mark.parametrize("padded", [False, True])
+def test_in_pieces_it_is_the_same(seed, padded, monkeypatch):
+    model = draw_model(seed)
+    source, target = draw_pair(3, seed)
+    inputs = {"decoder_input_ids": target, "labels": target}
+    if padded:
+        mask = torch.ones_like(source)
+        mask[0, 5:20] = mask[1, -9:] = 0
+        inputs["attention_mask"] = mask
+
+    def everything() -> list[torch.Tensor]:
+        with torch.no_grad():
+            quick = model(source, output_attentions=True, **inputs)
+        weights = (*quick.encoder_attentions, *quick.decoder_attentions, *quick.cross_attentions)
+        model.zero_grad()
+        outputs = model(source, **inputs)
+        losses = [outputs.logits.square().mean(), outputs.recon_loss, outputs.router_loss]
+        sum(losses).backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        return [quick.logits, outputs.logits.detach(), *(loss.detach() for loss in losses), *gradients, *weights]
+
+    whole = everything()
+    monkeypatch.setattr(pieces, "ENTITIES_AT_ONCE", 16)
+    for one, other in zip(everything(), whole, strict=True):
+        assert torch.allclose(one, other, **STRICT)
+
+
 # Training
 
 
@@ -349,7 +378,9 @@ def loss_and_gradients(model, source, labels, **inputs):
 
 @seeds
 def test_every_parameter_learns(seed):
-    model = draw_model(seed, max_position_embeddings=None, min_compression_ratio=0.1, max_expert_load=None).train()
+    options = {"max_position_embeddings": None, "min_compression_ratio": 0.1, "max_expert_load": None}
+    # A window of one entity has no use for queries and keys.
+    model = draw_model(seed, attention_window=max(2, draw_config(seed).attention_window), **options).train()
     for length in (1, 2, 3):
         model.zero_grad()
         model(draw_ids(2, length, seed), labels=draw_ids(2, length, seed)).loss.backward()
@@ -429,7 +460,10 @@ def test_saved_and_loaded_it_is_the_same(seed, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
     assert type(loaded) is LiquidForSeq2SeqLM
-    assert torch.equal(logits_of(loaded, source, target), logits_of(model, source, target))
+    weights = loaded.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
+    # Loaded tensors lie at other addresses, and on some processors products round by alignment.
+    assert torch.allclose(logits_of(loaded, source, target), logits_of(model, source, target), **STRICT)
     assert (loaded.lm_head.weight is loaded.model.shared.weight) == model.config.tie_word_embeddings
     assert loaded.model.encoder.embed_tokens.weight is loaded.model.decoder.embed_tokens.weight
 

@@ -322,6 +322,40 @@ def speed(
     _print(speed_table(finished), {measures.machine for _, measures in finished}, results)
 
 
+@app.command("seq2seq-speed")
+def seq2seq_speed(
+    models: Models = ["liquid", "liquid-no-lstm", "t5"],  # noqa: B006
+    works: Annotated[
+        list[str] | None,
+        typer.Option("--work", help="encoder, decoder, joint, training or decoding; repeat it. Default: all."),
+    ] = None,
+    lengths: Lengths = [2**11, 2**12, 2**13, 2**14, 2**15, 2**16],  # noqa: B006
+    longest_quadratic: Annotated[
+        int, typer.Option(help="T5, whatever reads a source as long as its target, and training stop here.")
+    ] = 2**12,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed repetitions; their median counts.")] = 3,
+    results: Results = RESULTS_FOLDER / "seq2seq-speed.csv",
+    threads: Threads = 1,
+    device: Device = "cpu",
+) -> None:
+    """Encoder, teacher-forced decoder, both, training step and decoding of Liquid and a T5, over the length.
+
+    Example: dfn-hf bench seq2seq-speed --model liquid --work encoder
+    """
+    from .seq2seq_speed import WORKS, Seq2SeqSpeedSettings, run_seq2seq_speed
+    from .speed import speed_table
+
+    runs = [
+        Seq2SeqSpeedSettings(model=model, work=work, length=length, repeats=repeats, threads=threads, device=device)
+        for work in works or WORKS
+        for length in lengths
+        for model in models
+        if length <= longest_quadratic or (work not in ("joint", "training") and model != "t5")
+    ]
+    finished = run_seq2seq_speed(runs, results, _report)
+    _print(speed_table(finished), {measures.machine for _, measures in finished}, results)
+
+
 def _report(line: str) -> None:
     typer.echo(line, err=True)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel, set_seed
@@ -125,8 +126,12 @@ def run_speed(
     return finished
 
 
-def speed_table(results: Sequence[tuple[SpeedSettings, SpeedMeasures]]) -> str:
-    """One line per work and length; times relative to the first model; below, slopes of time over length."""
+def speed_table(results: Sequence[tuple[Any, SpeedMeasures]]) -> str:
+    """One line per work and length; times relative to the first model; below, slopes of time over length.
+
+    Args:
+        results: settings that have `model`, `work` and `length`, with what was measured.
+    """
     models = list(dict.fromkeys(run.model for run, _ in results))
     found = {(run.work, run.length, run.model): measures for run, measures in results}
     header = ["work", "tokens"]
@@ -134,7 +139,7 @@ def speed_table(results: Sequence[tuple[SpeedSettings, SpeedMeasures]]) -> str:
         header += [f"{model}, ms", f"{model}, peak MiB"]
     header += [f"{model} / {models[0]}, time" for model in models[1:]]
     lines, slopes = [], []
-    for work in WORKS:
+    for work in dict.fromkeys(run.work for run, _ in results):
         lengths = sorted({run.length for run, _ in results if run.work == work})
         for length in lengths:
             cells, first = [work, f"{length:,}"], found.get((work, length, models[0]))
