@@ -159,14 +159,15 @@ def train(
     pairs = architecture in SEQ2SEQ_ARCHITECTURES or (start is not None and load_config(start).is_encoder_decoder)
     collator = None
     if pairs:
-        refuse(lora or streaming, "--lora and --streaming are for causal models: leave them out with pairs of texts")
+        refuse(streaming, "--streaming is for causal models: leave it out with pairs of texts")
         if start is None:
             vocabulary = load_tokenizer(tokenizer or "bpe-en-es")
             model = new_seq2seq_lm(
                 vocabulary, architecture=architecture or "liquid", size=size or "tiny", seed=seed, **options
             )
         else:
-            model, vocabulary = load_seq2seq_lm(start)
+            loaded, vocabulary = load_seq2seq_lm(start)
+            model = add_lora(loaded, rank=lora_rank) if lora else loaded
         fields_of_pairs = {"source_field": source_field, "target_field": target_field}
         loaded_pairs = None if data is None else load_pairs(data, **fields_of_pairs)
         held_out_of_them = None if validation_data is None else load_pairs(validation_data, **fields_of_pairs)

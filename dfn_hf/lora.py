@@ -1,4 +1,4 @@
-"""Low-rank adaptation (LoRA, Hu et al. 2021) of a causal language model through PEFT."""
+"""Low-rank adaptation (LoRA, Hu et al. 2021) of a language model, causal or an encoder-decoder, through PEFT."""
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
@@ -16,6 +16,5 @@ def add_lora(model: PreTrainedModel, *, rank: int = 16) -> PeftModel:
     if rank < 1:
         raise ValueError(f"rank must be at least 1, got {rank}")
     targets = DFN_TARGETS if model.config.model_type == "dfn" else "all-linear"
-    return get_peft_model(
-        model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type="CAUSAL_LM")
-    )
+    task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, task_type=task))

@@ -32,7 +32,7 @@ class EnhancedLSTM(nn.Module):
         before = None if state is None else state.data("lstm")
         if before is not None:
             before = tuple(half.transpose(0, 1).contiguous() for half in before.unbind(dim=1))
-        if rows.counts is None:
+        if rows.counts is None or state is None:  # what stands behind a row's end moves nothing before it
             h, after = self.lstm(x, before)
         else:
             packed = pack_padded_sequence(x, rows.counts.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False)

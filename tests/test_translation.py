@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from datasets import Dataset
+from peft import PeftModel
 from transformers import (
     AutoModelForSeq2SeqLM,
     DataCollatorForSeq2Seq,
@@ -164,6 +165,27 @@ def test_seq2seq_trainer_predicts_with_generate(model, tokenizer, tmp_path):
     assert losses[1] < losses[0]
 
 
+def test_accumulated_steps_of_the_trainer_are_one_step(tokenizer, tmp_path):
+    pairs = encode_pairs(
+        load_verses("validation").select(range(6)).select_columns(["source", "target"]), tokenizer, 96
+    )
+    trained = []
+    for batch_size in (6, 1):
+        model = new_seq2seq_lm(tokenizer, **SMALL, router_entropy_coef=1.0, reconstruction_coef=1.0)
+        arguments = Seq2SeqTrainingArguments(
+            str(tmp_path), max_steps=1, per_device_train_batch_size=batch_size, report_to="none", optim="sgd",
+            gradient_accumulation_steps=6 // batch_size, learning_rate=0.1, lr_scheduler_type="constant",
+            max_grad_norm=0.0, disable_tqdm=True,
+        )  # fmt: skip
+        before = model.model.decoder.layers[0].moe.gate.weight.detach().clone()
+        Seq2SeqTrainer(
+            model, arguments, DataCollatorForSeq2Seq(tokenizer, model), train_dataset=pairs, processing_class=tokenizer
+        ).train()
+        assert not torch.equal(model.model.decoder.layers[0].moe.gate.weight, before)
+        trained.append(model.state_dict())
+    assert all(torch.allclose(trained[0][name], trained[1][name], rtol=0, atol=1e-5) for name in trained[0])
+
+
 def test_the_pipeline_gives_what_translate_gives(folder):
     write = pipeline("liquid-text2text", model=str(folder))
     text = "In the beginning God created the heavens and the earth."
@@ -204,6 +226,23 @@ def test_train_and_translate_on_ones_own_pairs(tmp_path, tokenizer):
     assert "chrF" in scored.stdout and "BLEU" in scored.stdout
     more = run("train", tmp_path / "more", "--from", tmp_path / "model", "--data", data, *fields, "--steps", 1)
     assert more.exit_code == 0, more.output
+
+
+def test_lora_leaves_the_merged_model_and_the_adapter(folder, tmp_path):
+    data = write_lines(tmp_path / "pairs.jsonl", [{"source": f"number {n}", "target": f"{n}"} for n in range(12)])
+    trained = run(
+        "train", tmp_path / "tuned", "--from", folder, "--data", data, "--lora", "--lora-rank", 2, "--steps", 3,
+        "--learning-rate", 0.1, "--warmup", 0, "--batch-size", 4,
+    )  # fmt: skip
+    assert trained.exit_code == 0, trained.output
+    base, merged = (load_seq2seq_lm(str(place))[0].eval() for place in (folder, tmp_path / "tuned"))
+    batch = {"input_ids": torch.tensor([[3, 4, 5]]), "decoder_input_ids": torch.tensor([[0, 7]])}
+    with torch.no_grad():
+        before = base(**batch).logits
+        adapted = PeftModel.from_pretrained(base, tmp_path / "tuned" / "adapter").eval()(**batch).logits
+        after = merged(**batch).logits
+    assert torch.allclose(after, adapted, rtol=0, atol=1e-5)
+    assert (after - before).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(
