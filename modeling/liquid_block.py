@@ -70,6 +70,7 @@ class ImprovedTransformerBlock(GradientCheckpointingLayer):
         rotary: tuple[torch.Tensor, torch.Tensor],
         rows: Rows,
         source: torch.Tensor | None = None,
+        source_rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
         source_mask: torch.Tensor | None = None,
         past_key_values: StateLayer | None = None,
         cross_state: StateLayer | None = None,
@@ -87,7 +88,13 @@ class ImprovedTransformerBlock(GradientCheckpointingLayer):
         cross_weights = None
         if self.cross_attention is not None:
             y, cross_weights = self.cross_attention(
-                in_pieces(self.cross_norm, hidden_states), source, source_mask, cross_state, output_attentions
+                in_pieces(self.cross_norm, hidden_states),
+                rotary,
+                source,
+                source_rotary,
+                source_mask,
+                cross_state,
+                output_attentions,
             )
             hidden_states = hidden_states + self.dropout(self._checked(y, "cross-attention"))
         y = self.gated_conv(in_pieces(self.conv_norm, hidden_states), rows, past_key_values)

@@ -30,8 +30,11 @@ class Compression:
 
 
 class EnhancedLiquidEmbedding(nn.Module):
-    """Of the encoder: token + position → 2 × (convolution, GELU) → LayerNorm → frequency attention → adaptive low-pass
-    → LayerNorm(Linear).
+    """Of the encoder: LayerNorm(Linear(c + s)), c = token + position → 2 × (convolution, GELU) → LayerNorm,
+    s = c → frequency attention → adaptive low-pass.
+
+    The paper goes on with s alone. What has only phases of its own and few frequencies does not tell tokens from their
+    neighbours: a decoder that reads it learns to translate far more slowly.
 
     Args:
         config: `LiquidConfig`.
@@ -64,19 +67,19 @@ class EnhancedLiquidEmbedding(nn.Module):
         for conv in (self.conv1, self.conv2):
             side = conv.kernel_size[0] // 2
             x = self._convolve(conv, F.pad(only(real, x), (0, 0, side, side)))
-        x = only(real, in_pieces(self.layer_norm, x))
+        c = only(real, in_pieces(self.layer_norm, x))
         framing = RowFrames(self.frame_length, rows)
-        with torch.autocast(x.device.type, enabled=False):
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        with torch.autocast(c.device.type, enabled=False):
+            wide = c.to(torch.promote_types(c.dtype, torch.float32))
             heard = in_pieces(self.frequency_attention, framing.split(wide, coarse=True), size=self.frame_length)
-            heard = framing.join(heard, coarse=True).to(x.dtype)
-        y = only(real, in_pieces(self.frequency_attention.project, heard))
-        with torch.autocast(x.device.type, enabled=False):
-            wide = y.to(torch.promote_types(y.dtype, torch.float32))
+            heard = framing.join(heard, coarse=True).to(c.dtype)
+        heard = only(real, in_pieces(self.frequency_attention.project, heard))
+        with torch.autocast(c.device.type, enabled=False):
+            wide = heard.to(torch.promote_types(heard.dtype, torch.float32))
             frames, ratio = in_pieces(self.low_pass, framing.split(wide, coarse=False), size=self.frame_length)
-            compressed = framing.join(frames, coarse=False).to(y.dtype)
-        out = in_pieces(self._project, compressed)
-        distance = only(real[..., 0], in_pieces(self._distance, out, y))
+            compressed = framing.join(frames, coarse=False).to(heard.dtype)
+        out = in_pieces(self._project, c + compressed)
+        distance = only(real[..., 0], in_pieces(self._distance, out, c + heard))
         recon_loss = distance.sum(dim=1) / real.sum(dim=(1, 2)).clamp(min=1)
         return out, Compression(recon_loss, ratio.detach().mean())
 

@@ -6,7 +6,7 @@ from torch import nn
 from .padding import Rows
 from .pieces import in_pieces
 from .state_cache import StateLayer
-from .windowed_attention import GroupedQueryAttention, SelfAttention
+from .windowed_attention import GroupedQueryAttention, SelfAttention, rotate
 
 
 class EnhancedLocalAttentionWithGQA(nn.Module):
@@ -47,7 +47,9 @@ class CrossAttention(GroupedQueryAttention):
     def forward(
         self,
         x: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
         source: torch.Tensor,
+        source_rotary: tuple[torch.Tensor, torch.Tensor],
         source_mask: torch.Tensor | None,
         state: StateLayer | None,
         output_attentions: bool,
@@ -55,6 +57,7 @@ class CrossAttention(GroupedQueryAttention):
         """
         Args:
             x: `[B, M, hidden_size]`; source: `[B, S, hidden_size]`.
+            rotary, source_rotary: cosine and sine of the place of each in its row, `[B, M or S, rotated features]`.
             source_mask: bool `[B, S]`, True where real, at least once in a row; None if everywhere.
             state: holds keys and values of the source from the first call on, or None.
 
@@ -65,7 +68,7 @@ class CrossAttention(GroupedQueryAttention):
         if key is not None:
             value = state.data("source_value")
         else:
-            key = self.k_norm(self.project(self.k_proj, source))
+            key = rotate(self.k_norm(self.project(self.k_proj, source)), *source_rotary)
             value = self.project(self.v_proj, source)
             if state is not None:
                 state.replace("source_key", key.detach())
@@ -73,11 +76,11 @@ class CrossAttention(GroupedQueryAttention):
         if source_mask is None:
             source_mask = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
         if output_attentions:
-            return self._read(key, value, source_mask, True, x)
-        return in_pieces(lambda piece: self._read(key, value, source_mask, False, piece)[0], x), None
+            return self._read(key, value, source_mask, True, x, *rotary)
+        return in_pieces(lambda *piece: self._read(key, value, source_mask, False, *piece)[0], x, *rotary), None
 
-    def _read(self, key, value, source_mask: torch.Tensor, output_attentions: bool, x: torch.Tensor):
-        query = self.q_norm(self.project(self.q_proj, x))
+    def _read(self, key, value, source_mask: torch.Tensor, output_attentions: bool, x: torch.Tensor, cos, sin):
+        query = rotate(self.q_norm(self.project(self.q_proj, x)), cos, sin)
         mask = source_mask[:, None, None].expand(-1, -1, query.shape[2], -1)
         y, weights = self.attend(query, key, value, mask, output_attentions)
         return self.o_proj(y.flatten(2)), weights

@@ -193,6 +193,7 @@ class LiquidDecoder(LiquidPreTrainedModel):
         hidden_states, compression = self.embedding(rows.compact(inputs_embeds), rows, states[0])
         hidden_states = self.dropout(hidden_states)
         rotary = self.rotary(hidden_states, rows.index)
+        source_rotary = self.rotary(source, places_in_rows(source_mask, source))
         blocks = BlockOutputs(rows, states[0])
         for layer, state, cross_state in zip(self.layers, states, cross_states, strict=True):
             if output_hidden_states:
@@ -202,6 +203,7 @@ class LiquidDecoder(LiquidPreTrainedModel):
                 rotary,
                 rows,
                 source,
+                source_rotary,
                 source_mask,
                 past_key_values=state,
                 cross_state=cross_state,
@@ -223,6 +225,13 @@ class LiquidDecoder(LiquidPreTrainedModel):
             router_loss=blocks.router_loss,
             metrics={"compression_ratio": compression.ratio, "experts_per_token": blocks.experts_per_token()},
         )
+
+
+def places_in_rows(mask: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:
+    """Place of each real column among those of its row, int64 `[B or 1, S]`."""
+    if mask is None:
+        return torch.arange(states.shape[1], device=states.device)[None]
+    return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
 class LiquidModel(LiquidPreTrainedModel):

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb, repeat_kv
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, repeat_kv, rotate_half
 
 from .padding import Rows
 from .pieces import in_pieces
@@ -96,7 +96,7 @@ class SelfAttention(GroupedQueryAttention):
     def _projected(self, u, cos, sin) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values, heads side by side: `[B, M, features]` each."""
         query, key, value = (self.project(linear, u) for linear in (self.q_proj, self.k_proj, self.v_proj))
-        query, key = rotate(self.q_norm(query), self.k_norm(key), cos, sin)
+        query, key = (rotate(x, cos, sin) for x in (self.q_norm(query), self.k_norm(key)))
         return tuple(x.transpose(1, 2).flatten(2) for x in (query, key, value))
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
@@ -184,10 +184,8 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
     return (weights @ value).transpose(1, 2), weights
 
 
-def rotate(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor):
-    """Rotary embedding of as many features as `cos` has; the rest stays."""
-    rotated = cos.shape[-1]
-    if rotated == query.shape[-1]:
-        return apply_rotary_pos_emb(query, key, cos, sin)
-    turned = apply_rotary_pos_emb(query[..., :rotated], key[..., :rotated], cos, sin)
-    return tuple(torch.cat([a, x[..., rotated:]], dim=-1) for a, x in zip(turned, (query, key), strict=True))
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of as many features of `[B, heads, M, head_dim]` as `cos` `[B, M, ·]` has; the rest stays."""
+    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    turned = turned * cos.unsqueeze(1) + rotate_half(turned) * sin.unsqueeze(1)
+    return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned

@@ -338,9 +338,10 @@ def test_without_frequency_attention_frames_stay_as_they_are():
         assert not [name for name, _ in embedding.named_parameters() if "q_proj" in name]
     embedding = model.model.encoder.embedding
     x = torch.randn(2, 21, 16, dtype=torch.float64)
-    heard = embedding.frequency_attention.project(plain_convolutions(embedding, x))
+    c = plain_convolutions(embedding, x)
     found, _ = embedding(x, lay_rows(2, 21, x.device))
-    assert torch.allclose(found, embedding.proj_norm(embedding.proj(heard)), rtol=0, atol=1e-12)
+    expected = embedding.proj_norm(embedding.proj(c + embedding.frequency_attention.project(c)))
+    assert torch.allclose(found, expected, rtol=0, atol=1e-12)
 
 
 def plain_convolutions(embedding, x):

@@ -167,10 +167,21 @@ def make_cross_attention(heads="grouped", implementation="eager"):
     return randomise(CrossAttention(make_config(heads, implementation=implementation)))
 
 
+def cross(attention, x, source, mask, state=None, output_attentions=False, start=0):
+    """`x` stands at the places from `start` on."""
+    places = torch.arange(start, start + x.shape[1])[None]
+    of_source = torch.arange(source.shape[1])[None] if mask is None else mask.long().cumsum(dim=1) - 1
+    rotary, source_rotary = (rotary_of(attention.config, index) for index in (places, of_source))
+    return attention(x, rotary, source, source_rotary, mask, state, output_attentions)
+
+
 def cross_densely(attention, x, source):
     """One row `[M, hidden_size]` over its real source `[S, hidden_size]`."""
-    query = project(attention, attention.q_proj, attention.q_norm, x)
-    key = project(attention, attention.k_proj, attention.k_norm, source)
+    rotary, source_rotary = (
+        [turn[0] for turn in rotary_of(attention.config, torch.arange(len(one))[None])] for one in (x, source)
+    )
+    query = turned(project(attention, attention.q_proj, attention.q_norm, x), *rotary)
+    key = turned(project(attention, attention.k_proj, attention.k_norm, source), *source_rotary)
     value = project(attention, attention.v_proj, None, source)
     return mix(query, key, value, torch.ones(len(x), len(source), dtype=torch.bool), attention.o_proj)
 
@@ -185,7 +196,7 @@ def test_cross_attention_equals_dense_attention(heads, implementation, length, m
     x, source = draw(3, length, size), draw(3, 11, size, seed=1)
     mask = torch.tensor([[True] * 11, [True] + [False] * 10, [False, True] * 5 + [True]]) if masked else None
     with torch.no_grad():
-        y, weights = attention(x, source, mask, None, asked)
+        y, weights = cross(attention, x, source, mask, None, asked)
         for row in range(3):
             real = mask[row] if masked else torch.ones(11, dtype=torch.bool)
             expected, its_weights = cross_densely(attention, x[row], source[row, real])
@@ -203,7 +214,7 @@ def test_gradients_of_cross_attention_equal_those_of_dense_attention(implementat
     mask = torch.arange(7) < torch.tensor([[7], [3]])
     wanted, scale = [x, source, *attention.parameters()], draw(2, 5, 16, seed=2)
     expected = [cross_densely(attention, *row)[0] for row in zip(x, (source[0], source[1, :3]), strict=True)]
-    outputs = attention(x, source, mask, None, False)[0], torch.stack(expected)
+    outputs = cross(attention, x, source, mask)[0], torch.stack(expected)
     for one, other in zip(*(torch.autograd.grad((y * scale).sum(), wanted) for y in outputs), strict=True):
         assert torch.allclose(one, other, **STRICT) and one.any()
 
@@ -213,10 +224,11 @@ def test_keys_of_a_source_are_made_once(implementation):
     attention, state = make_cross_attention(implementation=implementation), StateLayer()
     x, source, mask = draw(2, 9, 16), draw(2, 7, 16, seed=1), torch.arange(7) < torch.tensor([[7], [3]])
     with torch.no_grad():
-        whole, _ = attention(x, source, mask, None, False)
-        pieces = []
+        whole, _ = cross(attention, x, source, mask)
+        pieces, start = [], 0
         for piece in x.split([4, 1, 1, 3], dim=1):
-            pieces.append(attention(piece, source, mask, state, False)[0])
+            pieces.append(cross(attention, piece, source, mask, state, start=start)[0])
+            start += piece.shape[1]
             source = torch.full_like(source, math.nan)  # not looked at any more
     assert torch.allclose(torch.cat(pieces, dim=1), whole, **STRICT)
 
@@ -224,7 +236,7 @@ def test_keys_of_a_source_are_made_once(implementation):
 def test_dropout_is_for_training():
     for attention, inputs in (
         (make_attention(True), lambda one: attend(one, draw(2, 13, 16))),
-        (make_cross_attention(), lambda one: one(draw(2, 9, 16), draw(2, 7, 16, seed=1), None, None, False)),
+        (make_cross_attention(), lambda one: cross(one, draw(2, 9, 16), draw(2, 7, 16, seed=1), None)),
     ):
         getattr(attention, "attention", attention).config.attention_dropout = 0.5
         with torch.no_grad():
