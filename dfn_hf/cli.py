@@ -87,7 +87,8 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Blocks or pairs per device and forward pass.")] = 16,
     accumulation: Annotated[int, typer.Option(help="Forward passes per optimizer step.")] = 1,
     learning_rate: Annotated[
-        float | None, typer.Option(help="Peak. Default: 3e-3 from scratch, 3e-4 with --from, 1e-3 with --lora.")
+        float | None,
+        typer.Option(help="Peak. Default: 3e-3 from scratch (2e-3 on pairs), 3e-4 with --from, 1e-3 with --lora."),
     ] = None,
     warmup: Annotated[float, typer.Option(help="Share of the steps over which the learning rate rises.")] = 0.1,
     weight_decay: Annotated[float, typer.Option(help="Decay of matrices.")] = 0.1,
@@ -137,13 +138,13 @@ def train(
     for option, value in (("--set", fields), ("--model", architecture), ("--size", size)):
         refuse(start is not None and bool(value), f"--from brings its own configuration: leave out {option}")
     refuse(validation_data is not None and data is None, "--validation-data needs --data")
+    from_scratch = 2e-3 if architecture in SEQ2SEQ_ARCHITECTURES else 3e-3
+    usual_rate = 1e-3 if lora else from_scratch if start is None else 3e-4
     settings = TrainingSettings(
         max_steps=steps,
         batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
-        learning_rate=(
-            (1e-3 if lora else 3e-3 if start is None else 3e-4) if learning_rate is None else learning_rate
-        ),
+        learning_rate=usual_rate if learning_rate is None else learning_rate,
         warmup_share=warmup,
         weight_decay=weight_decay,
         save_interval=save_every,

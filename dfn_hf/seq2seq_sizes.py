@@ -10,6 +10,7 @@ from dfn_hf.modeling.modeling_liquid import LiquidForSeq2SeqLM
 
 from .sizes import check_fields
 
+DROPOUT = 0.1
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {
         "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128,
@@ -35,7 +36,7 @@ def new_seq2seq_lm(
         tokenizer: gives `vocab_size` and the special tokens; targets start with its padding token, as T5's do.
         architecture: "liquid", or "t5" of the same width, depth, heads and, to within one unit of `d_ff`, number of
             parameters.
-        size: one of `SIZES`.
+        size: one of `SIZES`; with dropout `DROPOUT`.
         seed: of the weights.
         options: fields of `LiquidConfig` that differ from the size's; none for a T5.
 
@@ -54,7 +55,7 @@ def new_seq2seq_lm(
         "eos_token_id": tokenizer.eos_token_id,
         "decoder_start_token_id": tokenizer.pad_token_id,
     }
-    liquid = LiquidConfig(**SIZES[size] | options | tokens)
+    liquid = LiquidConfig(**{"hidden_dropout": DROPOUT} | SIZES[size] | options | tokens)
     torch.manual_seed(seed)
     if architecture == "liquid":
         return LiquidForSeq2SeqLM(liquid)

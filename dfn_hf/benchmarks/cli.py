@@ -261,9 +261,9 @@ def reversal(
 def translation(
     models: Models = ["liquid", "t5"],  # noqa: B006
     seeds: Seeds = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 3000,
-    search_steps: Annotated[int, typer.Option(min=1, help="Steps of the short runs that pick a learning rate.")] = 300,
-    learning_rates: LearningRates = [1e-3, 3e-3, 6e-3],  # noqa: B006
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 6000,
+    search_steps: Annotated[int, typer.Option(min=1, help="Steps of the short runs that pick a learning rate.")] = 600,
+    learning_rates: LearningRates = [1e-3, 2e-3, 4e-3],  # noqa: B006
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs per step.")] = 32,
     results: Results = RESULTS_FOLDER / "translation.csv",
     threads: Threads = 1,

@@ -40,8 +40,8 @@ class TranslationSettings:
 
     model: str = "liquid"
     seed: int = 0
-    learning_rate: float = 3e-3
-    steps: int = 3000
+    learning_rate: float = 2e-3
+    steps: int = 6000
     batch_size: int = 32
     max_length: int = 80
     size: str = "tiny"
