@@ -49,7 +49,7 @@ class CrossAttention(GroupedQueryAttention):
         x: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
         source: torch.Tensor,
-        source_rotary: tuple[torch.Tensor, torch.Tensor],
+        source_rotary: tuple[torch.Tensor, torch.Tensor] | None,
         source_mask: torch.Tensor | None,
         state: StateLayer | None,
         output_attentions: bool,
@@ -57,7 +57,8 @@ class CrossAttention(GroupedQueryAttention):
         """
         Args:
             x: `[B, M, hidden_size]`; source: `[B, S, hidden_size]`.
-            rotary, source_rotary: cosine and sine of the place of each in its row, `[B, M or S, rotated features]`.
+            rotary, source_rotary: cosine and sine of the place of each in its row, `[B, M or S, rotated features]`;
+                the latter is not needed once `state` holds keys.
             source_mask: bool `[B, S]`, True where real, at least once in a row; None if everywhere.
             state: holds keys and values of the source from the first call on, or None.
 

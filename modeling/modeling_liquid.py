@@ -193,7 +193,9 @@ class LiquidDecoder(LiquidPreTrainedModel):
         hidden_states, compression = self.embedding(rows.compact(inputs_embeds), rows, states[0])
         hidden_states = self.dropout(hidden_states)
         rotary = self.rotary(hidden_states, rows.index)
-        source_rotary = self.rotary(source, places_in_rows(source_mask, source))
+        source_rotary = None
+        if cross_states[0] is None or cross_states[0].data("source_key") is None:
+            source_rotary = self.rotary(source, places_in_rows(source_mask, source))
         blocks = BlockOutputs(rows, states[0])
         for layer, state, cross_state in zip(self.layers, states, cross_states, strict=True):
             if output_hidden_states:
