@@ -10,6 +10,5 @@ dfn-hf bench million --results million.csv
 dfn-hf bench memory --results memory.csv
 dfn-hf bench speed --results speed.csv
 dfn-hf bench translation --results translation.csv
-dfn-hf bench translation --results translation.csv ABL
 dfn-hf bench reversal --results reversal.csv
 dfn-hf bench seq2seq-speed --results seq2seq-speed.csv

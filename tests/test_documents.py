@@ -46,6 +46,8 @@ def test_readme_has_its_tables():
         "memory",
         "lm",
         "speed",
+        "reversal",
+        "seq2seq-speed",
         "scaling",
         "million",
         "recall",
