@@ -23,9 +23,9 @@ def logits_of(model, ids, **inputs):
         return model(ids, use_cache=False, **inputs).logits
 
 
-def assert_close_rarely_not(actual, expected):
-    """fp32: all but a few positions, where a neighbour list may differ."""
-    off = ((actual - expected).abs() > FP32_CLOSE).any(dim=-1).float().mean()
+def assert_close_rarely_not(*pairs):
+    """fp32: logits of each pair are the same at all but a few of all positions, where a neighbour list may differ."""
+    off = torch.cat([((one - other).abs() > FP32_CLOSE).any(dim=-1).flatten() for one, other in pairs]).float().mean()
     assert off <= FP32_RARE, f"{off:.2%} of the positions differ"
 
 
@@ -98,10 +98,12 @@ def in_pieces(model, ids, sizes, mask=None):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_any_split_in_fp32(family):
+    pairs = []
     for seed in SEEDS:
         model = draw_model(family, seed, torch.float32)
         ids = draw_ids(4, 90, seed)
-        assert_close_rarely_not(in_pieces(model, ids, [31, 1, 1, 57]), logits_of(model, ids))
+        pairs.append((in_pieces(model, ids, [31, 1, 1, 57]), logits_of(model, ids)))
+    assert_close_rarely_not(*pairs)
 
 
 # 3. Padding
@@ -171,12 +173,14 @@ def test_a_row_of_padding_alone_does_no_harm(family, seed):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_in_fp32(family):
+    pairs = []
     for seed in SEEDS:
         model = draw_model(family, seed, torch.float32)
         ids = draw_ids(2, LENGTH, seed)
         mask = torch.tensor(MASKS["left"])
         padded = logits_of(model, ids, attention_mask=mask)
-        assert_close_rarely_not(padded[:1, 9:], logits_of(model, ids[:1, 9:]))
+        pairs.append((padded[:1, 9:], logits_of(model, ids[:1, 9:])))
+    assert_close_rarely_not(*pairs)
 
 
 @cases
@@ -475,7 +479,7 @@ def test_save_and_load_are_exact(family, seed, options, tmp_path):
     assert tied == model.config.tie_word_embeddings
     ids = draw_ids(2, LENGTH, seed)
     # The same weights at another alignment in memory: products may differ in their last bits.
-    assert_close_rarely_not(logits_of(loaded, ids), logits_of(model, ids))
+    assert_close_rarely_not((logits_of(loaded, ids), logits_of(model, ids)))
 
 
 @cases

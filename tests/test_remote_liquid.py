@@ -25,6 +25,7 @@ CODE = {
     "model_inputs.py",
     "modeling_liquid.py",
     "padding.py",
+    "pieces.py",
     "rms_norm.py",
     "spectral_frames.py",
     "state_cache.py",
