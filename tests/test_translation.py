@@ -185,7 +185,7 @@ def test_accumulated_steps_of_the_trainer_are_one_step(tokenizer, tmp_path):
         ).train()
         assert not torch.equal(model.model.decoder.layers[0].moe.gate.weight, before)
         trained.append(model.state_dict())
-    assert all(torch.allclose(trained[0][name], trained[1][name], rtol=0, atol=1e-5) for name in trained[0])
+    assert all(torch.allclose(trained[0][name], trained[1][name], rtol=1e-5, atol=1e-5) for name in trained[0])
 
 
 def test_the_pipeline_gives_what_translate_gives(folder):
