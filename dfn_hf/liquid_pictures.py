@@ -140,7 +140,7 @@ def plot_spectra(reading: Translation, *, path: str | None = None) -> Figure:
     """
     spectra = reading.spectra
     figure = Figure(figsize=(10, 4.5), layout="constrained", dpi=150)
-    panels = figure.subplots(1, 2, sharex=True)
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
     for axes, magnitudes, name in zip(panels, (spectra.before, spectra.after), ("before", "after"), strict=True):
         for number, row in enumerate(magnitudes):
             colour, dash = line_style(number)
@@ -148,7 +148,7 @@ def plot_spectra(reading: Translation, *, path: str | None = None) -> Figure:
         for edge in spectra.bands[1:-1]:
             axes.axvline(edge - 0.5, color=FAINT, lw=0.8, zorder=-1)
         axes.set_xlim(-0.5, spectra.bands[-1] - 0.5)
-        axes.set_ylim(bottom=0)
+        axes.set_yscale("log")
         axes.set_title(f"{name} frequency attention", color=INK, loc="left", fontsize=9)
         axes.set_xlabel("frequency, cycles per frame", color=MUTED)
         plain(axes)
@@ -172,8 +172,9 @@ def plot_experts(reading: Translation, *, path: str | None = None) -> Figure:
     ]
     figure = Figure(figsize=(11, 1.6 * len(rows)), layout="constrained", dpi=150)
     panels = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
+    scale = {"vmin": min(part.min() for _, part in rows), "vmax": max(part.max() for _, part in rows)}
     for axes, (name, probabilities) in zip(panels, rows, strict=True):
-        image = axes.imshow(probabilities.T, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
+        image = axes.imshow(probabilities.T, cmap="Blues", **scale, aspect="auto", interpolation="nearest")
         axes.set_title(name, color=INK, loc="left", fontsize=9)
         experts = range(probabilities.shape[1])
         axes.set_yticks(experts, [str(expert + 1) for expert in experts])

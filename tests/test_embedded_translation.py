@@ -1,0 +1,50 @@
+"""What the embedded translator reaches, and that it reads what it translates."""
+
+import json
+
+import pytest
+
+import dfn_hf
+from dfn_hf.data import load_verses
+from dfn_hf.sources import load_seq2seq_lm
+from dfn_hf.translation import score_translations, shuffle_sources, translate
+
+MOST_BYTES = 12 * 2**20
+LEAST_GAIN = 10  # chrF over shuffled sources
+
+
+@pytest.fixture(scope="module")
+def folder():
+    return dfn_hf.checkpoint_path("liquid-tiny")
+
+
+@pytest.fixture(scope="module")
+def translator(folder):
+    return load_seq2seq_lm(str(folder))
+
+
+@pytest.fixture(scope="module")
+def verses():
+    test = load_verses("test")
+    return list(test["source"]), list(test["target"])
+
+
+def test_card_states_what_it_reaches_on_held_out_books(folder, translator, verses):
+    sources, references = verses
+    scores = score_translations(translate(*translator, sources), references)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert f"chrF {scores.chrf:.1f} and BLEU {scores.bleu:.1f}" in card
+    assert json.loads((folder / "training_log.json").read_text(encoding="utf-8"))
+
+
+def test_it_reads_its_source(translator, verses):
+    sources, references = (side[:160] for side in verses)
+    read, blind = (
+        score_translations(translate(*translator, texts, num_beams=1), references).chrf
+        for texts in (sources, shuffle_sources(sources))
+    )
+    assert read >= blind + LEAST_GAIN
+
+
+def test_it_is_small(folder):
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= MOST_BYTES
