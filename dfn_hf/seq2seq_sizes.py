@@ -38,7 +38,7 @@ def new_seq2seq_lm(
             parameters.
         size: one of `SIZES`; with dropout `DROPOUT`.
         seed: of the weights.
-        options: fields of `LiquidConfig` that differ from the size's; none for a T5.
+        options: fields of `LiquidConfig` that differ from the size's; a T5 is made to match the Liquid they give.
 
     Raises:
         ValueError: an unknown architecture or size, or a field that the configuration does not have or refuses.

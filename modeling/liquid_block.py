@@ -76,7 +76,8 @@ class ImprovedTransformerBlock(GradientCheckpointingLayer):
         cross_state: StateLayer | None = None,
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor, Routing]:
-        """Args: hidden_states `[B, M, hidden_size]`; source, source_mask: as for `CrossAttention`.
+        """Args: hidden_states `[B, M, hidden_size]`; source, source_rotary, source_mask: as for
+                `CrossAttention`.
 
         Returns:
             (states; weights of the self-attention and of the cross-attention, or None; router loss `[B]`; routing).

@@ -33,8 +33,8 @@ class EnhancedLiquidEmbedding(nn.Module):
     """Of the encoder: LayerNorm(Linear(c + s)), c = token + position → 2 × (convolution, GELU) → LayerNorm,
     s = c → frequency attention → adaptive low-pass.
 
-    The paper goes on with s alone. What has only phases of its own and few frequencies does not tell tokens from their
-    neighbours: a decoder that reads it learns to translate far more slowly.
+    The paper goes on with s alone, which has phases of its own and few frequencies: little to tell a token from its
+    neighbours by.
 
     Args:
         config: `LiquidConfig`.
