@@ -83,7 +83,13 @@ def read_translation(
         embedding.low_pass.register_forward_hook(keep_ratios),
     ]
     try:
-        outputs = model(**inputs, decoder_input_ids=written[:, :-1], output_attentions=True, use_cache=False)
+        outputs = model(
+            **inputs,
+            decoder_input_ids=written[:, :-1],
+            output_attentions=True,
+            output_router_logits=True,
+            use_cache=False,
+        )
     finally:
         for hook in hooks:
             hook.remove()

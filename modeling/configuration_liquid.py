@@ -62,6 +62,7 @@ class LiquidConfig(PreTrainedConfig):
         initializer_range (`float`, *optional*): Standard deviation of embeddings; 1/sqrt(hidden_size) if not given.
             Projections start by Xavier's rule, convolutions by Kaiming's.
         tie_word_embeddings (`bool`, defaults to `True`): Share the embedding with the output layer.
+        output_router_logits (`bool`, defaults to `False`): Return what routers and compression gave.
         use_cache (`bool`, defaults to `True`): Return the decoder's state for continuation.
         decoder_start_token_id (`int`, defaults to 0): First token of every target.
         pad_token_id (`int`, defaults to 0): Token that fills rows up.
@@ -73,7 +74,7 @@ class LiquidConfig(PreTrainedConfig):
     """
 
     model_type = "liquid"
-    keys_to_ignore_at_inference = ["past_key_values", "cache", "recon_loss", "router_loss", "metrics"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "token_loss", "recon_loss", "router_loss", "metrics"]
 
     vocab_size: int = 4096
     hidden_size: int = 256
@@ -109,6 +110,7 @@ class LiquidConfig(PreTrainedConfig):
     norm_eps: float | int = 1e-6
     initializer_range: float | int | None = None
     tie_word_embeddings: bool = True
+    output_router_logits: bool = False
     use_cache: bool = True
     is_encoder_decoder: bool = True
     decoder_start_token_id: int | None = 0

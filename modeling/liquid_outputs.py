@@ -39,9 +39,9 @@ class LiquidModelOutput(Seq2SeqModelOutput):
         past_key_values: `EncoderDecoderCache` for continuation; named `cache` by transformers 5.24 and later.
         decoder_hidden_states, decoder_attentions (`[B, H, M, N]`), cross_attentions (`[B, H, M, S]`),
         encoder_last_hidden_state, encoder_hidden_states, encoder_attentions: as for other encoder-decoder models.
-        encoder_router_logits, decoder_router_logits: per block `[B, tokens, m]`.
-        recon_loss, router_loss: `[B]`, of each row, encoder and decoder together.
-        metrics: scalar tensors, of the encoder and, named `decoder_…`, of the decoder.
+        encoder_router_logits, decoder_router_logits: per block `[B, tokens, m]`; with `output_router_logits`.
+        recon_loss, router_loss: `[B]`, of each row, encoder and decoder together; with `output_router_logits`.
+        metrics: scalar tensors, of the encoder and, named `decoder_…`, of the decoder; with `output_router_logits`.
     """
 
     encoder_router_logits: tuple[torch.Tensor, ...] | None = None

@@ -11,21 +11,24 @@ from .state_cache import StateLayer, state_layers
 logger = logging.get_logger(__name__)
 
 
-def embed(model, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+def embed(model, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, prefix: str = "") -> torch.Tensor:
     """Embeddings `[B, M, hidden_size]` of what the user passed.
+
+    Args:
+        prefix: of the arguments' names in messages.
 
     Raises:
         ValueError: not exactly one of the two, a wrong shape, an empty input, or ids outside the vocabulary.
     """
     config = model.config
     if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError("Pass exactly one of input_ids and inputs_embeds.")
+        raise ValueError(f"Pass exactly one of {prefix}input_ids and {prefix}inputs_embeds.")
     if inputs_embeds is None:
-        check_ids(input_ids, config.vocab_size)
+        check_ids(input_ids, config.vocab_size, f"{prefix}input_ids")
         inputs_embeds = model.embed_tokens(input_ids)
     elif inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != config.hidden_size:
         raise ValueError(
-            f"inputs_embeds must be [batch, length, hidden_size] with a hidden_size of {config.hidden_size}, got "
+            f"{prefix}inputs_embeds must be [batch, length, hidden_size] with a hidden_size of {config.hidden_size}, got "
             f"{list(inputs_embeds.shape)}."
         )
     batch, length, _ = inputs_embeds.shape
@@ -34,16 +37,16 @@ def embed(model, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | N
     return inputs_embeds
 
 
-def check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
+def check_ids(input_ids: torch.Tensor, vocab_size: int, name: str) -> None:
     """Token ids must lie in the vocabulary; checked where that costs no synchronisation."""
     if input_ids.dim() != 2:
-        raise ValueError(f"input_ids must be [batch, length], got {list(input_ids.shape)}.")
+        raise ValueError(f"{name} must be [batch, length], got {list(input_ids.shape)}.")
     if torch.compiler.is_compiling() or input_ids.device.type != "cpu" or not input_ids.numel():
         return
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(
-            f"input_ids holds {low if low < 0 else high}, outside the vocabulary of {vocab_size} (`vocab_size`): "
+            f"{name} holds {low if low < 0 else high}, outside the vocabulary of {vocab_size} (`vocab_size`): "
             "use the tokenizer of this model."
         )
 
@@ -56,8 +59,12 @@ def begin_call(
     segment_ids: torch.Tensor | None,
     past_key_values: Cache | None,
     use_cache: bool | None,
+    prefix: str = "",
 ) -> tuple[Rows, list[StateLayer | None], Cache | None]:
     """Lay the rows of a call and get its state ready.
+
+    Args:
+        prefix: of the mask's name in messages.
 
     Returns:
         (rows, the state of each layer or None, the cache or None). `end_call` closes what this opens.
@@ -82,12 +89,12 @@ def begin_call(
         past_key_values = DynamicCache(config=model.config)
     num_layers = len(model.config.layer_types)
     if past_key_values is None:
-        mask = column_mask(attention_mask, batch, length, 0)
+        mask = column_mask(attention_mask, batch, length, 0, f"{prefix}attention_mask")
         rows = lay_rows(batch, length, inputs_embeds.device, mask=mask, segment_ids=segment_ids)
         return rows, [None] * num_layers, None
     states = state_layers(past_key_values, num_layers)
     first = states[0]
-    mask = column_mask(attention_mask, batch, length, first.columns)
+    mask = column_mask(attention_mask, batch, length, first.columns, f"{prefix}attention_mask")
     for state in states:
         state.begin(batch, length, inputs_embeds.device)
     rows = lay_rows(batch, length, inputs_embeds.device, mask=mask, past=first.lengths, aligned_past=first.aligned)

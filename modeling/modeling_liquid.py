@@ -75,17 +75,13 @@ class LiquidPreTrainedModel(PreTrainedModel):
 
 
 class BidirectionalEncoder(LiquidPreTrainedModel):
-    """Embedding, blocks that see both sides, and the final norm (§3.9).
-
-    Args:
-        embed_tokens: the embedding that encoder and decoder share; its own if not given.
-    """
+    """Embedding, blocks that see both sides, and the final norm (§3.9)."""
 
     main_input_name = "input_ids"
 
-    def __init__(self, config: LiquidConfig, embed_tokens: nn.Embedding | None = None):
+    def __init__(self, config: LiquidConfig):
         super().__init__(config)
-        self.embed_tokens = embed_tokens or nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.embedding = EnhancedLiquidEmbedding(config)
         self.rotary = RotaryEmbedding(config)
         self.layers = nn.ModuleList(
@@ -150,11 +146,10 @@ class BidirectionalEncoder(LiquidPreTrainedModel):
 
 
 class LiquidDecoder(LiquidPreTrainedModel):
-    """Embedding, causal blocks, behind each the LSTM memory, and the final norm (§3.10)."""
+    """Causal blocks over embedded tokens, behind each the LSTM memory, and the final norm (§3.10)."""
 
-    def __init__(self, config: LiquidConfig, embed_tokens: nn.Embedding | None = None):
+    def __init__(self, config: LiquidConfig):
         super().__init__(config)
-        self.embed_tokens = embed_tokens or nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.embedding = CausalLiquidEmbedding(config)
         self.rotary = RotaryEmbedding(config)
         self.layers = nn.ModuleList(
@@ -236,26 +231,24 @@ def places_in_rows(mask: torch.Tensor | None, states: torch.Tensor) -> torch.Ten
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
-class LiquidModel(LiquidPreTrainedModel):
-    """Encoder and decoder over one embedding."""
+class EncoderEmbeddingMixin:
+    """For models whose `encoder` holds the embedding of all their tokens."""
 
-    _tied_weights_keys = {
-        "encoder.embed_tokens.weight": "shared.weight",
-        "decoder.embed_tokens.weight": "shared.weight",
-    }
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.encoder.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        self.encoder.embed_tokens = value
+
+
+class LiquidModel(EncoderEmbeddingMixin, LiquidPreTrainedModel):
+    """Encoder and decoder over the encoder's token embedding."""
 
     def __init__(self, config: LiquidConfig):
         super().__init__(config)
-        self.shared = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.encoder = BidirectionalEncoder(config, self.shared)
-        self.decoder = LiquidDecoder(config, self.shared)
+        self.encoder = BidirectionalEncoder(config)
+        self.decoder = LiquidDecoder(config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.shared
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.shared = self.encoder.embed_tokens = self.decoder.embed_tokens = value
 
     @can_return_tuple
     def forward(
@@ -271,6 +264,7 @@ class LiquidModel(LiquidPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
         cache: Cache | None = None,
         **kwargs,
     ) -> LiquidModelOutput:
@@ -278,12 +272,14 @@ class LiquidModel(LiquidPreTrainedModel):
         Args:
             input_ids: int64 `[B, S]`, or `inputs_embeds` `[B, S, hidden_size]`, the source; or `encoder_outputs`.
             attention_mask: `[B, S]`, of the source; 0 is padding, anywhere in a row.
-            decoder_input_ids: int64 `[B, M]`, or `decoder_inputs_embeds` `[B, M, hidden_size]`: exactly one of them.
+            decoder_input_ids: int64 `[B, M]`, or `decoder_inputs_embeds` `[B, M, hidden_size]`; without either the
+                decoder reads the source too, as who wants features of one text needs it.
             decoder_attention_mask: `[B, M]`, or `[B, columns before + M]` with a cache.
             encoder_outputs: what the encoder gave for the source.
             past_key_values: `EncoderDecoderCache` of two `DynamicCache(config=model.config)`; updated in place.
             use_cache: return the decoder's state; the config's value by default.
             output_attentions, output_hidden_states: as for other encoder-decoder models.
+            output_router_logits: return what routers and compression gave; the config's value by default.
             cache: what transformers 5.24 and later call `past_key_values`.
 
         Raises:
@@ -292,7 +288,11 @@ class LiquidModel(LiquidPreTrainedModel):
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output_router_logits = config.output_router_logits if output_router_logits is None else output_router_logits
         past_key_values = past_key_values if cache is None else cache
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
+            decoder_input_ids, decoder_inputs_embeds = input_ids, inputs_embeds
+            decoder_attention_mask = attention_mask if decoder_attention_mask is None else decoder_attention_mask
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
                 input_ids=input_ids,
@@ -309,10 +309,10 @@ class LiquidModel(LiquidPreTrainedModel):
             # A row without any token reads zeros.
             source_mask = source_mask | ~source_mask.any(dim=1, keepdim=True)
 
-        decoder_embeds = embed(self.decoder, decoder_input_ids, decoder_inputs_embeds)
+        decoder_embeds = embed(self.encoder, decoder_input_ids, decoder_inputs_embeds, prefix="decoder_")
         own_cache = getattr(past_key_values, "self_attention_cache", past_key_values)
         rows, states, own_cache = begin_call(
-            self.decoder, decoder_embeds, decoder_attention_mask, None, None, own_cache, use_cache
+            self.decoder, decoder_embeds, decoder_attention_mask, None, None, own_cache, use_cache, prefix="decoder_"
         )
         cross_states: list[StateLayer | None] = [None] * config.num_decoder_layers
         if own_cache is None:
@@ -337,8 +337,16 @@ class LiquidModel(LiquidPreTrainedModel):
         if past_key_values is not None and past_key_values.cross_attention_cache.offloading:
             for state in cross_states:
                 state.offload()
-        metrics = dict(encoder_outputs.metrics or {})
-        metrics |= {f"decoder_{name}": value for name, value in decoded.metrics.items()}
+        routing = {}
+        if output_router_logits:
+            metrics = dict(encoder_outputs.metrics or {})
+            routing = {
+                "encoder_router_logits": encoder_outputs.router_logits,
+                "decoder_router_logits": decoded.router_logits,
+                "recon_loss": added(encoder_outputs.recon_loss, decoded.recon_loss),
+                "router_loss": added(encoder_outputs.router_loss, decoded.router_loss),
+                "metrics": metrics | {f"decoder_{name}": value for name, value in decoded.metrics.items()},
+            }
         return LiquidModelOutput(
             last_hidden_state=decoded.last_hidden_state,
             **{CACHE_NAME: past_key_values},
@@ -348,11 +356,7 @@ class LiquidModel(LiquidPreTrainedModel):
             encoder_last_hidden_state=source,
             encoder_hidden_states=encoder_outputs.hidden_states,
             encoder_attentions=encoder_outputs.attentions,
-            encoder_router_logits=encoder_outputs.router_logits,
-            decoder_router_logits=decoded.router_logits,
-            recon_loss=added(encoder_outputs.recon_loss, decoded.recon_loss),
-            router_loss=added(encoder_outputs.router_loss, decoded.router_loss),
-            metrics=metrics,
+            **routing,
         )
 
 
@@ -364,7 +368,7 @@ def added(of_encoder: torch.Tensor | None, of_decoder: torch.Tensor) -> torch.Te
 class LiquidForSeq2SeqLM(GrowingStateMixin, LiquidPreTrainedModel, GenerationMixin):
     """Liquid with a next-token head on the decoder."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.shared.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}
 
     def __init__(self, config: LiquidConfig):
         super().__init__(config)
@@ -401,6 +405,7 @@ class LiquidForSeq2SeqLM(GrowingStateMixin, LiquidPreTrainedModel, GenerationMix
         logits_to_keep: int | torch.Tensor = 0,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_router_logits: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         cache: Cache | None = None,
         **kwargs,
@@ -413,7 +418,14 @@ class LiquidForSeq2SeqLM(GrowingStateMixin, LiquidPreTrainedModel, GenerationMix
             num_items_in_batch: labels that the loss is a mean over, where a batch is taken in several steps.
 
         The others are those of `LiquidModel.forward`.
+
+        Raises:
+            ValueError: neither a target nor labels, or inputs that do not fit together.
         """
+        config = self.config
+        output_router_logits = config.output_router_logits if output_router_logits is None else output_router_logits
+        if labels is None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            raise ValueError("Pass the target: decoder_input_ids or decoder_inputs_embeds, or labels to train on.")
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         if labels is not None and past_key_values is None and cache is None:
@@ -432,12 +444,20 @@ class LiquidForSeq2SeqLM(GrowingStateMixin, LiquidPreTrainedModel, GenerationMix
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            output_router_logits=output_router_logits or labels is not None,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         losses = {}
         if labels is not None:
             losses = self._losses(logits, labels, outputs, num_items_in_batch, **kwargs)
+        routing = {}
+        if output_router_logits:
+            routing = {
+                "encoder_router_logits": outputs.encoder_router_logits,
+                "decoder_router_logits": outputs.decoder_router_logits,
+                "metrics": outputs.metrics,
+            }
         return LiquidSeq2SeqLMOutput(
             logits=logits,
             **losses,
@@ -448,9 +468,7 @@ class LiquidForSeq2SeqLM(GrowingStateMixin, LiquidPreTrainedModel, GenerationMix
             encoder_last_hidden_state=outputs.encoder_last_hidden_state,
             encoder_hidden_states=outputs.encoder_hidden_states,
             encoder_attentions=outputs.encoder_attentions,
-            encoder_router_logits=outputs.encoder_router_logits,
-            decoder_router_logits=outputs.decoder_router_logits,
-            metrics=outputs.metrics,
+            **routing,
         )
 
     def _losses(self, logits, labels, outputs, num_items_in_batch, **kwargs) -> dict[str, torch.Tensor]:
@@ -479,7 +497,7 @@ def up_to_last_scored(labels: torch.Tensor) -> torch.Tensor:
     return (places <= last).long()
 
 
-class LiquidForSequenceClassification(LiquidPreTrainedModel):
+class LiquidForSequenceClassification(EncoderEmbeddingMixin, LiquidPreTrainedModel):
     """The encoder with a linear head on the mean of its real tokens' states."""
 
     def __init__(self, config: LiquidConfig):

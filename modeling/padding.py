@@ -112,7 +112,9 @@ def lay_rows(
     return replace(rows, reach=index - first, segment=starts.cumsum(dim=1) - 1)
 
 
-def column_mask(attention_mask: torch.Tensor | None, batch: int, length: int, past: int) -> torch.Tensor | None:
+def column_mask(
+    attention_mask: torch.Tensor | None, batch: int, length: int, past: int, name: str = "attention_mask"
+) -> torch.Tensor | None:
     """The mask of this call's columns, bool `[batch, length]`, from one of these or of all columns so far."""
     if attention_mask is None:
         return None
@@ -124,7 +126,7 @@ def column_mask(attention_mask: torch.Tensor | None, batch: int, length: int, pa
         or attention_mask.shape[0] != batch
         or attention_mask.shape[1] not in (length, past + length)
     ):
-        raise ValueError(f"attention_mask must be [batch, length] = {columns}; got {list(attention_mask.shape)}.")
+        raise ValueError(f"{name} must be [batch, length] = {columns}; got {list(attention_mask.shape)}.")
     return attention_mask[:, -length:].bool()
 
 

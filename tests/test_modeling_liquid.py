@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM, DynamicCache, EncoderDecoderCache
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, DynamicCache, EncoderDecoderCache
 
 from dfn_hf import LiquidConfig, LiquidForSeq2SeqLM, LiquidForSequenceClassification, LiquidModel
 from dfn_hf.modeling import pieces
@@ -309,6 +309,7 @@ def test_hidden_states_attentions_and_logits_to_keep(seed):
             decoder_attention_mask=mask,
             output_attentions=True,
             output_hidden_states=True,
+            output_router_logits=True,
         )
     assert len(outputs.encoder_hidden_states) == config.num_hidden_layers + 1
     assert len(outputs.decoder_hidden_states) == config.num_decoder_layers + 1
@@ -332,10 +333,35 @@ def test_hidden_states_attentions_and_logits_to_keep(seed):
 def test_the_embedding_compresses_and_experts_are_in_use():
     model = draw_model(3, min_compression_ratio=0.1, num_experts=4, num_experts_per_tok=1, dynamic_experts=True)
     with torch.no_grad():
-        outputs = model(*draw_pair(2, 3)[:1], decoder_input_ids=draw_pair(2, 3)[1])
+        outputs = model(*draw_pair(2, 3)[:1], decoder_input_ids=draw_pair(2, 3)[1], output_router_logits=True)
     for side in ("", "decoder_"):
         assert 0.1 < outputs.metrics[f"{side}compression_ratio"] < 0.9
         assert 1 <= outputs.metrics[f"{side}experts_per_token"] <= 2
+
+
+def test_routing_is_given_where_asked_for():
+    model = draw_model(0)
+    source, target = draw_pair(2, 0)
+    names = {"encoder_router_logits", "decoder_router_logits", "metrics"}
+    plain = model(source, decoder_input_ids=target)
+    asked = model(source, decoder_input_ids=target, output_router_logits=True)
+    assert asked.keys() - plain.keys() == names
+    model.config.output_router_logits = True
+    assert names <= model(source, decoder_input_ids=target).keys()
+    assert not names & model(source, decoder_input_ids=target, output_router_logits=False).keys()
+
+
+def test_features_of_one_text():
+    model = draw_model(0, LiquidModel)
+    source, _ = draw_pair(2, 0)
+    mask = torch.ones_like(source)
+    mask[0, :9] = 0
+    with torch.no_grad():
+        alone = model(source, attention_mask=mask).last_hidden_state
+        expected = model(
+            source, attention_mask=mask, decoder_input_ids=source, decoder_attention_mask=mask
+        ).last_hidden_state
+    assert torch.equal(alone, expected)
 
 
 @seeds
@@ -445,7 +471,7 @@ def test_nothing_compressed_is_nothing_to_reconstruct():
     model = draw_model(1, min_compression_ratio=1)
     source, labels = draw_pair(2, 1)
     with torch.no_grad():
-        outputs = model(source, labels=labels)
+        outputs = model(source, labels=labels, output_router_logits=True)
     assert outputs.recon_loss < 1e-12
     assert outputs.metrics["compression_ratio"] == 1
 
@@ -464,8 +490,23 @@ def test_saved_and_loaded_it_is_the_same(seed, tmp_path):
     assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
     # Loaded tensors lie at other addresses, and on some processors products round by alignment.
     assert torch.allclose(logits_of(loaded, source, target), logits_of(model, source, target), **STRICT)
-    assert (loaded.lm_head.weight is loaded.model.shared.weight) == model.config.tie_word_embeddings
-    assert loaded.model.encoder.embed_tokens.weight is loaded.model.decoder.embed_tokens.weight
+    assert (loaded.lm_head.weight is loaded.model.encoder.embed_tokens.weight) == model.config.tie_word_embeddings
+
+
+def test_a_translators_encoder_becomes_a_classifier_and_back(tmp_path):
+    model = draw_model(0, tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "translator")
+    classifier, report = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "translator", dtype=torch.float64, output_loading_info=True
+    )
+    assert report["missing_keys"] == {"score.weight"}
+    source, _ = draw_pair(2, 0)
+    with torch.no_grad():
+        states = [encoder.eval()(source).last_hidden_state for encoder in (model.model.encoder, classifier.encoder)]
+    assert torch.allclose(*states, **STRICT)
+    classifier.save_pretrained(tmp_path / "classifier")
+    _, report = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "classifier", output_loading_info=True)
+    assert not any("encoder" in key for key in report["missing_keys"])
 
 
 def test_initialisation_sets_every_parameter():
@@ -538,6 +579,12 @@ def test_mistakes_are_named():
         logits_of(model, ids + VOCABULARY, ids)
     with pytest.raises(ValueError, match="attention_mask must be"):
         logits_of(model, ids, ids, attention_mask=torch.ones(1, 5))
+    with pytest.raises(ValueError, match="decoder_attention_mask must be"):
+        logits_of(model, ids, ids, decoder_attention_mask=torch.ones(1, 5))
+    with pytest.raises(ValueError, match="decoder_input_ids holds"):
+        logits_of(model, ids, ids + VOCABULARY)
+    with pytest.raises(ValueError, match="Pass the target"):
+        model(ids)
     with pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"):
         model(ids, decoder_input_ids=ids, past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()))
     with pytest.raises(ValueError, match="cannot hold this model's state"):
