@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-all lint format format-check types clean
+.PHONY: demo test test-all conformance lint format format-check types clean
 
 demo: $(INSTALLED)
 	$(BIN)/dfn-hf demo
@@ -18,6 +18,9 @@ test: $(INSTALLED)
 
 test-all: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+conformance: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/conformance
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -31,8 +31,10 @@ class LiquidConfig(PreTrainedConfig):
         intermediate_size (`int`, defaults to 512): Inner width of the feed-forward networks.
         attention_window (`int`, defaults to 128): Most recent tokens that the decoder's self-attention sees, the token
             itself included; in the encoder as many on the other side too.
-        max_position_embeddings (`int`, *optional*): Learnt positions for inputs of at most this length. None leaves
-            positions to the rotary embedding, which has no limit.
+        max_position_embeddings (`int`, defaults to 2048): Length of input that the model is meant for; some kinds of
+            rotary embedding are scaled by it.
+        learned_positions (`bool`, defaults to `False`): Learn an embedding of each position beside the rotary one,
+            which knows no limit; inputs longer than `max_position_embeddings` are then refused.
         rope_parameters (`dict`, *optional*): Rotary embedding, as for other models of transformers.
         frame_length (`int`, defaults to 64): Tokens of an encoder's frame, a power of two.
         decoder_frame_length (`int`, defaults to 8): Tokens of a decoder's frame, a power of two up to 16.
@@ -84,7 +86,8 @@ class LiquidConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     intermediate_size: int = 512
     attention_window: int = 128
-    max_position_embeddings: int | None = None
+    max_position_embeddings: int = 2048
+    learned_positions: bool = False
     rope_parameters: dict | None = None
     frame_length: int = 64
     decoder_frame_length: int = 8
@@ -147,8 +150,8 @@ class LiquidConfig(PreTrainedConfig):
         return ["flow_state"] * self.num_decoder_layers
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> "LiquidConfig":
-        """This configuration; of the decoder alone with the decoder's number of layers, as caches want it."""
-        if encoder or not decoder:
+        """This configuration; for a decoder of another depth a copy with its number of layers, as caches want it."""
+        if encoder or not decoder or self.num_decoder_layers == self.num_hidden_layers:
             return self
         config = copy.copy(self)
         config.num_hidden_layers = self.num_decoder_layers
@@ -162,7 +165,7 @@ class LiquidConfig(PreTrainedConfig):
         for field in (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_decoder_layers", "num_attention_heads",
             "num_key_value_heads", "intermediate_size", "attention_window", "num_experts", "num_experts_per_tok",
-            "moe_intermediate_size", "conv_kernel", "conv_dilation", "memory_layers",
+            "moe_intermediate_size", "conv_kernel", "conv_dilation", "memory_layers", "max_position_embeddings",
         ):  # fmt: skip
             if getattr(self, field) < 1:
                 raise ValueError(f"`{field}` must be at least 1, got {getattr(self, field)}.")
@@ -172,10 +175,6 @@ class LiquidConfig(PreTrainedConfig):
         ):  # fmt: skip
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"`{field}` must be finite and not negative, got {getattr(self, field)}.")
-        if self.max_position_embeddings is not None and self.max_position_embeddings < 1:
-            raise ValueError(
-                f"`max_position_embeddings` must be at least 1, or None, got {self.max_position_embeddings}."
-            )
         for field, least, most in (("frame_length", 4, math.inf), ("decoder_frame_length", 2, 16)):
             value = getattr(self, field)
             if not least <= value <= most or value & (value - 1):

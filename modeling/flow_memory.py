@@ -46,8 +46,9 @@ class MemoryBank(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Random slots as large as normalised states."""
-        init.normal_(self.memory_bank)
+        """Random slots as large as normalised states, the same ones in every bank of this size."""
+        start = torch.randn(self.memory_bank.shape, generator=torch.Generator().manual_seed(0), device="cpu")
+        init.copy_(self.memory_bank, start)
 
     @torch.no_grad()
     def stage(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:

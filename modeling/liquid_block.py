@@ -94,6 +94,7 @@ class ImprovedTransformerBlock(GradientCheckpointingLayer):
                 source,
                 source_rotary,
                 source_mask,
+                rows,
                 cross_state,
                 output_attentions,
             )

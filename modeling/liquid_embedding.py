@@ -48,7 +48,7 @@ class EnhancedLiquidEmbedding(nn.Module):
         size, eps = config.hidden_size, config.norm_eps
         self.frame_length = config.decoder_frame_length if self.causal else config.frame_length
         self.position_embedding = None
-        if config.max_position_embeddings is not None:
+        if config.learned_positions:
             self.position_embedding = nn.Embedding(config.max_position_embeddings, size)
         self.conv1 = nn.Conv1d(size, size, config.conv_kernel)
         self.conv2 = nn.Conv1d(size, size, config.conv_kernel)
@@ -91,7 +91,7 @@ class EnhancedLiquidEmbedding(nn.Module):
         if not torch.compiler.is_compiling() and int(index.max()) >= longest:
             raise ValueError(
                 f"The input holds {int(index.max()) + 1} tokens and `max_position_embeddings` is {longest}: shorten "
-                "it, or train a model with a larger value, or with None, which has no limit."
+                "it, or train a model with a larger value, or without `learned_positions`, which has no limit."
             )
         return x + self.position_embedding(index)
 

@@ -9,8 +9,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 
 from .mixture_of_experts import Routing
-from .padding import Rows, to_columns
-from .state_cache import StateLayer
+from .padding import Rows
 
 
 @dataclass
@@ -84,11 +83,11 @@ class BlockOutputs:
     """What the blocks of one call gave beside states, between columns.
 
     Args:
-        rows: `padding.Rows` of the call; state: of the first block before it, or None.
+        rows: `padding.Rows` of the call.
     """
 
-    def __init__(self, rows: Rows, state: StateLayer | None = None):
-        self.rows, self.state = rows, state
+    def __init__(self, rows: Rows):
+        self.rows = rows
         self.states: list[torch.Tensor] = []
         self.attentions: list[torch.Tensor] = []
         self.cross_attentions: list[torch.Tensor] = []
@@ -99,9 +98,9 @@ class BlockOutputs:
     def add(self, weights, cross_weights, router_loss, routing: Routing) -> None:
         """Take in what a block gave."""
         if weights is not None:
-            self.attentions.append(to_columns(weights, self.rows, self.state))
+            self.attentions.append(weights)
         if cross_weights is not None:
-            self.cross_attentions.append(self.rows.scatter(cross_weights.transpose(1, 2)).transpose(1, 2))
+            self.cross_attentions.append(cross_weights)
         self.router_logits.append(self.rows.scatter(routing.logits))
         self.router_loss = self.router_loss + router_loss
         self._used.append((routing.weights.detach() > 0).sum(dim=-1))

@@ -1,5 +1,7 @@
 """The attentions of a Liquid block: over a sliding window of its own row, and over the encoder's states (§3.3)."""
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -51,6 +53,7 @@ class CrossAttention(GroupedQueryAttention):
         source: torch.Tensor,
         source_rotary: tuple[torch.Tensor, torch.Tensor] | None,
         source_mask: torch.Tensor | None,
+        rows: Rows,
         state: StateLayer | None,
         output_attentions: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -60,10 +63,11 @@ class CrossAttention(GroupedQueryAttention):
             rotary, source_rotary: cosine and sine of the place of each in its row, `[B, M or S, rotated features]`;
                 the latter is not needed once `state` holds keys.
             source_mask: bool `[B, S]`, True where real, at least once in a row; None if everywhere.
+            rows: of the decoder's call, in which x lies.
             state: holds keys and values of the source from the first call on, or None.
 
         Returns:
-            (`[B, M, hidden_size]`, weights `[B, H, M, S]` or None).
+            (`[B, M, hidden_size]`, weights between columns `[B, H, M, S]` or None).
         """
         key = None if state is None else state.data("source_key")
         if key is not None:
@@ -76,12 +80,15 @@ class CrossAttention(GroupedQueryAttention):
                 state.replace("source_value", value.detach())
         if source_mask is None:
             source_mask = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
+        mask = source_mask[:, None, None]
         if output_attentions:
-            return self._read(key, value, source_mask, True, x, *rotary)
-        return in_pieces(lambda *piece: self._read(key, value, source_mask, False, *piece)[0], x, *rotary), None
+            y, weights = self.attend_observed(self._queries(x, *rotary), key, value, mask, rows.observe_queries)
+            return self.o_proj(y.flatten(2)), weights
+        return in_pieces(partial(self._read, key, value, mask), x, *rotary), None
 
-    def _read(self, key, value, source_mask: torch.Tensor, output_attentions: bool, x: torch.Tensor, cos, sin):
-        query = rotate(self.q_norm(self.project(self.q_proj, x)), cos, sin)
-        mask = source_mask[:, None, None].expand(-1, -1, query.shape[2], -1)
-        y, weights = self.attend(query, key, value, mask, output_attentions)
-        return self.o_proj(y.flatten(2)), weights
+    def _queries(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        return rotate(self.q_norm(self.project(self.q_proj, x)), cos, sin)
+
+    def _read(self, key, value, mask: torch.Tensor, x: torch.Tensor, cos, sin) -> torch.Tensor:
+        mask = mask.expand(-1, -1, x.shape[1], -1)
+        return self.o_proj(self.attend(self._queries(x, cos, sin), key, value, mask).flatten(2))

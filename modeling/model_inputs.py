@@ -28,8 +28,8 @@ def embed(model, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | N
         inputs_embeds = model.embed_tokens(input_ids)
     elif inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != config.hidden_size:
         raise ValueError(
-            f"{prefix}inputs_embeds must be [batch, length, hidden_size] with a hidden_size of {config.hidden_size}, got "
-            f"{list(inputs_embeds.shape)}."
+            f"{prefix}inputs_embeds must be [batch, length, hidden_size] with a hidden_size of "
+            f"{config.hidden_size}, got {list(inputs_embeds.shape)}."
         )
     batch, length, _ = inputs_embeds.shape
     if length == 0 or batch == 0:

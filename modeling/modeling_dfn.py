@@ -49,7 +49,7 @@ from .flow_search import (
     search_exact,
 )
 from .model_inputs import GrowingStateMixin, begin_call, embed, end_call, next_token_labels
-from .padding import Rows, row_columns, to_columns
+from .padding import Rows, observe_weights, row_columns
 from .pieces import in_pieces
 from .rms_norm import RMSNorm
 from .state_cache import CACHE_NAME, StateLayer
@@ -280,6 +280,15 @@ class DynamicFlowAttention(nn.Module):
         rotation = torch.empty(config.num_tables, axes, config.position_dim, dtype=torch.int32)
         self.register_buffer("grid_rotation", rotation)
         self.register_buffer("grid_shift", torch.empty(config.num_tables, axes, dtype=torch.int32))
+        self.reset_grids()
+
+    @torch.no_grad()
+    def reset_grids(self) -> None:
+        """The grids that `search_seed` stands for."""
+        config = self.config
+        rotation, shift = grid_constants(config.position_dim, config.num_tables, config.search_seed + self.layer_idx)
+        init.copy_(self.grid_rotation, rotation)
+        init.copy_(self.grid_shift, shift)
 
     def forward(
         self,
@@ -292,7 +301,8 @@ class DynamicFlowAttention(nn.Module):
         """Args: u `[B, M, hidden_size]`; origin: moved positions `[B, H, M, P]` that positions start from, or None.
 
         Returns:
-            (y `[B, M, hidden_size]`, moved positions, entities of the rows, flow weights `[B, H, M, N]` or None).
+            (y `[B, M, hidden_size]`, moved positions, entities of the rows, flow weights between columns
+            `[B, H, M, N]` or None).
         """
         rest, moved_on_ball, influence, moved = self.entities(u, origin)
         value = self.value_proj(u).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -315,6 +325,11 @@ class DynamicFlowAttention(nn.Module):
             num_entities = int(rows.index.max()) + 1
             weights = flow_weights(query, key[:, :, :num_entities], fading, rows.index, rows.reach, neighbors, window)
             weights = weights if share is None else weights * share.unsqueeze(-1)
+            places = torch.arange(num_entities, device=weights.device)[None]
+            observed, weights_again = observe_weights(weights, places, rows, state)
+            # Adds zero, and a gradient to what is returned.
+            y = y + ((weights_again - weights) @ value[:, :, :num_entities]).to(y.dtype)
+            weights = observed
         entities = Entities(rest, moved_on_ball, influence, neighbors)
         return y.transpose(1, 2).flatten(2), moved, entities, weights
 
@@ -482,10 +497,7 @@ class DFNPreTrainedModel(PreTrainedModel):
             # ‖q − k‖² grows with the dimension: 1.2 / P keeps the first logits within a few units.
             init.constant_(module.log_sharpness, math.log(1.2 / config.position_dim))
             init.copy_(module.log_fading, torch.linspace(0.7, -3.0, module.num_heads))
-            seed = config.search_seed + module.layer_idx
-            rotation, shift = grid_constants(config.position_dim, config.num_tables, seed)
-            init.copy_(module.grid_rotation, rotation)
-            init.copy_(module.grid_shift, shift)
+            module.reset_grids()
 
 
 def near_identity(weight: torch.Tensor) -> torch.Tensor:
@@ -558,12 +570,13 @@ class DFNModel(DFNPreTrainedModel):
         origin = None
         for layer, state in zip(layers, states, strict=True):
             if output_hidden_states:
-                all_states.append(rows.scatter(hidden_states))
+                columns, hidden_states = rows.observe(hidden_states)
+                all_states.append(columns)
             hidden_states, origin, influence, entities, weights = layer(
                 hidden_states, origin, rows, past_key_values=state, output_attentions=output_attentions
             )
             if output_attentions:
-                all_weights.append(to_columns(weights, rows, state))
+                all_weights.append(weights)
             if output_entities:
                 all_entities.append(entities_to_columns(entities, rows, state))
         if config.readout_window > 1:

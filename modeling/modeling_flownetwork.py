@@ -319,7 +319,8 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
         all_states, all_weights, all_flows, all_metrics = [], [], [], []
         for layer, state in zip(self.layers[: config.num_hidden_layers], states, strict=True):
             if output_hidden_states:
-                all_states.append(rows.scatter(hidden_states))
+                columns, hidden_states = rows.observe(hidden_states)
+                all_states.append(columns)
             hidden_states, weights, flow, metrics = layer(
                 hidden_states,
                 bank,
@@ -331,7 +332,7 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
             )
             all_metrics.append(metrics)
             if output_attentions:
-                all_weights.append(to_columns(weights, rows, state))
+                all_weights.append(weights)
             if output_flows:
                 all_flows.append(flows_to_columns(*flow, rows, state))
         hidden_states = in_pieces(self.norm, hidden_states)

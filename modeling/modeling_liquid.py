@@ -128,7 +128,8 @@ class BidirectionalEncoder(LiquidPreTrainedModel):
         blocks = BlockOutputs(rows)
         for layer in self.layers:
             if output_hidden_states:
-                blocks.states.append(rows.scatter(hidden_states))
+                columns, hidden_states = rows.observe(hidden_states)
+                blocks.states.append(columns)
             hidden_states, *outputs = layer(hidden_states, rotary, rows, output_attentions=output_attentions)
             blocks.add(*outputs)
         hidden_states = rows.scatter(self.norm(hidden_states))
@@ -191,10 +192,11 @@ class LiquidDecoder(LiquidPreTrainedModel):
         source_rotary = None
         if cross_states[0] is None or cross_states[0].data("source_key") is None:
             source_rotary = self.rotary(source, places_in_rows(source_mask, source))
-        blocks = BlockOutputs(rows, states[0])
+        blocks = BlockOutputs(rows)
         for layer, state, cross_state in zip(self.layers, states, cross_states, strict=True):
             if output_hidden_states:
-                blocks.states.append(rows.scatter(hidden_states))
+                columns, hidden_states = rows.observe(hidden_states)
+                blocks.states.append(columns)
             hidden_states, *outputs = layer(
                 hidden_states,
                 rotary,

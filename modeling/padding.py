@@ -70,6 +70,16 @@ class Rows:
         columns = rows.gather(1, place.view(*place.shape, *trailing).expand_as(rows))
         return torch.where(self.mask.view(*self.mask.shape, *trailing), columns, columns.new_zeros(()))
 
+    def observe(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows → (columns, the rows read back from them), so that what becomes of the rows has a gradient there."""
+        columns = self.scatter(rows)
+        return columns, self.compact(columns)
+
+    def observe_queries(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`observe` of weights `[batch, heads, length, ...]`."""
+        columns = self.scatter(weights.transpose(1, 2)).transpose(1, 2)
+        return columns, self.compact(columns.transpose(1, 2)).transpose(1, 2)
+
 
 def lay_rows(
     batch: int,
@@ -165,8 +175,27 @@ def to_columns(weights: torch.Tensor, rows: Rows, state=None) -> torch.Tensor:
     Args:
         state: as for `row_columns`.
     """
+    places = torch.arange(weights.shape[-1], device=weights.device)[None]
+    return observe_weights(weights, places, rows, state)[0]
+
+
+def observe_weights(
+    weights: torch.Tensor, places: torch.Tensor, rows: Rows, state=None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights between rows' entities → (between columns, the weights read back from there), as `Rows.observe`.
+
+    Args:
+        weights: `[batch, heads, M, N]`.
+        places: int64 `[batch or 1, N]`, place in its row of each entity that is read; outside its row it weighs 0.
+        state: as for `row_columns`.
+
+    Returns:
+        (`[batch, heads, M, columns so far]`, zero where padded; `[batch, heads, M, N]`).
+    """
     columns = row_columns(rows, state)
-    dense = weights.new_zeros(*weights.shape[:3], columns.shape[1])
-    columns = columns[:, None, None, : weights.shape[-1]].expand_as(weights)
-    dense = dense.scatter(-1, columns, weights)
-    return rows.scatter(dense.transpose(1, 2)).transpose(1, 2)
+    inside = (places >= 0) & (places < columns.shape[1])
+    places = places.clamp(0, columns.shape[1] - 1).expand(columns.shape[0], -1)
+    columns, length = columns.gather(1, places)[:, None, None].expand_as(weights), columns.shape[1]
+    dense = weights.new_zeros(*weights.shape[:3], length).scatter_add(-1, columns, weights)
+    dense, back = rows.observe_queries(dense)
+    return dense, back.gather(-1, columns) * inside[:, None, None]

@@ -10,11 +10,11 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, repeat_kv, rotate_half
 
-from .padding import Rows
+from .padding import Rows, observe_weights
 from .pieces import in_pieces
 from .rms_norm import RMSNorm
 from .state_cache import StateLayer
-from .windows import block_length, by_offset, join_blocks, key_blocks, query_blocks, to_dense
+from .windows import block_length, join_blocks, key_blocks, query_blocks
 
 
 class RotaryEmbedding(LlamaRotaryEmbedding):
@@ -52,13 +52,23 @@ class GroupedQueryAttention(nn.Module):
         """`[B, M, hidden_size]` → `[B, heads, M, head_dim]`."""
         return linear(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def attend(self, query, key, value, mask, output_attentions: bool):
-        """`[B, M, H, head_dim]`, and weights `[B, H, M, N]` if asked; mask bool `[B, 1, M, N]`, None for causal."""
-        implementation = "eager" if output_attentions else self.config._attn_implementation
-        interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        dropout = self.config.attention_dropout if self.training else 0.0
-        y, weights = interface(self, query, key, value, mask, dropout=dropout, scaling=self.scaling)
-        return y, weights if output_attentions else None
+    def attend(self, query, key, value, mask) -> torch.Tensor:
+        """`[B, M, H, head_dim]`; mask: bool `[B, 1, M, N]`, None for causal."""
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        return interface(self, query, key, value, mask, dropout=self._dropout(), scaling=self.scaling)[0]
+
+    def attend_observed(self, query, key, value, mask, observe) -> tuple[torch.Tensor, torch.Tensor]:
+        """(As `attend`, weights between columns that it was read through).
+
+        Args:
+            observe: weights `[B, H, M, N]` → (those between columns, the same weights read back from there).
+        """
+        _, weights = eager_attention_forward(self, query, key, value, mask, self.scaling, self._dropout())
+        observed, weights = observe(weights)
+        return (weights @ repeat_kv(value, self.num_key_value_groups)).transpose(1, 2), observed
+
+    def _dropout(self) -> float:
+        return self.config.attention_dropout if self.training else 0.0
 
 
 class SelfAttention(GroupedQueryAttention):
@@ -86,12 +96,14 @@ class SelfAttention(GroupedQueryAttention):
         """Args: u `[B, M, hidden_size]`; rotary: cosine and sine of each place, `[B, M, rotated features]`.
 
         Returns:
-            (what the heads read, side by side `[B, M, hidden_size]`; weights between the entities of the rows so far
-            `[B, H, M, num_entities]`, or None).
+            (what the heads read, side by side `[B, M, hidden_size]`; weights between the columns so far
+            `[B, H, M, N]`, or None).
         """
         query, key, value = in_pieces(self._projected, u, *rotary)
+        if output_attentions:
+            return self._observed(query, key, value, rows, state)
         attend = self._over_all if self.window is None else self._over_window
-        return attend(query, key, value, rows, state, output_attentions)
+        return attend(query, key, value, rows, state), None
 
     def _projected(self, u, cos, sin) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values, heads side by side: `[B, M, features]` each."""
@@ -103,34 +115,60 @@ class SelfAttention(GroupedQueryAttention):
         """`[B, M, features]` → `[B, heads, M, head_dim]`."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def _over_all(self, query, key, value, rows: Rows, state: StateLayer | None, output_attentions: bool):
+    def _observed(self, query, key, value, rows: Rows, state: StateLayer | None):
+        """Both kinds of attention, read through all weights between columns."""
+        if self.window is None:
+            key, value = self._appended(self._heads(key), self._heads(value), state)
+            places, before, after = torch.zeros_like(rows.index[:1, :1]), rows.index.max(), 0
+        else:
+            key, value = (self._heads(x) for x in self._around(key, value, state))
+            before = self.window - 1
+            places, after = rows.index[:, :1] - before, before if self.two_sided else 0
+        places = places + torch.arange(key.shape[2], device=key.device)
+        age = rows.index[..., None] - places[:, None]
+        ahead = rows.ahead().clamp(0, after)[..., None]
+        mask = ((age <= rows.reach[..., None].clamp(max=before)) & (age >= -ahead))[:, None]
+        observe = partial(observe_weights, places=places, rows=rows, state=state)
+        y, weights = self.attend_observed(self._heads(query), key, value, mask, observe)
+        return y.flatten(2), weights
+
+    def _appended(self, key, value, state: StateLayer | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `[B, heads, M, head_dim]` behind those of earlier calls."""
+        if state is None:
+            return key, value
+        started, length = state.data("key") is None, key.shape[2]
+        key, value = state.append("key", key), state.append("value", value)
+        return (key[:, :, :length], value[:, :, :length]) if started else (key, value)
+
+    def _around(self, key, value, state: StateLayer | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values `[B, M, features]` with those that the first and the last query of the call can see."""
+        before = self.window - 1
+        if state is None:
+            after = before if self.two_sided else 0
+            return tuple(nn.functional.pad(x, (0, 0, before, after)) for x in (key, value))
+        return state.tail("key", key, before), state.tail("value", value, before)
+
+    def _over_all(self, query, key, value, rows: Rows, state: StateLayer | None) -> torch.Tensor:
         query, key, value = (self._heads(x) for x in (query, key, value))
         started = state is None or state.data("key") is None
-        if state is not None:
-            key, value = state.append("key", key), state.append("value", value)
-            num_entities = query.shape[2] if started else key.shape[2]
-            key, value = key[:, :, :num_entities], value[:, :, :num_entities]
+        key, value = self._appended(key, value, state)
         mask = None
         if not started or rows.segment is not None:
             places = torch.arange(key.shape[2], device=key.device)
             mask = (places <= rows.index[..., None])[:, None]
             if rows.segment is not None:
                 mask = mask & (places >= (rows.index - rows.reach)[..., None])[:, None]
-        y, weights = self.attend(query, key, value, mask, output_attentions)
-        return y.flatten(2), None if weights is None else weights[..., : int(rows.index.max()) + 1]
+        return self.attend(query, key, value, mask).flatten(2)
 
-    def _over_window(self, query, key, value, rows: Rows, state: StateLayer | None, output_attentions: bool):
+    def _over_window(self, query, key, value, rows: Rows, state: StateLayer | None) -> torch.Tensor:
         length = query.shape[1]
         before = self.window - 1
         after = before if self.two_sided else 0
         block = block_length(length, before)
-        if state is None:
-            key, value = (nn.functional.pad(x, (0, 0, before, after)) for x in (key, value))
-        else:
-            key, value = state.tail("key", key, before), state.tail("value", value, before)
+        key, value = self._around(key, value, state)
         ahead = rows.ahead() if after else torch.zeros_like(rows.reach)
-        y, *weights = in_pieces(
-            partial(self._over_blocks, before, output_attentions),
+        y = in_pieces(
+            partial(self._over_blocks, before),
             query_blocks(query, block),
             key_blocks(key, before, block, after),
             key_blocks(value, before, block, after),
@@ -138,14 +176,10 @@ class SelfAttention(GroupedQueryAttention):
             query_blocks(ahead[..., None].clamp(min=0, max=after), block),
             size=block,
         )
-        y = join_blocks(y, length)
-        if not output_attentions:
-            return y, None
-        by_head = join_blocks(weights[0], length).unflatten(-1, (query.shape[2] // self.head_dim, -1)).transpose(1, 2)
-        return y, to_dense(by_head, rows.index + after, int(rows.index.max()) + 1)
+        return join_blocks(y, length)
 
-    def _over_blocks(self, before: int, output_attentions: bool, query, key, value, reach, ahead):
-        """`[B, N, T, features]` of each block, and if asked its weights by offset `[B, N, T, H · offsets]`.
+    def _over_blocks(self, before: int, query, key, value, reach, ahead) -> torch.Tensor:
+        """`[B, N, T, features]` of each block.
 
         Args:
             query: `[B, N, T, features]`; key, value: `[B, N, keys, features]`.
@@ -158,15 +192,11 @@ class SelfAttention(GroupedQueryAttention):
         mask = ((age >= -ahead) & (age <= reach))[:, None]
         # Blocks join the batch: [B · N, H, T or keys, head_dim].
         query, key, value = (self._heads(x.flatten(0, 1)) for x in (query, key, value))
-        y, weights = self.attend(query, key, value, mask, output_attentions)
-        results = (
-            (y.flatten(2), by_offset(weights).transpose(1, 2).flatten(2)) if output_attentions else (y.flatten(2),)
-        )
-        return tuple(x.unflatten(0, (batch, -1)) for x in results)
+        return self.attend(query, key, value, mask).flatten(2).unflatten(0, (batch, -1))
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """The attention interface in plain torch, with its softmax in at least float32.
+    """The attention interface in plain torch, its scores and their softmax in at least float32.
 
     Args:
         query: `[B, H, M, D]`; key, value: `[B, H', N, D]`; attention_mask: bool `[B, 1, M, N]`, None for causal.
@@ -175,11 +205,12 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
         (`[B, M, H, D]`, weights `[B, H, M, N]`).
     """
     key, value = (repeat_kv(x, module.num_key_value_groups) for x in (key, value))
-    scores = query @ key.transpose(2, 3) * scaling
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    scores = query.to(dtype) @ key.to(dtype).transpose(2, 3) * scaling
     if attention_mask is None:
         attention_mask = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
-    scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    scores = scores.masked_fill(~attention_mask, torch.finfo(dtype).min)
+    weights = scores.softmax(dim=-1).to(query.dtype)
     weights = nn.functional.dropout(weights, dropout, module.training)
     return (weights @ value).transpose(1, 2), weights
 

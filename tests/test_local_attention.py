@@ -172,7 +172,8 @@ def cross(attention, x, source, mask, state=None, output_attentions=False, start
     places = torch.arange(start, start + x.shape[1])[None]
     of_source = torch.arange(source.shape[1])[None] if mask is None else mask.long().cumsum(dim=1) - 1
     rotary, source_rotary = (rotary_of(attention.config, index) for index in (places, of_source))
-    return attention(x, rotary, source, source_rotary, mask, state, output_attentions)
+    rows = lay_rows(*x.shape[:2], CPU)
+    return attention(x, rotary, source, source_rotary, mask, rows, state, output_attentions)
 
 
 def cross_densely(attention, x, source):

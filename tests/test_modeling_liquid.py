@@ -31,7 +31,8 @@ def draw_config(seed: int, **overrides) -> LiquidConfig:
         "num_key_value_heads": rng.choice([1, heads]),
         "intermediate_size": rng.choice([20, 33]),
         "attention_window": rng.choice([1, 3, 8, 64]),
-        "max_position_embeddings": rng.choice([None, 90]),
+        "max_position_embeddings": 90,
+        "learned_positions": rng.choice([False, True]),
         "frame_length": rng.choice([4, 8, 64]),
         "decoder_frame_length": rng.choice([2, 4, 8]),
         "min_compression_ratio": rng.choice([0.1, 0.5]),
@@ -404,7 +405,7 @@ def loss_and_gradients(model, source, labels, **inputs):
 
 @seeds
 def test_every_parameter_learns(seed):
-    options = {"max_position_embeddings": None, "min_compression_ratio": 0.1, "max_expert_load": None}
+    options = {"learned_positions": False, "min_compression_ratio": 0.1, "max_expert_load": None}
     # A window of one entity has no use for queries and keys.
     model = draw_model(seed, attention_window=max(2, draw_config(seed).attention_window), **options).train()
     for length in (1, 2, 3):
@@ -448,7 +449,7 @@ def test_a_batch_in_steps_is_a_batch_at_once(seed):
 
 @seeds
 def test_losses_do_not_depend_on_padding_and_add_up(seed):
-    model = draw_model(seed, max_expert_load=None, max_position_embeddings=None)
+    model = draw_model(seed, max_expert_load=None, learned_positions=False)
     source, labels = draw_pair(2, seed)
     with torch.no_grad():
         plain = model(source, labels=labels)
@@ -569,7 +570,7 @@ def test_the_base_model_gives_the_states_behind_the_logits():
 
 
 def test_mistakes_are_named():
-    model = draw_model(0, max_position_embeddings=20)
+    model = draw_model(0, max_position_embeddings=20, learned_positions=True)
     ids = draw_ids(1, 9, 0)
     with pytest.raises(ValueError, match="max_position_embeddings"):
         logits_of(model, draw_ids(1, 21, 0), ids)

@@ -73,6 +73,7 @@ def measure_reversal(
         attention_window=settings.attention_window,
         frame_length=32,
         max_position_embeddings=settings.length,
+        learned_positions=True,
         decoder_start_token_id=START,
     )
     model = torch.nn.Module.to(LiquidForSeq2SeqLM(config), settings.device)

@@ -1,0 +1,65 @@
+"""The marks that transformers' tests carry, and the table of what they said."""
+
+from collections import Counter
+
+import pytest
+
+from dfn_hf.benchmarks.results import markdown_table
+
+FAMILIES = {
+    "TestDFN": "DFN",
+    "TestDFNWithLargeWeights": "DFN, large weights",
+    "TestFlowNetwork": "FlowNetwork",
+    "TestFlowNetworkWithLargeWeights": "FlowNetwork, large weights",
+    "TestLiquid": "Liquid",
+    "TestLiquidWithLargeWeights": "Liquid, large weights",
+    "TestLiquidEncoder": "Liquid's encoder",
+    "TestLiquidEncoderWithLargeWeights": "Liquid's encoder, large weights",
+}
+MARKS = (
+    "accelerate_tests",
+    "flash_attn_test",
+    "flash_attn_3_test",
+    "flash_attn_4_test",
+    "is_training_test",
+    "torch_compile_test",
+)
+OF_THE_MACHINE = ("test requires", "test is slow", "Not a prioritized model")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for mark in MARKS:
+        config.addinivalue_line("markers", f"{mark}: one of transformers' marks")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """A Markdown table of the classes in `test_conformance.py`, and what was skipped because of a model."""
+    counts: dict[str, Counter] = {}
+    reasons: dict[str, set[str]] = {}
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, ()):
+            if type(report) is not pytest.TestReport or "test_conformance.py" not in report.nodeid:
+                continue
+            family = FAMILIES[report.nodeid.split("::")[1]]
+            kind = outcome
+            if outcome == "skipped":
+                reason = report.longrepr[2].removeprefix("Skipped: ")
+                kind = "machine" if reason.startswith(OF_THE_MACHINE) else "model"
+                if kind == "model":
+                    reasons.setdefault(reason, set()).add(report.nodeid.split("::")[2])
+            counts.setdefault(family, Counter())[kind] += 1
+    if not counts:
+        return
+    header = ("family", "passed", "failed", "skipped for the machine", "skipped for the model")
+    lines = [
+        (
+            name,
+            *(str(n) for n in (found["passed"], found["failed"] + found["error"], found["machine"], found["model"])),
+        )
+        for name in FAMILIES.values()
+        if (found := counts.get(name))
+    ]
+    terminalreporter.write_line("\n" + markdown_table(header, lines))
+    terminalreporter.write_line("\nSkipped for the model:\n")
+    for reason, tests in sorted(reasons.items()):
+        terminalreporter.write_line(f"- {reason}: {', '.join(sorted(tests))}")

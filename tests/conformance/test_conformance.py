@@ -1,0 +1,109 @@
+"""Every family under transformers' own tests of models, with no test overridden and no tolerance changed.
+
+Each family is tested twice: as initialised by default, and with weights large enough that every part matters.
+"""
+
+import importlib
+import sys
+import unittest
+
+from common_tests import fetch_common_tests, package_name
+from configs import dfn_config, flownetwork_config, liquid_config
+from testers import DecoderTester, EncoderTester, Seq2SeqTester
+from transformers.models.auto import modeling_auto
+
+from dfn_hf import (
+    DFNConfig,
+    DFNForCausalLM,
+    DFNForSequenceClassification,
+    DFNModel,
+    FlowNetworkConfig,
+    FlowNetworkForCausalLM,
+    FlowNetworkForSequenceClassification,
+    FlowNetworkModel,
+    LiquidConfig,
+    LiquidForSeq2SeqLM,
+    LiquidForSequenceClassification,
+    LiquidModel,
+)
+
+sys.path.insert(0, str(fetch_common_tests()))
+common = importlib.import_module(f"{package_name()}.test_modeling_common")
+training = importlib.import_module(f"{package_name()}.test_training_mixin")
+configuration = importlib.import_module(f"{package_name()}.test_configuration_common")
+
+# The tests look a head's task up by its class name in these tables, which hold transformers' own families alone.
+modeling_auto.MODEL_MAPPING_NAMES.update(dfn="DFNModel", flownetwork="FlowNetworkModel", liquid="LiquidModel")
+modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update(dfn="DFNForCausalLM", flownetwork="FlowNetworkForCausalLM")
+modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.update(liquid="LiquidForSeq2SeqLM")
+modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.update(
+    dfn="DFNForSequenceClassification",
+    flownetwork="FlowNetworkForSequenceClassification",
+    liquid="LiquidForSequenceClassification",
+)
+
+LARGE = 0.5
+LARGE_WITH_SDPA = 0.2  # at 0.5 a Llama's eager and sdpa attention differ more than the tests allow
+DFN = (DFNModel, DFNForCausalLM, DFNForSequenceClassification)
+FLOWNETWORK = (FlowNetworkModel, FlowNetworkForCausalLM, FlowNetworkForSequenceClassification)
+LIQUID = (LiquidModel, LiquidForSeq2SeqLM)
+LIQUID_ENCODER = (LiquidForSequenceClassification,)
+
+
+class CommonTests(common.ModelTesterMixin):
+    """transformers' tests of any model, and those of its configuration."""
+
+    config_class: type
+
+    def test_config(self):
+        configuration.ConfigTester(self, config_class=self.config_class, hidden_size=32).run_common_tests()
+
+
+class TestDFN(CommonTests, common.GenerationTesterMixin, training.TrainingTesterMixin, unittest.TestCase):
+    config_class = DFNConfig
+    all_model_classes = DFN
+    model_tester = DecoderTester(dfn_config, DFN)
+
+
+class TestDFNWithLargeWeights(CommonTests, common.GenerationTesterMixin, unittest.TestCase):
+    config_class = DFNConfig
+    all_model_classes = DFN
+    model_tester = DecoderTester(lambda: dfn_config(initializer_range=LARGE), DFN)
+
+
+class TestFlowNetwork(CommonTests, common.GenerationTesterMixin, training.TrainingTesterMixin, unittest.TestCase):
+    config_class = FlowNetworkConfig
+    all_model_classes = FLOWNETWORK
+    model_tester = DecoderTester(flownetwork_config, FLOWNETWORK)
+
+
+class TestFlowNetworkWithLargeWeights(CommonTests, common.GenerationTesterMixin, unittest.TestCase):
+    config_class = FlowNetworkConfig
+    all_model_classes = FLOWNETWORK
+    model_tester = DecoderTester(lambda: flownetwork_config(initializer_range=LARGE_WITH_SDPA), FLOWNETWORK)
+
+
+class TestLiquid(CommonTests, common.GenerationTesterMixin, unittest.TestCase):
+    config_class = LiquidConfig
+    all_model_classes = LIQUID
+    is_encoder_decoder = True
+    model_tester = Seq2SeqTester(liquid_config)
+
+
+class TestLiquidWithLargeWeights(CommonTests, common.GenerationTesterMixin, unittest.TestCase):
+    config_class = LiquidConfig
+    all_model_classes = LIQUID
+    is_encoder_decoder = True
+    model_tester = Seq2SeqTester(lambda: liquid_config(initializer_range=LARGE_WITH_SDPA))
+
+
+class TestLiquidEncoder(CommonTests, unittest.TestCase):
+    config_class = LiquidConfig
+    all_model_classes = LIQUID_ENCODER
+    model_tester = EncoderTester(lambda: liquid_config(is_encoder_decoder=False))
+
+
+class TestLiquidEncoderWithLargeWeights(CommonTests, unittest.TestCase):
+    config_class = LiquidConfig
+    all_model_classes = LIQUID_ENCODER
+    model_tester = EncoderTester(lambda: liquid_config(is_encoder_decoder=False, initializer_range=LARGE_WITH_SDPA))
