@@ -48,6 +48,7 @@ from .modeling.modeling_liquid import (  # noqa: E402
     LiquidModel,
 )
 from .module_norms_callback import ModuleNormsCallback  # noqa: E402
+from .peft_defaults import register as register_peft_defaults  # noqa: E402
 from .text2text_pipeline import register as register_text2text_pipeline  # noqa: E402
 
 __version__ = "0.1.0"
@@ -90,6 +91,7 @@ def _register_families() -> None:
 
 _register_families()
 register_text2text_pipeline()
+register_peft_defaults()
 
 __all__ = [
     "BidirectionalEncoder",

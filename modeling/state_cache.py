@@ -373,6 +373,7 @@ def state_layers(past_key_values: Cache, num_layers: int) -> list[StateLayer]:
     if len(layers) < num_layers or not all(hasattr(layer, "commit") for layer in layers[:num_layers]):
         raise ValueError(
             f"past_key_values is a {type(past_key_values).__name__} that cannot hold this model's state: "
-            "use DynamicCache(config=model.config)."
+            "use DynamicCache(config=model.config). Prefix tuning, which brings keys and values alone, cannot work: "
+            "use prompt tuning."
         )
     return layers[:num_layers]
