@@ -302,6 +302,9 @@ def test_translation_is_measured_beside_a_t5_and_resumes(tmp_path, monkeypatch):
     assert first.exit_code == 0, first.output
     table = [line for line in first.stdout.splitlines() if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in table[2:]] == models
+    assert "chrF" in table[0]
+    unscored = CliRunner().invoke(app, [*arguments, "--no-scores"])
+    assert unscored.exit_code == 0 and "chrF" not in unscored.stdout
     monkeypatch.setattr(translation, "measure_translation", lambda *_: pytest.fail("a finished run was repeated"))
     assert CliRunner().invoke(app, arguments).stdout == first.stdout
     translation.encoded.cache_clear()

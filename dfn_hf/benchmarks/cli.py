@@ -265,20 +265,23 @@ def translation(
     search_steps: Annotated[int, typer.Option(min=1, help="Steps of the short runs that pick a learning rate.")] = 600,
     learning_rates: LearningRates = [1e-3, 2e-3, 4e-3],  # noqa: B006
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs per step.")] = 32,
+    scores: Annotated[
+        bool, typer.Option(help="Translate the test split, with its own and with shuffled sources.")
+    ] = True,
     results: Results = RESULTS_FOLDER / "translation.csv",
     threads: Threads = 1,
     device: Device = "cpu",
 ) -> None:
     """English to Spanish on the embedded verses: Liquid beside a T5 of equal size, and Liquid with one part off.
 
-    Example: dfn-hf bench translation --model liquid --model "no LSTM" --steps 1000
+    Example: dfn-hf bench translation --model liquid --model "no LSTM" --steps 800 --no-scores
     """
     from .machine import set_up_device
     from .translation import TranslationSettings, run_translation, translation_table
 
     set_up_device(device, threads)
     finished = run_translation(
-        TranslationSettings(steps=steps, batch_size=batch_size, device=device),
+        TranslationSettings(steps=steps, batch_size=batch_size, scored=scores, device=device),
         models=models,
         seeds=range(seeds),
         learning_rates=learning_rates,

@@ -193,15 +193,17 @@ def run_translation(
 
 
 def translation_table(results: list[tuple[TranslationSettings, TranslationMeasures]]) -> str:
-    """One line per model, mean ± standard error over seeds."""
+    """One line per model, mean ± standard error over seeds; scores where models were scored."""
+    scored = any(run.scored for run, _ in results)
+    scores = ("chrF", "BLEU", "chrF, sources shuffled") if scored else ()
     header = (
-        "model", "parameters", "learning rate", "seeds", "validation loss, nats per token", "chrF", "BLEU",
-        "chrF, sources shuffled", "ms per step",
+        "model", "parameters", "learning rate", "seeds", "validation loss, nats per token", *scores, "ms per step",
     )  # fmt: skip
     lines = []
     for name in dict.fromkeys(run.model for run, _ in results):
         runs = [run for run, _ in results if run.model == name]
         found = [measures for run, measures in results if run.model == name]
+        reached = [[getattr(one, score) for one in found] for score in ("chrf", "bleu", "shuffled_chrf")]
         lines.append(
             (
                 name,
@@ -209,9 +211,7 @@ def translation_table(results: list[tuple[TranslationSettings, TranslationMeasur
                 f"{runs[0].learning_rate:g}",
                 str(len(found)),
                 mean_with_error([one.loss for one in found]),
-                mean_with_error([one.chrf for one in found], digits=1),
-                mean_with_error([one.bleu for one in found], digits=1),
-                mean_with_error([one.shuffled_chrf for one in found], digits=1),
+                *((mean_with_error(values, digits=1) for values in reached) if scored else ()),
                 mean_with_error([1000 * one.training_seconds / runs[0].steps for one in found], digits=0),
             )
         )
