@@ -12,3 +12,4 @@ dfn-hf bench speed --results speed.csv
 dfn-hf bench translation --results translation.csv
 dfn-hf bench reversal --results reversal.csv
 dfn-hf bench seq2seq-speed --results seq2seq-speed.csv
+dfn-hf bench quantization --results quantization.csv

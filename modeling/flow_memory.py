@@ -155,9 +155,10 @@ class MemoryAttention(nn.Module):
             chunks = 1 if slots is None else slots.shape[1]
             memory.append(bank.to(x.dtype).expand(batch, -1, -1).unsqueeze(1).expand(-1, chunks, -1, -1))
         memory = torch.cat(memory, dim=2)
-        key, value = (project(memory).flatten(0, 1).unsqueeze(1) for project in (self.k_proj, self.v_proj))
-        query = self.q_proj(x)
         in_chunks = memory.shape[1] > 1
+        memory = memory.flatten(0, 1)
+        key, value = (project(memory).unsqueeze(1) for project in (self.k_proj, self.v_proj))
+        query = self.q_proj(x)
         query = layout.lay(query) if in_chunks else query.unsqueeze(1)  # [B, C, T, D]
         query = query.flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         query, key = self.q_norm(query), self.k_norm(key)

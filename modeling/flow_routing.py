@@ -23,6 +23,7 @@ from transformers import initialization as init
 
 from .chunk_memory import ChunkMemory
 from .padding import Rows, lay_rows
+from .small_maps import decide
 from .state_cache import StateLayer
 from .windows import block_length, by_key, by_offset, join_blocks, key_blocks, query_blocks
 
@@ -246,13 +247,13 @@ class FlowLayer(nn.Module):
         """Weights of the patterns `[B, M, P]`, queries and keys `[B, M, R]`, intensity `[B, M, 1]`, as float32."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            intensity = self.intensity_proj(x).to(dtype).sigmoid()
+            intensity = decide(self.intensity_proj, x).to(dtype).sigmoid()
             query = self.query_maps(x).to(dtype).unflatten(-1, (-1, self.rank))
-            key = self.key_proj(x).to(dtype)
+            key = decide(self.key_proj, x).to(dtype)
             if self.pattern_selector is None:
                 patterns = torch.ones_like(intensity)
             else:
-                patterns = self.pattern_selector(x).to(dtype).softmax(dim=-1)
+                patterns = decide(self.pattern_selector, x).to(dtype).softmax(dim=-1)
                 if patterns.shape[-1] > self.kept_patterns:
                     count = patterns.new_tensor(self.kept_patterns)
                     patterns = select_strongest(patterns, count, self.kept_patterns)
@@ -343,9 +344,9 @@ class ContextAwareFlowRouter(nn.Module):
         rows = lay_rows(*x.shape[:2], x.device) if rows is None else rows
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            slots, layout = self.context(self.context_proj(x), rows, state)
+            slots, layout = self.context(decide(self.context_proj, x), rows, state)
             context = layout.of_chunks(slots[:, :, 0])
-            routed = self.route_proj(torch.cat([x, context.to(x.dtype)], dim=-1)).to(dtype).sigmoid()
+            routed = decide(self.route_proj, torch.cat([x, context.to(x.dtype)], dim=-1)).to(dtype).sigmoid()
         window = self.min_flow_window + (self.flow_window - self.min_flow_window) * routed[..., 0]
         share = self.base_sparsity * (LEAST_SHARE + (MOST_SHARE - LEAST_SHARE) * routed[..., 1])
         return window, share.clamp(max=1.0)

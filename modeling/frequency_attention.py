@@ -65,11 +65,11 @@ class FrequencyHyenaAttention(nn.Module):
         energy = spectrum.real.square() + spectrum.imag.square()
         floor = PHASE_FLOOR**2 * energy.mean(dim=(1, 2), keepdim=True) + LEAST_ENERGY
         phase = spectrum * torch.rsqrt(energy + floor)
-        magnitude = (energy + floor).sqrt().to(self.out_proj.weight.dtype)
+        magnitude = (energy + floor).sqrt().to(self.norm.weight.dtype)
         heard = [attend(magnitude[:, band]).to(dtype) for attend, band in zip(self.attention, self.bands, strict=True)]
         y = torch.fft.irfft(torch.cat(heard, dim=1) * phase, n=self.frame_length, dim=1)
         return y.unflatten(0, frames.shape[:2])
 
     def project(self, y: torch.Tensor) -> torch.Tensor:
         """`[..., D]` in time → the same."""
-        return self.norm(self.out_proj(y))
+        return self.norm(self.out_proj(y.flatten(0, -2))).view_as(y)

@@ -102,7 +102,7 @@ class EnhancedLiquidEmbedding(nn.Module):
         )
 
     def _project(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj_norm(self.proj(x))
+        return self.proj_norm(self.proj(x.flatten(0, -2))).view_as(x)
 
     def _distance(self, out: torch.Tensor, uncompressed: torch.Tensor) -> torch.Tensor:
         """Mean over the features of the distance that compression makes to what the projection gives."""

@@ -13,6 +13,7 @@ from transformers.integrations import use_experts_implementation
 
 from .padding import Rows
 from .pieces import in_pieces
+from .small_maps import decide
 
 
 @dataclass
@@ -78,7 +79,7 @@ class MoELayer(nn.Module):
         config = self.config
         real = rows.real()
         with torch.autocast(x.device.type, enabled=False):
-            logits = self.gate(x.to(self.gate.weight.dtype))
+            logits = decide(self.gate, x)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         probability = logits.softmax(dim=-1)
         most = min(config.num_experts, (1 + config.dynamic_experts) * config.num_experts_per_tok)

@@ -52,6 +52,7 @@ from .model_inputs import GrowingStateMixin, begin_call, embed, end_call, next_t
 from .padding import Rows, observe_weights, row_columns
 from .pieces import in_pieces
 from .rms_norm import RMSNorm
+from .small_maps import decide
 from .state_cache import CACHE_NAME, StateLayer
 
 
@@ -133,7 +134,7 @@ class FlowNorm(nn.Module):
 
     def _energy(self, states: torch.Tensor) -> torch.Tensor:
         wide = states.to(torch.promote_types(states.dtype, torch.float32))
-        flow = self.flow_map(states).to(wide.dtype)
+        flow = decide(self.flow_map, states).to(wide.dtype)
         return flow.square().mean(dim=-1, keepdim=True) + 1e-2 * wide.square().mean(dim=-1, keepdim=True)
 
     def _scaled(self, states: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
@@ -194,8 +195,8 @@ class ContinuousEntities(nn.Module):
         """
         # Positions decide who is found: half precision would leave them a few places each.
         with torch.autocast(u.device.type, enabled=False):
-            rest, flow = (self._heads(project(u)) for project in (self.position_proj, self.flow_proj))
-            influence = self.influence_proj(u)
+            rest, flow = (self._heads(decide(project, u)) for project in (self.position_proj, self.flow_proj))
+            influence = decide(self.influence_proj, u)
         dtype = torch.promote_types(u.dtype, torch.float32)
         rest, flow, influence = rest.to(dtype), flow.to(dtype), influence.to(dtype).transpose(1, 2)
         if origin is not None:
@@ -244,7 +245,8 @@ class PersistentFieldMemory(nn.Module):
             (y over entities and slots, the share of the entities `[B, H, M]`).
         """
         slots, layout = self.slots(y.transpose(1, 2).flatten(2), rows, state)
-        values = self.value_proj(slots.to(state_dtype)).unflatten(-1, (self.num_heads, -1))
+        values = self.value_proj(slots.to(state_dtype).flatten(0, 1)).unflatten(0, slots.shape[:2])
+        values = values.unflatten(-1, (self.num_heads, -1))
         values = values.permute(0, 3, 1, 2, 4).to(query.dtype)
         key = gaussian_key(ball(self.position.to(query.dtype)), self.influence.to(query.dtype), sharpness)
         logits = query @ key.transpose(-1, -2)
@@ -473,6 +475,7 @@ class DFNPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["DFNLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_context_parallel = False
+    _keep_in_fp32_modules = ["flow_map", "position_proj", "flow_proj", "influence_proj"]
     _keep_in_fp32_modules_strict = ["log_sharpness", "log_fading", "decay_logit"]
 
     @torch.no_grad()

@@ -216,6 +216,7 @@ class FlowNetworkPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_sdpa = True
     _supports_context_parallel = False
+    _keep_in_fp32_modules = ["context_proj", "route_proj", "pattern_selector", "key_proj", "intensity_proj"]
     _keep_in_fp32_modules_strict = ["decay_logit", "memory_bank"]
 
     @torch.no_grad()

@@ -46,6 +46,7 @@ class LiquidPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["ImprovedTransformerBlock", "EnhancedLiquidEmbedding", "CausalLiquidEmbedding"]
     _skip_keys_device_placement = ["past_key_values", "cache", "cross_state"]
+    _keep_in_fp32_modules = ["moe.gate"]
     _supports_sdpa = True
     _supports_context_parallel = False
     _is_stateful = True  # an LSTM's state cannot be taken back

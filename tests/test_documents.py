@@ -53,6 +53,7 @@ def test_readme_has_its_tables():
         "recall",
         "lm",
         "ablations",
+        "quantization",
     ]
 
 

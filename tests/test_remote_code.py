@@ -62,6 +62,7 @@ COMMON_CODE = {
     "padding.py",
     "pieces.py",
     "rms_norm.py",
+    "small_maps.py",
     "state_cache.py",
 }
 MODEL, CAUSAL, CLASSIFIER = range(3)

@@ -27,6 +27,7 @@ CODE = {
     "padding.py",
     "pieces.py",
     "rms_norm.py",
+    "small_maps.py",
     "spectral_frames.py",
     "state_cache.py",
     "windowed_attention.py",

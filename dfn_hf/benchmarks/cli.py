@@ -293,6 +293,35 @@ def translation(
 
 
 @app.command()
+def quantization(
+    checkpoints: Annotated[
+        list[str] | None, typer.Option("--checkpoint", help="An embedded one; repeat it. Default: all.")
+    ] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="Such as bfloat16, 'bitsandbytes NF4'; repeat it. Default: all."),
+    ] = None,
+    results: Results = RESULTS_FOLDER / "quantization.csv",
+    threads: Threads = 1,
+) -> None:
+    """What bfloat16, bitsandbytes and torchao do to the loss of the embedded checkpoints.
+
+    Example: dfn-hf bench quantization --checkpoint dfn-tiny --format "bitsandbytes NF4"
+    """
+    from .machine import set_up_device
+    from .quantization import CHECKPOINTS, FORMATS, QuantizationSettings, quantization_table, run_quantization
+
+    set_up_device("cpu", threads)
+    runs = [
+        QuantizationSettings(checkpoint, name)
+        for checkpoint in checkpoints or CHECKPOINTS
+        for name in ("float32", *(formats or FORMATS))
+    ]
+    finished = run_quantization(runs, results, _report)
+    _print(quantization_table(finished), {measures.machine for _, measures in finished}, results)
+
+
+@app.command()
 def speed(
     models: Models = ["flownetwork", "llama"],  # noqa: B006
     works: Annotated[
