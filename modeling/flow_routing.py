@@ -293,6 +293,14 @@ class FlowLayer(nn.Module):
         return {"sparsity_kept": rows.mean(share), "pattern_entropy": rows.mean(entropy)}
 
 
+class FlowMixer(FlowLayer):
+    """A `FlowLayer` that mixes where it is called: hooks that bring weights from elsewhere see calls, not methods."""
+
+    def forward(self, x, routing=None, rows=None, state=None, output_flow=False):
+        """As `FlowLayer.mix`."""
+        return self.mix(x, routing, rows, state, output_flow)
+
+
 class ContextAwareFlowRouter(nn.Module):
     """How far an entity looks back and which share of what it reaches is kept, from itself and its context.
 

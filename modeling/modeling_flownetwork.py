@@ -3,7 +3,7 @@
 A layer, for the states s of a row:
 
     u  = RMSNorm(s)
-    f  = FlowLayer(u)                          windows and shares from ContextAwareFlowRouter(u)
+    f  = FlowMixer(u)                          windows and shares from ContextAwareFlowRouter(u)
     y  = Attention(u + f)                      over the flow's window        (`block_type="enhanced_flow"`)
     y  = Attention(u) + f                      over everything before        (`block_type="flow_transformer"`)
     s += W_o (y ⊙ silu(W_g (u + f)))
@@ -36,7 +36,7 @@ from .chunk_memory import ChunkMemory
 from .classification import LastStateClassification
 from .configuration_flownetwork import FlowNetworkConfig
 from .flow_memory import MemoryAttention, MemoryBank, SequenceMemory
-from .flow_routing import ContextAwareFlowRouter, FlowLayer
+from .flow_routing import ContextAwareFlowRouter, FlowMixer
 from .model_inputs import GrowingStateMixin, begin_call, embed, end_call, next_token_labels
 from .padding import Rows, to_columns
 from .pieces import in_pieces
@@ -127,7 +127,7 @@ class FlowNetworkLayer(GradientCheckpointingLayer):
             config.memory_chunk,
             config.memory_decay,
         )
-        self.flow = FlowLayer(input_size, size, config.num_patterns, config.base_sparsity, config.flow_window)
+        self.flow = FlowMixer(input_size, size, config.num_patterns, config.base_sparsity, config.flow_window)
         self.attention = SelfAttention(config, None if self.parallel else config.flow_window)
         self.gate_proj = nn.Linear(size, size, bias=False)
         self.out_proj = nn.Linear(size, size, bias=False)
@@ -182,7 +182,7 @@ class FlowNetworkLayer(GradientCheckpointingLayer):
         """The rows, or a span of them, at once."""
         u = self.input_norm(hidden_states)
         routing = self.router(u, rows, state)
-        flowed, flow, metrics = self.flow.mix(u, routing, rows, state, output_flow)
+        flowed, flow, metrics = self.flow(u, routing, rows, state, output_flow)
         flowed = flowed.to(u.dtype)
         u = self.residual_proj(u)
         met = u + flowed
@@ -232,7 +232,7 @@ class FlowNetworkPreTrainedModel(PreTrainedModel):
             init.ones_(module.weight)
         elif isinstance(module, ChunkMemory):
             module.reset_parameters(std)
-        elif isinstance(module, (FlowLayer, MemoryBank)):
+        elif isinstance(module, (FlowMixer, MemoryBank)):
             module.reset_parameters()
         else:
             super()._init_weights(module)

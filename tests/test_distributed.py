@@ -1,15 +1,27 @@
-"""Data parallel training over two processes equals one process."""
+"""Training over two processes, replicated or sharded, equals one process."""
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from tests import test_modeling_liquid as liquid
 from tests.families import FAMILIES, draw_ids, draw_model
 
 PROCESSES = 2
 ROWS = 4
 SEED = 3
+
+
+def make_model(family, options):
+    if family == "liquid":
+        return liquid.draw_model(SEED, **options).train()
+    return draw_model(family, SEED, **options).train()
 
 
 def draw_batch():
@@ -21,32 +33,56 @@ def draw_batch():
     return ids, labels
 
 
+def count_items(family, labels):
+    """Labels that a loss is a mean over: a decoder-only model has nothing before the first."""
+    return (labels if family == "liquid" else labels[:, 1:]).ne(-100).sum()
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
 def learnt(model):
     """Gradients, and the buffers after what training staged was written to them."""
     if hasattr(model, "commit_memory"):
         model.commit_memory()
-    gradients = {f"{name}.grad": parameter.grad.clone() for name, parameter in model.named_parameters()}
+    gradients = {f"{name}.grad": whole(parameter.grad) for name, parameter in model.named_parameters()}
     return gradients | dict(model.named_buffers())
 
 
-def train(rank, cases, rendezvous, results):
-    """Loss and what was learnt of each case from the rows of this process, as `DistributedDataParallel` leaves it."""
+def replicated(model: nn.Module) -> nn.Module:
+    # Every parameter must take part: unused ones would hang the reduction, or need a search for them.
+    return DistributedDataParallel(model)
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    """Every layer, and what lies around the layers, over both processes."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            fully_shard(module)
+    return fully_shard(model)
+
+
+WAYS = {"DDP": replicated, "FSDP2": sharded}
+
+
+def train(rank, way, cases, rendezvous, results):
+    """Loss and what was learnt of each case from the rows of this process."""
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=PROCESSES)
     try:
         torch.set_num_threads(1)
         ids, labels = draw_batch()
-        num_items = (labels[:, 1:] != -100).sum()
         mine = slice(rank * ROWS // PROCESSES, (rank + 1) * ROWS // PROCESSES)
         found = []
         for family, options in cases:
-            # Every parameter must take part: unused ones would hang the reduction, or need a search for them.
-            model = DistributedDataParallel(draw_model(family, SEED, **options).train())
-            # As Trainer does: scaled by all labels and, since DDP takes the mean of gradients, by the processes.
-            loss = model(ids[mine], labels=labels[mine], num_items_in_batch=num_items, use_cache=False).loss
+            model = WAYS[way](make_model(family, options))
+            # As Trainer does: scaled by all labels and, since the mean of gradients is taken, by the processes.
+            items = count_items(family, labels)
+            loss = model(ids[mine], labels=labels[mine], num_items_in_batch=items, use_cache=False).loss
             (loss * PROCESSES).backward()
             loss = loss.detach()
             dist.all_reduce(loss)
-            found.append((loss, learnt(model.module)))
+            found.append((loss, learnt(getattr(model, "module", model))))
         torch.save(found, results / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -58,16 +94,18 @@ CASES = [
     ("flownetwork", {"block_type": "enhanced_flow", "memory_size": 3}),
     ("flownetwork", {"block_type": "flow_transformer", "memory_size": 2, "bank_decay": 0.5}),
     ("flownetwork", {"memory_size": 0}),
+    ("liquid", {"memory_hidden_size": 7, "attention_window": 8}),
 ]
 
 
-def test_two_processes_equal_one(tmp_path):
-    assert {family for family, _ in CASES} == set(FAMILIES)
-    mp.spawn(train, (CASES, tmp_path / "rendezvous", tmp_path), nprocs=PROCESSES)
+@pytest.mark.parametrize("way", WAYS)
+def test_two_processes_equal_one(way, tmp_path):
+    assert {family for family, _ in CASES} == {*FAMILIES, "liquid"}
+    mp.spawn(train, (way, CASES, tmp_path / "rendezvous", tmp_path), nprocs=PROCESSES)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(PROCESSES)]
     ids, labels = draw_batch()
     for case, (family, options) in enumerate(CASES):
-        model = draw_model(family, SEED, **options).train()
+        model = make_model(family, options)
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         expected = model(ids, labels=labels, use_cache=False).loss
         expected.backward()

@@ -14,6 +14,7 @@ from dfn_hf import (
     FlowNetworkForSequenceClassification,
     FlowNetworkModel,
 )
+from dfn_hf.modeling.flow_routing import FlowLayer
 from dfn_hf.modeling.modeling_flownetwork import FlowNetworkLayer
 from dfn_hf.modeling.padding import lay_rows
 from dfn_hf.modeling.state_cache import CACHE_NAME
@@ -64,7 +65,7 @@ def test_a_layer_adds_flow_with_attention_memory_and_feed_forward(block_type):
     with torch.no_grad():
         found, _, _, _ = layer(states, bank_of(model), rotary, rows)
         u = layer.input_norm(states)
-        matrix, _ = layer.flow(u, layer.router(u))
+        matrix, _ = FlowLayer.forward(layer.flow, u, layer.router(u))
         flow = layer.flow.apply(matrix, u)
         if block_type == "enhanced_flow":
             read, _ = layer.attention(u + flow, rotary, rows, None, False)
@@ -330,7 +331,7 @@ def test_flows_are_the_matrices_of_the_layers(block_type):
             outputs = model(ids, output_flows=True, output_hidden_states=True)
             flows, u = outputs.flows[layer], model.layers[layer].input_norm(outputs.hidden_states[layer])
             routing = model.layers[layer].router(u)
-            matrix, _ = model.layers[layer].flow(u, routing)
+            matrix, _ = FlowLayer.forward(model.layers[layer].flow, u, routing)
             assert flows.matrix.shape == (2, 20, 20) and torch.allclose(flows.matrix, matrix, **STRICT)
             assert torch.allclose(flows.window, routing[0], **STRICT)
             assert torch.allclose(flows.share, routing[1], **STRICT)
