@@ -1,4 +1,4 @@
-"""The README's snippets and the notebooks do what they say."""
+"""The snippets of README and of the pages in `docs`, and the notebooks, do what they say."""
 
 import re
 import shlex
@@ -14,7 +14,13 @@ from dfn_hf.cli import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+PYTHON = re.compile(r"```python\n(.*?)```", flags=re.DOTALL)
+SNIPPETS = PYTHON.findall(README)
+PAGES = [
+    pytest.param(code, id=f"{page.stem}-{number}")
+    for page in sorted((ROOT / "docs").glob("*.md"))
+    for number, code in enumerate(PYTHON.findall(page.read_text(encoding="utf-8")), start=1)
+]
 TABLES = re.findall(r"`dfn-hf (bench [^`]*--results [^`]*)`", README)
 
 
@@ -22,6 +28,13 @@ TABLES = re.findall(r"`dfn-hf (bench [^`]*--results [^`]*)`", README)
 def test_readme_snippet_runs(number, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     exec(compile(SNIPPETS[number], f"README.md, snippet {number + 1}", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("code", PAGES)
+def test_snippet_of_a_page_runs(code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "snippet", "exec"), {})
     assert capsys.readouterr().out.strip()
 
 
