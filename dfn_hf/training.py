@@ -254,6 +254,7 @@ def training_arguments(
     on_gpu = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(checkpoints),
+        use_cpu=not torch.accelerator.is_available(),  # said, so that several processes find each other on CPUs too
         max_steps=settings.max_steps,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,

@@ -1,5 +1,10 @@
 """Training over two processes, replicated or sharded, equals one process."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,6 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tests import test_modeling_liquid as liquid
@@ -120,3 +126,23 @@ def test_two_processes_equal_one(way, tmp_path):
                 assert torch.allclose(values[name], value, atol=1e-9, rtol=0), name
         for name in banks:
             assert torch.equal(*(of_rank[case][1][name] for of_rank in found))
+
+
+def test_the_command_trains_on_two_processes_as_on_one(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"The {number} little letters lay in a long line." for number in range(900)))
+    size = ["--size", "tiny", "--block-size", "48", "--steps", "4"]
+    alone = [sys.executable, "-m", "dfn_hf.cli", "train", tmp_path / "alone", "--batch-size", "4"]
+    both = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    both += ["-m", "dfn_hf.cli", "train", tmp_path / "both", "--batch-size", "2"]
+    losses = []
+    for command in (alone, both):
+        arguments = [str(word) for word in (*command, "--data", text, *size)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        finished = subprocess.run(arguments, capture_output=True, text=True, timeout=300, env=environment)
+        assert finished.returncode == 0, finished.stderr[-2000:]
+    for name in ("alone", "both"):
+        log = json.loads((tmp_path / name / "training_log.json").read_text())
+        losses.append([(entry["loss"], entry["grad_norm"]) for entry in log if "loss" in entry])
+        AutoModelForCausalLM.from_pretrained(tmp_path / name)
+    assert losses[0] and torch.allclose(torch.tensor(losses[0]), torch.tensor(losses[1]), atol=1e-4, rtol=0)
