@@ -73,14 +73,16 @@ def train(
             help="dfn (default), flownetwork, or llama, of as many parameters; on pairs of texts, liquid or t5.",
         ),
     ] = None,
-    size: Annotated[str | None, typer.Option(help="tiny (default), small, medium or large.")] = None,
+    size: Annotated[str | None, typer.Option(help="tiny (default), small, medium or, but of pairs, large.")] = None,
     fields: Annotated[
         list[str] | None,
         typer.Option("--set", help="A field of the configuration, FIELD=VALUE, such as position_dim=8. Repeatable."),
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option(help="bpe (default), byte, bpe-en-es (for pairs), a folder or Hub id. With --from: the model's."),
+        typer.Option(
+            help="bpe (default), byte, bpe-en-es (default for pairs), a folder or Hub id. With --from: the model's."
+        ),
     ] = None,
     block_size: Annotated[int, typer.Option(help="Tokens per block; of pairs, of a side at most.")] = 256,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
@@ -128,11 +130,17 @@ def train(
     from .lora import add_lora
     from .seq2seq_sizes import ARCHITECTURES as SEQ2SEQ_ARCHITECTURES
     from .seq2seq_sizes import new_seq2seq_lm
+    from .sizes import ARCHITECTURES as CAUSAL_ARCHITECTURES
     from .sizes import new_causal_lm
     from .sources import load_causal_lm, load_config, load_seq2seq_lm
     from .training import TrainingSettings, check_output_folder, train_model
     from .translation import load_pairs, training_pairs
 
+    known = (*CAUSAL_ARCHITECTURES, *SEQ2SEQ_ARCHITECTURES)
+    refuse(
+        architecture is not None and architecture not in known,
+        f"--model is {architecture!r}: choose one of {', '.join(known)}",
+    )
     refuse(lora and start is None, "--lora needs --from: low-rank updates of random weights learn nothing")
     refuse(start is not None and tokenizer is not None, "--from brings its own tokenizer: leave out --tokenizer")
     for option, value in (("--set", fields), ("--model", architecture), ("--size", size)):
@@ -159,6 +167,9 @@ def train(
     options = dict(map(parse_field, fields or ()))
     pairs = architecture in SEQ2SEQ_ARCHITECTURES or (start is not None and load_config(start).is_encoder_decoder)
     collator = None
+    named_sides = (source_field, target_field) != ("source", "target")
+    refuse(named_sides and data is None, "--source-field and --target-field are fields of --data: give it")
+    refuse(named_sides and not pairs, "--source-field and --target-field are for pairs of texts: add --model liquid")
     if pairs:
         refuse(streaming, "--streaming is for causal models: leave it out with pairs of texts")
         if start is None:
@@ -172,10 +183,13 @@ def train(
         fields_of_pairs = {"source_field": source_field, "target_field": target_field}
         loaded_pairs = None if data is None else load_pairs(data, **fields_of_pairs)
         held_out_of_them = None if validation_data is None else load_pairs(validation_data, **fields_of_pairs)
-        blocks, held_out = training_pairs(vocabulary, block_size, loaded_pairs, held_out_of_them, seed=seed)
+        blocks, held_out, left_out = training_pairs(vocabulary, block_size, loaded_pairs, held_out_of_them, seed=seed)
+        if left_out:
+            typer.echo(f"{left_out:,} pairs are longer than {block_size} tokens a side (--block-size) and left out")
         collator = DataCollatorForSeq2Seq(vocabulary, model)
         text = "the verses of the World English Bible and the Reina-Valera" if data is None else data
-        unit = f"pairs of at most {block_size} tokens a side"
+        longer = f" ({left_out:,} longer ones left out)" if left_out else ""
+        unit = f"pairs of at most {block_size} tokens a side{longer}"
     else:
         if start is None:
             vocabulary = load_tokenizer(tokenizer or "bpe")
@@ -311,17 +325,22 @@ def translate(
     shuffled: Annotated[
         bool, typer.Option("--shuffled", help="Give each target another source: what the model says without reading.")
     ] = False,
+    output: Annotated[Path | None, typer.Option(help="New file for pairs and translations, JSON Lines.")] = None,
 ) -> None:
     """Translate texts, or score the translations of pairs by chrF and BLEU.
 
     Example: `dfn-hf translate my-translator "In the beginning God created the heavens." --num-beams 4`
     """
+    import json
+
     from .data import load_verses
     from .sources import load_seq2seq_lm
     from .translation import load_pairs, score_translations, shuffle_sources, translate
 
     given = [bool(texts), data is not None, split is not None]
     refuse(sum(given) != 1, "give one of three: texts, --data, or --split")
+    refuse(bool(texts) and (shuffled or output is not None), "--shuffled and --output are for --data and --split")
+    refuse(output is not None and output.exists(), f"{output} exists: choose a new file")
     loaded, tokenizer = load_seq2seq_lm(model)
     generation = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
     if texts:
@@ -334,6 +353,11 @@ def translate(
         pairs = load_verses(split or "test")
     sources = list(pairs["source"])
     translations = translate(loaded, tokenizer, shuffle_sources(sources) if shuffled else sources, **generation)
+    if output is not None:
+        with output.open("x", encoding="utf-8") as file:
+            for pair, translation in zip(pairs, translations, strict=True):
+                line = {"source": pair["source"], "target": pair["target"], "translation": translation}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
     scores = score_translations(translations, list(pairs["target"]))
     echo_rows({"chrF": f"{scores.chrf:.2f}", "BLEU": f"{scores.bleu:.2f}", "pairs": f"{len(pairs):,}"})
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from transformers import AutoModelForCausalLM, Cache, PreTrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Cache, PreTrainedConfig
 
 from .model_card import read_provenance
 from .modeling.state_cache import CACHE_NAME
@@ -19,6 +19,7 @@ SUMMARY_FIELDS = (
     "vocab_size",
     "hidden_size",
     "num_hidden_layers",
+    "num_decoder_layers",
     "num_attention_heads",
     "intermediate_size",
     "position_dim",
@@ -33,6 +34,13 @@ SUMMARY_FIELDS = (
     "base_sparsity",
     "flow_window",
     "memory_size",
+    "attention_window",
+    "frame_length",
+    "decoder_frame_length",
+    "min_compression_ratio",
+    "num_experts",
+    "num_experts_per_tok",
+    "memory_hidden_size",
     "num_key_value_heads",
     "max_position_embeddings",
     "tie_word_embeddings",
@@ -62,18 +70,19 @@ class ModelInfo:
 
 
 def describe_model(source: str) -> ModelInfo:
-    """Look at a causal language model without loading its weights.
+    """Look at a language model, causal or an encoder-decoder, without loading its weights.
 
     Args:
         source: a folder, an embedded checkpoint's name or a Hub id.
 
     Raises:
-        ValueError: `source` is none of these, or holds no causal language model.
+        ValueError: `source` is none of these, or holds no language model.
     """
     path = resolve_source(source)
     config = load_config(source)
+    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
-        parameters = AutoModelForCausalLM.from_config(config).num_parameters()
+        parameters = auto_class.from_config(config).num_parameters()
     return ModelInfo(
         path=path,
         model_type=config.model_type,

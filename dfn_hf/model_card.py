@@ -29,10 +29,11 @@ def model_card(
     task = "text2text-generation" if model.config.is_encoder_decoder else "text-generation"
     metadata = ModelCardData(library_name="transformers", pipeline_tag=task, tags=[model.config.model_type]).to_yaml()
     options = ", ".join(f"{option} {value:g}" for option, value in settings.items())
+    example = '"Once", max_new_tokens=60'
     imports = "import dfn_hf\n" if model.config.model_type in ("dfn", "flownetwork", "liquid") else ""
     if model.config.is_encoder_decoder:
         imports = imports or "import dfn_hf  # brings this pipeline\n"
-        task = TEXT2TEXT
+        task, example = TEXT2TEXT, '"In the beginning"'
     content = f"""---
 {metadata}
 ---
@@ -44,7 +45,7 @@ A `{type(model).__name__}` of {model.num_parameters():,} parameters.
 ```python
 {imports}from transformers import pipeline
 
-pipeline("{task}", model="{name}")("Once", max_new_tokens=60)
+pipeline("{task}", model="{name}")({example})
 ```
 
 ## {PROVENANCE}

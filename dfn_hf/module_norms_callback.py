@@ -23,7 +23,7 @@ class ModuleNormsCallback(TrainerCallback):
 
     Args:
         modules: names as `model.named_modules()` has them; None for the children of every numbered layer, such as
-            `model.encoder.layers.0.attention`.
+            `model.encoder.layers.0.attention`, and what stands beside the layers, such as `model.encoder.embedding`.
     """
 
     def __init__(self, modules: Sequence[str] | None = None):
@@ -90,13 +90,18 @@ class ModuleNormsCallback(TrainerCallback):
 
 
 def parts_of_layers(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Names of the children of every numbered layer, those without parameters left out."""
+    """Names of the children of every numbered layer and of its owner, those without parameters left out."""
+
+    def has_parts(name: str, module: nn.Module) -> bool:
+        is_layer = name.rpartition(".")[2].isdigit() and ".layers." in f".{name}"
+        return is_layer or isinstance(getattr(module, "layers", None), nn.ModuleList)
+
     return [
-        f"{name}.{child}"
+        f"{name}.{child}".removeprefix(".")
         for name, module in modules.items()
-        if name.rpartition(".")[2].isdigit() and ".layers." in f".{name}"
+        if has_parts(name, module)
         for child, part in module.named_children()
-        if any(True for _ in part.parameters())
+        if child != "layers" and any(True for _ in part.parameters())
     ]
 
 

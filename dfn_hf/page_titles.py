@@ -1,6 +1,7 @@
 """Pairs to summarise, what an HTML page says → its title: `python -m dfn_hf.page_titles PAGES OUTPUT`."""
 
 import json
+import sys
 from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
@@ -57,6 +58,8 @@ def read_pairs(folder: Path) -> list[dict[str, str]]:
     Raises:
         ValueError: there is no such page.
     """
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {folder}")
     pairs: dict[str, dict[str, str]] = {}
     for path in sorted(folder.rglob("*.html")):
         page = Page(path.read_text(encoding="utf-8"))
@@ -93,5 +96,11 @@ def build(
             typer.echo(f"{split}: {len(chosen):,} pairs")
 
 
+app = typer.Typer(pretty_exceptions_enable=False)
+app.command()(build)
+
 if __name__ == "__main__":
-    typer.run(build)
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        sys.exit(f"Error: {error}")

@@ -3,7 +3,13 @@
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from dfn_hf.modeling.configuration_liquid import LiquidConfig
 from dfn_hf.modeling.modeling_liquid import LiquidForSeq2SeqLM
@@ -20,6 +26,7 @@ SIZES: dict[str, dict[str, int]] = {
     "medium": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 1024},
 }  # fmt: skip
 ARCHITECTURES = ("liquid", "t5")
+GENERATION = {"num_beams": 4, "max_new_tokens": 128}  # what a trained folder's generate() goes by
 
 
 def new_seq2seq_lm(
@@ -57,9 +64,18 @@ def new_seq2seq_lm(
     }
     liquid = LiquidConfig(**{"hidden_dropout": DROPOUT} | SIZES[size] | options | tokens)
     torch.manual_seed(seed)
+    model: PreTrainedModel
     if architecture == "liquid":
-        return LiquidForSeq2SeqLM(liquid)
-    return T5ForConditionalGeneration(matching_t5(liquid, tokens))
+        model = LiquidForSeq2SeqLM(liquid)
+    else:
+        model = T5ForConditionalGeneration(matching_t5(liquid, tokens))
+    model.generation_config = GenerationConfig(**GENERATION, **tokens_of_generation(tokens))
+    return model
+
+
+def tokens_of_generation(tokens: dict[str, Any]) -> dict[str, Any]:
+    """The special tokens among the fields of a configuration."""
+    return {name: token for name, token in tokens.items() if name.endswith("_token_id")}
 
 
 def matching_t5(liquid: LiquidConfig, tokens: dict[str, Any]) -> T5Config:

@@ -68,11 +68,28 @@ def load_seq2seq_lm(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
 def load_model(source: str, auto_class: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model of one of transformers' Auto classes and the tokenizer at `source`; see `resolve_source`."""
     path = resolve_source(source)
+    check_kind(source, encoder_decoder=auto_class is AutoModelForSeq2SeqLM)
     with clear_hub_errors(path):
         model, tokenizer = auto_class.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     if torch.cuda.is_available():
         model.cuda()
     return model, tokenizer
+
+
+def check_kind(source: str, *, encoder_decoder: bool) -> None:
+    """Raise ValueError where a model of the other kind is wanted than the one at `source`."""
+    config = load_config(source)
+    if bool(config.is_encoder_decoder) == encoder_decoder:
+        return
+    if encoder_decoder:
+        raise ValueError(
+            f"{source} is a {config.model_type}, which continues text (dfn-hf generate, evaluate): an encoder-decoder "
+            "is wanted here"
+        )
+    raise ValueError(
+        f"{source} is a {config.model_type}, an encoder-decoder (dfn-hf translate): a model that continues text is "
+        "wanted here"
+    )
 
 
 @contextmanager

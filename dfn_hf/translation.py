@@ -41,10 +41,13 @@ def load_pairs(path: str | os.PathLike[str], *, source_field: str = "source", ta
     Raises:
         ValueError: nothing is there, it holds no pair, or a line is not JSON with these fields.
     """
+    if source_field == target_field:
+        raise ValueError(f"source and target are both {source_field!r}: name two fields")
     pairs = list(read_pairs(Path(path), source_field, target_field))
     if not pairs:
         raise ValueError(
-            f"{os.fspath(path)} holds no pair: give JSON Lines with {source_field!r} and {target_field!r}"
+            f"{os.fspath(path)} holds no pair of two texts: give JSON Lines with {source_field!r} and "
+            f"{target_field!r}, neither of them blank"
         )
     return Dataset.from_list(pairs, features=FEATURES)
 
@@ -55,14 +58,20 @@ def read_pairs(path: Path, source_field: str, target_field: str) -> Iterator[dic
         for number, record in json_records(file.path):
             fields = record.get("translation", record)
             fields = fields if isinstance(fields, dict) else record
-            source, target = fields.get(source_field), fields.get(target_field)
-            if not isinstance(source, str) or not isinstance(target, str):
-                raise ValueError(
-                    f"{file.path}, line {number} has no texts {source_field!r} and {target_field!r} (its fields: "
-                    f"{', '.join(fields)}): name the fields that hold them"
-                )
+            source, target = (
+                text_of(fields, name, f"{file.path}, line {number}") for name in (source_field, target_field)
+            )
             if source.strip() and target.strip():
                 yield {"source": source.strip(), "target": target.strip()}
+
+
+def text_of(fields: dict[str, Any], name: str, place: str) -> str:
+    """The text in a field."""
+    if name not in fields:
+        raise ValueError(f"{place} has no field {name!r}, only {', '.join(fields)}: name those that hold the texts")
+    if not isinstance(fields[name], str):
+        raise ValueError(f"{place}: {name!r} is {fields[name]!r}, not a text")
+    return fields[name]
 
 
 def training_pairs(
@@ -72,8 +81,8 @@ def training_pairs(
     held_out: Dataset | None = None,
     *,
     seed: int = 0,
-) -> tuple[Dataset, Dataset]:
-    """Encoded pairs to train and to validate on; see `encode_pairs`.
+) -> tuple[Dataset, Dataset, int]:
+    """Encoded pairs to train and to validate on, and how many were too long; see `encode_pairs`.
 
     Args:
         tokenizer: of the model to train.
@@ -93,7 +102,8 @@ def training_pairs(
             raise ValueError("one pair is too few to train and to validate on: give more")
         split = pairs.train_test_split(min(MOST_HELD_OUT, max(1, round(HELD_OUT_SHARE * len(pairs)))), seed=seed)
         pairs, held_out = split["train"], split["test"]
-    return encode_pairs(pairs, tokenizer, max_length), encode_pairs(held_out, tokenizer, max_length)
+    train, validation = (encode_pairs(given, tokenizer, max_length) for given in (pairs, held_out))
+    return train, validation, len(pairs) + len(held_out) - len(train) - len(validation)
 
 
 def encode_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
@@ -116,7 +126,7 @@ def encode_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length:
     encoded = pairs.map(encode, batched=True, remove_columns=pairs.column_names)
     kept = encoded.filter(lambda pair: max(len(pair["input_ids"]), len(pair["labels"])) <= max_length)
     if not len(kept):
-        raise ValueError(f"every pair is longer than max_length ({max_length} tokens): raise it")
+        raise ValueError(f"every pair is longer than {max_length} tokens a side: allow more (--block-size)")
     return kept
 
 
@@ -137,7 +147,12 @@ def translate(
         num_beams: 1 takes the most probable token each time.
         max_new_tokens: tokens of a target, at most.
         batch_size: texts at a time; those of like length stand together.
+
+    Raises:
+        ValueError: a text is blank.
     """
+    if any(not text.strip() for text in texts):
+        raise ValueError("a text is blank: there is nothing to translate")
     model.eval()
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
     outputs = [""] * len(texts)

@@ -313,6 +313,10 @@ class LiquidModel(EncoderEmbeddingMixin, LiquidPreTrainedModel):
             source_mask = source_mask | ~source_mask.any(dim=1, keepdim=True)
 
         decoder_embeds = embed(self.encoder, decoder_input_ids, decoder_inputs_embeds, prefix="decoder_")
+        if decoder_embeds.shape[0] != source.shape[0]:
+            raise ValueError(
+                f"Source and target must have as many rows, got {source.shape[0]} and {decoder_embeds.shape[0]}."
+            )
         own_cache = getattr(past_key_values, "self_attention_cache", past_key_values)
         rows, states, own_cache = begin_call(
             self.decoder, decoder_embeds, decoder_attention_mask, None, None, own_cache, use_cache, prefix="decoder_"
@@ -501,7 +505,9 @@ def up_to_last_scored(labels: torch.Tensor) -> torch.Tensor:
 
 
 class LiquidForSequenceClassification(EncoderEmbeddingMixin, LiquidPreTrainedModel):
-    """The encoder with a linear head on the mean of its real tokens' states."""
+    """The encoder with a linear head on the mean of its real tokens' states; of a translator it takes the encoder."""
+
+    _keys_to_ignore_on_load_unexpected = [r"decoder\.", r"lm_head\."]
 
     def __init__(self, config: LiquidConfig):
         super().__init__(config)

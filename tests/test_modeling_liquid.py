@@ -586,6 +586,8 @@ def test_mistakes_are_named():
         logits_of(model, ids, ids + VOCABULARY)
     with pytest.raises(ValueError, match="Pass the target"):
         model(ids)
+    with pytest.raises(ValueError, match="as many rows, got 1 and 2"):
+        logits_of(model, ids, ids.expand(2, -1))
     with pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"):
         model(ids, decoder_input_ids=ids, past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()))
     with pytest.raises(ValueError, match="cannot hold this model's state"):

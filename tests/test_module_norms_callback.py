@@ -74,6 +74,19 @@ def test_the_log_holds_the_norms_of_its_steps(tmp_path):
         assert entry[f"activation_norm/{PART}"] == pytest.approx(root_mean_square, rel=1e-5)
 
 
+def test_parts_beside_the_layers_are_among_them(tmp_path):
+    log, _ = train(tmp_path)
+    for part in (
+        "encoder.embed_tokens",
+        "encoder.embedding",
+        "encoder.norm",
+        "decoder.embedding",
+        "decoder.external_memory",
+    ):
+        assert log[0][f"activation_norm/model.{part}"] > 0
+        assert log[0][f"gradient_norm/model.{part}"] > 0
+
+
 def test_modules_can_be_named_and_accumulated_over(tmp_path):
     log, expected = train(tmp_path, [PART], gradient_accumulation_steps=2)
     assert {field for field in log[0] if "/" in field} == {f"activation_norm/{PART}", f"gradient_norm/{PART}"}

@@ -69,10 +69,10 @@ def test_pairs_are_read_from_plain_and_from_wmt_lines(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"source": "a"}\n', r"line 1 has no texts 'source' and 'target' \(its fields: source\)"),
-        ('{"source": "a", "target": 3}\n', "line 1 has no texts"),
-        ('{"translation": ["a", "b"]}\n', "line 1 has no texts"),
-        ('{"source": "", "target": ""}\n', "holds no pair"),
+        ('{"source": "a"}\n', "line 1 has no field 'target', only source"),
+        ('{"source": "a", "target": 3}\n', "line 1: 'target' is 3, not a text"),
+        ('{"translation": ["a", "b"]}\n', "line 1 has no field 'source'"),
+        ('{"source": "", "target": ""}\n', "neither of them blank"),
         ("[1]\n", "line 1 has no text"),
         ("not json\n", "line 1 is not JSON"),
     ],
@@ -92,14 +92,18 @@ def test_encoded_pairs_end_and_long_ones_are_left_out(tokenizer):
     assert len(encoded) == 1
     assert encoded[0]["input_ids"][-1] == encoded[0]["labels"][-1] == tokenizer.eos_token_id
     assert tokenizer.decode(encoded[0]["labels"], skip_special_tokens=True) == "En el principio"
-    with pytest.raises(ValueError, match="longer than max_length"):
+    with pytest.raises(ValueError, match=r"longer than 1 tokens a side.*--block-size"):
         encode_pairs(pairs, tokenizer, max_length=1)
 
 
 def test_some_of_ones_own_pairs_are_held_out(tokenizer):
     pairs = Dataset.from_list([{"source": f"word {number}", "target": f"palabra {number}"} for number in range(40)])
-    train, held_out = training_pairs(tokenizer, 20, pairs)
-    assert (len(train), len(held_out)) == (38, 2)
+    train, held_out, left_out = training_pairs(tokenizer, 20, pairs)
+    assert (len(train), len(held_out), left_out) == (38, 2, 0)
+    assert (
+        training_pairs(tokenizer, 20, pairs, Dataset.from_list([{"source": "a " * 50, "target": "b"}, pairs[0]]))[2]
+        == 1
+    )
     again = training_pairs(tokenizer, 20, pairs)[1]
     assert again.to_list() == held_out.to_list()
     with pytest.raises(ValueError, match="one pair is too few"):
@@ -213,11 +217,14 @@ def test_train_and_translate_on_ones_own_pairs(tmp_path, tokenizer):
     data = write_lines(tmp_path / "pairs.jsonl", lines)
     fields = ["--source-field", "en", "--target-field", "es"]
     settings = [part for field, value in SMALL.items() for part in ("--set", f"{field}={value}")]
+    write_lines(data, [*lines, {"translation": {"en": "long " * 40, "es": "largo"}}])
     trained = run(
         "train", tmp_path / "model", "--model", "liquid", "--data", data, *fields, *settings, "--steps", 2,
         "--batch-size", 4, "--block-size", 32,
     )  # fmt: skip
     assert trained.exit_code == 0, trained.output
+    assert "1 pairs are longer than 32 tokens" in trained.output
+    write_lines(data, lines)
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     assert type(model) is LiquidForSeq2SeqLM
     card = (tmp_path / "model" / "README.md").read_text(encoding="utf-8")
@@ -226,6 +233,12 @@ def test_train_and_translate_on_ones_own_pairs(tmp_path, tokenizer):
     assert said.exit_code == 0 and len(said.stdout.splitlines()) == 2
     scored = run("translate", tmp_path / "model", "--data", data, *fields, "--num-beams", 1, "--max-new-tokens", 5)
     assert "chrF" in scored.stdout and "BLEU" in scored.stdout
+    said = run("translate", tmp_path / "model", "--data", data, *fields, "--output", tmp_path / "said.jsonl")
+    assert said.exit_code == 0, said.output
+    written = [json.loads(line) for line in (tmp_path / "said.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(written) == 12 and written[3].keys() == {"source", "target", "translation"}
+    assert written[3]["source"] == "the number 3"
+    assert f"{model.num_parameters():,}" in run("info", tmp_path / "model").stdout
     more = run("train", tmp_path / "more", "--from", tmp_path / "model", "--data", data, *fields, "--steps", 1)
     assert more.exit_code == 0, more.output
 
@@ -256,6 +269,13 @@ def test_lora_leaves_the_merged_model_and_the_adapter(folder, tmp_path):
         (["train", "OUT", "--model", "liquid", "--streaming"], "causal models"),
         (["train", "OUT", "--model", "liquid", "--set", "width=3"], "no field 'width'"),
         (["train", "OUT", "--model", "liquid", "--data", "nowhere.jsonl"], "no file or folder"),
+        (["train", "OUT", "--model", "liqid"], "choose one of dfn, flownetwork, llama, liquid, t5"),
+        (["train", "OUT", "--model", "liquid", "--source-field", "en"], "fields of --data"),
+        (["train", "OUT", "--data", "pairs.jsonl", "--source-field", "en"], "add --model liquid"),
+        (["translate", "MODEL", "a text", "--shuffled"], "--shuffled and --output are for"),
+        (["translate", "MODEL", " "], "a text is blank"),
+        (["translate", "dfn-tiny", "a text"], "continues text"),
+        (["generate", "liquid-tiny"], "an encoder-decoder"),
     ],
 )
 def test_mistakes_are_one_line(arguments, message, folder, tmp_path):

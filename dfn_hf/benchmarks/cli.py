@@ -259,7 +259,9 @@ def reversal(
 
 @app.command()
 def translation(
-    models: Models = ["liquid", "t5"],  # noqa: B006
+    models: Annotated[
+        list[str], typer.Option("--model", help="liquid, t5, or liquid with one part off, as 'no LSTM'; repeat it.")
+    ] = ["liquid", "t5"],  # noqa: B006
     seeds: Seeds = 1,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 6000,
     search_steps: Annotated[int, typer.Option(min=1, help="Steps of the short runs that pick a learning rate.")] = 600,

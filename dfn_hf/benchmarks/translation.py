@@ -118,7 +118,7 @@ def measure_translation(
 @cache
 def encoded(max_length: int) -> tuple[Dataset, Dataset]:
     """The pairs to train and to validate on."""
-    return training_pairs(load_tokenizer(TOKENIZER), max_length)
+    return training_pairs(load_tokenizer(TOKENIZER), max_length)[:2]
 
 
 def random_batches(
