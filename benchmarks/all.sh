@@ -10,6 +10,8 @@ dfn-hf bench million --results million.csv
 dfn-hf bench memory --results memory.csv
 dfn-hf bench speed --results speed.csv
 dfn-hf bench translation --results translation.csv
+dfn-hf bench translation --model liquid --model "no frequency attention" --model "no offsets" --model "1 expert" \
+    --model "no LSTM" --model "no compression" --seeds 2 --steps 800 --no-scores --results translation.csv
 dfn-hf bench reversal --results reversal.csv
 dfn-hf bench seq2seq-speed --results seq2seq-speed.csv
 dfn-hf bench quantization --results quantization.csv

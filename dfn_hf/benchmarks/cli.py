@@ -263,7 +263,7 @@ def translation(
         list[str], typer.Option("--model", help="liquid, t5, or liquid with one part off, as 'no LSTM'; repeat it.")
     ] = ["liquid", "t5"],  # noqa: B006
     seeds: Seeds = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 6000,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 8000,
     search_steps: Annotated[int, typer.Option(min=1, help="Steps of the short runs that pick a learning rate.")] = 600,
     learning_rates: LearningRates = [1e-3, 2e-3, 4e-3],  # noqa: B006
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs per step.")] = 32,
