@@ -380,6 +380,21 @@ def info(model: Annotated[str, typer.Argument(help=MODEL_HELP)]) -> None:
 
 
 @app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a saved model.")],
+    repository: Annotated[str, typer.Argument(help="Hub repository, owner/name; made where there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it private, where it is made.")] = False,
+) -> None:
+    """Upload a saved model with its code, tokenizer and card to the Hugging Face Hub.
+
+    Example: `dfn-hf push my-model me/my-model --private`
+    """
+    from .hub import push_folder
+
+    typer.echo(f"pushed to {push_folder(folder, repository, private=private)}")
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Argument(help="Folder for models and pictures; replaced.")] = Path("demo"),
     architecture: Annotated[str, typer.Option("--model", help="dfn or flownetwork.")] = "dfn",
