@@ -305,6 +305,13 @@ def test_translation_is_measured_beside_a_t5_and_resumes(tmp_path, monkeypatch):
     assert "chrF" in table[0]
     unscored = CliRunner().invoke(app, [*arguments, "--no-scores"])
     assert unscored.exit_code == 0 and "chrF" not in unscored.stdout
+    every_rate = [*arguments, "--no-scores", "--learning-rate", "2e-3"]
+    every_rate[every_rate.index("--search-steps") + 1] = "0"
+    shown = CliRunner().invoke(app, every_rate)
+    assert shown.exit_code == 0, shown.output
+    cells = [line.split("|") for line in shown.stdout.splitlines() if line.startswith("|")]
+    lines = [(line[1].strip(), line[3].strip()) for line in cells[2:]]
+    assert lines == [(model, rate) for model in models for rate in ("0.001", "0.002")]
     monkeypatch.setattr(translation, "measure_translation", lambda *_: pytest.fail("a finished run was repeated"))
     assert CliRunner().invoke(app, arguments).stdout == first.stdout
     translation.encoded.cache_clear()

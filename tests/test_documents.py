@@ -59,6 +59,8 @@ def test_readme_has_its_tables():
         "memory",
         "lm",
         "speed",
+        "translation",
+        "translation",
         "reversal",
         "seq2seq-speed",
         "scaling",

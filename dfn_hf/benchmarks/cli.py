@@ -264,7 +264,9 @@ def translation(
     ] = ["liquid", "t5"],  # noqa: B006
     seeds: Seeds = 1,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 8000,
-    search_steps: Annotated[int, typer.Option(min=1, help="Steps of the short runs that pick a learning rate.")] = 600,
+    search_steps: Annotated[
+        int, typer.Option(min=0, help="Steps of the short runs that pick a learning rate; 0 shows every rate in full.")
+    ] = 600,
     learning_rates: LearningRates = [1e-3, 2e-3, 4e-3],  # noqa: B006
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs per step.")] = 32,
     scores: Annotated[

@@ -168,8 +168,9 @@ def run_translation(
 ) -> list[tuple[TranslationSettings, TranslationMeasures]]:
     """Every model with every seed; Liquid and T5 each at the learning rate that did best for it in a short run.
 
-    A variant of Liquid trains at Liquid's learning rate. Finished runs, short ones too, are taken from the CSV at
-    `path`. Batches depend on the seed alone, so models meet the same ones.
+    A variant of Liquid trains at Liquid's learning rate. Where `search_steps` is 0 nothing is chosen: every model
+    trains at every rate. Finished runs, short ones too, are taken from the CSV at `path`. Batches depend on the seed
+    alone, so models meet the same ones.
     """
     results = ResultsFile(path, TranslationSettings, TranslationMeasures)
 
@@ -177,6 +178,13 @@ def run_translation(
         changed = replace(settings, **changes)
         return changed, results.run(changed, lambda missing: measure_translation(missing, report))
 
+    if search_steps == 0:
+        return [
+            run(model=model, seed=seed, learning_rate=rate)
+            for seed in seeds
+            for model in models
+            for rate in learning_rates
+        ]
     best = {}
     for architecture in dict.fromkeys("t5" if model == "t5" else "liquid" for model in models):
         searched = [
@@ -193,22 +201,22 @@ def run_translation(
 
 
 def translation_table(results: list[tuple[TranslationSettings, TranslationMeasures]]) -> str:
-    """One line per model, mean ± standard error over seeds; scores where models were scored."""
+    """One line per model and learning rate, mean ± standard error over seeds; scores where models were scored."""
     scored = any(run.scored for run, _ in results)
     scores = ("chrF", "BLEU", "chrF, sources shuffled") if scored else ()
     header = (
         "model", "parameters", "learning rate", "seeds", "validation loss, nats per token", *scores, "ms per step",
     )  # fmt: skip
     lines = []
-    for name in dict.fromkeys(run.model for run, _ in results):
-        runs = [run for run, _ in results if run.model == name]
-        found = [measures for run, measures in results if run.model == name]
+    for name, rate in dict.fromkeys((run.model, run.learning_rate) for run, _ in results):
+        runs = [run for run, _ in results if (run.model, run.learning_rate) == (name, rate)]
+        found = [measures for run, measures in results if (run.model, run.learning_rate) == (name, rate)]
         reached = [[getattr(one, score) for one in found] for score in ("chrf", "bleu", "shuffled_chrf")]
         lines.append(
             (
                 name,
                 f"{found[0].parameters:,}",
-                f"{runs[0].learning_rate:g}",
+                f"{rate:g}",
                 str(len(found)),
                 mean_with_error([one.loss for one in found]),
                 *((mean_with_error(values, digits=1) for values in reached) if scored else ()),
