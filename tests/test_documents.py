@@ -61,6 +61,7 @@ def test_readme_has_its_tables():
         "speed",
         "translation",
         "translation",
+        "translation",
         "reversal",
         "seq2seq-speed",
         "scaling",
