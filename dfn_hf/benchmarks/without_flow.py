@@ -14,9 +14,9 @@ class NoRouter(nn.Module):
 
 
 class NoFlow(nn.Module):
-    """In the place of `FlowLayer`: nothing flows."""
+    """In the place of `FlowMixer`: nothing flows."""
 
-    def mix(self, x: torch.Tensor, routing, rows, state, output_flow) -> tuple[torch.Tensor, None, dict]:
+    def forward(self, x: torch.Tensor, routing, rows, state, output_flow) -> tuple[torch.Tensor, None, dict]:
         return torch.zeros_like(x), None, {}
 
 
