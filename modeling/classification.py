@@ -5,7 +5,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .state_cache import CACHE_NAME
+from .state_cache import CACHE_NAME, given_cache
 
 
 class LastStateClassification:
@@ -40,7 +40,7 @@ class LastStateClassification:
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values if cache is None else cache,
+            cache=given_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,

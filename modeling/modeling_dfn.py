@@ -53,7 +53,7 @@ from .padding import Rows, observe_weights, row_columns
 from .pieces import in_pieces
 from .rms_norm import RMSNorm
 from .small_maps import decide
-from .state_cache import CACHE_NAME, StateLayer
+from .state_cache import CACHE_NAME, StateLayer, given_cache
 
 
 @dataclass
@@ -558,7 +558,7 @@ class DFNModel(DFNPreTrainedModel):
             ValueError: inputs that do not fit together; the message names them and the remedy.
         """
         config = self.config
-        past_key_values = past_key_values if cache is None else cache
+        past_key_values = given_cache(past_key_values, cache)
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         inputs_embeds = embed(self, input_ids, inputs_embeds)
@@ -679,7 +679,7 @@ class DFNForCausalLM(GrowingStateMixin, DFNPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values if cache is None else cache,
+            cache=given_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             segment_ids=segment_ids,

@@ -42,7 +42,7 @@ from .padding import Rows, to_columns
 from .pieces import in_pieces
 from .rms_norm import RMSNorm
 from .spans import read_in_spans, span_length
-from .state_cache import CACHE_NAME, StateLayer
+from .state_cache import CACHE_NAME, StateLayer, given_cache
 from .windowed_attention import RotaryEmbedding, SelfAttention
 from .windows import to_dense
 
@@ -309,7 +309,7 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         inputs_embeds = embed(self, input_ids, inputs_embeds)
-        past_key_values = past_key_values if cache is None else cache
+        past_key_values = given_cache(past_key_values, cache)
         rows, states, past_key_values = begin_call(
             self, inputs_embeds, attention_mask, position_ids, segment_ids, past_key_values, use_cache
         )
@@ -404,7 +404,7 @@ class FlowNetworkForCausalLM(GrowingStateMixin, FlowNetworkPreTrainedModel, Gene
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values if cache is None else cache,
+            cache=given_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             segment_ids=segment_ids,

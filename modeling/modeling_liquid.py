@@ -36,7 +36,7 @@ from .mixture_of_experts import Experts
 from .model_inputs import GrowingStateMixin, begin_call, embed, end_call
 from .padding import Rows, column_mask, lay_rows
 from .rms_norm import RMSNorm
-from .state_cache import CACHE_NAME, StateLayer, state_layers
+from .state_cache import CACHE_NAME, StateLayer, given_cache, state_layers
 from .windowed_attention import RotaryEmbedding
 
 
@@ -292,7 +292,7 @@ class LiquidModel(EncoderEmbeddingMixin, LiquidPreTrainedModel):
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_router_logits = config.output_router_logits if output_router_logits is None else output_router_logits
-        past_key_values = past_key_values if cache is None else cache
+        past_key_values = given_cache(past_key_values, cache)
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids, decoder_inputs_embeds = input_ids, inputs_embeds
             decoder_attention_mask = attention_mask if decoder_attention_mask is None else decoder_attention_mask
@@ -445,7 +445,7 @@ class LiquidForSeq2SeqLM(GrowingStateMixin, LiquidPreTrainedModel, GenerationMix
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
             encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values if cache is None else cache,
+            cache=given_cache(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,

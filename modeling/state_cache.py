@@ -10,6 +10,7 @@ may have different lengths: `StateLayer` keeps the length of each and the mask o
 columns takes the right number of entities from each row.
 """
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -18,6 +19,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 # What outputs call the state for continuation, `generate()` too: `cache` from transformers 5.24 on.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """What a caller passed under either name; the old one is deprecated where transformers has a new one."""
+    if past_key_values is not None and CACHE_NAME != "past_key_values":
+        warnings.warn(f"`past_key_values` is deprecated: pass `{CACHE_NAME}`.", FutureWarning, stacklevel=3)
+    return past_key_values if cache is None else cache
 
 
 class FixedState:
