@@ -3,25 +3,12 @@
 import pytest
 import torch
 
-from dfn_hf import FlowNetworkConfig, FlowNetworkForCausalLM, LiquidConfig, LiquidForSeq2SeqLM
-
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-}
-MODELS = {
-    "flownetwork": lambda: FlowNetworkForCausalLM(FlowNetworkConfig(**SIZES, memory_chunk=4)),
-    "liquid": lambda: LiquidForSeq2SeqLM(LiquidConfig(**SIZES, frame_length=8, decoder_frame_length=4)),
-}
+from tests.small_models import make_small_model
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("family", ["flownetwork", "liquid"])
 def test_an_exported_program_gives_the_same_logits(family):
-    torch.manual_seed(0)
-    model = MODELS[family]().eval()
+    model = make_small_model(family)
     example, other = (torch.randint(1, 50, (2, 21)) for _ in range(2))
 
     def inputs(ids: torch.Tensor) -> dict:

@@ -4,27 +4,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from dfn_hf import (
-    DFNConfig,
-    DFNForCausalLM,
-    FlowNetworkConfig,
-    FlowNetworkForCausalLM,
-    LiquidConfig,
-    LiquidForSeq2SeqLM,
-)
-
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-}
-MODELS = {
-    "dfn": lambda: DFNForCausalLM(DFNConfig(**SIZES, memory_slots=2, memory_chunk=4, readout_window=2)),
-    "flownetwork": lambda: FlowNetworkForCausalLM(FlowNetworkConfig(**SIZES, memory_size=2, memory_chunk=4)),
-    "liquid": lambda: LiquidForSeq2SeqLM(LiquidConfig(**SIZES, frame_length=8, decoder_frame_length=4)),
-}
+from tests.small_models import MODELS, make_small_model
 
 
 def ids() -> torch.Tensor:
@@ -39,8 +19,7 @@ def logits_of(model: PreTrainedModel) -> torch.Tensor:
 @pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("share", [None, 0.7, 0.2], ids=["all in memory", "most in memory", "most on disk"])
 def test_device_map_auto(family, share, tmp_path):
-    torch.manual_seed(0)
-    model = MODELS[family]()
+    model = make_small_model(family)
     expected = logits_of(model)
     model.save_pretrained(tmp_path / "model", max_shard_size="40KB")
     assert len(list((tmp_path / "model").glob("*.safetensors"))) > 1
@@ -52,6 +31,7 @@ def test_device_map_auto(family, share, tmp_path):
         tmp_path / "model", device_map="auto", offload_folder=tmp_path / "offload", **options
     )
     assert ("disk" in getattr(loaded, "hf_device_map", {}).values()) == (share is not None)
-    assert torch.equal(logits_of(loaded), expected)
+    # Loaded tensors lie at other addresses, and on some processors products round by alignment.
+    assert torch.allclose(logits_of(loaded), expected, rtol=0, atol=1e-5)
     written = model.generate(ids(), max_new_tokens=4, do_sample=False)
     assert torch.equal(loaded.generate(ids(), max_new_tokens=4, do_sample=False), written)

@@ -16,36 +16,16 @@ from peft import (
 )
 from transformers import PreTrainedModel
 
-from dfn_hf import (
-    DFNConfig,
-    DFNForCausalLM,
-    FlowNetworkConfig,
-    FlowNetworkForCausalLM,
-    LiquidConfig,
-    LiquidForSeq2SeqLM,
-)
 from dfn_hf.peft_defaults import LINEAR_MAPS, LOW_RANK_METHODS
+from tests.small_models import MODELS, make_small_model
 
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-}
-MODELS = {
-    "dfn": lambda: DFNForCausalLM(DFNConfig(**SIZES, memory_slots=2, memory_chunk=4, initializer_range=0.2)),
-    "flownetwork": lambda: FlowNetworkForCausalLM(FlowNetworkConfig(**SIZES, memory_chunk=4, initializer_range=0.2)),
-    "liquid": lambda: LiquidForSeq2SeqLM(LiquidConfig(**SIZES, frame_length=4, decoder_frame_length=4)),
-}
 EXACT = {"rtol": 0, "atol": 1e-10}
 FP32 = {"rtol": 0, "atol": 1e-5}
 families = pytest.mark.parametrize("family", MODELS)
 
 
 def make_model(family: str) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return MODELS[family]().double().eval()
+    return make_small_model(family).double()
 
 
 def task_of(family: str) -> str:

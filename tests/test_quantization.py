@@ -7,29 +7,9 @@ from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
-from dfn_hf import (
-    DFNConfig,
-    DFNForCausalLM,
-    FlowNetworkConfig,
-    FlowNetworkForCausalLM,
-    LiquidConfig,
-    LiquidForSeq2SeqLM,
-)
 from dfn_hf.benchmarks.quantization import is_quantized
+from tests.small_models import MODELS, make_small_model
 
-# Four bits on a CPU need multiples of 64 in and 32 out.
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-}
-MODELS = {
-    "dfn": lambda: DFNForCausalLM(DFNConfig(**SIZES, memory_slots=2, memory_chunk=4)),
-    "flownetwork": lambda: FlowNetworkForCausalLM(FlowNetworkConfig(**SIZES, num_memory_heads=2, memory_chunk=4)),
-    "liquid": lambda: LiquidForSeq2SeqLM(LiquidConfig(**SIZES, frame_length=8, decoder_frame_length=4)),
-}
 FORMATS = {
     "int8": lambda: BitsAndBytesConfig(load_in_8bit=True),
     "nf4": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
@@ -51,9 +31,8 @@ families = pytest.mark.parametrize("family", MODELS)
 def folders(tmp_path_factory):
     """A saved model of every family, drawn at random."""
     folder = tmp_path_factory.mktemp("models")
-    for family, make in MODELS.items():
-        torch.manual_seed(0)
-        make().save_pretrained(folder / family)
+    for family in MODELS:
+        make_small_model(family).save_pretrained(folder / family)
     return folder
 
 
