@@ -394,6 +394,20 @@ def push(
     typer.echo(f"pushed to {push_folder(folder, repository, private=private)}")
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+) -> None:
+    """Answer requests for a causal model over HTTP, as OpenAI's servers do; options of `transformers serve` follow.
+
+    Example: `dfn-hf serve dfn-tiny --port 8001`
+    """
+    from .serving import serve as serve_model
+
+    serve_model(model, context.args)
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Argument(help="Folder for models and pictures; replaced.")] = Path("demo"),

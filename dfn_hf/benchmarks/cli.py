@@ -7,6 +7,7 @@ import typer
 
 app = typer.Typer(
     no_args_is_help=True,
+    invoke_without_command=True,
     help="Measure. Every finished run is appended to a CSV, and runs already there are not repeated.",
 )
 
@@ -20,6 +21,22 @@ Lengths = Annotated[list[int], typer.Option("--length", min=1, help="Tokens for 
 BaselineLengths = Annotated[list[int], typer.Option("--baseline-length", min=1, help="Tokens for Llama; repeat it.")]
 
 RESULTS_FOLDER = Path("benchmarks-results")
+
+
+@app.callback()
+def options(
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Every table at its smallest; exit code 1 where one lacks a row.")
+    ] = False,
+) -> None:
+    if not smoke:
+        return
+    from .smoke import run_smoke
+
+    lacking = run_smoke(report=typer.echo)
+    for line in lacking:
+        typer.echo(line, err=True)
+    raise typer.Exit(1 if lacking else 0)
 
 
 @app.command()

@@ -1,0 +1,96 @@
+"""`dfn-hf bench --smoke`: every table at its smallest, and the rows that it must have."""
+
+import contextlib
+import io
+import shlex
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from typer.main import get_command
+
+from .ablations import VARIANTS
+from .quantization import CHECKPOINTS
+from .seq2seq_speed import WORKS as SEQ2SEQ_WORKS
+from .speed import WORKS
+
+
+@dataclass(frozen=True)
+class SmokeTable:
+    """A benchmark's command without `--results`, and the first cells of each row that it must print."""
+
+    command: str
+    rows: Sequence[tuple[str, ...]]
+
+
+TABLES = (
+    SmokeTable(
+        "recall --seeds 1 --steps 2 --tuning-steps 1 --long-length 128 --longest-length 160 --long-num-pairs 16",
+        [("dfn", "1"), ("llama-conv", "1")],
+    ),
+    SmokeTable(
+        "lm --seeds 2 --steps 2 --search-steps 1 --length 32 --batch-size 2 --hidden-size 32 --intermediate-size 64 "
+        "--num-hidden-layers 1 --evaluation-windows 4",
+        [("dfn",), ("llama",), ("llama-conv",)],
+    ),
+    SmokeTable(
+        "ablations --seeds 1 --lm-steps 1 --recall-steps 1 --long-length 128 --long-num-pairs 16",
+        [(variant, "1") for variant in VARIANTS],
+    ),
+    SmokeTable(
+        "scaling --length 256 --length 512 --baseline-length 256 --hidden-size 32 --num-hidden-layers 1 --repeats 1",
+        [("256",), ("512",)],
+    ),
+    SmokeTable(
+        "million --length 2048 --chunk-length 500 --hidden-size 32 --num-hidden-layers 2",
+        [("one pass",), ("chunks of 500",)],
+    ),
+    SmokeTable("memory --seeds 1 --steps 1", [("8", "1"), ("0", "1")]),
+    SmokeTable("speed --length 64 --repeats 1", [(work, "64") for work in WORKS]),
+    SmokeTable(
+        "translation --steps 1 --search-steps 1 --learning-rate 1e-3 --batch-size 2 --no-scores", [("liquid",), ("t5",)]
+    ),
+    SmokeTable("reversal --seeds 1 --steps 1", [("32", "8")]),
+    SmokeTable("seq2seq-speed --length 64 --repeats 1", [(work, "64") for work in SEQ2SEQ_WORKS]),
+    SmokeTable("quantization --format bfloat16", [(checkpoint,) for checkpoint in CHECKPOINTS]),
+)
+
+
+def run_smoke(tables: Sequence[SmokeTable] = TABLES, report: Callable[[str], None] = lambda line: None) -> list[str]:
+    """Print the tables in their smallest form.
+
+    Args:
+        tables: what to run, each with an empty file of results.
+        report: takes a line per table, with the seconds that it took.
+
+    Returns:
+        A line for each row that its table lacks.
+    """
+    lacking = []
+    for table in tables:
+        started = time.perf_counter()
+        output = printed(table.command)
+        missing = [" | ".join(row) for row in table.rows if row not in leading_cells(output, len(row))]
+        lacking += [f"bench {table.command}: no row {row}" for row in missing]
+        name = table.command.split()[0]
+        report(f"{name}: {len(table.rows) - len(missing)} of {len(table.rows)} rows, {time.perf_counter() - started:.0f} s")
+    return lacking
+
+
+def printed(command: str) -> str:
+    """What a benchmark prints where no run is finished yet."""
+    from .cli import app
+
+    output = io.StringIO()
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(output):
+        results = Path(folder) / "results.csv"
+        get_command(app).main([*shlex.split(command), "--results", str(results)], standalone_mode=False)
+    return output.getvalue()
+
+
+def leading_cells(output: str, count: int) -> set[tuple[str, ...]]:
+    """The first cells of every line of a table."""
+    lines = [line.split("|")[1:-1] for line in output.splitlines() if line.startswith("|")]
+    return {tuple(cell.strip() for cell in line[:count]) for line in lines}

@@ -1,0 +1,42 @@
+"""`transformers serve`, an OpenAI-compatible server, for models whose classes are this package's."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import transformers
+from huggingface_hub import constants
+from transformers import PreTrainedModel
+from transformers.utils.import_utils import is_serve_available
+
+from .sources import load_config, resolve_source
+
+CLASSES = ("DFNForCausalLM", "FlowNetworkForCausalLM")
+
+
+def serve(model: str, arguments: Sequence[str] = ()) -> None:
+    """Load a causal language model and answer requests for it until the process is ended.
+
+    The server looks classes up by name in `transformers` and reads neither an auto class nor `auto_map`, so it is
+    given ours there.
+
+    Args:
+        model: a folder, an embedded checkpoint or a Hub id; requests name the path or id that is printed.
+        arguments: options of `transformers serve`, such as `["--port", "8001"]`.
+
+    Raises:
+        ValueError: what a server needs is not installed, or `model` is not a causal language model.
+    """
+    if not is_serve_available():
+        raise ValueError("a server needs more packages: pip install 'dfn-hf[serving]'")
+    config = load_config(model)
+    if config.is_encoder_decoder:
+        raise ValueError(f"{model} is an encoder-decoder ({config.model_type}): only causal models can be served")
+
+    import dfn_hf
+    from transformers.cli.transformers import app
+
+    for name in CLASSES:
+        head: type[PreTrainedModel] = getattr(dfn_hf, name)
+        setattr(transformers, name, head)
+    Path(constants.HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # `GET /v1/models` fails where it is not there
+    app(["serve", resolve_source(model), *arguments], prog_name="dfn-hf")
