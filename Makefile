@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-all conformance lint format format-check types clean
+.PHONY: demo test test-all conformance smoke lint format format-check types clean
 
 demo: $(INSTALLED)
 	$(BIN)/dfn-hf demo
@@ -21,6 +21,9 @@ test-all: $(INSTALLED)
 
 conformance: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/conformance
+
+smoke: $(INSTALLED)
+	$(BIN)/dfn-hf bench --smoke
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

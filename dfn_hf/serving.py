@@ -32,8 +32,9 @@ def serve(model: str, arguments: Sequence[str] = ()) -> None:
     if config.is_encoder_decoder:
         raise ValueError(f"{model} is an encoder-decoder ({config.model_type}): only causal models can be served")
 
-    import dfn_hf
     from transformers.cli.transformers import app
+
+    import dfn_hf
 
     for name in CLASSES:
         head: type[PreTrainedModel] = getattr(dfn_hf, name)

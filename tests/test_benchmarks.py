@@ -9,9 +9,8 @@ from datasets import Dataset
 from typer.testing import CliRunner
 
 import dfn_hf.seq2seq_sizes
-import dfn_hf.translation
 from dfn_hf import LiquidConfig, LiquidForSeq2SeqLM
-from dfn_hf.benchmarks import byte_lm, recall, seq2seq_speed, speed, translation
+from dfn_hf.benchmarks import byte_lm, recall, seq2seq_speed, smoke, speed, translation
 from dfn_hf.benchmarks.byte_text import ByteWindows
 from dfn_hf.benchmarks.cli import app
 from dfn_hf.benchmarks.fitting import fit
@@ -20,8 +19,8 @@ from dfn_hf.benchmarks.models import MODELS, ModelSize, build_model, count_param
 from dfn_hf.benchmarks.mqar import IGNORED, recall_accuracy, recall_batch, recall_batches
 from dfn_hf.benchmarks.results import ResultsFile, markdown_table, mean_with_error
 from dfn_hf.benchmarks.scaling import ScalingMeasures, ScalingSettings, corpus_bytes, log_log_slope, scaling_table
+from dfn_hf.benchmarks.smoke import TABLES, SmokeTable, leading_cells, run_smoke
 from dfn_hf.benchmarks.without_frequency import remove_frequency_attention
-from dfn_hf.data import load_verses
 from dfn_hf.modeling.padding import lay_rows
 
 TINY = ModelSize(vocab_size=256, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=256)
@@ -225,22 +224,14 @@ def run_cli(*arguments):
     return result.stdout
 
 
-RECALL = ("recall", "--seeds", 1, "--steps", 2, "--tuning-steps", 1)
-RECALL += ("--long-length", 128, "--longest-length", 160, "--long-num-pairs", 16)
-LM = ("lm", "--seeds", 2, "--steps", 2, "--search-steps", 1, "--length", 32, "--batch-size", 2)
-LM += ("--hidden-size", 32, "--intermediate-size", 64, "--num-hidden-layers", 1, "--evaluation-windows", 4)
-ABLATIONS = ("ablations", "--seeds", 1, "--lm-steps", 1, "--recall-steps", 1)
-ABLATIONS += ("--long-length", 128, "--long-num-pairs", 16, "--variant", "FlowNorm rms")
-SCALING = ("scaling", "--length", 256, "--baseline-length", 256, "--hidden-size", 32)
-SCALING += ("--num-hidden-layers", 1, "--repeats", 1)
-REVERSAL = ("reversal", "--seeds", 1, "--steps", 1)
-MILLION = ("million", "--length", 2048, "--chunk-length", 500, "--hidden-size", 32, "--num-hidden-layers", 2)
+SMALLEST = {table.command.split()[0]: table.command for table in TABLES}
 
 
-@pytest.mark.parametrize(
-    "arguments", [RECALL, LM, ABLATIONS, SCALING, REVERSAL, MILLION], ids=lambda arguments: arguments[0]
-)
-def test_every_benchmark_prints_its_table_and_resumes(arguments, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["recall", "lm", "ablations", "scaling", "reversal", "million"])
+def test_every_benchmark_prints_its_table_and_resumes(name, tmp_path, monkeypatch):
+    arguments = SMALLEST[name].split()
+    if name == "ablations":
+        arguments += ["--variant", "FlowNorm rms"]
     path = tmp_path / "results.csv"
     first = run_cli(*arguments, "--results", path)
     assert "|--" in first and "machine: " in first
@@ -254,11 +245,34 @@ def test_every_benchmark_prints_its_table_and_resumes(arguments, tmp_path, monke
     assert path.read_text() == rows
 
 
+class TestSmoke:
+    def test_every_command_has_a_table(self):
+        commands = {command.name or command.callback.__name__ for command in app.registered_commands}
+        assert set(SMALLEST) == commands and len(TABLES) == len(commands)
+
+    def test_a_missing_row_is_named(self):
+        table = SmokeTable(SMALLEST["million"], [("one pass",), ("two passes",), ("chunks of 500",)])
+        reports = []
+        assert run_smoke([table], reports.append) == [f"bench {table.command}: no row two passes"]
+        assert reports[0].startswith("million: 2 of 3 rows")
+
+    def test_the_command_fails_for_it(self, monkeypatch):
+        monkeypatch.setattr(smoke, "run_smoke", lambda report: ["bench lm: no row dfn"])
+        result = CliRunner().invoke(app, ["--smoke"])
+        assert result.exit_code == 1 and "no row dfn" in result.stderr
+        monkeypatch.setattr(smoke, "run_smoke", lambda report: [])
+        assert CliRunner().invoke(app, ["--smoke"]).exit_code == 0
+
+    def test_leading_cells(self):
+        assert leading_cells("x\n| a | b |\n|---|---|\n| 1 | 2 |\n", 1) == {("a",), ("---",), ("1",)}
+
+
 def test_a_table_grows_over_several_sittings(tmp_path):
     path = tmp_path / "lm.csv"
-    run_cli(*LM, "--model", "llama", "--results", path)
+    smallest = SMALLEST["lm"].split()
+    run_cli(*smallest, "--model", "llama", "--results", path)
     before = path.read_text()
-    table = run_cli(*LM, "--model", "llama", "--model", "llama-conv", "--results", path)
+    table = run_cli(*smallest, "--model", "llama", "--model", "llama-conv", "--results", path)
     assert path.read_text().startswith(before)
     assert "| llama " in table and "| llama-conv " in table
 
@@ -289,14 +303,10 @@ def test_without_far_neighbours_the_configuration_is_restored(monkeypatch):
 
 
 def test_translation_is_measured_beside_a_t5_and_resumes(tmp_path, monkeypatch):
-    few = {split: load_verses(split).select(range(8)) for split in ("train", "validation", "test")}
-    monkeypatch.setattr(translation, "load_verses", few.get)
-    monkeypatch.setattr(dfn_hf.translation, "load_verses", few.get)
     monkeypatch.setattr(dfn_hf.seq2seq_sizes, "SIZES", {"tiny": {"hidden_size": 16, "num_hidden_layers": 1}})
-    translation.encoded.cache_clear()
     models = ["liquid", "no frequency attention", "no LSTM", "t5"]
     arguments = ["translation", *(word for model in models for word in ("--model", model)), "--steps", "2"]
-    arguments += ["--search-steps", "1", "--learning-rate", "1e-3", "--batch-size", "4"]
+    arguments += ["--search-steps", "1", "--learning-rate", "1e-3", "--batch-size", "4", "--pairs", "8"]
     arguments += ["--results", str(tmp_path / "translation.csv")]
     first = CliRunner().invoke(app, arguments)
     assert first.exit_code == 0, first.output
@@ -314,7 +324,6 @@ def test_translation_is_measured_beside_a_t5_and_resumes(tmp_path, monkeypatch):
     assert lines == [(model, rate) for model in models for rate in ("0.001", "0.002")]
     monkeypatch.setattr(translation, "measure_translation", lambda *_: pytest.fail("a finished run was repeated"))
     assert CliRunner().invoke(app, arguments).stdout == first.stdout
-    translation.encoded.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -286,6 +286,7 @@ def translation(
     ] = 600,
     learning_rates: LearningRates = [1e-3, 2e-3, 4e-3],  # noqa: B006
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs per step.")] = 32,
+    pairs: Annotated[int | None, typer.Option(min=1, help="Of each split, the first so many; all by default.")] = None,
     scores: Annotated[
         bool, typer.Option(help="Translate the test split, with its own and with shuffled sources.")
     ] = True,
@@ -302,7 +303,7 @@ def translation(
 
     set_up_device(device, threads)
     finished = run_translation(
-        TranslationSettings(steps=steps, batch_size=batch_size, scored=scores, device=device),
+        TranslationSettings(steps=steps, batch_size=batch_size, pairs=pairs, scored=scores, device=device),
         models=models,
         seeds=range(seeds),
         learning_rates=learning_rates,
@@ -322,6 +323,8 @@ def quantization(
         list[str] | None,
         typer.Option("--format", help="Such as bfloat16, 'bitsandbytes NF4'; repeat it. Default: all."),
     ] = None,
+    documents: Annotated[int, typer.Option(min=1, help="Validation texts of a language model.")] = 64,
+    pairs: Annotated[int, typer.Option(min=1, help="Validation pairs of an encoder-decoder.")] = 256,
     results: Results = RESULTS_FOLDER / "quantization.csv",
     threads: Threads = 1,
 ) -> None:
@@ -334,7 +337,7 @@ def quantization(
 
     set_up_device("cpu", threads)
     runs = [
-        QuantizationSettings(checkpoint, name)
+        QuantizationSettings(checkpoint, name, documents, pairs)
         for checkpoint in checkpoints or CHECKPOINTS
         for name in ("float32", *(formats or FORMATS))
     ]

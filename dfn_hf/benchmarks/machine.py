@@ -4,13 +4,17 @@ import multiprocessing
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
+
+_isolated = ContextVar("isolated", default=True)
 
 
 def describe_machine(device: str) -> str:
@@ -64,11 +68,13 @@ def peak_memory_mib(device: str) -> float:
 
 
 def run_isolated(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)` in a fresh process, so that its peak memory is its own.
+    """`function(*arguments)` in a fresh process, so that its peak memory is its own; see `without_isolation`.
 
     Raises:
         MemoryError: the process was killed, as systems do when memory runs out.
     """
+    if not _isolated.get():
+        return function(*arguments)
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(function, *arguments).result()
@@ -76,6 +82,16 @@ def run_isolated(function: Callable[..., Any], *arguments: Any) -> Any:
             raise MemoryError(
                 f"the process of {function.__name__} ended without a result, most likely killed for lack of memory"
             ) from error
+
+
+@contextmanager
+def without_isolation() -> Iterator[None]:
+    """Where only what is printed counts, not what is measured: no process is started."""
+    before = _isolated.set(False)
+    try:
+        yield
+    finally:
+        _isolated.reset(before)
 
 
 def _processor_name() -> str:

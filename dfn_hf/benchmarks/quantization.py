@@ -30,15 +30,16 @@ from .translation import validation_loss
 
 CHECKPOINTS = ("dfn-tiny", "flownetwork-tiny", "liquid-tiny")
 FORMATS = ("bfloat16", "bitsandbytes int8", "bitsandbytes NF4", "torchao int8 weights", "torchao int8 dynamic")
-DOCUMENTS, PAIRS = 64, 256  # of the validation splits
 
 
 @dataclass(frozen=True)
 class QuantizationSettings:
-    """One checkpoint in one of `FORMATS`, or in float32."""
+    """One checkpoint in one of `FORMATS`, or in float32, on so many texts of its validation split."""
 
     checkpoint: str = "dfn-tiny"
     format: str = "float32"
+    documents: int = 64
+    pairs: int = 256
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,10 @@ def measure_quantization(settings: QuantizationSettings) -> QuantizationMeasures
     seq2seq = load_config(settings.checkpoint).is_encoder_decoder
     auto_class = AutoModelForSeq2SeqLM if seq2seq else AutoModelForCausalLM
     model = auto_class.from_pretrained(path, **loading_options(settings.format, settings.checkpoint)).eval()
-    loss = loss_on_verses(model, tokenizer) if seq2seq else loss_on_corpus(model, tokenizer)
+    if seq2seq:
+        loss = loss_on_verses(model, tokenizer, settings.pairs)
+    else:
+        loss = loss_on_corpus(model, tokenizer, settings.documents)
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     return QuantizationMeasures(
         loss=loss,
@@ -102,13 +106,14 @@ def measure_quantization(settings: QuantizationSettings) -> QuantizationMeasures
     )
 
 
-def loss_on_corpus(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
-    documents = load_corpus("validation")["text"][:DOCUMENTS]
+def loss_on_corpus(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int) -> float:
+    documents = load_corpus("validation")[:count]["text"]
     return evaluate_causal_lm(model, tokenizer, documents).loss
 
 
-def loss_on_verses(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
-    pairs = encode_pairs(load_verses("validation").select(range(PAIRS)), tokenizer, max_length=80)
+def loss_on_verses(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, count: int) -> float:
+    verses = load_verses("validation")
+    pairs = encode_pairs(verses.select(range(min(count, len(verses)))), tokenizer, max_length=80)
     return validation_loss(model, pairs, DataCollatorForSeq2Seq(tokenizer, model))
 
 

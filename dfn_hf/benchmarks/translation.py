@@ -14,7 +14,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from dfn_hf.data import load_tokenizer, load_verses
 from dfn_hf.seq2seq_sizes import new_seq2seq_lm
-from dfn_hf.translation import score_translations, shuffle_sources, training_pairs, translate
+from dfn_hf.translation import SIDES, score_translations, shuffle_sources, training_pairs, translate
 
 from .fitting import fit
 from .machine import describe_machine
@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class TranslationSettings:
-    """One training run on the train split; `model` is "t5" or one of `VARIANTS`."""
+    """One training run; `model` is "t5" or one of `VARIANTS`, `pairs` the first so many of each split, or all."""
 
     model: str = "liquid"
     seed: int = 0
@@ -45,6 +45,7 @@ class TranslationSettings:
     batch_size: int = 32
     max_length: int = 80
     size: str = "tiny"
+    pairs: int | None = None
     scored: bool = True
     device: str = "cpu"
 
@@ -84,7 +85,7 @@ def measure_translation(
     if settings.model == WITHOUT_FREQUENCY:
         remove_frequency_attention(model)
     model = torch.nn.Module.to(model, settings.device)
-    train, validation = encoded(settings.max_length)
+    train, validation = encoded(settings.max_length, settings.pairs)
     collate = DataCollatorForSeq2Seq(tokenizer, model)
 
     def announce(step: int) -> None:
@@ -99,7 +100,7 @@ def measure_translation(
     )
     chrf = bleu = shuffled = None
     if settings.scored:
-        test = load_verses("test")
+        test = first_pairs("test", settings.pairs)
         sources, references = list(test["source"]), list(test["target"])
         scores = score_translations(translate(model, tokenizer, sources), references)
         chrf, bleu = scores.chrf, scores.bleu
@@ -116,9 +117,15 @@ def measure_translation(
 
 
 @cache
-def encoded(max_length: int) -> tuple[Dataset, Dataset]:
+def encoded(max_length: int, count: int | None) -> tuple[Dataset, Dataset]:
     """The pairs to train and to validate on."""
-    return training_pairs(load_tokenizer(TOKENIZER), max_length)[:2]
+    train, validation = (first_pairs(split, count) for split in ("train", "validation"))
+    return training_pairs(load_tokenizer(TOKENIZER), max_length, train, validation)[:2]
+
+
+def first_pairs(split: str, count: int | None) -> Dataset:
+    verses = load_verses(split).select_columns(SIDES)
+    return verses if count is None else verses.select(range(min(count, len(verses))))
 
 
 def random_batches(
