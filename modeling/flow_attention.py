@@ -61,8 +61,7 @@ def flow_attention(
 
 def _local(x: torch.Tensor, first: torch.Tensor, length: int) -> torch.Tensor:
     """Entities `first` … `first + length − 1` of each row, zero before its start: `[B, H, length, ...]`."""
-    start = int(first[0])
-    if bool((first == start).all()):
+    if not torch.compiler.is_exporting() and bool((first == (start := int(first[0]))).all()):
         held = x[:, :, max(start, 0) : start + length]
         return F.pad(held, (0, 0, -start, 0)) if start < 0 else held
     places = first[:, None] + torch.arange(length, device=x.device)

@@ -50,7 +50,7 @@ def select_strongest(flow: torch.Tensor, count: torch.Tensor, most: int) -> torc
     """
     strongest = flow.topk(min(most + 2, flow.shape[-1]), dim=-1).values
     strongest = F.pad(strongest, (0, most + 2 - strongest.shape[-1]))
-    place = (count - 0.5).clamp(min=0.5, max=most).expand(flow.shape[:-1])
+    place = (count - 0.5).clamp(min=0.5, max=float(most)).expand(flow.shape[:-1])
     below = place.detach().floor().long().clamp(0, most)  # a NaN becomes any integer
     upper, lower = (strongest.gather(-1, (below + step).unsqueeze(-1)) for step in (0, 1))
     threshold = upper + (lower - upper) * (place - below).unsqueeze(-1)
@@ -76,7 +76,7 @@ def interpolate_knots(values: torch.Tensor, knots: list[int], width: int) -> tor
     """`[P, knots]` → `[P, width]`, one value per offset: linear between the knots, constant beyond the last."""
     at = torch.tensor(knots, device=values.device)
     offsets = torch.arange(width, device=values.device)
-    right = torch.searchsorted(at, offsets).clamp(max=len(knots) - 1)
+    right = (at < offsets.unsqueeze(-1)).sum(dim=-1).clamp(max=len(knots) - 1)
     left = torch.where(at[right] > offsets, right - 1, right)
     share = ((offsets - at[left]) / (at[right] - at[left]).clamp(min=1)).clamp(max=1).to(values.dtype)
     return values[:, left] + (values[:, right] - values[:, left]) * share

@@ -450,7 +450,10 @@ def search_exact(
         index = query_index[:, part, None]
         offsets = query_index.new_empty(rows, part.stop - part.start, 0)
         squared = query_positions.new_empty(rows, part.stop - part.start, 0)
-        last_key = min(num_keys, int(index.max()) - window + 1) if num_neighbors else 0
+        if torch.compiler.is_exporting():  # which keys count is not known: all may
+            last_key = num_keys if num_neighbors else 0
+        else:
+            last_key = min(num_keys, int(index.max()) - window + 1) if num_neighbors else 0
         for first in range(0, last_key, KEYS_AT_ONCE):
             ids = torch.arange(first, min(first + KEYS_AT_ONCE, last_key), device=device)
             visible = ids <= index - window
@@ -503,7 +506,7 @@ def rank_nearest(
 
 def _smallest_distinct(codes: torch.Tensor, count: int) -> torch.Tensor:
     """The `count` smallest different values of the last dimension, sorted, `NO_CODE` where there are fewer."""
-    if codes.device.type != "cpu":
+    if codes.device.type != "cpu" or torch.compiler.is_exporting():
         codes = codes.sort(dim=-1).values
         codes[..., 1:].masked_fill_(codes[..., 1:] == codes[..., :-1], NO_CODE)
         return codes.topk(count, dim=-1, largest=False).values

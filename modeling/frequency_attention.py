@@ -63,7 +63,7 @@ class FrequencyHyenaAttention(nn.Module):
         dtype = torch.promote_types(frames.dtype, torch.float32)
         spectrum = torch.fft.rfft(frames.to(dtype), dim=2).flatten(0, 1)  # [B · N, K, D]
         energy = spectrum.real.square() + spectrum.imag.square()
-        floor = PHASE_FLOOR**2 * energy.mean(dim=(1, 2), keepdim=True) + LEAST_ENERGY
+        floor = (PHASE_FLOOR**2 * energy.mean(dim=(1, 2), keepdim=True)).clamp(min=LEAST_ENERGY)
         phase = spectrum * torch.rsqrt(energy + floor)
         magnitude = (energy + floor).sqrt().to(self.norm.weight.dtype)
         heard = [attend(magnitude[:, band]).to(dtype) for attend, band in zip(self.attention, self.bands, strict=True)]

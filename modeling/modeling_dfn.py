@@ -615,11 +615,27 @@ def check_search(config: DFNConfig, state: StateLayer | None) -> None:
     """The search may be changed between calls, but the index of one is not kept up by the other."""
     if config.search_implementation not in SEARCHES:
         raise ValueError(f"`search_implementation` must be one of {SEARCHES}, got {config.search_implementation!r}.")
+    if torch.compiler.is_exporting():
+        check_export(config)
     if state is None or state.columns == 0 or config.num_neighbors == 0:
         return
     if (state.data("cell") is None) != (config.search_implementation == "exact"):
         raise ValueError(
             "`search_implementation` was changed while past_key_values was in use: start with an empty cache."
+        )
+
+
+def check_export(config: DFNConfig) -> None:
+    """An exported program can search exactly; an ONNX one not at all."""
+    if config.search_implementation != "exact":
+        raise ValueError(
+            "Cell lists are walked as the data ask, which no exported program can do: set "
+            "`model.config.search_implementation = 'exact'` first."
+        )
+    if torch.onnx.is_in_onnx_export():
+        raise ValueError(
+            "DFN's search orders candidates by the bits of their distances, for which ONNX has no operator: "
+            "use `torch.export.export`."
         )
 
 

@@ -27,8 +27,8 @@ ITEMS_PER_THREAD = 1024  # fewer are done before a thread has started
 
 
 def switched_on() -> bool:
-    """Whether native code may be used: always, unless the environment variable DFN_HF_NATIVE is 0."""
-    return os.environ.get(SWITCH, "1") != "0"
+    """Whether native code may be used: unless the environment variable DFN_HF_NATIVE is 0 or a program is exported."""
+    return not torch.compiler.is_exporting() and os.environ.get(SWITCH, "1") != "0"
 
 
 @cache

@@ -182,4 +182,4 @@ class AdaptiveLowPass(nn.Module):
         local = frames.diff(dim=2).square().sum(dim=(2, 3))
         total = (frames - frames.mean(dim=2, keepdim=True)).square().sum(dim=(2, 3))
         complexity = HIGH_WEIGHT * high + VARIATION_WEIGHT * local / (4 * total).clamp(min=tiny)
-        return (self.min_ratio + (self.base_ratio - self.min_ratio) * complexity).clamp(self.min_ratio, 1)
+        return (self.min_ratio + (self.base_ratio - self.min_ratio) * complexity).clamp(self.min_ratio, 1.0)

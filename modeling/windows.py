@@ -83,6 +83,8 @@ class _Unskew(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weights):
         block, width = weights.shape[-2:]
+        if torch.compiler.is_exporting():  # ONNX has no view to write through
+            return F.pad(weights, (0, block)).flatten(-2)[..., :-block].unflatten(-1, (block, width + block - 1))
         spread = weights.new_zeros(*weights.shape[:-1], width + block - 1)
         _diagonals(spread).copy_(weights)
         return spread

@@ -1,20 +1,52 @@
-"""`torch.export` of a forward pass at a fixed shape, for the families whose every step torch can trace."""
+"""`torch.export` of a forward pass at a fixed shape, and ONNX for the families whose every step it has."""
 
+import onnxruntime
 import pytest
 import torch
 
 from tests.small_models import make_small_model
 
+LENGTH = 70  # more than DFN's window
+
+
+def make_model(family):
+    model = make_small_model(family)
+    if family == "dfn":
+        model.config.search_implementation = "exact"
+    return model
+
+
+def draw_inputs(family, seed):
+    ids = torch.randint(1, 50, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
+    target = {"decoder_input_ids": ids.flip(1)} if family == "liquid" else {}
+    return {"input_ids": ids, "use_cache": False} | target
+
+
+@pytest.mark.parametrize("family", ["dfn", "flownetwork", "liquid"])
+def test_an_exported_program_gives_the_same_logits(family):
+    model, other = make_model(family), draw_inputs(family, 1)
+    program = torch.export.export(model, (), draw_inputs(family, 0), strict=False).module()
+    with torch.no_grad():
+        assert torch.allclose(program(**other).logits, model(**other).logits, rtol=0, atol=1e-5)
+
 
 @pytest.mark.parametrize("family", ["flownetwork", "liquid"])
-def test_an_exported_program_gives_the_same_logits(family):
-    model = make_small_model(family)
-    example, other = (torch.randint(1, 50, (2, 21)) for _ in range(2))
-
-    def inputs(ids: torch.Tensor) -> dict:
-        target = {"decoder_input_ids": ids.flip(1)} if family == "liquid" else {}
-        return {"input_ids": ids, "use_cache": False} | target
-
-    program = torch.export.export(model, (), inputs(example), strict=False).module()
+def test_onnx_gives_the_same_logits(family, tmp_path):
+    model, other = make_model(family), draw_inputs(family, 1)
+    program = torch.onnx.export(model, (), kwargs=draw_inputs(family, 0), dynamo=True, verbose=False)
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    logits = session.run(None, {given.name: other[given.name].numpy() for given in session.get_inputs()})[0]
     with torch.no_grad():
-        assert torch.allclose(program(**inputs(other)).logits, model(**inputs(other)).logits, rtol=0, atol=1e-5)
+        expected = model(**other).logits
+    assert torch.allclose(torch.from_numpy(logits), expected, rtol=0, atol=1e-4)
+
+
+def test_cell_lists_are_refused_with_the_remedy():
+    with pytest.raises(ValueError, match="model.config.search_implementation = 'exact'"):
+        torch.export.export(make_small_model("dfn"), (), draw_inputs("dfn", 0), strict=False)
+
+
+def test_onnx_is_refused_for_dfn():
+    with pytest.raises(torch.onnx.OnnxExporterError, match="bits of their distances, for which ONNX has no operator"):
+        torch.onnx.export(make_model("dfn"), (), kwargs=draw_inputs("dfn", 0), dynamo=True, verbose=False)

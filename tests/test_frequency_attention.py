@@ -49,7 +49,7 @@ def attend_by_loop(attention, frame):
     """One frame `[L, D]` → the same."""
     spectrum = torch.fft.rfft(frame, dim=0)
     energy = spectrum.abs().square()
-    size = (energy + module.PHASE_FLOOR**2 * energy.mean() + module.LEAST_ENERGY).sqrt()
+    size = (energy + max(module.PHASE_FLOOR**2 * energy.mean(), module.LEAST_ENERGY)).sqrt()
     bands = [
         attend_band_by_loop(attend, size[band]) * (spectrum / size)[band]
         for attend, band in zip(attention.attention, octave_bands(len(spectrum)), strict=True)
