@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
-# Every measured table: printed from results/*.csv, with the runs that are missing there done first.
+# Every measured table of the README: printed from results/*.csv, with the runs that are missing there done first.
 set -euo pipefail
 cd "$(dirname "$0")/results"
-dfn-hf bench recall --results recall.csv
-dfn-hf bench lm --results lm.csv
-dfn-hf bench ablations --results ablations.csv
-dfn-hf bench scaling --results scaling.csv
-dfn-hf bench million --results million.csv
 dfn-hf bench memory --results memory.csv
-dfn-hf bench speed --results speed.csv
-dfn-hf bench translation --results translation.csv
+dfn-hf bench lm --model flownetwork --model flownetwork-1-pattern --model flownetwork-no-flow --model \
+    flow-transformer --model llama --model llama-conv --results lm.csv
+dfn-hf bench speed --model flownetwork --model flow-transformer --model llama --results speed.csv
+dfn-hf bench translation --model liquid --results translation.csv
+dfn-hf bench translation --model t5 --search-steps 0 --learning-rate 2e-3 --learning-rate 4e-3 --results \
+    translation.csv
 dfn-hf bench translation --model liquid --model "no frequency attention" --model "no offsets" --model "1 expert" \
     --model "no LSTM" --model "no compression" --seeds 2 --steps 800 --no-scores --results translation.csv
 dfn-hf bench reversal --results reversal.csv
 dfn-hf bench seq2seq-speed --results seq2seq-speed.csv
+dfn-hf bench scaling --results scaling.csv
+dfn-hf bench million --results million.csv
+dfn-hf bench recall --model dfn --results recall.csv
+dfn-hf bench lm --results lm.csv
+dfn-hf bench ablations --results ablations.csv
 dfn-hf bench quantization --results quantization.csv

@@ -30,7 +30,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
-    help="Dynamic Flow Networks: train, generate, evaluate and measure. Everything works offline.",
+    help="DFN, FlowNetwork and Liquid: train, generate, evaluate, measure, serve. Only Hub ids need a network.",
 )
 app.add_typer(benchmarks, name="bench")
 

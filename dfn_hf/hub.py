@@ -4,6 +4,8 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 
+from .model_card import hub_card
+
 
 def require_token() -> None:
     """Raise ValueError unless a Hub token is at hand, so that a long run does not end without one."""
@@ -20,7 +22,8 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
         private: of a repository made here.
 
     Returns:
-        The address of the repository. A README.md that the repository has already stays as it is.
+        The address of the repository. A README.md that the repository has already stays as it is; else the folder's
+        card goes up, with the repository's name in its example, or one that says how to load the model.
 
     Raises:
         ValueError: `folder` holds no model, or there is no token.
@@ -30,6 +33,8 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
     require_token()
     api = HfApi()
     repository = api.create_repo(repo_id, private=private, exist_ok=True)
-    kept = ["README.md"] if api.file_exists(repository.repo_id, "README.md") else []
-    api.upload_folder(repo_id=repository.repo_id, folder_path=folder, ignore_patterns=["checkpoints/*", *kept])
+    if not api.file_exists(repository.repo_id, "README.md"):
+        card = str(hub_card(folder, repository.repo_id)).encode()
+        api.upload_file(repo_id=repository.repo_id, path_in_repo="README.md", path_or_fileobj=card)
+    api.upload_folder(repo_id=repository.repo_id, folder_path=folder, ignore_patterns=["checkpoints/*", "README.md"])
     return str(repository)

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .text2text_pipeline import TASK as TEXT2TEXT
 
 PROVENANCE = "Provenance"
+UNSTATED = "Training text not stated."
 
 
 def model_card(
@@ -26,37 +27,59 @@ def model_card(
         settings: option names and values of the training run.
         validation_loss: in nats per token.
     """
-    task = "text2text-generation" if model.config.is_encoder_decoder else "text-generation"
-    metadata = ModelCardData(library_name="transformers", pipeline_tag=task, tags=[model.config.model_type]).to_yaml()
     options = ", ".join(f"{option} {value:g}" for option, value in settings.items())
-    example = '"Once", max_new_tokens=60'
-    imports = "import dfn_hf\n" if model.config.model_type in ("dfn", "flownetwork", "liquid") else ""
-    if model.config.is_encoder_decoder:
-        imports = imports or "import dfn_hf  # brings this pipeline\n"
-        task, example = TEXT2TEXT, '"In the beginning"'
-    content = f"""---
-{metadata}
----
+    text = f"""A `{type(model).__name__}` of {model.num_parameters():,} parameters.
 
-# {name}
-
-A `{type(model).__name__}` of {model.num_parameters():,} parameters.
-
-```python
-{imports}from transformers import pipeline
-
-pipeline("{task}", model="{name}")({example})
-```
+{how_to_load(model.config, name)}
 
 ## {PROVENANCE}
 
-{provenance or "Training text not stated."}
+{provenance or UNSTATED}
 Validation loss {validation_loss:.4f} nats per token.
 
 Options: {options}.
 Made with torch {torch.__version__} and transformers {transformers.__version__}.
 """
-    return ModelCard(content)
+    return titled_card(model.config, name, text)
+
+
+def hub_card(folder: Path, repo_id: str) -> ModelCard:
+    """The card of a saved model under its name on the Hub: the folder's own, or one that says how to load it.
+
+    Args:
+        folder: a transformers folder; its card stays as it is.
+        repo_id: `owner/name`, which takes the place of the folder's name in the example.
+    """
+    readme = folder / "README.md"
+    if readme.is_file():
+        return ModelCard(readme.read_text().replace(f'model="{folder.resolve().name}"', f'model="{repo_id}"'))
+    config = AutoConfig.from_pretrained(folder)
+    text = f"{how_to_load(config, repo_id)}\n\n## {PROVENANCE}\n\n{UNSTATED}\n"
+    return titled_card(config, repo_id, text)
+
+
+def titled_card(config: PreTrainedConfig, name: str, text: str) -> ModelCard:
+    """`text` below what the Hub reads of a card and a title."""
+    task = "text2text-generation" if config.is_encoder_decoder else "text-generation"
+    metadata = ModelCardData(library_name="transformers", pipeline_tag=task, tags=[config.model_type]).to_yaml()
+    return ModelCard(f"---\n{metadata}\n---\n\n# {name}\n\n{text}")
+
+
+def how_to_load(config: PreTrainedConfig, name: str) -> str:
+    """A few lines of Python, and what to do where this package is not installed."""
+    ours = config.model_type in ("dfn", "flownetwork", "liquid")
+    task, example, without = "text-generation", '"Once", max_new_tokens=60', ""
+    imports = "import dfn_hf\n" if ours else ""
+    if config.is_encoder_decoder:
+        imports = imports or "import dfn_hf  # brings this pipeline\n"
+        task, example = TEXT2TEXT, '"In the beginning"'
+    elif ours:
+        without = "\n\nWithout `dfn-hf`: leave out its line and add `trust_remote_code=True`."
+    return f"""```python
+{imports}from transformers import pipeline
+
+pipeline("{task}", model="{name}")({example})
+```{without}"""
 
 
 def read_provenance(readme: Path | None) -> str | None:

@@ -20,14 +20,14 @@ def serve(model: str, arguments: Sequence[str] = ()) -> None:
     given ours there.
 
     Args:
-        model: a folder, an embedded checkpoint or a Hub id; requests name the path or id that is printed.
+        model: a folder, an embedded checkpoint or a Hub id. Requests need not name it.
         arguments: options of `transformers serve`, such as `["--port", "8001"]`.
 
     Raises:
         ValueError: what a server needs is not installed, or `model` is not a causal language model.
     """
     if not is_serve_available():
-        raise ValueError("a server needs more packages: pip install 'dfn-hf[serving]'")
+        raise ValueError("a server needs more packages: pip install 'transformers[serving]'")
     config = load_config(model)
     if config.is_encoder_decoder:
         raise ValueError(f"{model} is an encoder-decoder ({config.model_type}): only causal models can be served")

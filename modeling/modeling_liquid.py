@@ -39,12 +39,14 @@ from .rms_norm import RMSNorm
 from .state_cache import CACHE_NAME, StateLayer, given_cache, state_layers
 from .windowed_attention import RotaryEmbedding
 
+ENCODER_PARTS = ["ImprovedTransformerBlock", "EnhancedLiquidEmbedding"]
+
 
 class LiquidPreTrainedModel(PreTrainedModel):
     config: LiquidConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["ImprovedTransformerBlock", "EnhancedLiquidEmbedding", "CausalLiquidEmbedding"]
+    _no_split_modules = [*ENCODER_PARTS, "CausalLiquidEmbedding"]
     _skip_keys_device_placement = ["past_key_values", "cache", "cross_state"]
     _keep_in_fp32_modules = ["moe.gate"]
     _supports_sdpa = True
@@ -79,6 +81,7 @@ class BidirectionalEncoder(LiquidPreTrainedModel):
     """Embedding, blocks that see both sides, and the final norm (§3.9)."""
 
     main_input_name = "input_ids"
+    _no_split_modules = ENCODER_PARTS
 
     def __init__(self, config: LiquidConfig):
         super().__init__(config)
@@ -508,6 +511,7 @@ class LiquidForSequenceClassification(EncoderEmbeddingMixin, LiquidPreTrainedMod
     """The encoder with a linear head on the mean of its real tokens' states; of a translator it takes the encoder."""
 
     _keys_to_ignore_on_load_unexpected = [r"decoder\.", r"lm_head\."]
+    _no_split_modules = ENCODER_PARTS
 
     def __init__(self, config: LiquidConfig):
         super().__init__(config)

@@ -116,7 +116,10 @@ def test_unknown_option_is_a_usage_error(model):
     assert run("generate", model, "--bogus").exit_code == 2
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["generate"], ["evaluate"], ["info"], ["demo"], ["bench"]])
+COMMANDS = sorted(command.callback.__name__ for command in app.registered_commands)
+
+
+@pytest.mark.parametrize("command", [[], ["bench"], *([name] for name in COMMANDS)], ids=" ".join)
 def test_help_of_every_command(command):
     result = run(*command, "--help")
     assert result.exit_code == 0

@@ -2,12 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from datasets import Dataset
 from peft import LoraConfig
 from sentence_transformers import SentenceTransformer
@@ -70,30 +71,26 @@ def test_sentences_are_embedded_alike_in_any_batch(checkpoint):
 
 
 @checkpoints
-def test_lm_eval_scores_a_task_of_ones_own(checkpoint, tmp_path):
+def test_lm_eval_scores_a_task_of_ones_own_as_the_page_says(checkpoint, tmp_path):
+    page = (Path(__file__).parent.parent / "docs" / "clients.md").read_text(encoding="utf-8")
+    (task,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    (command,) = re.findall(r"```bash\n(python -c .*?lm_eval.*?)```", page, flags=re.DOTALL)
+    assert "pretrained=my-model" in command
+    (tmp_path / "my-model").symlink_to(dfn_hf.checkpoint_path(checkpoint))
+    (tmp_path / "my-tasks").mkdir()
+    (tmp_path / "my-tasks" / "my_task.yaml").write_text(task)
     questions = [
         {"question": "In the beginning God created the", "choices": [" heaven", " xqzt"], "answer": 0},
         {"question": "And the evening and the morning were the first", "choices": [" day", " kjhg"], "answer": 0},
         {"question": "To be, or not to", "choices": [" zzqq", " be"], "answer": 1},
     ]
-    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
-    task = {
-        "task": "three_questions", "dataset_path": "json", "output_type": "multiple_choice", "test_split": "test",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "questions.jsonl")}},
-        "doc_to_text": "{{question}}", "doc_to_choice": "choices", "doc_to_target": "answer", "target_delimiter": "",
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }  # fmt: skip
-    (tmp_path / "three_questions.yaml").write_text(yaml.safe_dump(task))
-    code = f"""
-import dfn_hf, lm_eval
-from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
-
-model = HFLM(pretrained=str(dfn_hf.checkpoint_path({checkpoint!r})), batch_size=2, device="cpu")
-tasks = TaskManager(include_path={str(tmp_path)!r}, include_defaults=False)
-found = lm_eval.simple_evaluate(model, tasks=["three_questions"], task_manager=tasks, bootstrap_iters=0)
-print("accuracy", found["results"]["three_questions"]["acc,none"])
-"""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300)
-    assert "accuracy 1.0" in done.stdout, done.stderr[-2000:]
+    lines = "".join(json.dumps(question) + "\n" for question in questions)
+    (tmp_path / "my-tasks" / "questions.jsonl").write_text(lines)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "PATH": path}
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (found,) = [line.split("|") for line in done.stdout.splitlines() if line.startswith("|my_task")]
+    assert "acc" in found[5] and float(found[7]) == 1.0, done.stdout

@@ -9,15 +9,23 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tests import test_modeling_liquid as liquid
 from tests.families import FAMILIES, draw_ids, draw_model
+from tests.small_models import MODELS, make_small_model
 
 PROCESSES = 2
 ROWS = 4
@@ -126,6 +134,18 @@ def test_two_processes_equal_one(way, tmp_path):
                 assert torch.allclose(values[name], value, atol=1e-9, rtol=0), name
         for name in banks:
             assert torch.equal(*(of_rank[case][1][name] for of_rank in found))
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForSequenceClassification, "LM"])
+@pytest.mark.parametrize("family", MODELS)
+def test_a_trainer_finds_the_layers_to_shard_by(family, auto_class):
+    config = make_small_model(family).config
+    language_model = AutoModelForSeq2SeqLM if family == "liquid" else AutoModelForCausalLM
+    model = (language_model if auto_class == "LM" else auto_class).from_config(config)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    shards_by = fsdp2_prepare_auto_wrap_policy(plugin, model)
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    assert len(layers) >= 2 and all(map(shards_by, layers))
 
 
 def test_the_command_trains_on_two_processes_as_on_one(tmp_path):

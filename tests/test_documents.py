@@ -55,6 +55,12 @@ def test_readme_tables_are_what_their_commands_print(command, tmp_path, monkeypa
     assert "\n".join(table) in README
 
 
+def test_one_script_makes_every_table():
+    script = (ROOT / "benchmarks" / "all.sh").read_text().replace("\\\n", "")
+    made = [shlex.split(line)[1:] for line in script.splitlines() if line.startswith("dfn-hf ")]
+    assert made == [shlex.split(command.replace("benchmarks/results/", "")) for command in TABLES]
+
+
 def test_readme_has_its_tables():
     assert [command.split()[1] for command in TABLES] == [
         "memory",

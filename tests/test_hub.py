@@ -3,14 +3,15 @@ from types import SimpleNamespace
 import pytest
 from typer.testing import CliRunner
 
-from dfn_hf import hub
+from dfn_hf import DFNConfig, hub
 from dfn_hf.cli import app
 
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "config.json").write_text("{}")
-    return tmp_path
+    folder = tmp_path / "my-model"
+    DFNConfig().save_pretrained(folder)
+    return folder
 
 
 class RecordingApi:
@@ -18,7 +19,7 @@ class RecordingApi:
 
     def __init__(self, has_readme):
         self.has_readme = has_readme
-        self.uploads = []
+        self.uploads, self.cards = [], []
 
     def create_repo(self, repo_id, private, exist_ok):
         assert exist_ok
@@ -30,6 +31,10 @@ class RecordingApi:
     def upload_folder(self, **upload):
         self.uploads.append(SimpleNamespace(**upload))
 
+    def upload_file(self, repo_id, path_in_repo, path_or_fileobj):
+        assert path_in_repo == "README.md"
+        self.cards.append(path_or_fileobj.decode())
+
 
 @pytest.mark.parametrize("has_readme", [False, True])
 def test_push_uploads_the_folder_and_keeps_a_readme_that_is_there(folder, monkeypatch, has_readme):
@@ -39,7 +44,21 @@ def test_push_uploads_the_folder_and_keeps_a_readme_that_is_there(folder, monkey
     assert hub.push_folder(folder, "model") == "https://hub/me/model"
     (upload,) = api.uploads
     assert (upload.repo_id, upload.folder_path) == ("me/model", folder)
-    assert ("README.md" in upload.ignore_patterns) == has_readme
+    assert upload.ignore_patterns == ["checkpoints/*", "README.md"]
+    assert len(api.cards) == (not has_readme)
+
+
+def test_a_card_names_the_repository(folder, monkeypatch):
+    api = RecordingApi(has_readme=False)
+    monkeypatch.setattr(hub, "HfApi", lambda: api)
+    monkeypatch.setattr(hub, "get_token", lambda: "token")
+    hub.push_folder(folder, "model")
+    (folder / "README.md").write_text('# Mine\n\npipeline("text-generation", model="my-model")\n')
+    hub.push_folder(folder, "model")
+    made, own = api.cards
+    assert 'model="me/model")' in made and "trust_remote_code=True" in made and "pipeline_tag: text-generation" in made
+    assert own == '# Mine\n\npipeline("text-generation", model="me/model")\n'
+    assert 'model="my-model"' in (folder / "README.md").read_text()
 
 
 def test_no_token_is_said_before_training_starts(folder, tmp_path, monkeypatch):

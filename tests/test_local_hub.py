@@ -105,6 +105,7 @@ def test_the_command_pushes_a_private_model_with_its_card(address, tmp_path):
         from typer.testing import CliRunner
         from dfn_hf.cli import app
         train = ["train", "model", "--steps", "2", "--batch-size", "2", "--block-size", "32", "--size", "tiny"]
+        train += ["--push-to-hub", "tester/trained"]
         for command in (train, ["push", "model", "tester/private", "--private"], ["info", "tester/private"]):
             result = CliRunner().invoke(app, command)
             assert result.exit_code == 0, result.output
@@ -115,8 +116,13 @@ def test_the_command_pushes_a_private_model_with_its_card(address, tmp_path):
     )
     said = run(
         """
-        from huggingface_hub import ModelCard, model_info
+        from huggingface_hub import HfApi, ModelCard, model_info
         card = ModelCard.load("tester/private")
+        for name in ("tester/private", "tester/trained"):
+            assert f'model="{name}")' in ModelCard.load(name).text
+        files = set(HfApi().list_repo_files("tester/trained"))
+        held = {"config.json", "model.safetensors", "modeling_dfn.py", "tokenizer.json", "generation_config.json"}
+        assert held <= files and not any(file.startswith("checkpoints/") for file in files), files
         print(card.data.library_name, card.data.pipeline_tag, card.data.tags, model_info("tester/private").private)
         """,
         address,

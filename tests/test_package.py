@@ -98,7 +98,14 @@ def test_wheel_holds_every_module_and_data_file(wheel, checkout):
 
 def test_sdist_holds_what_a_developer_needs(sdist):
     held = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
-    assert {"Makefile", "constraints.txt", "CHANGELOG.md", "LICENSE", "modeling/flow_search.py"} <= held
+    assert {
+        "Makefile",
+        "constraints.txt",
+        "CHANGELOG.md",
+        "LICENSE",
+        "modeling/flow_search.py",
+        "docs/peft.md",
+    } <= held
 
 
 def test_wheel_works_anywhere(installed, tmp_path):

@@ -51,13 +51,14 @@ TABLES = (
     SmokeTable("memory --seeds 1 --steps 1", [("8", "1"), ("0", "1")]),
     SmokeTable("speed --length 64 --repeats 1", [(work, "64") for work in WORKS]),
     SmokeTable(
-        "translation --steps 1 --search-steps 1 --learning-rate 1e-3 --batch-size 2 --no-scores",
+        "translation --steps 1 --search-steps 1 --learning-rate 1e-3 --batch-size 2 --pairs 4",
         [("liquid",), ("t5",)],
     ),
     SmokeTable("reversal --seeds 1 --steps 1", [("32", "8")]),
     SmokeTable("seq2seq-speed --length 64 --repeats 1", [(work, "64") for work in SEQ2SEQ_WORKS]),
     SmokeTable(
-        "quantization --format bfloat16 --documents 1 --pairs 8", [(checkpoint,) for checkpoint in CHECKPOINTS]
+        'quantization --format bfloat16 --format "bitsandbytes NF4" --documents 1 --pairs 8',
+        [(name,) for name in CHECKPOINTS],
     ),
 )
 
