@@ -43,8 +43,8 @@ Made with torch {torch.__version__} and transformers {transformers.__version__}.
     return titled_card(model.config, name, text)
 
 
-def hub_card(folder: Path, repo_id: str) -> ModelCard:
-    """The card of a saved model under its name on the Hub: the folder's own, or one that says how to load it.
+def hub_card(folder: Path, repo_id: str) -> str:
+    """The text of a saved model's card under its name on the Hub: the folder's own, or one that says how to load it.
 
     Args:
         folder: a transformers folder; its card stays as it is.
@@ -52,10 +52,10 @@ def hub_card(folder: Path, repo_id: str) -> ModelCard:
     """
     readme = folder / "README.md"
     if readme.is_file():
-        return ModelCard(readme.read_text().replace(f'model="{folder.resolve().name}"', f'model="{repo_id}"'))
+        return readme.read_text().replace(f'model="{folder.resolve().name}"', f'model="{repo_id}"')
     config = AutoConfig.from_pretrained(folder)
     text = f"{how_to_load(config, repo_id)}\n\n## {PROVENANCE}\n\n{UNSTATED}\n"
-    return titled_card(config, repo_id, text)
+    return str(titled_card(config, repo_id, text))
 
 
 def titled_card(config: PreTrainedConfig, name: str, text: str) -> ModelCard:
