@@ -20,7 +20,7 @@ def serve(model: str, arguments: Sequence[str] = ()) -> None:
     given ours there.
 
     Args:
-        model: a folder, an embedded checkpoint or a Hub id. Requests need not name it.
+        model: a folder, an embedded checkpoint or a Hub id. Requests name what is printed, or no model.
         arguments: options of `transformers serve`, such as `["--port", "8001"]`.
 
     Raises:
@@ -39,5 +39,7 @@ def serve(model: str, arguments: Sequence[str] = ()) -> None:
     for name in CLASSES:
         head: type[PreTrainedModel] = getattr(dfn_hf, name)
         setattr(transformers, name, head)
+    path = resolve_source(model)
+    print(f"serving {path}: requests name that, or no model", flush=True)
     Path(constants.HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # `GET /v1/models` fails where it is not there
-    app(["serve", resolve_source(model), *arguments], prog_name="dfn-hf")
+    app(["serve", path, *arguments], prog_name="dfn-hf")

@@ -627,15 +627,15 @@ def check_search(config: DFNConfig, state: StateLayer | None) -> None:
 
 def check_export(config: DFNConfig) -> None:
     """An exported program can search exactly; an ONNX one not at all."""
-    if config.search_implementation != "exact":
-        raise ValueError(
-            "Cell lists are walked as the data ask, which no exported program can do: set "
-            "`model.config.search_implementation = 'exact'` first."
-        )
     if torch.onnx.is_in_onnx_export():
         raise ValueError(
             "DFN's search orders candidates by the bits of their distances, for which ONNX has no operator: "
             "use `torch.export.export`."
+        )
+    if config.search_implementation != "exact":
+        raise ValueError(
+            "Cell lists are walked as the data ask, which no exported program can do: set "
+            "`model.config.search_implementation = 'exact'` first."
         )
 
 

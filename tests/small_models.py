@@ -21,15 +21,17 @@ SIZES = {
     "intermediate_size": 64,
 }
 MODELS = {
-    "dfn": lambda: DFNForCausalLM(DFNConfig(**SIZES, memory_slots=2, memory_chunk=4)),
-    "flownetwork": lambda: FlowNetworkForCausalLM(
-        FlowNetworkConfig(**SIZES, memory_size=2, num_memory_heads=2, memory_chunk=4)
+    "dfn": lambda **sizes: DFNForCausalLM(DFNConfig(**SIZES | sizes, memory_slots=2, memory_chunk=4)),
+    "flownetwork": lambda **sizes: FlowNetworkForCausalLM(
+        FlowNetworkConfig(**SIZES | sizes, memory_size=2, num_memory_heads=2, memory_chunk=4)
     ),
-    "liquid": lambda: LiquidForSeq2SeqLM(LiquidConfig(**SIZES, frame_length=8, decoder_frame_length=4)),
+    "liquid": lambda **sizes: LiquidForSeq2SeqLM(
+        LiquidConfig(**SIZES | sizes, frame_length=8, decoder_frame_length=4)
+    ),
 }
 
 
-def make_small_model(family: str) -> PreTrainedModel:
-    """The same weights each time, in evaluation mode."""
+def make_small_model(family: str, **sizes: int) -> PreTrainedModel:
+    """The same weights each time, in evaluation mode; `sizes` in the place of those of `SIZES`."""
     torch.manual_seed(0)
-    return MODELS[family]().eval()
+    return MODELS[family](**sizes).eval()

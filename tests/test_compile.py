@@ -16,14 +16,14 @@ class TestCompiled:
         torch._dynamo.reset()
 
     def test_generated_tokens(self, family, backend):
-        model = make_small_model(family)
+        model = make_small_model(family, num_hidden_layers=1)
         ids = torch.randint(3, 50, (2, 9))
         expected = model.generate(ids, max_new_tokens=6, do_sample=False)
         model.forward = torch.compile(model.forward, backend=backend)
         assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), expected)
 
     def test_loss_and_gradients(self, family, backend):
-        model = make_small_model(family)
+        model = make_small_model(family, num_hidden_layers=1)
         ids = torch.randint(3, 50, (2, 21))
         losses, gradients = [], []
         for forward in (model, torch.compile(model, backend=backend)):
@@ -33,6 +33,6 @@ class TestCompiled:
             losses.append(loss.item())
             gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         assert losses[1] == pytest.approx(losses[0], abs=1e-5)
-        assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 30
+        assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 20
         for name, gradient in gradients[0].items():
             assert torch.allclose(gradients[1][name], gradient, rtol=0, atol=1e-5), name

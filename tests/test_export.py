@@ -9,8 +9,8 @@ from tests.small_models import make_small_model
 LENGTH = 70  # more than DFN's window
 
 
-def make_model(family):
-    model = make_small_model(family)
+def make_model(family, **sizes):
+    model = make_small_model(family, **sizes)
     if family == "dfn":
         model.config.search_implementation = "exact"
     return model
@@ -32,7 +32,7 @@ def test_an_exported_program_gives_the_same_logits(family):
 
 @pytest.mark.parametrize("family", ["flownetwork", "liquid"])
 def test_onnx_gives_the_same_logits(family, tmp_path):
-    model, other = make_model(family), draw_inputs(family, 1)
+    model, other = make_model(family, num_hidden_layers=1), draw_inputs(family, 1)
     program = torch.onnx.export(model, (), kwargs=draw_inputs(family, 0), dynamo=True, verbose=False)
     program.save(tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
@@ -47,6 +47,7 @@ def test_cell_lists_are_refused_with_the_remedy():
         torch.export.export(make_small_model("dfn"), (), draw_inputs("dfn", 0), strict=False)
 
 
-def test_onnx_is_refused_for_dfn():
+@pytest.mark.parametrize("make", [make_model, make_small_model])
+def test_onnx_is_refused_for_dfn(make):
     with pytest.raises(torch.onnx.OnnxExporterError, match="bits of their distances, for which ONNX has no operator"):
-        torch.onnx.export(make_model("dfn"), (), kwargs=draw_inputs("dfn", 0), dynamo=True, verbose=False)
+        torch.onnx.export(make("dfn"), (), kwargs=draw_inputs("dfn", 0), dynamo=True, verbose=False)
