@@ -3,12 +3,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/results"
 dfn-hf bench memory --results memory.csv
-dfn-hf bench lm --model flownetwork --model flownetwork-1-pattern --model flownetwork-no-flow --model \
-    flow-transformer --model llama --model llama-conv --results lm.csv
+dfn-hf bench lm --model flownetwork --model flownetwork-1-pattern --model flownetwork-no-flow \
+    --model flow-transformer --model llama --model llama-conv --results lm.csv
 dfn-hf bench speed --model flownetwork --model flow-transformer --model llama --results speed.csv
 dfn-hf bench translation --model liquid --results translation.csv
-dfn-hf bench translation --model t5 --search-steps 0 --learning-rate 2e-3 --learning-rate 4e-3 --results \
-    translation.csv
+dfn-hf bench translation --model t5 --search-steps 0 --learning-rate 2e-3 --results translation.csv
+dfn-hf bench translation --model t5 --steps 8000 --search-steps 0 --learning-rate 2e-3 --learning-rate 4e-3 \
+    --results translation.csv
 dfn-hf bench translation --model liquid --model "no frequency attention" --model "no offsets" --model "1 expert" \
     --model "no LSTM" --model "no compression" --seeds 2 --steps 800 --no-scores --results translation.csv
 dfn-hf bench reversal --results reversal.csv

@@ -69,6 +69,7 @@ def test_readme_has_its_tables():
         "translation",
         "translation",
         "translation",
+        "translation",
         "reversal",
         "seq2seq-speed",
         "scaling",

@@ -1,6 +1,7 @@
 """What the embedded translator reaches, and that it reads what it translates."""
 
 import json
+import re
 
 import pytest
 
@@ -11,6 +12,7 @@ from dfn_hf.translation import score_translations, shuffle_sources, translate
 
 MOST_BYTES = 12 * 2**20
 LEAST_GAIN = 10  # chrF over shuffled sources
+PROCESSORS_DIFFER = 0.2  # points: each rounds in its own way, and beams that nearly tie end in other words
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,8 @@ def test_card_states_what_it_reaches_on_held_out_books(folder, translator, verse
     sources, references = verses
     scores = score_translations(translate(*translator, sources), references)
     card = (folder / "README.md").read_text(encoding="utf-8")
-    assert f"chrF {scores.chrf:.1f} and BLEU {scores.bleu:.1f}" in card
+    chrf, bleu = map(float, re.search(r"chrF ([\d.]+) and BLEU ([\d.]+)", card).groups())
+    assert abs(scores.chrf - chrf) < PROCESSORS_DIFFER and abs(scores.bleu - bleu) < PROCESSORS_DIFFER
     assert json.loads((folder / "training_log.json").read_text(encoding="utf-8"))
 
 

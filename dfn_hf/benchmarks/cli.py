@@ -280,7 +280,7 @@ def translation(
         list[str], typer.Option("--model", help="liquid, t5, or liquid with one part off, as 'no LSTM'; repeat it.")
     ] = ["liquid", "t5"],  # noqa: B006
     seeds: Seeds = 1,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 8000,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 10000,
     search_steps: Annotated[
         int, typer.Option(min=0, help="Steps of the short runs that pick a learning rate; 0 shows every rate in full.")
     ] = 600,

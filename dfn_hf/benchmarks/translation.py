@@ -41,7 +41,7 @@ class TranslationSettings:
     model: str = "liquid"
     seed: int = 0
     learning_rate: float = 2e-3
-    steps: int = 8000
+    steps: int = 10000
     batch_size: int = 32
     max_length: int = 80
     size: str = "tiny"
