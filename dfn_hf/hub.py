@@ -33,8 +33,8 @@ def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
     require_token()
     api = HfApi()
     repository = api.create_repo(repo_id, private=private, exist_ok=True)
+    api.upload_folder(repo_id=repository.repo_id, folder_path=folder, ignore_patterns=["checkpoints/*", "README.md"])
     if not api.file_exists(repository.repo_id, "README.md"):
         card = hub_card(folder, repository.repo_id).encode()
         api.upload_file(repo_id=repository.repo_id, path_in_repo="README.md", path_or_fileobj=card)
-    api.upload_folder(repo_id=repository.repo_id, folder_path=folder, ignore_patterns=["checkpoints/*", "README.md"])
     return str(repository)

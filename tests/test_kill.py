@@ -16,8 +16,13 @@ from dfn_hf.seq2seq_sizes import new_seq2seq_lm
 from dfn_hf.sizes import new_causal_lm
 from dfn_hf.training import TrainingSettings, last_checkpoint, train_model
 
-TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 256}
-TINY |= {"hidden_dropout": 0.1}
+TINY = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 256,
+    "hidden_dropout": 0.1,
+}
 OPTIONS = {"dfn": {"memory_slots": 2}, "flownetwork": {"memory_size": 2}, "liquid": {"frame_length": 8}}
 SETTINGS = TrainingSettings(
     max_steps=9, batch_size=2, gradient_accumulation_steps=2, save_interval=3, learning_rate=1e-2
