@@ -17,6 +17,7 @@ from transformers import (  # noqa: E402
 from .embedded import checkpoint_path  # noqa: E402
 from .flow_memory_callback import FlowMemoryCallback  # noqa: E402
 from .modeling.configuration_dfn import DFNConfig  # noqa: E402
+from .modeling.configuration_dfn_native import DFNNativeConfig  # noqa: E402
 from .modeling.configuration_flownetwork import FlowNetworkConfig, adjust_num_heads  # noqa: E402
 from .modeling.configuration_liquid import LiquidConfig  # noqa: E402
 from .modeling.deformable_conv import DeformableConv1d, OptimizedGatedConvolution  # noqa: E402
@@ -36,6 +37,7 @@ from .modeling.local_attention import EnhancedLocalAttentionWithGQA  # noqa: E40
 from .modeling.lstm_memory import EnhancedLSTM  # noqa: E402
 from .modeling.mixture_of_experts import MoELayer  # noqa: E402
 from .modeling.modeling_dfn import DFNForCausalLM, DFNForSequenceClassification, DFNModel  # noqa: E402
+from .modeling.modeling_dfn_native import DFNNativeModel  # noqa: E402
 from .modeling.modeling_flownetwork import (  # noqa: E402
     FlowNetworkForCausalLM,
     FlowNetworkForSequenceClassification,
@@ -80,6 +82,7 @@ def _register_families() -> None:
                 AutoModelForSequenceClassification: LiquidForSequenceClassification,
             },
         ),
+        (DFNNativeConfig, {AutoModel: DFNNativeModel}),
     ):
         AutoConfig.register(config.model_type, config, exist_ok=True)
         # So that save_pretrained and push_to_hub take the code along.
@@ -100,6 +103,8 @@ __all__ = [
     "DFNForCausalLM",
     "DFNForSequenceClassification",
     "DFNModel",
+    "DFNNativeConfig",
+    "DFNNativeModel",
     "DeformableConv1d",
     "EnhancedFlowLayer",
     "EnhancedFlowTransformer",

@@ -1,0 +1,148 @@
+"""Folders written tensor by tensor: a model of any size passes through the memory of one shard."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .checkpoint_file import CheckpointFile
+from .key_table import Target, apply_target, target_names
+
+SHARD_BYTES = 2**28
+
+
+def empty_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """A model without storage: names, shapes and modules alone."""
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def saved_names(model: PreTrainedModel) -> dict[str, torch.Size]:
+    """Names and shapes of the weights that a folder of `model` holds, tied ones once."""
+    tied = model.all_tied_weights_keys
+    return {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
+
+
+class FolderWriter:
+    """Writes a model whose weights come from a checkpoint, or are new.
+
+    Args:
+        model: an `empty_model`.
+        checkpoint: holds the source's tensors.
+        targets: of each source key.
+        seed: of new weights.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, checkpoint: CheckpointFile, targets: Mapping[str, Target], seed: int = 0
+    ) -> None:
+        self.model = model
+        self.checkpoint = checkpoint
+        self.sources = {name: key for key, target in targets.items() for name in target_names(target)}
+        self.targets = targets
+        self.seed = seed
+
+    def write(self, folder: Path) -> None:
+        """Write weights, configuration, generation configuration and the model's code into `folder`."""
+        model, config = self.model, self.model.config
+        config.architectures = [type(model).__name__]
+        config.dtype = self.checkpoint.dtype
+        custom_object_save(model, folder, config=config)  # type: ignore[arg-type]  # its annotation lacks configs
+        config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
+        self._write_weights(folder)
+
+    def _write_weights(self, folder: Path) -> None:
+        torch.manual_seed(self.seed)
+        shards: list[dict[str, int]] = []
+        shard: dict[str, torch.Tensor] = {}
+        for name, tensor in self._weights():
+            if shard and total_bytes(shard.values()) + tensor.nbytes > SHARD_BYTES:
+                shards.append(self._write_shard(folder, len(shards), shard))
+                shard = {}
+            shard[name] = tensor
+        shards.append(self._write_shard(folder, len(shards), shard))
+        if len(shards) == 1:
+            shard_path(folder, 0).rename(folder / SAFE_WEIGHTS_NAME)
+            return
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(shards):
+            file_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+            shard_path(folder, number).rename(folder / file_name)
+            weight_map |= dict.fromkeys(names, file_name)
+        index = {"metadata": {"total_size": sum(sum(names.values()) for names in shards)}, "weight_map": weight_map}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _write_shard(self, folder: Path, number: int, shard: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        """Sizes in bytes of what was written."""
+        save_file(dict(shard), shard_path(folder, number), metadata={"format": "pt"})
+        self.checkpoint = self.checkpoint.reopened()
+        return {name: tensor.nbytes for name, tensor in shard.items()}
+
+    def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        wanted = saved_names(self.model)
+        for prefix, module, whole in units(self.model):
+            names = [prefix + name for name in own_names(module, whole) if prefix + name in wanted]
+            fresh = {} if all(name in self.sources for name in names) else self._initialised(module, whole)
+            for name in names:
+                yield name, self._mapped(name) if name in self.sources else fresh[name.removeprefix(prefix)]
+
+    def _mapped(self, name: str) -> torch.Tensor:
+        key = self.sources[name]
+        # A copy: views of the mapped file would keep all of it open.
+        return apply_target(self.targets[key], self.checkpoint.tensors[key])[name].clone().contiguous()
+
+    def _initialised(self, module: nn.Module, whole: bool) -> dict[str, torch.Tensor]:
+        """Fresh weights of one unit, in the checkpoint's dtype where they are floats."""
+        module.to_empty(device="cpu", recurse=whole)
+        for part in reversed(list(module.modules())) if whole else [module]:
+            self.model._init_weights(part)
+        fresh = {
+            name: tensor.detach().to(self.checkpoint.dtype if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in own_tensors(module, whole)
+        }
+        module.to_empty(device="meta", recurse=whole)
+        return fresh
+
+
+def units(model: nn.Module) -> Iterator[tuple[str, nn.Module, bool]]:
+    """Parts of a model whose weights are set together, with the prefix of their names.
+
+    Layers and modules without children as a whole; of the others (False) what is theirs alone.
+    """
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(layer) for layer in inside):
+            continue
+        whole = isinstance(module, GradientCheckpointingLayer) or not any(True for _ in module.children())
+        if whole:
+            inside.append(f"{name}.")
+        yield f"{name}." if name else "", module, whole
+
+
+def own_tensors(module: nn.Module, whole: bool) -> list[tuple[str, torch.Tensor]]:
+    """Parameters and buffers of a unit."""
+    return [*module.named_parameters(recurse=whole), *module.named_buffers(recurse=whole)]
+
+
+def own_names(module: nn.Module, whole: bool) -> list[str]:
+    """Their names."""
+    return [name for name, _ in own_tensors(module, whole)]
+
+
+def total_bytes(tensors) -> int:
+    """Sum of the tensors' sizes."""
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """Where a shard lies until all are counted."""
+    return folder / f"shard-{number}.safetensors"
