@@ -97,8 +97,8 @@ def _load(path: Path) -> Mapping[str, Any]:
         if refused is None:
             raise ValueError(f"{path} is damaged or no checkpoint: copy or save it again") from error
         raise ValueError(
-            f"{path} asks to call {refused.group(1)}, and is not loaded because that could run code: save it again with "
-            "tensors and plain values alone"
+            f"{path} asks to call {refused.group(1)}, and is not loaded because that could run code: save it again "
+            "with tensors and plain values alone"
         ) from error
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file ({error}): copy or save it again") from error

@@ -1,8 +1,8 @@
 """Tables of an original's keys: what shape each has and where it goes.
 
 A table is a literal: key → (shape, target). `{layer}` and the like in a key stand for a number counted from 0. A shape
-is a word per dimension: `D` a size, `4D` a multiple, `C+D+1` a sum, `?` any. A target is the name of a weight, a
-`Chunks`, a `Rows`, a `Squeezed`, or a `Dropped` with its reason. Where two lines give the same key, the later holds.
+is a word per dimension: `D` a size, `4D` a multiple, `C+D+1` a sum, `?` any. A target is the name of a weight,
+`Chunks`, `Copies`, `Rows`, `Squeezed`, or `Dropped` with its reason. Where two lines give one key, the later holds.
 """
 
 import itertools
@@ -32,6 +32,13 @@ class Chunks:
 
 
 @dataclass(frozen=True)
+class Copies:
+    """Several weights that are all alike."""
+
+    names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Rows:
     """Every `step`-th entry of the first dimension, from 0 on."""
 
@@ -46,7 +53,7 @@ class Squeezed:
     name: str
 
 
-Target = str | Chunks | Rows | Squeezed | Dropped
+Target = str | Chunks | Copies | Rows | Squeezed | Dropped
 Table = Mapping[str, tuple[str, Target]]
 
 
@@ -78,7 +85,7 @@ def target_names(target: Target) -> list[str]:
     """The weights that `target` fills."""
     if isinstance(target, Dropped):
         return []
-    if isinstance(target, Chunks):
+    if isinstance(target, Chunks | Copies):
         return list(target.names)
     return [target if isinstance(target, str) else target.name]
 
@@ -92,6 +99,17 @@ def apply_target(target: Target, tensor: torch.Tensor) -> dict[str, torch.Tensor
     if isinstance(target, Squeezed):
         return {target.name: tensor.squeeze(-1)}
     return dict.fromkeys(target_names(target), tensor)
+
+
+def restore_target(target: Target, weights: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
+    """What `apply_target` was given, from the weights it filled; None where they don't hold all of it."""
+    names = target_names(target)
+    if not names or isinstance(target, Rows):
+        return None
+    if isinstance(target, Chunks):
+        return torch.cat([weights[name] for name in names])
+    first = weights[names[0]]
+    return first.unsqueeze(-1) if isinstance(target, Squeezed) else first
 
 
 def compare_keys(table: Table, keys: set[str]) -> tuple[dict[str, int], Difference]:
@@ -148,8 +166,8 @@ def renamed(target: Target, rename: Callable[[str], str]) -> Target:
         return target
     if isinstance(target, str):
         return rename(target)
-    if isinstance(target, Chunks):
-        return Chunks(tuple(map(rename, target.names)))
+    if isinstance(target, Chunks | Copies):
+        return replace(target, names=tuple(map(rename, target.names)))
     return replace(target, name=rename(target.name))
 
 
@@ -157,7 +175,7 @@ def match_shapes(lines: Mapping[str, tuple[str, Target]], tensors: Mapping[str, 
     """Sizes of the letters; each is what most of the shapes that hold it alone say.
 
     Raises:
-        ValueError: a shape that contradicts the others; the message names its key.
+        ValueError: a shape that contradicts the others or holds nothing; the message names its key.
     """
     votes: dict[str, Counter[int]] = {}
     for key, (shape, _) in lines.items():
@@ -170,6 +188,8 @@ def match_shapes(lines: Mapping[str, tuple[str, Target]], tensors: Mapping[str, 
     for key, (shape, _) in lines.items():
         expected = [None if word == "?" else evaluate(word, sizes) for word in shape.split()]
         found = tuple(tensors[key].shape)
+        if 0 in found:
+            raise ValueError(f"{key!r} has shape {found}: it holds nothing")
         if len(found) != len(expected) or any(e not in (None, f) for e, f in zip(expected, found, strict=True)):
             wanted = ", ".join("any" if size is None else str(size) for size in expected)
             raise ValueError(f"{key!r} has shape {found}, but beside the other weights it must be ({wanted})")

@@ -39,7 +39,7 @@ class Layout:
         native: a model that computes the original's function under the original's keys; None where that function is
             not well defined.
         not_native: why there is none.
-        stored_names: what a file's `config` calls a setting where it is not the constructor's name.
+        stored_names: what some files' `config` calls a setting in the place of the constructor's name.
     """
 
     name: str
@@ -62,8 +62,8 @@ class Layout:
                 raise ValueError(f"{name} has no meaning for a checkpoint of layout {self.name}: it takes {known}")
         settled = {}
         for name, default in self.settings.items():
-            value = given.get(name, stored.get(self.stored_names.get(name, name), default))
-            kinds = {bool: bool, int: int, float: int | float}[type(default)]
+            value = given.get(name, stored.get(name, stored.get(self.stored_names.get(name, name), default)))
+            kinds = {bool: bool, int: int, float: int | float, list: list}[type(default)]
             if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
                 raise ValueError(
                     f"{name} is {value!r}: it must be of type {type(default).__name__}, such as {default}"

@@ -7,8 +7,11 @@ import torch
 from .key_table import Difference, Match, compare_keys, expand, match_shapes
 from .layout import Layout
 from .native_dfn import DFN
+from .native_flow_transformer import FLOW_TRANSFORMERS
+from .native_flownetwork import FLOW_NETWORKS
+from .native_liquid import LIQUID
 
-LAYOUTS: tuple[Layout, ...] = (DFN,)
+LAYOUTS: tuple[Layout, ...] = (DFN, *FLOW_NETWORKS, *FLOW_TRANSFORMERS, *LIQUID)
 LIKE = 0.5  # share of the keys in which a checkpoint may differ from a layout and still be a damaged one of it
 
 
@@ -18,13 +21,12 @@ def detect_layout(keys: set[str]) -> Layout:
     Raises:
         ValueError: no layout has; the message names a missing or unexpected key where one is near.
     """
-    differences = {layout.name: compare_keys(layout.table, keys)[1] for layout in LAYOUTS}
-    nearest = min(LAYOUTS, key=lambda layout: len(differences[layout.name]))
-    difference = differences[nearest.name]
+    differences = [(layout, compare_keys(layout.table, keys)[1]) for layout in LAYOUTS]
+    nearest, difference = min(differences, key=lambda pair: len(pair[1]))
     if not len(difference):
         return nearest
     if len(difference) > LIKE * len(keys):
-        known = ", ".join(layout.name for layout in LAYOUTS)
+        known = ", ".join(dict.fromkeys(layout.name for layout in LAYOUTS))
         raise ValueError(f"unknown layout (a key is {min(keys)!r}): known are {known}, and Llama's (--from llama)")
     raise ValueError(describe(nearest, difference))
 

@@ -19,7 +19,9 @@ from .flow_memory_callback import FlowMemoryCallback  # noqa: E402
 from .modeling.configuration_dfn import DFNConfig  # noqa: E402
 from .modeling.configuration_dfn_native import DFNNativeConfig  # noqa: E402
 from .modeling.configuration_flownetwork import FlowNetworkConfig, adjust_num_heads  # noqa: E402
+from .modeling.configuration_flownetwork_native import FlowNetworkNativeConfig  # noqa: E402
 from .modeling.configuration_liquid import LiquidConfig  # noqa: E402
+from .modeling.configuration_liquid_native import LiquidNativeConfig  # noqa: E402
 from .modeling.deformable_conv import DeformableConv1d, OptimizedGatedConvolution  # noqa: E402
 from .modeling.flow_memory import FlowMemoryNetwork  # noqa: E402
 from .modeling.flow_routing import ContextAwareFlowRouter, FlowLayer  # noqa: E402
@@ -43,12 +45,14 @@ from .modeling.modeling_flownetwork import (  # noqa: E402
     FlowNetworkForSequenceClassification,
     FlowNetworkModel,
 )
+from .modeling.modeling_flownetwork_native import FlowNetworkNativeModel  # noqa: E402
 from .modeling.modeling_liquid import (  # noqa: E402
     BidirectionalEncoder,
     LiquidForSeq2SeqLM,
     LiquidForSequenceClassification,
     LiquidModel,
 )
+from .modeling.modeling_liquid_native import LiquidNativeModel  # noqa: E402
 from .module_norms_callback import ModuleNormsCallback  # noqa: E402
 from .peft_defaults import register as register_peft_defaults  # noqa: E402
 from .text2text_pipeline import register as register_text2text_pipeline  # noqa: E402
@@ -83,6 +87,8 @@ def _register_families() -> None:
             },
         ),
         (DFNNativeConfig, {AutoModel: DFNNativeModel}),
+        (FlowNetworkNativeConfig, {AutoModel: FlowNetworkNativeModel}),
+        (LiquidNativeConfig, {AutoModel: LiquidNativeModel}),
     ):
         AutoConfig.register(config.model_type, config, exist_ok=True)
         # So that save_pretrained and push_to_hub take the code along.
@@ -119,12 +125,16 @@ __all__ = [
     "FlowNetworkForCausalLM",
     "FlowNetworkForSequenceClassification",
     "FlowNetworkModel",
+    "FlowNetworkNativeConfig",
+    "FlowNetworkNativeModel",
     "FrequencyHyenaAttention",
     "ImprovedTransformerBlock",
     "LiquidConfig",
     "LiquidForSeq2SeqLM",
     "LiquidForSequenceClassification",
     "LiquidModel",
+    "LiquidNativeConfig",
+    "LiquidNativeModel",
     "MoELayer",
     "ModuleNormsCallback",
     "OptimizedGatedConvolution",
