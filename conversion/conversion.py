@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoint_file import CheckpointFile, read_checkpoint
 from .key_table import Dropped, Target, target_names
@@ -14,6 +14,8 @@ from .layouts import detect_layout, match
 from .report import ConversionReport
 from .vocabulary import character_tokenizer
 from .writing import FolderWriter, empty_model, saved_names
+
+VOCABULARY = "V"  # letter of the tables: rows of the embedding
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Conversion:
         model: of the destination, without storage.
         targets: of each source key.
         report: what becomes of each key.
+        tokenizer: of the source's vocabulary, or None where it holds none.
     """
 
     checkpoint: CheckpointFile
@@ -33,6 +36,7 @@ class Conversion:
     model: PreTrainedModel
     targets: dict[str, Target]
     report: ConversionReport
+    tokenizer: PreTrainedTokenizerBase | None
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -42,8 +46,8 @@ class Conversion:
     def write(self, folder: Path) -> None:
         """Write the transformers folder: weights, configuration, code, report, and a tokenizer where there is one."""
         FolderWriter(self.model, self.checkpoint, self.targets).write(folder)
-        if self.checkpoint.vocabulary:
-            character_tokenizer(self.checkpoint.vocabulary, self.config.vocab_size).save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
         self.report.save(folder)
 
 
@@ -68,10 +72,13 @@ def plan_conversion(source: Path, *, native: bool = False, settings: Mapping[str
     found = match(layout, checkpoint.tensors)
     targets: dict[str, Target] = {key: key for key in found.targets} if native else found.targets
     config = destination.config(found.sizes, layout.settle(settings or {}, checkpoint.settings))
-    if checkpoint.vocabulary:
-        character_tokenizer(checkpoint.vocabulary, config.vocab_size)
     model = empty_model(destination.model, config)
     report = ConversionReport(layout.name, destination.model.__name__, notes=list(destination.notes))
+    tokenizer = None
+    if checkpoint.vocabulary and VOCABULARY in found.sizes:
+        tokenizer = character_tokenizer(checkpoint.vocabulary, found.sizes[VOCABULARY])
+    elif checkpoint.vocabulary:
+        report.notes.append("The file's vocabulary (stoi) is left out: the original reads no tokens.")
     for key, target in targets.items():
         if isinstance(target, Dropped):
             report.dropped[checkpoint.prefix + key] = target.why
@@ -80,4 +87,4 @@ def plan_conversion(source: Path, *, native: bool = False, settings: Mapping[str
     filled = {name for names in report.mapped.values() for name in names}
     report.new = [name for name in saved_names(model) if name not in filled]
     assert filled <= set(saved_names(model)), filled - set(saved_names(model))
-    return Conversion(checkpoint, layout, model, targets, report)
+    return Conversion(checkpoint, layout, model, targets, report, tokenizer)

@@ -10,10 +10,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
+NUMBER = re.compile(r"\d+")
 TERM = re.compile(r"(\d*)([A-Z]?)")
 
 
@@ -114,11 +116,14 @@ def restore_target(target: Target, weights: Mapping[str, torch.Tensor]) -> torch
 
 def compare_keys(table: Table, keys: set[str]) -> tuple[dict[str, int], Difference]:
     """Counts of the table's placeholders in `keys`, and how the keys differ from what the table then asks for."""
-    patterns = [key_pattern(key) for key in table]
+    patterns: dict[str, list[re.Pattern[str]]] = {}
+    for key in table:
+        patterns.setdefault(without_numbers(key), []).append(key_pattern(key))
     counts = {name: 0 for key in table for name in PLACEHOLDER.findall(key)}
     unexpected = []
     for key in sorted(keys):
-        match = next((found for pattern in patterns if (found := pattern.fullmatch(key))), None)
+        candidates = patterns.get(without_numbers(key), ())
+        match = next((found for pattern in candidates if (found := pattern.fullmatch(key))), None)
         # A number beyond the count of keys would ask for more keys than there are.
         if match is None or any(int(number) >= len(keys) for number in match.groups()):
             unexpected.append(key)
@@ -129,6 +134,12 @@ def compare_keys(table: Table, keys: set[str]) -> tuple[dict[str, int], Differen
     return counts, Difference(missing, unexpected)
 
 
+def without_numbers(key: str) -> str:
+    """What a key and the table's key that it fits have in common."""
+    return NUMBER.sub("0", PLACEHOLDER.sub("0", key))
+
+
+@cache
 def key_pattern(key: str) -> re.Pattern[str]:
     """A table's key as a regular expression, placeholders as groups."""
     literal, *rest = PLACEHOLDER.split(key)

@@ -12,7 +12,7 @@ from .layouts import LAYOUTS
 from .report import read_report
 
 
-def restore_weights(folder: Path) -> dict[str, torch.Tensor]:
+def restore_weights(folder: str | Path) -> dict[str, torch.Tensor]:
     """Weights of a folder that `dfn-hf convert` wrote, as the original's `load_state_dict` takes them.
 
     Args:
@@ -25,6 +25,7 @@ def restore_weights(folder: Path) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: the folder holds no report, or not the weights that it names.
     """
+    folder = Path(folder)
     report = read_report(folder)
     keys = {*report.mapped, *report.dropped}
     prefix = common_prefix(keys)

@@ -236,6 +236,166 @@ def train(
 
 
 @app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(help="Checkpoint file of an original; with --from llama a folder or Hub id.")
+    ],
+    output: Annotated[Path, typer.Argument(help="Folder for the converted model: new or empty.")],
+    start: Annotated[
+        str | None, typer.Option("--from", help="llama: make a DFN of a Llama, Mistral or Qwen3.")
+    ] = None,
+    native: Annotated[
+        bool, typer.Option("--native", help="Write a model that computes the original's function, not a causal one.")
+    ] = False,
+    num_heads: Annotated[int | None, typer.Option(help="Heads of attention.")] = None,
+    window_size: Annotated[int | None, typer.Option(help="Window of local attention.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Experts per token.")] = None,
+    dynamic_k: Annotated[
+        bool | None, typer.Option("--dynamic-k/--fixed-k", help="Whether the gate's entropy adds experts.")
+    ] = None,
+    compression_ratio: Annotated[float | None, typer.Option(help="Of the encoder's spectrum.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Dropout in training.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Another argument of the original's constructor, NAME=VALUE, such as k=8. With --from llama a field "
+            "of the DFN: position_dim, num_neighbors, local_window.",
+        ),
+    ] = None,
+) -> None:
+    """Write a checkpoint of another maker as a transformers folder.
+
+    A native checkpoint, whose layout is found from its keys: `dfn-hf convert dfn_pure_epoch_010.pt my-dfn`
+
+    With the original's function: `dfn-hf convert best_model.pth my-liquid --native --num-heads 8 --window-size 512`
+
+    A DFN from a Llama, to be fitted by `dfn-hf distill`: `dfn-hf convert --from llama my-llama my-dfn`
+    """
+    from .convert import convert as convert_checkpoint
+    from .convert import convert_llama
+
+    refuse(start not in (None, "llama"), f"--from is {start!r}: native checkpoints need none, and Llamas llama")
+    refuse(start is not None and native, "--native is for checkpoints of an original: leave it out with --from llama")
+    given = {
+        "num_heads": num_heads,
+        "window_size": window_size,
+        "top_k": top_k,
+        "dynamic_k": dynamic_k,
+        "compression_ratio": compression_ratio,
+        "dropout": dropout,
+        **dict(map(parse_field, settings or ())),
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if start is None:
+        report = convert_checkpoint(source, output, native=native, settings=given)
+    else:
+        report = convert_llama(source, output, settings=given)
+    for line in report.lines():
+        typer.echo(line)
+    typer.echo(f"saved in {output}")
+
+
+@app.command()
+def distill(
+    output: Annotated[Path, typer.Argument(help="Folder for the distilled model: new or empty.")],
+    student: Annotated[str, typer.Option("--from", help="The DFN that `convert --from llama` made of the teacher.")],
+    teacher: Annotated[str, typer.Option(help=f"The model that it was made from. {MODEL_HELP}")],
+    data: Annotated[
+        str | None,
+        typer.Option(help="Text: a file or a folder of .txt, .md, .jsonl. Default: the embedded corpus."),
+    ] = None,
+    validation_data: Annotated[
+        str | None, typer.Option(help="Text to validate on. Default: 5 % of --data, or the corpus' validation split.")
+    ] = None,
+    validation_blocks: Annotated[int, typer.Option(help="Validate on so many blocks at most, spread evenly.")] = 128,
+    text_field: Annotated[str, typer.Option(help="Field of JSON Lines that holds the text.")] = "text",
+    streaming: Annotated[bool, typer.Option(help="Read --data while training, not before.")] = False,
+    block_size: Annotated[int, typer.Option(help="Tokens per block: what the teacher reads at a time.")] = 768,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 400,
+    batch_size: Annotated[int, typer.Option(help="Blocks per device and forward pass.")] = 1,
+    accumulation: Annotated[int, typer.Option(help="Forward passes per optimizer step.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Peak; near that of the teacher's own training.")] = 3e-3,
+    warmup: Annotated[float, typer.Option(help="Share of the steps over which the learning rate rises.")] = 0.1,
+    weight_decay: Annotated[float, typer.Option(help="Decay of matrices.")] = 0.1,
+    layerwise: Annotated[
+        float, typer.Option(help="Share of the steps, from the first, that fit each layer alone.")
+    ] = 0.15,
+    save_every: Annotated[int, typer.Option(help="Steps between evaluations, each followed by a checkpoint.")] = 100,
+    seed: Annotated[int, typer.Option(help="Of the order of blocks.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUTPUT.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what OUTPUT holds, at the end.")] = False,
+) -> None:
+    """Fit a DFN made from a Llama to that Llama, on your own text.
+
+    Example: `dfn-hf convert --from llama my-llama start`, then
+    `dfn-hf distill my-dfn --from start --teacher my-llama --data books/`
+
+    After a kill: the same command with `--resume`
+    """
+    from accelerate import PartialState
+
+    from .blocks import corpus_blocks, text_blocks
+    from .distillation import DistillationSettings, check_tokenizers, distill_model
+    from .sources import load_causal_lm
+    from .training import check_output_folder
+
+    refuse(validation_data is not None and data is None, "--validation-data needs --data")
+    settings = DistillationSettings(
+        max_steps=steps,
+        batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=learning_rate,
+        warmup_share=warmup,
+        weight_decay=weight_decay,
+        save_interval=save_every,
+        layerwise_share=layerwise,
+        seed=seed,
+    )
+    check_output_folder(output, resume=resume, overwrite=overwrite)
+    learner, tokenizer = load_causal_lm(student)
+    original, vocabulary = load_causal_lm(teacher)
+    check_tokenizers(tokenizer, vocabulary)
+    if data is None:
+        blocks, held_out = corpus_blocks(tokenizer, block_size, num_validation=validation_blocks)
+    else:
+        blocks, held_out = text_blocks(
+            tokenizer,
+            block_size,
+            data,
+            validation_data,
+            num_validation=validation_blocks,
+            text_field=text_field,
+            streaming=streaming,
+            seed=seed,
+        )
+    text = "the embedded corpus of Shakespeare and the King James Bible" if data is None else data
+    result = distill_model(
+        learner,
+        original,
+        tokenizer,
+        blocks,
+        held_out,
+        output,
+        settings,
+        provenance=f"Distilled from {teacher} on {text}, in blocks of {block_size} tokens, starting at {student}.",
+        resume=resume,
+        overwrite=overwrite,
+    )
+    if not PartialState().is_main_process:
+        return
+    echo_rows(
+        {
+            "teacher": f"{result.teacher_loss:.4f} nats per token on the validation text",
+            "student": f"{result.initial_loss:.4f} → {result.validation_loss:.4f}",
+            "tokens": f"{result.num_tokens:,}",
+            "operations": f"{result.operations:.2e}, per token 6 for each parameter of the student, 2 of the teacher",
+            "saved in": str(output),
+        }
+    )
+
+
+@app.command()
 def generate(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)],
     prompt: Annotated[str, typer.Option(help="Text to continue. Default: start a new document.")] = "",

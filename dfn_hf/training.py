@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -155,6 +155,7 @@ def train_model(
     progress: bool = True,
     callbacks: Iterable[TrainerCallback] = (),
     data_collator: DataCollator | None = None,
+    make_trainer: Callable[..., Trainer] = MatrixDecayTrainer,
 ) -> TrainingResult:
     """Train `model` and save the best checkpoint by validation loss as a transformers folder.
 
@@ -176,6 +177,7 @@ def train_model(
         progress: show a progress bar.
         callbacks: further Trainer callbacks.
         data_collator: makes batches; None for packed blocks.
+        make_trainer: gives the Trainer for the arguments of one.
 
     Raises:
         ValueError: `output_folder` holds something that neither `resume` nor `overwrite` allows to touch, or the
@@ -206,7 +208,7 @@ def train_model(
     if last is not None:
         check_same_run(checkpoints, run)
     progress_bar = ProgressBarCallback()
-    trainer = MatrixDecayTrainer(
+    trainer = make_trainer(
         model=model,
         args=training_arguments(checkpoints, settings, group_by_length=data_collator is not None),
         data_collator=data_collator or PackedBlockCollator(base_model),

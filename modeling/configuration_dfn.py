@@ -43,6 +43,9 @@ class DFNConfig(PreTrainedConfig):
         flow_norm (`str`, defaults to `"entity"`): What FlowNorm averages the squared flow over: `"entity"` itself or
             the `"running"` mean so far. `"rms"` is RMSNorm and `"none"` nothing, for ablations.
         conv_kernel (`int`, defaults to 4): Taps of the short causal convolution.
+        output_gate (`bool`, defaults to `True`): Gate what an entity has read. `False` with `gated_mlp` and
+            `flow_norm="rms"` leaves a Llama's parts around the flow attention.
+        gated_mlp (`bool`, defaults to `False`): The Dynamic Field MLP is SwiGLU, not GELU.
         search_implementation (`str`, defaults to `"cells"`): `"cells"`, O(n log n), or `"exact"`, O(n²). Read at every
             call: it may be changed on a built model.
         search_seed (`int`, defaults to 0): Draws the grids when a model is initialised. They are saved with it.
@@ -83,6 +86,8 @@ class DFNConfig(PreTrainedConfig):
     moved_query: bool = True
     flow_norm: str = "entity"
     conv_kernel: int = 4
+    output_gate: bool = True
+    gated_mlp: bool = False
     search_implementation: str = "cells"
     search_seed: int = 0
     carry_positions: bool = False

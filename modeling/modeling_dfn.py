@@ -412,19 +412,25 @@ class UndoChains:
 
 
 class DynamicFieldMLP(nn.Module):
-    """MLP([s, y]) (paper §2.4), added to the state."""
+    """MLP([s, y]) (paper §2.4), added to the state; with `gated_mlp` a SwiGLU (Shazeer 2020) of [s, y]."""
 
     def __init__(self, config: DFNConfig):
         super().__init__()
         self.up_proj = nn.Linear(2 * config.hidden_size, config.intermediate_size, bias=False)
+        self.gate_proj = None
+        if config.gated_mlp:
+            self.gate_proj = nn.Linear(2 * config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, states: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.gelu(self.up_proj(torch.cat([states, y], dim=-1))))
+        field = torch.cat([states, y], dim=-1)
+        if self.gate_proj is None:
+            return self.down_proj(F.gelu(self.up_proj(field)))
+        return self.down_proj(F.silu(self.gate_proj(field)) * self.up_proj(field))
 
 
 class DFNLayer(GradientCheckpointingLayer):
-    """One flow step: flow attention with a gate, then the Dynamic Field MLP; each adds to the state."""
+    """One flow step: flow attention, gated if `output_gate`, then the Dynamic Field MLP; each adds to the state."""
 
     def __init__(self, config: DFNConfig, layer_idx: int):
         super().__init__()
@@ -432,7 +438,7 @@ class DFNLayer(GradientCheckpointingLayer):
         self.flow_norm = make_norm(config, "flow_norm")
         self.conv = CausalConv(config.hidden_size, config.conv_kernel)
         self.attention = DynamicFlowAttention(config, layer_idx)
-        self.gate_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False) if config.output_gate else None
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.mlp_norm = make_norm(config, "mlp_norm")
         self.mlp = DynamicFieldMLP(config)
@@ -462,7 +468,8 @@ class DFNLayer(GradientCheckpointingLayer):
         return hidden_states, moved if self.carry_positions else None, entities.influence, entities, weights
 
     def _add_flow(self, states: torch.Tensor, u: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return states + self.dropout(self.out_proj(y * F.silu(self.gate_proj(u))))
+        read = y if self.gate_proj is None else y * F.silu(self.gate_proj(u))
+        return states + self.dropout(self.out_proj(read))
 
     def _add_field(self, states: torch.Tensor, normed: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return states + self.dropout(self.mlp(normed, y.to(states.dtype)))

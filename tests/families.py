@@ -56,6 +56,8 @@ def draw_dfn_config(rng: random.Random, **overrides) -> DFNConfig:
         "tie_word_embeddings": rng.random() < 0.5,
         "pad_token_id": rng.choice([None, 0]),
         "initializer_range": 0.5,
+        "gated_mlp": rng.random() < 0.5,
+        "output_gate": rng.random() < 0.6,
     }
     return DFNConfig(**{**options, **overrides})
 

@@ -27,6 +27,8 @@ CHANGED = {
     "moved_query": False,
     "flow_norm": "running",
     "conv_kernel": 1,
+    "output_gate": False,
+    "gated_mlp": True,
     "search_implementation": "exact",
     "search_seed": 7,
     "carry_positions": True,

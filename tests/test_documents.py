@@ -6,6 +6,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from native_checkpoints import save_those_in_docs
 from nbclient import NotebookClient
 from typer.testing import CliRunner
 
@@ -35,6 +36,7 @@ def test_readme_snippet_runs(number, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("code", PAGES)
 def test_snippet_of_a_page_runs(code, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    save_those_in_docs(tmp_path, code)
     exec(compile(code, "snippet", "exec"), {})
     assert capsys.readouterr().out.strip()
 

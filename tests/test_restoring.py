@@ -2,21 +2,13 @@
 
 import pytest
 import torch
-from native_checkpoints import random_weights, save_checkpoint
+from native_checkpoints import COUNTS, SIZES, random_weights, save_checkpoint
 
 from dfn_hf.conversion.key_table import Dropped, Rows, expand
 from dfn_hf.conversion.layouts import LAYOUTS
 from dfn_hf.conversion.report import ConversionReport
 from dfn_hf.conversion.restoring import restore_weights
 from dfn_hf.convert import convert
-
-SIZES = {
-    "dfn": {"D": 12, "F": 8, "I": 10, "M": 5, "R": 50},
-    "flownetwork": {"V": 11, "D": 9, "M": 20, "P": 7, "G": 6, "L": 5, "K": 8, "Y": 18, "C": 2, "X": 9},
-    "liquid": {"V": 29, "E": 16, "L": 24, "F": 20, "X": 3, "Q": 10, "K": 8, "D": 4, "R": 2, "P": 9},
-}
-COUNTS = dict.fromkeys(("layer", "encoder_layer", "decoder_layer", "encoder_expert", "lstm_layer"), 2) | {"expert": 3}
-HEADS = {"num_heads": 4}
 
 WAYS = [
     pytest.param(layout, native, id=f"{layout.name}-{len(layout.table)}-{'native' if native else 'causal'}")
@@ -29,8 +21,7 @@ WAYS = [
 def test_restored_weights_are_the_originals(layout, native, tmp_path):
     weights = random_weights(layout.table, SIZES[layout.name.partition("-")[0]], COUNTS)
     source = save_checkpoint(tmp_path / "source.pt", {f"module.{key}": tensor for key, tensor in weights.items()})
-    settings = HEADS if "num_heads" in layout.settings and layout.name.startswith("liquid") else {}
-    convert(source, tmp_path / "out", native=native, settings=settings)
+    convert(source, tmp_path / "out", native=native)
     restored = restore_weights(tmp_path / "out")
     lines = expand(layout.table, COUNTS)
     kept = {key for key, (_, target) in lines.items() if native or not isinstance(target, Dropped | Rows)}
