@@ -57,9 +57,12 @@ def read_checkpoint(path: Path) -> CheckpointFile:
         ValueError: no such file; it is truncated, no checkpoint, or would run code; or a tensor is not a plain
             floating-point one. The message names the file or the key.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give the checkpoint file in it, or for a Llama's folder --from llama")
     if not path.is_file():
         raise ValueError(
-            f"{path} is no file: give a checkpoint that the original saved (.pt, .pth, .bin, .safetensors)"
+            f"{path} is no file: give a checkpoint that the original saved (.pt, .pth, .bin, .safetensors), or "
+            "--from llama with a Hub id"
         )
     content = _load(path)
     weights = next((content[key] for key in WEIGHTS_KEYS if isinstance(content.get(key), Mapping)), None)

@@ -65,8 +65,9 @@ class Layout:
             value = given.get(name, stored.get(name, stored.get(self.stored_names.get(name, name), default)))
             kinds = {bool: bool, int: int, float: int | float, list: list}[type(default)]
             if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
+                example = [1, 2] if default == [] else default
                 raise ValueError(
-                    f"{name} is {value!r}: it must be of type {type(default).__name__}, such as {default}"
+                    f"{name} is {value!r}: it must be of type {type(default).__name__}, such as {example}"
                 )
             settled[name] = type(default)(value)
         return settled

@@ -109,9 +109,15 @@ def llama_to_dfn(
         mapped={key: target_names(target) for key, target in targets.items() if not isinstance(target, Dropped)},
         dropped={key: target.why for key, target in targets.items() if isinstance(target, Dropped)},
         new=sorted(dfn.state_dict().keys() - carried.keys()),
-        notes=[NOTE],
+        notes=[NOTE, *window_notes(config)],
     )
     return dfn, report
+
+
+def window_notes(config: PreTrainedConfig) -> list[str]:
+    """What there is to say of a model that reads a window."""
+    window = getattr(config, "sliding_window", None)
+    return [f"The original read the last {window} tokens; a DFN has no such limit."] if window else []
 
 
 def check_family(config: PreTrainedConfig) -> None:

@@ -56,7 +56,8 @@ TABLE: Table = {
 NOTES = (
     "The original has no vocabulary, no order and no causal mask; this model is causal and computes another function: "
     "it needs training.",
-    "Its embeddings are new: give it `inputs_embeds`, or train it with a vocabulary.",
+    "Its embeddings are new: give it `inputs_embeds`, or load it as a `DFNForCausalLM` with the `vocab_size` of your "
+    "tokenizer and train that.",
 )
 NATIVE_NOTES = (
     "This model computes the original's function on a field (`values`), with dropout off and the memory as saved: "

@@ -310,7 +310,7 @@ NATIVE_NOTES = (
     "future and padding included, and how many of its layers run hangs on a mean over the batch: rows depend on each "
     "other.",
     "If the original was told its boundary tokens (flow_terminal.py does: space, full stop, ! and ?, newline), give "
-    "their ids as boundary_token_ids.",
+    "their ids: --set 'boundary_token_ids=[…]'.",
 )
 RANDOM_PROJECTION = "its output layer draws a random projection in each forward pass"
 

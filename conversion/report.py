@@ -41,7 +41,7 @@ class ConversionReport:
             f"layout {self.layout} → {self.model}",
             f"{total} keys: {len(self.mapped)} mapped to {filled} weights, {len(self.dropped)} dropped; "
             f"{len(self.new)} weights newly initialised",
-            *(f"dropped {len(keys)}, as {keys[0]}: {why}" for why, keys in reasons.items()),
+            *(f"dropped {len(keys)}, such as {keys[0]}: {why}" for why, keys in reasons.items()),
             *self.notes,
         ]
 

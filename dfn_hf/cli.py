@@ -389,7 +389,8 @@ def distill(
             "teacher": f"{result.teacher_loss:.4f} nats per token on the validation text",
             "student": f"{result.initial_loss:.4f} → {result.validation_loss:.4f}",
             "tokens": f"{result.num_tokens:,}",
-            "operations": f"{result.operations:.2e}, per token 6 for each parameter of the student, 2 of the teacher",
+            "operations": f"{result.operations:.2e}, per token 6 for each parameter of the student, 2 of the "
+            "teacher, embeddings left out",
             "saved in": str(output),
         }
     )

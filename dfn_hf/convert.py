@@ -11,7 +11,7 @@ from .conversion.llama import llama_to_dfn
 from .conversion.report import ConversionReport
 from .model_card import conversion_card
 from .output_folder import whole_folder
-from .sources import clear_hub_errors, resolve_source
+from .sources import check_tokenizer_files, clear_hub_errors, resolve_source
 
 LLAMA_SETTINGS = ("position_dim", "num_neighbors", "local_window")
 
@@ -71,6 +71,7 @@ def convert_llama(
         if name not in LLAMA_SETTINGS:
             raise ValueError(f"{name} has no meaning for a Llama: it takes {', '.join(LLAMA_SETTINGS)}")
     path = resolve_source(str(source))
+    check_tokenizer_files(path, str(source))
     with clear_hub_errors(path):
         model, report = llama_to_dfn(path, **settings)
         tokenizer = AutoTokenizer.from_pretrained(path)

@@ -133,6 +133,9 @@ def distill_model(
     """
     settings = settings or DistillationSettings()
     check_pair(student, teacher)
+    for role, model in (("student", student), ("teacher", teacher)):
+        if model.name_or_path and Path(model.name_or_path).resolve() == Path(output_folder).resolve():
+            raise ValueError(f"{output_folder} holds the {role}: choose another folder for the result")
     teacher_loss = blocks_loss(teacher, validation_blocks, settings.batch_size)
     result = train_model(
         student,

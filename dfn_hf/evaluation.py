@@ -70,7 +70,8 @@ def evaluate_causal_lm(
     """
     stride = context_length if stride is None else stride
     check_window(model, context_length, stride, batch_size)
-    start_token = document_start_token(model, tokenizer)
+    check_vocabulary(model, tokenizer)
+    start_token = document_start_token(tokenizer)
 
     num_documents = num_bytes = 0
 
@@ -155,21 +156,28 @@ def token_losses_and_ranks(
     return losses, ranks
 
 
-def document_start_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token a document starts with: the tokenizer's `bos_token`, or else its `eos_token`.
-
-    Raises:
-        ValueError: there is neither, or the tokenizer has ids outside the model's vocabulary.
-    """
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError where the tokenizer has ids outside the model's vocabulary."""
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens but the model's vocab_size is {model.config.vocab_size}: "
             "use the tokenizer the model was trained with"
         )
+
+
+def document_start_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token a document starts with: the tokenizer's `bos_token`, or else its `eos_token`.
+
+    Raises:
+        ValueError: there is neither.
+    """
     for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return token_id
-    raise ValueError("the tokenizer has neither bos_token nor eos_token to start a document with: set one of them")
+    raise ValueError(
+        "the tokenizer has neither bos_token nor eos_token to start a document with: set one of them "
+        "(tokenizer.bos_token = …, then tokenizer.save_pretrained), or give a prompt"
+    )
 
 
 def check_window(model: PreTrainedModel, context_length: int, stride: int, batch_size: int) -> None:

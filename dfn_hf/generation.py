@@ -3,7 +3,7 @@
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
-from .evaluation import document_start_token
+from .evaluation import check_vocabulary, document_start_token
 
 
 @torch.no_grad()
@@ -33,7 +33,8 @@ def generate_text(
         streamer: shown the text as it grows.
 
     Raises:
-        ValueError: an option out of range, or a tokenizer with ids outside the model's vocabulary.
+        ValueError: an option out of range, a tokenizer with ids outside the model's vocabulary, or no prompt and no
+            token that starts a document.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -43,13 +44,13 @@ def generate_text(
         raise ValueError(f"top_k must be at least 0, got {top_k}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
-    start_token = document_start_token(model, tokenizer)
-    token_ids = tokenizer(prompt)["input_ids"]
-    input_ids = torch.tensor([token_ids or [start_token]], device=model.device)
+    check_vocabulary(model, tokenizer)
+    token_ids = tokenizer(prompt)["input_ids"] or [document_start_token(tokenizer)]
+    input_ids = torch.tensor([token_ids], device=model.device)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else start_token,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else token_ids[0],
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         **(sampling if temperature > 0 else {"do_sample": False}),

@@ -3,15 +3,16 @@
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Cache, PreTrainedConfig
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, Cache, PreTrainedConfig
 
 from .model_card import read_provenance
 from .modeling.state_cache import CACHE_NAME
-from .sources import load_config, resolve_source
+from .sources import is_native, load_config, resolve_source
 
 # Families whose layers all hold the same state, so that one layer tells the size of all.
 UNIFORM_FAMILIES = ("dfn", "flownetwork", "llama")
@@ -80,7 +81,9 @@ def describe_model(source: str) -> ModelInfo:
     """
     path = resolve_source(source)
     config = load_config(source)
-    auto_class = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    auto_class: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    if is_native(config):
+        auto_class = AutoModel
     with torch.device("meta"):
         parameters = auto_class.from_config(config).num_parameters()
     return ModelInfo(

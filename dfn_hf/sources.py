@@ -19,6 +19,7 @@ from transformers import (
 
 from .embedded import checkpoint_path
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -69,8 +70,14 @@ def load_model(source: str, auto_class: Any) -> tuple[PreTrainedModel, PreTraine
     """The model of one of transformers' Auto classes and the tokenizer at `source`; see `resolve_source`."""
     path = resolve_source(source)
     check_kind(source, encoder_decoder=auto_class is AutoModelForSeq2SeqLM)
+    check_tokenizer_files(path, source)
     with clear_hub_errors(path):
         model, tokenizer = auto_class.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    if auto_class is AutoModelForSeq2SeqLM and tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"the tokenizer of {source} has no padding token, which pairs of texts need: set one "
+            "(tokenizer.pad_token = …, then tokenizer.save_pretrained)"
+        )
     if torch.cuda.is_available():
         model.cuda()
     return model, tokenizer
@@ -79,6 +86,11 @@ def load_model(source: str, auto_class: Any) -> tuple[PreTrainedModel, PreTraine
 def check_kind(source: str, *, encoder_decoder: bool) -> None:
     """Raise ValueError where a model of the other kind is wanted than the one at `source`."""
     config = load_config(source)
+    if is_native(config):
+        raise ValueError(
+            f"{source} computes the function of a converted original and is no language model: load it with "
+            "transformers.AutoModel, or convert the original without --native"
+        )
     if bool(config.is_encoder_decoder) == encoder_decoder:
         return
     if encoder_decoder:
@@ -90,6 +102,17 @@ def check_kind(source: str, *, encoder_decoder: bool) -> None:
         f"{source} is a {config.model_type}, an encoder-decoder (dfn-hf translate): a model that continues text is "
         "wanted here"
     )
+
+
+def is_native(config: PreTrainedConfig) -> bool:
+    """Whether it is of a model that `dfn-hf convert --native` writes."""
+    return config.model_type.endswith("_native")
+
+
+def check_tokenizer_files(path: str, source: str) -> None:
+    """Raise ValueError where a folder holds no tokenizer; what is on the Hub is not looked at."""
+    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(f"{source} holds no tokenizer: save one beside the model (tokenizer.save_pretrained)")
 
 
 @contextmanager
