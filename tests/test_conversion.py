@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_checkpoints import SIZES, random_weights, save_checkpoint, save_those_in_docs
+from native_checkpoints import SIZES, random_checkpoint, random_weights, save_checkpoint, save_those_in_docs
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from dfn_hf.cli import app
@@ -235,6 +235,30 @@ def test_commands_of_the_page_run(tmp_path, monkeypatch):
     for arguments in commands:
         result = command(*arguments)
         assert result.exit_code == 0, result.output
+
+
+def test_a_converted_language_model_continues_a_prompt(tmp_path):
+    convert(random_checkpoint(tmp_path / "flow.pt", "flownetwork-F5"), tmp_path / "out")
+    result = CliRunner().invoke(app, ["generate", str(tmp_path / "out"), "--prompt", "abc", "--max-new-tokens", "5"])
+    assert result.exit_code == 0 and result.stdout.startswith("abc")
+    result = CliRunner().invoke(app, ["generate", str(tmp_path / "out")])
+    assert result.exit_code == 1 and "or give a prompt" in result.stderr
+
+
+def test_a_native_model_is_described_and_not_taken_for_a_language_model(tmp_path):
+    convert(random_checkpoint(tmp_path / "flow.pt", "flownetwork-F5"), tmp_path / "out", native=True)
+    result = CliRunner().invoke(app, ["info", str(tmp_path / "out")])
+    assert result.exit_code == 0 and "flownetwork_native" in result.stdout
+    result = CliRunner().invoke(app, ["generate", str(tmp_path / "out"), "--prompt", "abc"])
+    assert result.exit_code == 1 and "is no language model" in result.stderr
+
+
+def test_a_llama_without_a_tokenizer_is_refused(tmp_path):
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    ).save_pretrained(tmp_path / "llama")
+    assert "holds no tokenizer" in refused(tmp_path / "llama", tmp_path / "out", "--from", "llama")
+    assert "is a folder" in refused(tmp_path / "llama", tmp_path / "out")
 
 
 def test_report_is_wanted_where_one_is_read(tmp_path):

@@ -140,6 +140,11 @@ def test_a_failed_run_leaves_the_folder_as_it_was(teacher, tokenizer, blocks, tm
     assert [path.name for path in folder.iterdir() if path.name != "checkpoints"] == ["poem.txt"]
 
 
+def test_the_teacher_is_not_overwritten(teacher, tokenizer, blocks):
+    with pytest.raises(ValueError, match="holds the teacher: choose another folder"):
+        distill(teacher, tokenizer, blocks, teacher, overwrite=True)
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.1])
 def test_a_share_outside_of_0_to_1_is_refused(share):
     with pytest.raises(ValueError, match=f"layerwise_share must lie between 0 and 1, got {share}"):
