@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .spectral_frames import octave_bands
+from .spectral_frames import from_spectrum, octave_bands, to_spectrum
 
 PHASE_FLOOR = 1e-3  # of the frame's rms: where a bin is smaller its phase is rounding noise
 LEAST_ENERGY = 1e-12
@@ -61,13 +61,13 @@ class FrequencyHyenaAttention(nn.Module):
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         """`[B, N, L, D]` → the same, in at least float32."""
         dtype = torch.promote_types(frames.dtype, torch.float32)
-        spectrum = torch.fft.rfft(frames.to(dtype), dim=2).flatten(0, 1)  # [B · N, K, D]
-        energy = spectrum.real.square() + spectrum.imag.square()
+        spectrum = to_spectrum(frames.to(dtype), dim=2).flatten(0, 1)  # [B · N, K, D, 2]
+        energy = spectrum.square().sum(dim=-1)
         floor = (PHASE_FLOOR**2 * energy.mean(dim=(1, 2), keepdim=True)).clamp(min=LEAST_ENERGY)
-        phase = spectrum * torch.rsqrt(energy + floor)
+        phase = spectrum * torch.rsqrt(energy + floor)[..., None]
         magnitude = (energy + floor).sqrt().to(self.norm.weight.dtype)
         heard = [attend(magnitude[:, band]).to(dtype) for attend, band in zip(self.attention, self.bands, strict=True)]
-        y = torch.fft.irfft(torch.cat(heard, dim=1) * phase, n=self.frame_length, dim=1)
+        y = from_spectrum(torch.cat(heard, dim=1)[..., None] * phase, self.frame_length, dim=1)
         return y.unflatten(0, frames.shape[:2])
 
     def project(self, y: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,19 @@ def octave_bands(num_bins: int) -> list[slice]:
     return [slice(start, stop) for start, stop in zip(edges, [*edges[1:], num_bins], strict=True)]
 
 
+def to_spectrum(frames: torch.Tensor, dim: int) -> torch.Tensor:
+    """Bins of frames along `dim`, real and imaginary parts last: `[…, L, …]` → `[…, K, …, 2]`.
+
+    Pairs, since torch's compiler has no complex arithmetic and loses gradients of what it leaves to others.
+    """
+    return torch.view_as_real(torch.fft.rfft(frames, dim=dim))
+
+
+def from_spectrum(spectrum: torch.Tensor, length: int, dim: int) -> torch.Tensor:
+    """The way back from pairs along `dim`: `[…, K, …, 2]` → `[…, L, …]`."""
+    return torch.fft.irfft(torch.view_as_complex(spectrum), n=length, dim=dim)
+
+
 @dataclass(frozen=True)
 class RowFrames:
     """Rows that are known whole, in frames that reconstruct them.
@@ -166,17 +179,21 @@ class AdaptiveLowPass(nn.Module):
     def forward(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`[B, N, L, D]` → (the same, ratios `[B, N]`), in at least float32."""
         frames = frames.to(torch.promote_types(frames.dtype, torch.float32))
-        spectrum = torch.fft.rfft(frames, dim=2)
+        spectrum = to_spectrum(frames, dim=2)
         ratio = self.ratio(frames, spectrum)
         bins = spectrum.shape[2]
         kept = (ratio[..., None] * (bins - 1) - torch.arange(bins, device=frames.device)) / RAMP_BINS + 1
-        kept = kept.clamp(0, 1)[..., None]
-        return torch.fft.irfft(spectrum * kept, n=self.frame_length, dim=2), ratio
+        kept = kept.clamp(0, 1)[..., None, None]
+        return from_spectrum(spectrum * kept, self.frame_length, dim=2), ratio
 
     def ratio(self, frames: torch.Tensor, spectrum: torch.Tensor) -> torch.Tensor:
-        """Share of the bins that each frame keeps, `[B, N]`; the least one for a frame without energy."""
+        """Share of the bins that each frame keeps, `[B, N]`; the least one for a frame without energy.
+
+        Args:
+            frames: `[B, N, L, D]`; spectrum: `[B, N, K, D, 2]`.
+        """
         tiny = torch.finfo(frames.dtype).tiny
-        energy = spectrum.real.square() + spectrum.imag.square()
+        energy = spectrum.square().sum(dim=-1)
         first_high = round(HIGH_SHARE * (spectrum.shape[2] - 1))
         high = energy[:, :, first_high:].sum(dim=(2, 3)) / energy.sum(dim=(2, 3)).clamp(min=tiny)
         local = frames.diff(dim=2).square().sum(dim=(2, 3))
