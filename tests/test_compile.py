@@ -23,7 +23,7 @@ class TestCompiled:
         assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), expected)
 
     def test_loss_and_gradients(self, family, backend):
-        # In float64: Liquid's gradients amplify what a compiler rounds in another way. Its rotations stay in float32.
+        # In float64: gradients amplify what a compiler rounds in another way. Rotations and the loss stay in float32.
         model = make_small_model(family, num_hidden_layers=1).double()
         ids = torch.randint(3, 50, (2, 21))
         losses, gradients = [], []
@@ -33,7 +33,7 @@ class TestCompiled:
             loss.backward()
             losses.append(loss.item())
             gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-        assert losses[1] == pytest.approx(losses[0], abs=1e-8)
+        assert losses[1] == pytest.approx(losses[0], abs=1e-5)
         assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 20
         for name, gradient in gradients[0].items():
             bound = 1e-6 * max(1, float(gradient.abs().max()))
