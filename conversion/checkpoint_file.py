@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 WEIGHTS_KEYS = ("model_state_dict", "state_dict", "model")
@@ -98,18 +97,24 @@ def _load(path: Path) -> Mapping[str, Any]:
     except pickle.UnpicklingError as error:
         refused = REFUSED.search(str(error))
         if refused is None:
-            raise ValueError(f"{path} is damaged or no checkpoint: copy or save it again") from error
+            raise ValueError(damaged(path, error)) from error
         raise ValueError(
             f"{path} asks to call {refused.group(1)}, and is not loaded because that could run code: save it again "
             "with tensors and plain values alone"
         ) from error
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or no safetensors file ({error}): copy or save it again") from error
+    except MemoryError:
+        raise
     except Exception as error:  # a damaged file fails in whichever part of the reader it meets first
-        raise ValueError(f"{path} is damaged or no checkpoint: copy or save it again") from error
+        raise ValueError(damaged(path, error)) from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, no dictionary of tensors: save its state_dict")
     return content
+
+
+def damaged(path: Path, error: Exception) -> str:
+    """What to say of a file that its reader fails on, with the reader's own first line."""
+    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    return f"{path} is damaged or no checkpoint ({reason}): copy or save it again"
 
 
 def check_tensor(path: Path, key: str, tensor: Any) -> None:

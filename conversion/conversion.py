@@ -9,7 +9,6 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from .checkpoint_file import CheckpointFile, read_checkpoint
 from .key_table import Dropped, Target, target_names
-from .layout import Layout
 from .layouts import detect_layout, match
 from .report import ConversionReport
 from .vocabulary import character_tokenizer
@@ -24,7 +23,6 @@ class Conversion:
 
     Attributes:
         checkpoint: the source.
-        layout: its layout.
         model: of the destination, without storage.
         targets: of each source key.
         report: what becomes of each key.
@@ -32,7 +30,6 @@ class Conversion:
     """
 
     checkpoint: CheckpointFile
-    layout: Layout
     model: PreTrainedModel
     targets: dict[str, Target]
     report: ConversionReport
@@ -85,6 +82,7 @@ def plan_conversion(source: Path, *, native: bool = False, settings: Mapping[str
         else:
             report.mapped[checkpoint.prefix + key] = target_names(target)
     filled = {name for names in report.mapped.values() for name in names}
-    report.new = [name for name in saved_names(model) if name not in filled]
-    assert filled <= set(saved_names(model)), filled - set(saved_names(model))
-    return Conversion(checkpoint, layout, model, targets, report, tokenizer)
+    saved = saved_names(model)
+    report.new = [name for name in saved if name not in filled]
+    assert filled <= set(saved), filled - set(saved)
+    return Conversion(checkpoint, model, targets, report, tokenizer)

@@ -24,10 +24,9 @@ def empty_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) ->
         return model_class(config)
 
 
-def saved_names(model: PreTrainedModel) -> dict[str, torch.Size]:
-    """Names and shapes of the weights that a folder of `model` holds, tied ones once."""
-    tied = model.all_tied_weights_keys
-    return {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
+def saved_names(model: PreTrainedModel) -> list[str]:
+    """Names of the weights that a folder of `model` holds, tied ones once."""
+    return [name for name in model.state_dict() if name not in model.all_tied_weights_keys]
 
 
 class FolderWriter:
@@ -37,17 +36,13 @@ class FolderWriter:
         model: an `empty_model`.
         checkpoint: holds the source's tensors.
         targets: of each source key.
-        seed: of new weights.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, checkpoint: CheckpointFile, targets: Mapping[str, Target], seed: int = 0
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, checkpoint: CheckpointFile, targets: Mapping[str, Target]) -> None:
         self.model = model
         self.checkpoint = checkpoint
         self.sources = {name: key for key, target in targets.items() for name in target_names(target)}
         self.targets = targets
-        self.seed = seed
 
     def write(self, folder: Path) -> None:
         """Write weights, configuration, generation configuration and the model's code into `folder`."""
@@ -61,7 +56,7 @@ class FolderWriter:
         self._write_weights(folder)
 
     def _write_weights(self, folder: Path) -> None:
-        torch.manual_seed(self.seed)
+        torch.manual_seed(0)
         shards: list[dict[str, int]] = []
         shard: dict[str, torch.Tensor] = {}
         for name, tensor in self._weights():
@@ -88,7 +83,7 @@ class FolderWriter:
         return {name: tensor.nbytes for name, tensor in shard.items()}
 
     def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        wanted = saved_names(self.model)
+        wanted = set(saved_names(self.model))
         for prefix, module, whole in units(self.model):
             names = [prefix + name for name in own_names(module, whole) if prefix + name in wanted]
             fresh = {} if all(name in self.sources for name in names) else self._initialised(module, whole)

@@ -34,7 +34,7 @@ def corpus_blocks(
 def text_blocks(
     tokenizer: PreTrainedTokenizerBase,
     block_size: int,
-    data: str,
+    data: str | None,
     validation_data: str | None = None,
     *,
     num_validation: int = NUM_VALIDATION,
@@ -47,7 +47,8 @@ def text_blocks(
     Args:
         tokenizer: of the model to train.
         block_size: tokens per block.
-        data: file or folder, as `load_text` takes it.
+        data: file or folder, as `load_text` takes it; None for the embedded corpus (`corpus_blocks`), which the
+            options below, but for `num_validation`, say nothing of.
         validation_data: likewise; without it the last 5 % of the blocks of `data` are held out, and of a stream the
             first 64.
         num_validation: how many blocks to validate on at most, spread evenly; of a stream the first.
@@ -58,6 +59,8 @@ def text_blocks(
     Raises:
         ValueError: no text, or too little to hold some of it out; `block_size` below 2 or `num_validation` below 1.
     """
+    if data is None:
+        return corpus_blocks(tokenizer, block_size, num_validation=num_validation)
 
     def blocks(path: str) -> Dataset | IterableDataset:
         documents = load_text(path, text_field=text_field, streaming=streaming)

@@ -9,6 +9,7 @@ from typer.core import TyperGroup
 
 from .benchmarks.cli import app as benchmarks
 
+EMBEDDED_TEXT = "the embedded corpus of Shakespeare and the King James Bible"
 MODEL_HELP = "Folder of a saved model, name of an embedded checkpoint, or Hub id."
 
 
@@ -124,7 +125,7 @@ def train(
     from accelerate import PartialState
     from transformers import DataCollatorForSeq2Seq
 
-    from .blocks import corpus_blocks, text_blocks
+    from .blocks import text_blocks
     from .data import load_tokenizer
     from .hub import push_folder, require_token
     from .lora import add_lora
@@ -199,20 +200,17 @@ def train(
         else:
             loaded, vocabulary = load_causal_lm(start)
             model = add_lora(loaded, rank=lora_rank) if lora else loaded
-        if data is None:
-            blocks, held_out = corpus_blocks(vocabulary, block_size, num_validation=validation_blocks)
-        else:
-            blocks, held_out = text_blocks(
-                vocabulary,
-                block_size,
-                data,
-                validation_data,
-                num_validation=validation_blocks,
-                text_field=text_field,
-                streaming=streaming,
-                seed=seed,
-            )
-        text = "the embedded corpus of Shakespeare and the King James Bible" if data is None else data
+        blocks, held_out = text_blocks(
+            vocabulary,
+            block_size,
+            data,
+            validation_data,
+            num_validation=validation_blocks,
+            text_field=text_field,
+            streaming=streaming,
+            seed=seed,
+        )
+        text = EMBEDDED_TEXT if data is None else data
         unit = f"blocks of {block_size} tokens"
     origin = "from scratch" if start is None else f"from {start}"
     result = train_model(
@@ -335,7 +333,7 @@ def distill(
     """
     from accelerate import PartialState
 
-    from .blocks import corpus_blocks, text_blocks
+    from .blocks import text_blocks
     from .distillation import DistillationSettings, check_tokenizers, distill_model
     from .sources import load_causal_lm
     from .training import check_output_folder
@@ -356,20 +354,17 @@ def distill(
     learner, tokenizer = load_causal_lm(student)
     original, vocabulary = load_causal_lm(teacher)
     check_tokenizers(tokenizer, vocabulary)
-    if data is None:
-        blocks, held_out = corpus_blocks(tokenizer, block_size, num_validation=validation_blocks)
-    else:
-        blocks, held_out = text_blocks(
-            tokenizer,
-            block_size,
-            data,
-            validation_data,
-            num_validation=validation_blocks,
-            text_field=text_field,
-            streaming=streaming,
-            seed=seed,
-        )
-    text = "the embedded corpus of Shakespeare and the King James Bible" if data is None else data
+    blocks, held_out = text_blocks(
+        tokenizer,
+        block_size,
+        data,
+        validation_data,
+        num_validation=validation_blocks,
+        text_field=text_field,
+        streaming=streaming,
+        seed=seed,
+    )
+    text = EMBEDDED_TEXT if data is None else data
     result = distill_model(
         learner,
         original,

@@ -21,7 +21,7 @@ from .collation import PackedBlockCollator
 from .training import MatrixDecayTrainer, TrainingResult, TrainingSettings, train_model
 
 IGNORED_LABEL = -100
-LABEL_WEIGHT = 0.3  # of the text's own tokens beside the teacher's distribution, which alone is learnt less well
+LABEL_WEIGHT = 0.3  # of the text's own tokens beside the teacher's distribution
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ def test_new_weights_are_those_of_a_fresh_model(checkpoint, tmp_path):
         if theirs.unique().numel() == 1 or not theirs.is_floating_point():
             assert torch.equal(ours, theirs)
         elif theirs.numel() > 100:
-            assert 0.8 < ours.std() / theirs.std() < 1.25
+            assert abs(ours.std() / theirs.std() - 1) < 5 / theirs.numel() ** 0.5  # five standard deviations
 
 
 def test_loads_where_this_package_is_not_installed(checkpoint, tmp_path):
@@ -169,7 +169,7 @@ def test_damaged_files_are_refused(checkpoint, tmp_path):
         assert f"{checkpoint} is damaged or no checkpoint" in refused(checkpoint, tmp_path / "out")
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(whole[:1000])
-    assert "is damaged or no safetensors file" in refused(broken, tmp_path / "out")
+    assert "is damaged or no checkpoint (Error while deserializing header" in refused(broken, tmp_path / "out")
     assert "is no file" in refused(tmp_path / "none.pt", tmp_path / "out")
 
 
