@@ -5,12 +5,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from .checkpoint_file import CheckpointFile
 from .key_table import Target, apply_target, target_names
@@ -57,30 +58,27 @@ class FolderWriter:
 
     def _write_weights(self, folder: Path) -> None:
         torch.manual_seed(0)
-        shards: list[dict[str, int]] = []
-        shard: dict[str, torch.Tensor] = {}
+        plan = split_torch_state_dict_into_shards(self._empty_weights(), max_shard_size=SHARD_BYTES)
+        held: dict[str, dict[str, torch.Tensor]] = {name: {} for name in plan.filename_to_tensors}
         for name, tensor in self._weights():
-            if shard and total_bytes(shard.values()) + tensor.nbytes > SHARD_BYTES:
-                shards.append(self._write_shard(folder, len(shards), shard))
-                shard = {}
-            shard[name] = tensor
-        shards.append(self._write_shard(folder, len(shards), shard))
-        if len(shards) == 1:
-            shard_path(folder, 0).rename(folder / SAFE_WEIGHTS_NAME)
-            return
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(shards):
-            file_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-            shard_path(folder, number).rename(folder / file_name)
-            weight_map |= dict.fromkeys(names, file_name)
-        index = {"metadata": {"total_size": sum(sum(names.values()) for names in shards)}, "weight_map": weight_map}
-        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+            file_name = plan.tensor_to_filename[name]
+            held[file_name][name] = tensor
+            if len(held[file_name]) == len(plan.filename_to_tensors[file_name]):
+                save_file(held.pop(file_name), folder / file_name, metadata={"format": "pt"})
+                self.checkpoint = self.checkpoint.reopened()
+        assert not held, "a weight was not written"
+        if plan.is_sharded:
+            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+            (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
-    def _write_shard(self, folder: Path, number: int, shard: Mapping[str, torch.Tensor]) -> dict[str, int]:
-        """Sizes in bytes of what was written."""
-        save_file(dict(shard), shard_path(folder, number), metadata={"format": "pt"})
-        self.checkpoint = self.checkpoint.reopened()
-        return {name: tensor.nbytes for name, tensor in shard.items()}
+    def _empty_weights(self) -> dict[str, torch.Tensor]:
+        """The weights to be written, without storage, in the dtype that they will have."""
+        state = self.model.state_dict()
+        dtype = self.checkpoint.dtype
+        return {
+            name: state[name].to(dtype) if state[name].is_floating_point() else state[name]
+            for name in saved_names(self.model)
+        }
 
     def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         wanted = set(saved_names(self.model))
@@ -131,13 +129,3 @@ def own_tensors(module: nn.Module, whole: bool) -> list[tuple[str, torch.Tensor]
 def own_names(module: nn.Module, whole: bool) -> list[str]:
     """Their names."""
     return [name for name, _ in own_tensors(module, whole)]
-
-
-def total_bytes(tensors) -> int:
-    """Sum of the tensors' sizes."""
-    return sum(tensor.nbytes for tensor in tensors)
-
-
-def shard_path(folder: Path, number: int) -> Path:
-    """Where a shard lies until all are counted."""
-    return folder / f"shard-{number}.safetensors"
