@@ -1,5 +1,6 @@
 """DFN configuration."""
 
+import copy
 import math
 
 from huggingface_hub.dataclasses import strict
@@ -14,6 +15,7 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_dfn.DFNForSequenceClassification",
 }
 
+ENTITY_SAMPLINGS = ("token", "adaptive", "uniform")
 FLOW_NORMS = ("entity", "running", "rms", "none")
 SEARCHES = ("cells", "exact")
 MAX_CELLS = 2**20  # of a table; every row of a cache holds the newest entity of each
@@ -54,6 +56,20 @@ class DFNConfig(PreTrainedConfig):
         memory_chunk (`int`, defaults to 64): Entities that are pooled into the memory at a time.
         memory_decay (`float`, defaults to 0.9): β before training, of each slot.
         readout_window (`int`, defaults to 1): Most recent entities whose weighted mean is read out.
+        is_causal (`bool`, defaults to `True`): Entities read those before them. If `False` those on both sides, for
+            embeddings and classification; fields are always read so.
+        entity_sampling (`str`, defaults to `"token"`): What becomes an entity: each `"token"` (of a field, each
+            sample), or spans of samples, short where the flow turns (`"adaptive"`) or all of a length (`"uniform"`).
+        entity_rate (`float`, defaults to 0.25): Entities per byte of text that spans are to have.
+        max_entity_length (`int`, defaults to 64): Most bytes of an entity.
+        ratio_coef (`float`, defaults to 0.03): Weight of the loss that holds `entity_rate`.
+        num_sample_layers (`int`, defaults to 1): DFN layers over samples (bytes, pixels) on each side of the entities;
+            they read their local window.
+        sample_intermediate_size (`int`, *optional*): Inner width of their MLP; `hidden_size` if not given.
+        coordinate_dim (`int`, defaults to 2): Dimensions of a field: 1 for sound, 2 for images, 3 for video.
+        value_dim (`int`, defaults to 1): Values of a field's sample: 1 for grey, 3 for colour.
+        num_entities (`int`, defaults to 256): Entities that a field is sampled into.
+        projection_dim (`int`, defaults to 128): Width of contrastive embeddings.
         hidden_dropout (`float`, defaults to 0.0): Dropout on what each block adds to the state.
         attention_dropout (`float`, defaults to 0.0): Dropout on flow weights.
         norm_eps (`float`, defaults to 1e-6): Added to mean squares before their root is taken.
@@ -95,6 +111,17 @@ class DFNConfig(PreTrainedConfig):
     memory_chunk: int = 64
     memory_decay: float | int = 0.9
     readout_window: int = 1
+    is_causal: bool = True
+    entity_sampling: str = "token"
+    entity_rate: float = 0.25
+    max_entity_length: int = 64
+    ratio_coef: float | int = 0.03
+    num_sample_layers: int = 1
+    sample_intermediate_size: int | None = None
+    coordinate_dim: int = 2
+    value_dim: int = 1
+    num_entities: int = 256
+    projection_dim: int = 128
     hidden_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     norm_eps: float | int = 1e-6
@@ -115,8 +142,21 @@ class DFNConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """Every layer keeps its state in a `state_cache.StateLayer`."""
-        return ["flow_state"] * self.num_hidden_layers
+        """Every layer keeps its state in a `state_cache.StateLayer`; those over samples come first."""
+        return ["flow_state"] * (2 * self.causal_sample_layers + self.num_hidden_layers)
+
+    @property
+    def causal_sample_layers(self) -> int:
+        """Layers over samples on each side of the entities of a text."""
+        return 0 if self.entity_sampling == "token" else self.num_sample_layers
+
+    def of_sample_layers(self) -> "DFNConfig":
+        """The configuration of the layers over samples."""
+        config = copy.copy(self)
+        config.num_neighbors = config.memory_slots = 0
+        config.carry_positions = False
+        config.intermediate_size = self.sample_intermediate_size or self.hidden_size
+        return config
 
     def validate_layer_type(self):
         """Nothing to check: `layer_types` is derived."""
@@ -126,10 +166,11 @@ class DFNConfig(PreTrainedConfig):
         for field in (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
             "position_dim", "local_window", "num_tables", "candidates_per_table", "conv_kernel", "readout_window",
+            "max_entity_length", "num_sample_layers", "coordinate_dim", "value_dim", "num_entities", "projection_dim",
         ):  # fmt: skip
             if getattr(self, field) < 1:
                 raise ValueError(f"`{field}` must be at least 1, got {getattr(self, field)}.")
-        for field in ("num_neighbors", "memory_slots", "flow_step", "initializer_range"):
+        for field in ("num_neighbors", "memory_slots", "flow_step", "initializer_range", "ratio_coef"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"`{field}` must be finite and not negative, got {getattr(self, field)}.")
         if not 0 < self.norm_eps < math.inf:
@@ -155,6 +196,7 @@ class DFNConfig(PreTrainedConfig):
             raise ValueError(f"`flow_norm` must be one of {FLOW_NORMS}, got {self.flow_norm!r}.")
         if self.search_implementation not in SEARCHES:
             raise ValueError(f"`search_implementation` must be one of {SEARCHES}, got {self.search_implementation!r}.")
+        self._validate_sampling()
         if not 0 < self.memory_decay < 1:
             raise ValueError(f"`memory_decay` must lie in (0, 1), got {self.memory_decay}.")
         sizes = check_cell_sizes(self.cell_sizes, self.num_tables, self.candidates_per_table)
@@ -164,6 +206,31 @@ class DFNConfig(PreTrainedConfig):
                 f"`cell_sizes` down to {min(sizes):g} divide the ball of `position_dim` {self.position_dim} into "
                 f"{cells} cells: a table may have at most {MAX_CELLS}, take larger cells."
             )
+
+    def _validate_sampling(self):
+        if self.entity_sampling not in ENTITY_SAMPLINGS:
+            raise ValueError(f"`entity_sampling` must be one of {ENTITY_SAMPLINGS}, got {self.entity_sampling!r}.")
+        if self.sample_intermediate_size is not None and self.sample_intermediate_size < 1:
+            raise ValueError(
+                f"`sample_intermediate_size` must be at least 1 or None, got {self.sample_intermediate_size}."
+            )
+        if not 1 / self.max_entity_length <= self.entity_rate < 1:
+            raise ValueError(
+                f"`entity_rate` must lie between 1/`max_entity_length` (1/{self.max_entity_length}) and 1, got "
+                f"{self.entity_rate}."
+            )
+        if self.entity_sampling != "token" and self.readout_window > 1:
+            raise ValueError(
+                f"`readout_window` ({self.readout_window}) reads tokens: with `entity_sampling` "
+                f"{self.entity_sampling!r} it must be 1."
+            )
+        if not self.is_causal:
+            for field, off in (("memory_slots", 0), ("readout_window", 1)):
+                if getattr(self, field) != off:
+                    raise ValueError(
+                        f"`{field}` ({getattr(self, field)}) goes from left to right: without `is_causal` it must be "
+                        f"{off}."
+                    )
 
 
 __all__ = ["DFNConfig"]

@@ -284,18 +284,22 @@ def flow_weights(
     fading: torch.Tensor,
     query_index: torch.Tensor,
     reach: torch.Tensor,
+    ahead: torch.Tensor,
     neighbors: torch.Tensor,
     window: int,
 ) -> torch.Tensor:
-    """The weights of `flow_attention` as a dense matrix `[B, H, M, N]`: O(M N) memory, to be looked at."""
+    """The weights of `flow_attention` as a dense matrix `[B, H, M, N]`: O(M N) memory, to be looked at.
+
+    `ahead` is to the entities after i what `reach` is to those before: 0 where only these were read.
+    """
     index = torch.arange(key.shape[2], device=key.device)
     age = query_index[:, None, :, None] - index
-    visible = (age >= 0) & (age < window) & (age <= reach[:, None, :, None])
+    visible = (age.abs() < window) & (age <= reach[:, None, :, None]) & (-age <= ahead[:, None, :, None])
     visible = visible.expand(-1, query.shape[1], -1, -1)
     # One column more takes the writes of absent neighbours.
     found = F.pad(torch.zeros_like(visible), (0, 1))
     found = found.scatter(-1, torch.where(neighbors < 0, key.shape[2], neighbors), True)[..., :-1]
-    logits = query @ key.transpose(-1, -2) - fading.view(-1, 1, 1) * torch.log1p(age.clamp(min=0).to(query.dtype))
+    logits = query @ key.transpose(-1, -2) - fading.view(-1, 1, 1) * torch.log1p(age.abs().to(query.dtype))
     return logits.masked_fill(~(visible | found), -math.inf).softmax(dim=-1)
 
 

@@ -56,6 +56,41 @@ class Rows:
         counts = self.index.shape[1] if self.counts is None else self.counts[:, None]
         return (counts - 1 - places).expand_as(self.index)
 
+    def segment_sizes(self) -> torch.Tensor:
+        """Real entities of each one's segment, int64 `[batch, length]`; of its row, without segments."""
+        real = self.real()
+        if self.segment is None:
+            return real.sum(dim=1, keepdim=True).expand_as(real)
+        sizes = torch.zeros_like(self.segment).scatter_add_(1, self.segment, real.long())
+        return sizes.gather(1, self.segment)
+
+    def segment_mean(self, x: torch.Tensor) -> torch.Tensor:
+        """Mean of `[batch, length, features]` over the real entities of each one's segment, of the same shape."""
+        segment = torch.zeros_like(self.index) if self.segment is None else self.segment
+        segment = segment[..., None].expand_as(x)
+        sums = torch.zeros_like(x).scatter_add(1, segment, x * self.real()[..., None])
+        return sums.gather(1, segment) / self.segment_sizes().clamp(min=1)[..., None]
+
+    def turn_places(self, places: torch.Tensor) -> torch.Tensor:
+        """Where the entities at `places` `[batch, ...]` stand when each row is read from its end; −1 stays."""
+        counts = self.index.shape[1] if self.counts is None else self.counts.view(-1, *(1,) * (places.dim() - 1))
+        return torch.where(places < 0, places, counts - 1 - places)
+
+    def turn(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+        """Rows along `dim` of `x`, read from their end; what stands behind their last real entity stays there."""
+        if self.counts is None:
+            return x.flip(dim)
+        places = torch.arange(self.index.shape[1], device=x.device)
+        places = torch.where(self.real(), self.counts[:, None] - 1 - places, places)
+        shape = [1] * x.dim()
+        shape[0], shape[dim] = places.shape
+        return x.gather(dim, places.view(shape).expand_as(x))
+
+    def turned(self) -> "Rows":
+        """The rows read from their end, for what asks for places and reach alone. Only without a past."""
+        reach = self.reach if self.segment is None else self.turn((self.segment_sizes() - 1 - self.reach).clamp(min=0))
+        return Rows(None, None, self.counts, self.index, reach, None)
+
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean of `[batch, length]` over the real entities, a scalar."""
         real = self.real()

@@ -12,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 from dfn_hf import DFNConfig, DFNForCausalLM, DFNForSequenceClassification, DFNModel
 from dfn_hf.data import load_tokenizer
 from dfn_hf.modeling import pieces
-from dfn_hf.modeling.modeling_dfn import FlowNorm, PersistentFieldMemory, ball, make_norm
+from dfn_hf.modeling.dfn_layer import FlowNorm, PersistentFieldMemory, ball, make_norm
 from dfn_hf.modeling.padding import lay_rows
 from dfn_hf.modeling.state_cache import CACHE_NAME
 from tests.families import VOCABULARY, draw_ids

@@ -78,6 +78,7 @@ CASES = {
             "attention_kernel.py",
             "causal_conv.py",
             "configuration_dfn.py",
+            "dfn_layer.py",
             "flow_attention.py",
             "flow_search.py",
             "modeling_dfn.py",

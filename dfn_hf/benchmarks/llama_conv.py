@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
 from transformers.utils import TransformersKwargs
 
-from dfn_hf.modeling.modeling_dfn import near_identity
+from dfn_hf.modeling.dfn_layer import near_identity
 
 CONV_KERNEL = 4
 
