@@ -18,14 +18,15 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 
-def decay_scan(decays: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor:
+def decay_scan(decays: torch.Tensor, inputs: torch.Tensor, reach: int | None = None) -> torch.Tensor:
     """h_c = decays_c ⊙ h_c−1 + inputs_c along dimension 1, h_−1 = 0, in O(log C) steps.
 
     Args:
         decays: `[B, C, S, 1]`; inputs: `[B, C, S, D]`.
+        reach: a power of two; so far back, decays are known to have made nothing of an input.
     """
     step = 1
-    while step < inputs.shape[1]:
+    while step < min(inputs.shape[1], reach or inputs.shape[1]):
         inputs = torch.cat([inputs[:, :step], inputs[:, step:] + decays[:, step:] * inputs[:, :-step]], dim=1)
         decays = torch.cat([decays[:, :step], decays[:, step:] * decays[:, :-step]], dim=1)
         step *= 2
@@ -190,7 +191,7 @@ class ChunkMemory(nn.Module):
 
     def _store(self, state, closed: torch.Tensor) -> None:
         """Keep the slots at each boundary: entry e is what e closed chunks left. An open one is overwritten."""
-        capacity = state.columns // self.chunk_length + closed.shape[1] + 1
+        capacity = state.longest // self.chunk_length + closed.shape[1] + 1
         at = state.lengths // self.chunk_length + 1
         state.write_entries(self.slots_name, closed.flatten(2)[:, None], at, capacity)
 

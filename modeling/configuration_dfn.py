@@ -63,8 +63,8 @@ class DFNConfig(PreTrainedConfig):
         entity_rate (`float`, defaults to 0.25): Entities per byte of text that spans are to have.
         max_entity_length (`int`, defaults to 64): Most bytes of an entity.
         ratio_coef (`float`, defaults to 0.03): Weight of the loss that holds `entity_rate`.
-        num_sample_layers (`int`, defaults to 1): DFN layers over samples (bytes, pixels) on each side of the entities;
-            they read their local window.
+        num_sample_layers (`int`, defaults to 1): DFN layers over samples (bytes, pixels) on each side of the
+            entities; they read their local window.
         sample_intermediate_size (`int`, *optional*): Inner width of their MLP; `hidden_size` if not given.
         coordinate_dim (`int`, defaults to 2): Dimensions of a field: 1 for sound, 2 for images, 3 for video.
         value_dim (`int`, defaults to 1): Values of a field's sample: 1 for grey, 3 for colour.
@@ -85,7 +85,9 @@ class DFNConfig(PreTrainedConfig):
     """
 
     model_type = "dfn"
-    keys_to_ignore_at_inference = ["past_key_values", "cache", "entities"]
+    keys_to_ignore_at_inference = [
+        "past_key_values", "cache", "entities", "density", "boundaries", "token_loss", "ratio_loss",
+    ]  # fmt: skip
 
     vocab_size: int = 4096
     hidden_size: int = 256
@@ -149,6 +151,14 @@ class DFNConfig(PreTrainedConfig):
     def causal_sample_layers(self) -> int:
         """Layers over samples on each side of the entities of a text."""
         return 0 if self.entity_sampling == "token" else self.num_sample_layers
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> "DFNConfig":
+        """Transformers sizes the cache by `num_hidden_layers` of what it gets here: with the layers over samples."""
+        if not decoder or self.entity_sampling == "token":
+            return self
+        config = copy.copy(self)
+        config.num_hidden_layers, config.entity_sampling = len(self.layer_types), "token"
+        return config
 
     def of_sample_layers(self) -> "DFNConfig":
         """The configuration of the layers over samples."""
@@ -218,6 +228,11 @@ class DFNConfig(PreTrainedConfig):
             raise ValueError(
                 f"`entity_rate` must lie between 1/`max_entity_length` (1/{self.max_entity_length}) and 1, got "
                 f"{self.entity_rate}."
+            )
+        if self.entity_sampling != "token" and self.local_window < 2:
+            raise ValueError(
+                f"`local_window` ({self.local_window}) is all that layers over samples read: with `entity_sampling` "
+                f"{self.entity_sampling!r} it must be at least 2."
             )
         if self.entity_sampling != "token" and self.readout_window > 1:
             raise ValueError(

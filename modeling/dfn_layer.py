@@ -385,7 +385,7 @@ class DynamicFlowAttention(nn.Module):
             query_cells, cells = (grids.cells(positions, on_grid=True) for positions in (query, key))
             if state is not None:
                 key, cells = state.append("place", key), state.append("cell", cells)
-                chains = self._chains(state, grids, batch)
+                chains = self._chains(state, grids, batch, length)
             found, _ = search_cells(
                 query.flatten(0, 1),
                 query_cells.flatten(0, 1),
@@ -406,7 +406,7 @@ class DynamicFlowAttention(nn.Module):
         cells_per_axis = ball_cells_per_axis(self.config.position_dim, self.cell_sizes)
         return CellGrids(self.grid_rotation, self.grid_shift, self.cell_sizes, cells_per_axis)
 
-    def _chains(self, state: StateLayer, grids: CellGrids, batch: int) -> CellChains:
+    def _chains(self, state: StateLayer, grids: CellGrids, batch: int, length: int) -> CellChains:
         offsets = grids.table_offsets
         device = self.grid_rotation.device
         heads = state.table(
@@ -414,9 +414,7 @@ class DynamicFlowAttention(nn.Module):
             lambda: torch.full((batch, self.num_heads, offsets[-1]), -1, dtype=torch.int32, device=device),
             UndoChains(offsets, self.config.local_window),
         )
-        fresh = torch.full(
-            (batch, self.num_heads, state.incoming, len(offsets) - 1), -1, dtype=torch.int32, device=device
-        )
+        fresh = torch.full((batch, self.num_heads, length, len(offsets) - 1), -1, dtype=torch.int32, device=device)
         links = state.append("link", fresh)
         return CellChains(heads.flatten(0, 1), links.flatten(0, 1), offsets)
 

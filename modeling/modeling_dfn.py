@@ -26,6 +26,14 @@ from .chunk_memory import ChunkMemory
 from .classification import LastStateClassification
 from .configuration_dfn import SEARCHES, DFNConfig
 from .dfn_layer import DFNLayer, DynamicFlowAttention, Entities, FlowNorm, PersistentFieldMemory, near_identity
+from .entity_sampling import (
+    COORDINATE_FEATURES,
+    Dechunking,
+    EntitySampling,
+    PackedEntities,
+    SampledEntities,
+    worth_packing,
+)
 from .model_inputs import GrowingStateMixin, begin_call, embed, end_call, next_token_labels
 from .padding import Rows, row_columns
 from .pieces import in_pieces
@@ -39,24 +47,36 @@ class DFNModelOutput(BaseModelOutputWithPast):
     Attributes:
         last_hidden_state: `[B, M, hidden_size]`, zero where padded.
         past_key_values: the state for continuation; named `cache` by transformers 5.24 and later.
-        hidden_states: embeddings and each layer's output, the last one after the final norm.
+        hidden_states: embeddings and each layer's output, the last one after the final norm. With `entity_sampling`,
+            of the layers over bytes too; an entity's stands at the byte that completed it, with zeros elsewhere.
         attentions: per layer the flow weights among tokens `[B, H, M, N]`; memory takes what is left to 1.
-        entities: per layer `Entities`.
+        entities: per layer `Entities`; with `entity_sampling` those completed in this call, left-aligned.
+        density: `[B, M]`, how far the flow turns at a byte, 0 where padded; with `entity_sampling`, as the next two.
+        boundaries: bool `[B, M]`, bytes that complete an entity.
+        ratio_loss: `[B]`, how far each row is from `entity_rate`; with `entity_sampling="adaptive"`.
     """
 
     entities: tuple[Entities, ...] | None = None
+    density: torch.Tensor | None = None
+    boundaries: torch.Tensor | None = None
+    ratio_loss: torch.Tensor | None = None
 
 
 @dataclass
 class DFNCausalLMOutput(CausalLMOutputWithPast):
     """
     Attributes:
-        loss: scalar, next-token cross-entropy.
+        loss: scalar, next-token cross-entropy; with `entity_sampling="adaptive"`, and `ratio_coef` times `ratio_loss`.
         logits: `[B, M, vocab_size]`.
-        past_key_values, hidden_states, attentions, entities: see `DFNModelOutput`.
+        token_loss, ratio_loss: scalars, the parts of such a loss.
+        past_key_values, hidden_states, attentions, entities, density, boundaries: see `DFNModelOutput`.
     """
 
+    token_loss: torch.Tensor | None = None
+    ratio_loss: torch.Tensor | None = None
     entities: tuple[Entities, ...] | None = None
+    density: torch.Tensor | None = None
+    boundaries: torch.Tensor | None = None
 
 
 class DFNPreTrainedModel(PreTrainedModel):
@@ -94,13 +114,34 @@ class DFNPreTrainedModel(PreTrainedModel):
             module.reset_grids()
 
 
+class Seen:
+    """What the layers of one call are asked to show."""
+
+    def __init__(self, wants_weights: bool, wants_states: bool, wants_entities: bool):
+        self.wants_weights, self.wants_states, self.wants_entities = wants_weights, wants_states, wants_entities
+        self.states: list[torch.Tensor] = []
+        self.weights: list[torch.Tensor] = []
+        self.entities: list[Entities] = []
+
+
 class DFNModel(DFNPreTrainedModel):
-    """Embeddings, DFN layers, readout and final norm."""
+    """Embeddings, DFN layers, readout and final norm; with `entity_sampling`, the layers over samples around them."""
 
     def __init__(self, config: DFNConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList([DFNLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)])
+        self.sampling = None
+        if config.entity_sampling != "token":
+            sample_config, sides = config.of_sample_layers(), range(config.num_sample_layers)
+            self.sample_encoder = nn.ModuleList([DFNLayer(sample_config, layer_idx) for layer_idx in sides])
+            self.sampling = EntitySampling(config)
+            self.entity_norm = RMSNorm(config.hidden_size, config.norm_eps)
+            self.dechunking = Dechunking()
+            self.sample_decoder = nn.ModuleList([DFNLayer(sample_config, layer_idx) for layer_idx in sides])
+        features = 0 if self.sampling is None else COORDINATE_FEATURES
+        self.layers = nn.ModuleList(
+            [DFNLayer(config, layer_idx, features) for layer_idx in range(config.num_hidden_layers)]
+        )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -152,37 +193,107 @@ class DFNModel(DFNPreTrainedModel):
         rows, states, past_key_values = begin_call(
             self, inputs_embeds, attention_mask, position_ids, segment_ids, past_key_values, use_cache
         )
-        check_search(config, states[0])
-        layers = self.layers[: config.num_hidden_layers]  # early-exit decoding lowers it for its drafts
+        check_search(config, states[-1])
         hidden_states = rows.compact(inputs_embeds)
         del inputs_embeds  # a million tokens are a gigabyte of it
-        all_states, all_weights, all_entities = [], [], []
-        origin = None
-        for layer, state in zip(layers, states, strict=True):
-            if output_hidden_states:
-                columns, hidden_states = rows.observe(hidden_states)
-                all_states.append(columns)
-            hidden_states, origin, influence, entities, weights = layer(
-                hidden_states, origin, rows, past_key_values=state, output_attentions=output_attentions
-            )
-            if output_attentions:
-                all_weights.append(weights)
-            if output_entities:
-                all_entities.append(entities_to_columns(entities, rows, state))
-        if config.readout_window > 1:
-            # Kept by the first layer, whose refusal of a crop comes before any layer was cropped.
-            hidden_states = self._read_out(hidden_states, influence, rows, states[0])
+        seen = Seen(output_attentions, output_hidden_states, output_entities)
+        if self.sampling is None:
+            hidden_states, sampled = self._run_tokens(hidden_states, rows, states, seen), {}
+        else:
+            hidden_states, sampled = self._run_sampled(hidden_states, rows, states, seen)
         hidden_states = rows.scatter(in_pieces(self.norm, hidden_states))
         if output_hidden_states:
-            all_states.append(hidden_states)
+            seen.states.append(hidden_states)
         end_call(past_key_values, states)
         return DFNModelOutput(
             last_hidden_state=hidden_states,
             **{CACHE_NAME: past_key_values},
-            hidden_states=tuple(all_states) if output_hidden_states else None,
-            attentions=tuple(all_weights) if output_attentions else None,
-            entities=tuple(all_entities) if output_entities else None,
+            hidden_states=tuple(seen.states) if output_hidden_states else None,
+            attentions=tuple(seen.weights) if output_attentions else None,
+            entities=tuple(seen.entities) if output_entities else None,
+            **sampled,
         )
+
+    def _run_tokens(self, hidden_states: torch.Tensor, rows: Rows, states: list, seen: "Seen") -> torch.Tensor:
+        """Each token an entity."""
+        origin = None
+        for layer, state in zip(self._entity_layers(), states, strict=True):
+            if seen.wants_states:
+                columns, hidden_states = rows.observe(hidden_states)
+                seen.states.append(columns)
+            hidden_states, origin, influence, entities, weights = layer(
+                hidden_states, origin, rows, past_key_values=state, output_attentions=seen.wants_weights
+            )
+            if seen.wants_weights:
+                seen.weights.append(weights)
+            if seen.wants_entities:
+                seen.entities.append(entities_to_columns(entities, rows, state))
+        if self.config.readout_window > 1:
+            # Kept by the first layer, whose refusal of a crop comes before any layer was cropped.
+            hidden_states = self._read_out(hidden_states, influence, rows, states[0])
+        return hidden_states
+
+    def _run_sampled(
+        self, hidden_states: torch.Tensor, rows: Rows, states: list, seen: "Seen"
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Bytes → entities → bytes."""
+        if seen.wants_weights:
+            raise ValueError(
+                "output_attentions is of tokens, and with `entity_sampling` "
+                f"{self.config.entity_sampling!r} layers read entities: ask for output_entities."
+            )
+        sides = len(self.sample_encoder)
+        encoder_states, decoder_states, entity_states = states[:sides], states[sides : 2 * sides], states[2 * sides :]
+        hidden_states = self._run_sample_layers(self.sample_encoder, hidden_states, rows, encoder_states, seen)
+        sampled = self.sampling(hidden_states, rows, encoder_states[-1], entity_states[0])
+        for state in entity_states:
+            if state is not None:
+                state.expect(sampled.layout.rows)
+        entities = self._run_entities(sampled, rows, entity_states, seen)
+        hidden_states = self.dechunking(hidden_states, entities, sampled, entity_states[0])
+        hidden_states = self._run_sample_layers(self.sample_decoder, hidden_states, rows, decoder_states, seen)
+        ratio_loss = self.sampling.ratio_loss(sampled, rows) if self.sampling.adaptive else None
+        density = rows.scatter(sampled.density * rows.real())
+        return hidden_states, {"density": density, "boundaries": sampled.layout.rows.mask, "ratio_loss": ratio_loss}
+
+    def _run_sample_layers(
+        self, layers, hidden_states: torch.Tensor, rows: Rows, states, seen: "Seen"
+    ) -> torch.Tensor:
+        for layer, state in zip(layers, states, strict=True):
+            if seen.wants_states:
+                columns, hidden_states = rows.observe(hidden_states)
+                seen.states.append(columns)
+            hidden_states = layer(hidden_states, None, rows, past_key_values=state)[0]
+        return hidden_states
+
+    def _run_entities(self, sampled: SampledEntities, rows: Rows, states: list, seen: "Seen") -> torch.Tensor:
+        """The DFN layers over entities, and a norm: `[B, E, hidden_size]`."""
+        layout, hidden_states, origin = sampled.layout, sampled.states, None
+        coordinates, log_mass, entity_rows, packed = sampled.coordinates, sampled.log_mass, layout.rows, None
+        # A running mean over one packed row would be a difference of sums over other rows.
+        if states[0] is None and self.config.flow_norm != "running" and worth_packing(entity_rows):
+            packed = PackedEntities(entity_rows)
+            hidden_states, coordinates, log_mass = (packed.pack(x) for x in (hidden_states, coordinates, log_mass))
+            entity_rows = packed.rows
+        for layer, state in zip(self._entity_layers(), states, strict=True):
+            if seen.wants_states:
+                laid = hidden_states if packed is None else packed.unpack(hidden_states)
+                columns, of_columns = rows.observe(layout.at_samples(laid))
+                seen.states.append(columns)
+                laid = layout.of_samples(of_columns)
+                hidden_states = laid if packed is None else packed.pack(laid)
+            if hidden_states.shape[1] == 0:
+                continue  # no entity was completed in this call
+            hidden_states, origin, _, entities, _ = layer(
+                hidden_states, origin, entity_rows, coordinates, log_mass, past_key_values=state
+            )
+            if seen.wants_entities:
+                seen.entities.append(entities if packed is None else unpack_entities(entities, packed))
+        hidden_states = in_pieces(self.entity_norm, hidden_states)
+        return hidden_states if packed is None else packed.unpack(hidden_states)
+
+    def _entity_layers(self) -> nn.ModuleList:
+        return self.layers[: self.config.num_hidden_layers]  # early-exit decoding lowers it for its drafts
 
     def _read_out(self, hidden_states, influence, rows: Rows, state: StateLayer | None) -> torch.Tensor:
         """s̄ (paper §3): mean of the `readout_window` most recent entities, weighted by softmax of their influence."""
@@ -204,7 +315,7 @@ def check_search(config: DFNConfig, state: StateLayer | None) -> None:
         raise ValueError(f"`search_implementation` must be one of {SEARCHES}, got {config.search_implementation!r}.")
     if torch.compiler.is_exporting():
         check_export(config)
-    if state is None or state.columns == 0 or config.num_neighbors == 0:
+    if state is None or state.data("place") is None:
         return
     if (state.data("cell") is None) != (config.search_implementation == "exact"):
         raise ValueError(
@@ -239,6 +350,20 @@ def entities_to_columns(entities: Entities, rows: Rows, state: StateLayer | None
     neighbors = scatter(torch.where(found < 0, 0, named + 1)) - 1
     return Entities(
         *(scatter(x) for x in (entities.rest_positions, entities.moved_positions, entities.influence)), neighbors
+    )
+
+
+def unpack_entities(entities: Entities, packed: PackedEntities) -> Entities:
+    """Entities of one row → of the rows they were packed from; neighbours are places in their own row."""
+
+    def unpack(x):
+        return packed.unpack(x.transpose(1, 2)).transpose(1, 2)
+
+    found = entities.neighbors
+    own = found - (packed.rows.index - packed.place)[:, None, :, None]
+    neighbors = unpack(torch.where(found < 0, 0, own + 1)) - 1
+    return Entities(
+        *(unpack(x) for x in (entities.rest_positions, entities.moved_positions, entities.influence)), neighbors
     )
 
 
@@ -295,18 +420,36 @@ class DFNForCausalLM(GrowingStateMixin, DFNPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
 
-        loss = None
+        losses = {}
         if labels is not None:
             labels = next_token_labels(labels, segment_ids)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            losses = self._losses(logits, labels, outputs.ratio_loss, **kwargs)
         return DFNCausalLMOutput(
-            loss=loss,
             logits=logits,
+            **losses,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             entities=outputs.entities,
+            density=outputs.density,
+            boundaries=outputs.boundaries,
         )
+
+    def _losses(self, logits, labels, ratio_loss, num_items_in_batch=None, **kwargs) -> dict[str, torch.Tensor]:
+        """Next-token loss, and the rows' ratio losses as a mean over rows weighted by their labels."""
+        loss = self.loss_function(
+            logits=logits,
+            labels=labels,
+            vocab_size=self.config.vocab_size,
+            num_items_in_batch=num_items_in_batch,
+            **kwargs,
+        )
+        if ratio_loss is None:
+            return {"loss": loss}
+        scored = (labels[:, 1:] != -100).sum(dim=1)
+        total = scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        ratio_loss = (scored * ratio_loss).sum() / total
+        return {"loss": loss + self.config.ratio_coef * ratio_loss, "token_loss": loss, "ratio_loss": ratio_loss}
 
 
 class DFNForSequenceClassification(LastStateClassification, DFNPreTrainedModel):

@@ -141,7 +141,9 @@ class StateLayer(CacheLayerMixin):
         lengths: int64 `[batch]`, entities of each row; None before the first call.
         aligned: their number if it is the same in every row, else None.
         mask: bool `[batch, columns]`, which columns were real; None if all were.
-        columns: columns seen, padding included: what transformers calls the sequence length.
+        longest: a bound on the entities of a row.
+        columns: columns seen, padding included: what transformers calls the sequence length. There may be more of them
+            than entities: a column is real where its sample completed one.
         incoming: columns of the call that has begun.
     """
 
@@ -160,6 +162,7 @@ class StateLayer(CacheLayerMixin):
         self.lengths: torch.Tensor | None = None
         self.aligned: int | None = 0
         self.mask: torch.Tensor | None = None
+        self.longest = 0
         self.columns = 0
         self.is_initialized = False
         self.incoming = 0
@@ -188,7 +191,7 @@ class StateLayer(CacheLayerMixin):
         self.incoming = length
 
     def expect(self, rows) -> None:
-        """Which of the columns are real, and how many of each row: `padding.Rows` of the call."""
+        """The entities of the call, and which of its columns are real: `padding.Rows`."""
         self._rows = rows
 
     def mark(self, rows) -> None:
@@ -204,7 +207,8 @@ class StateLayer(CacheLayerMixin):
         """Count the entities of this call, if they were not counted span by span."""
         if self._rows is None:
             return
-        length, mask, counts = self.incoming, self._rows.mask, self._rows.counts
+        columns, length = self.incoming, self._rows.index.shape[1]
+        mask, counts = self._rows.mask, self._rows.counts
         self._rows = None
         if mask is not None or self.mask is not None:
             batch, device = self.lengths.shape[0], self.lengths.device
@@ -213,11 +217,12 @@ class StateLayer(CacheLayerMixin):
                 if self.mask is not None
                 else torch.ones(batch, self.columns, dtype=torch.bool, device=device)
             )
-            now = mask if mask is not None else torch.ones(batch, length, dtype=torch.bool, device=device)
+            now = mask if mask is not None else torch.ones(batch, columns, dtype=torch.bool, device=device)
             self.mask = torch.cat([before, now], dim=1)
         self.lengths = self.lengths + (length if counts is None else counts)
         self.aligned = self.aligned + length if counts is None and self.aligned is not None else None
-        self.columns += length
+        self.longest += length
+        self.columns += columns
 
     # the kinds of state
 
@@ -228,7 +233,7 @@ class StateLayer(CacheLayerMixin):
             state = self.states[name] = AppendState(new.new_zeros(*new.shape[:2], 0, new.shape[3]).detach())
         if self.aligned is not None:
             return state.write(new, self.aligned)
-        state.reserve(self.columns + new.shape[2])
+        state.reserve(self.longest + new.shape[2])
         return state.write(new, self.lengths)
 
     def write_entries(self, name: str, new: torch.Tensor, at: torch.Tensor, capacity: int) -> None:
@@ -252,7 +257,7 @@ class StateLayer(CacheLayerMixin):
         state = self.states.get(name)
         if state is None:
             state = self.states[name] = TailState(new.new_zeros(new.shape[0], size, new.shape[2]).detach(), size)
-        length, counts = self.incoming, self._rows.counts
+        length, counts = new.shape[1], self._rows.counts
         past = state.data[:, state.data.shape[1] - size :]
         history = torch.cat([past, new], dim=1)
         everything = torch.cat([state.data, new.detach()], dim=1)
@@ -357,6 +362,7 @@ class StateLayer(CacheLayerMixin):
                 self.mask = self.mask[:, : self.columns - removed]
                 self.aligned = None
             self.lengths = new
+            self.longest = int(new.max())
             self.columns -= removed
         self._each(lambda state: state.trim())
 

@@ -22,12 +22,16 @@ class Family:
         draw_config: a random small configuration.
         assert_in_motion: fails unless every mechanism of a drawn model fires on ids `[batch, length]`.
         longest_reach: entities after which every mechanism, memories included, has been in use at least twice.
+        shapes_depend_on_content: later tokens change the shapes, and so the rounding, of what comes before them.
+        has_attentions: it returns flow weights between tokens.
     """
 
     model_class: type[PreTrainedModel]
     draw_config: Callable
     assert_in_motion: Callable
     longest_reach: int
+    shapes_depend_on_content: bool = False
+    has_attentions: bool = True
 
 
 def draw_dfn_config(rng: random.Random, **overrides) -> DFNConfig:
@@ -62,6 +66,20 @@ def draw_dfn_config(rng: random.Random, **overrides) -> DFNConfig:
     return DFNConfig(**{**options, **overrides})
 
 
+def draw_adaptive_config(rng: random.Random, **overrides) -> DFNConfig:
+    options = {
+        "entity_sampling": "adaptive",
+        "entity_rate": rng.choice([0.25, 0.4]),
+        "max_entity_length": rng.choice([4, 6, 9]),
+        "num_sample_layers": rng.choice([1, 2]),
+        "sample_intermediate_size": rng.choice([None, 17]),
+        "ratio_coef": 0.3,
+        "local_window": rng.choice([2, 5]),
+        "readout_window": 1,
+    }
+    return draw_dfn_config(rng, **{**options, **overrides})
+
+
 def draw_flownetwork_config(rng: random.Random, **overrides) -> FlowNetworkConfig:
     heads = rng.choice([1, 2, 4])
     hidden_size = heads * rng.choice([8, 9, 12])
@@ -93,6 +111,15 @@ def assert_dfn_in_motion(model: DFNForCausalLM, ids: torch.Tensor) -> None:
     assert all((layer.neighbors >= 0).any() for layer in model(ids, output_entities=True).entities)
 
 
+def assert_adaptive_in_motion(model: DFNForCausalLM, ids: torch.Tensor) -> None:
+    """Entities are of several lengths, some as long as they may be, and every layer finds far ones."""
+    outputs = model(ids, output_entities=True)
+    lengths = [place.diff() for place in (row.nonzero()[:, 0] for row in outputs.boundaries)]
+    assert len(torch.cat(lengths).unique()) > 1
+    assert (outputs.density[outputs.boundaries] >= 0.5).any()
+    assert all((layer.neighbors >= 0).any() for layer in outputs.entities)
+
+
 def record_output(seen: dict, module, args, output) -> None:
     seen["output"] = output
 
@@ -120,6 +147,14 @@ def assert_flownetwork_in_motion(model: FlowNetworkForCausalLM, ids: torch.Tenso
 
 FAMILIES = {
     "dfn": Family(DFNForCausalLM, draw_dfn_config, assert_dfn_in_motion, longest_reach=24),
+    "dfn-adaptive": Family(
+        DFNForCausalLM,
+        draw_adaptive_config,
+        assert_adaptive_in_motion,
+        longest_reach=96,
+        shapes_depend_on_content=True,
+        has_attentions=False,
+    ),
     "flownetwork": Family(
         FlowNetworkForCausalLM, draw_flownetwork_config, assert_flownetwork_in_motion, longest_reach=64
     ),

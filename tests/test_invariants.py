@@ -46,7 +46,8 @@ def test_a_token_changes_no_logit_before_it(family, seed, training):
         changed = ids.clone()
         changed[:, place] = (changed[:, place] + 1) % VOCABULARY
         after = logits_of(model, changed)
-        assert torch.equal(after[:, :place], before[:, :place])
+        tolerance = 1e-10 if FAMILIES[family].shapes_depend_on_content else 0
+        assert (after[:, :place] - before[:, :place]).abs().max() <= tolerance
         assert (after[:, place] - before[:, place]).abs().max() > 1e-3
 
 
@@ -359,18 +360,23 @@ def test_select_repeat_reorder_reset_and_offload(family, seed):
 def test_hidden_states_attentions_and_logits_to_keep(family, seed):
     model = draw_model(family, seed)
     ids = draw_ids(2, 20, seed)
+    has_attentions = FAMILIES[family].has_attentions
     with torch.no_grad():
-        outputs = model(ids, attention_mask=PROMPT_MASK, output_attentions=True, output_hidden_states=True)
-    assert len(outputs.hidden_states) == model.config.num_hidden_layers + 1
+        outputs = model(ids, attention_mask=PROMPT_MASK, output_attentions=has_attentions, output_hidden_states=True)
+    assert len(outputs.hidden_states) == len(model.config.layer_types) + 1
     assert torch.equal(model.lm_head(outputs.hidden_states[-1]), outputs.logits)
+    kept = logits_of(model, ids, attention_mask=PROMPT_MASK, logits_to_keep=3)
+    assert torch.allclose(kept, outputs.logits[:, -3:], **STRICT)
+    if not has_attentions:
+        with pytest.raises(ValueError, match="output_attentions"):
+            model(ids, output_attentions=True)
+        return
     for weights in outputs.attentions:
         assert weights.shape == (2, model.config.num_attention_heads, 20, 20)
         assert not weights.triu(1).any()
         assert not weights[0, :, :5].any() and not weights[0, :, :, :5].any()
         sums = weights.sum(dim=-1)[1]
         assert (sums <= 1 + 1e-9).all() and (sums > 0).all()
-    kept = logits_of(model, ids, attention_mask=PROMPT_MASK, logits_to_keep=3)
-    assert torch.allclose(kept, outputs.logits[:, -3:], **STRICT)
     pieces = []
     cache = DynamicCache(config=model.config)
     for start in (0, 12):
