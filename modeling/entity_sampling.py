@@ -71,7 +71,7 @@ class SampledEntities:
         states: `[B, E, D]`.
         coordinates: `[B, E, F]`.
         log_mass: `[B, E]`.
-        density: `[B, M]`, of the samples, in at least float32.
+        density: `[B, M]`, of the samples, in at least float32; 1 where all spans are of one length.
         layout: where the entities lie.
     """
 
@@ -115,7 +115,7 @@ class EntitySampling(nn.Module):
     def _density(self, states: torch.Tensor, starts: torch.Tensor, state: StateLayer | None) -> torch.Tensor:
         dtype = torch.promote_types(states.dtype, torch.float32)
         if not self.adaptive:
-            return torch.full_like(starts, self.rate, dtype=dtype)
+            return torch.ones_like(starts, dtype=dtype)
         with torch.autocast(states.device.type, enabled=False):
             flow = decide(self.flow_map, states).to(dtype)
         flows = F.pad(flow, (0, 0, 1, 0)) if state is None else state.tail("flow", flow, 1)
