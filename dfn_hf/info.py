@@ -29,6 +29,9 @@ SUMMARY_FIELDS = (
     "num_tables",
     "candidates_per_table",
     "search_implementation",
+    "entity_sampling",
+    "entity_rate",
+    "num_sample_layers",
     "memory_slots",
     "block_type",
     "num_patterns",
@@ -90,10 +93,15 @@ def describe_model(source: str) -> ModelInfo:
         path=path,
         model_type=config.model_type,
         parameters=parameters,
-        state_bytes_per_token=state_bytes_per_token(config) if config.model_type in UNIFORM_FAMILIES else None,
+        state_bytes_per_token=state_bytes_per_token(config) if is_uniform(config) else None,
         fields={field: getattr(config, field) for field in SUMMARY_FIELDS if hasattr(config, field)},
         provenance=read_provenance(model_card_path(path)),
     )
+
+
+def is_uniform(config: PreTrainedConfig) -> bool:
+    """Whether all layers keep as much of every token."""
+    return config.model_type in UNIFORM_FAMILIES and getattr(config, "entity_sampling", "token") == "token"
 
 
 def model_card_path(path: str) -> Path | None:

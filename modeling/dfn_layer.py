@@ -298,11 +298,19 @@ class DynamicFlowAttention(nn.Module):
         sharpness, fading = self.log_sharpness.to(rest.dtype).exp(), self.log_fading.to(rest.dtype).exp()
         key = gaussian_key(rest, influence, sharpness)
         query = torch.cat([2 * sharpness[:, None, None] * moved_on_ball, torch.ones_like(key[..., :1])], dim=-1)
+        index, first = rows.index, 0
         if self.config.is_causal:
             neighbors = self.find(moved_on_ball.detach(), rest.detach(), rows, state)
-            if state is not None:
+            if state is not None and self.config.num_neighbors == 0:
+                before = self.config.local_window - 1
+                key, value = (self._tail(state, *named, before) for named in (("key", key), ("value", value)))
+                index, first = (
+                    before + torch.arange(u.shape[1], device=u.device).expand_as(index),
+                    index[:, :1] - before,
+                )
+            elif state is not None:
                 key, value = state.append("key", key), state.append("value", value)
-            y, total = self._read(query, key, value, fading, rows, neighbors)
+            y, total = self._read(query, key, value, fading, index, rows.reach, neighbors)
         else:
             y, total, neighbors = self._read_both_sides(query, key, value, fading, rows, moved_on_ball, rest)
 
@@ -312,11 +320,11 @@ class DynamicFlowAttention(nn.Module):
                 y, share = self.memory(y, total, query, sharpness, rows, state, u.dtype)
         weights = None
         if output_attentions:
-            num_entities = int(rows.index.max()) + 1
+            num_entities = int(index.max()) + 1
             key, value = key[:, :, :num_entities], value[:, :, :num_entities]
-            weights = self._weights(query, key, fading, rows, neighbors)
+            weights = self._weights(query, key, fading, index, rows, neighbors)
             weights = weights if share is None else weights * share.unsqueeze(-1)
-            places = torch.arange(num_entities, device=weights.device)[None]
+            places = first + torch.arange(num_entities, device=weights.device)[None]
             observed, weights_again = observe_weights(weights, places, rows, state)
             # Adds zero, and a gradient to what is returned.
             y = y + ((weights_again - weights) @ value).to(y.dtype)
@@ -324,11 +332,16 @@ class DynamicFlowAttention(nn.Module):
         entities = Entities(rest, moved_on_ball, influence, neighbors)
         return y.transpose(1, 2).flatten(2), moved, entities, weights
 
-    def _read(self, query, key, value, fading, rows: Rows, neighbors) -> tuple[torch.Tensor, torch.Tensor]:
+    def _tail(self, state: StateLayer, name: str, x: torch.Tensor, before: int) -> torch.Tensor:
+        """`[B, H, M, features]` behind what a window reaches before it: `[B, H, before + M, features]`."""
+        heads = x.shape[1]
+        return state.tail(name, x.transpose(1, 2).flatten(2), before).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    def _read(self, query, key, value, fading, index, reach, neighbors) -> tuple[torch.Tensor, torch.Tensor]:
         """y `[B, H, M, D]` and log Σ exp of its logits."""
         dropout = self.config.attention_dropout if self.training else 0.0
         window = self.config.local_window
-        return flow_attention(query, key, value, fading, rows.index, rows.reach, neighbors, window, dropout)
+        return flow_attention(query, key, value, fading, index, reach, neighbors, window, dropout)
 
     def _read_both_sides(self, query, key, value, fading, rows: Rows, moved, rest) -> tuple[torch.Tensor, ...]:
         """(y, log Σ exp of its logits, neighbours on both sides): the causal read, once from each end of the rows.
@@ -337,11 +350,12 @@ class DynamicFlowAttention(nn.Module):
         Z = Z_before + Z_after − e^ℓ_ii, and y likewise.
         """
         before = self.find(moved.detach(), rest.detach(), rows, None)
-        y_before, total_before = self._read(query, key, value, fading, rows, before)
+        y_before, total_before = self._read(query, key, value, fading, rows.index, rows.reach, before)
         turned = rows.turned()
         moved, rest, *ends = (rows.turn(x, dim=2) for x in (moved.detach(), rest.detach(), query, key, value))
         after = self.find(moved, rest, turned, None)
-        y_after, total_after = (rows.turn(x, dim=2) for x in self._read(*ends, fading, turned, after))
+        read_after = self._read(*ends, fading, turned.index, turned.reach, after)
+        y_after, total_after = (rows.turn(x, dim=2) for x in read_after)
         own = (query * key).sum(dim=-1)
         top = torch.maximum(total_before, total_after)
         parts = [(x - top).exp() for x in (total_before, total_after, own)]
@@ -353,11 +367,11 @@ class DynamicFlowAttention(nn.Module):
         neighbors = torch.cat([before, rows.turn(rows.turn_places(after), dim=2)], dim=-1)
         return y.to(value.dtype), top + scale.log(), neighbors
 
-    def _weights(self, query, key, fading, rows: Rows, neighbors) -> torch.Tensor:
+    def _weights(self, query, key, fading, index, rows: Rows, neighbors) -> torch.Tensor:
         """Dense flow weights `[B, H, M, N]` of what `forward` has read."""
         window = self.config.local_window
         ahead = torch.zeros_like(rows.index) if self.config.is_causal else rows.turn(rows.turned().reach)
-        return flow_weights(query, key, fading, rows.index, rows.reach, ahead, neighbors, window)
+        return flow_weights(query, key, fading, index, rows.reach, ahead, neighbors, window)
 
     @torch.compiler.disable  # it sorts with NumPy, in place
     @torch.no_grad()

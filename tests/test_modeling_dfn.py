@@ -15,7 +15,7 @@ from dfn_hf.modeling import pieces
 from dfn_hf.modeling.dfn_layer import FlowNorm, PersistentFieldMemory, ball, make_norm
 from dfn_hf.modeling.padding import lay_rows
 from dfn_hf.modeling.state_cache import CACHE_NAME
-from tests.families import VOCABULARY, draw_ids
+from tests.families import VOCABULARY, draw_ids, draw_model
 
 CPU = torch.device("cpu")
 TINY = {
@@ -569,3 +569,20 @@ def test_pieces_change_nothing(flow_norm, monkeypatch):
     monkeypatch.setattr(pieces, "ENTITIES_AT_ONCE", 3)
     for found, expected in zip(run(), whole, strict=True):
         assert torch.allclose(found, expected, **STRICT)
+
+
+def test_without_far_neighbours_the_state_does_not_grow():
+    model = draw_model("dfn", 1, num_neighbors=0, local_window=5, memory_slots=0, readout_window=1, flow_norm="entity")
+    ids = draw_ids(2, 40, 0)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    with torch.no_grad():
+        whole = model(ids, attention_mask=mask, output_attentions=True, use_cache=False)
+        cache = DynamicCache(config=model.config)
+        for start, stop in ((0, 3), (3, 4), (4, 25), (25, 40)):
+            part = slice(start, stop)
+            step = model(ids[:, part], attention_mask=mask[:, :stop], past_key_values=cache, output_attentions=True)
+            assert torch.allclose(step.logits, whole.logits[:, part], atol=1e-9, rtol=0)
+            for ours, expected in zip(step.attentions, whole.attentions, strict=True):
+                assert torch.allclose(ours, expected[:, :, part, :stop], atol=1e-9, rtol=0)
+    assert all(state.data.shape[1] < 5 for layer in cache.layers for state in layer.states.values())
