@@ -187,8 +187,8 @@ class EntitySampling(nn.Module):
     def ratio_loss(self, sampled: SampledEntities, rows: Rows) -> torch.Tensor:
         """How far each row is from `entity_rate`, `[B]`, 0 where it has it (H-Net's ratio loss, less its minimum).
 
-        N/(N − 1) · ((N − 1) F G + (1 − F)(1 − G)) − 1, N the samples per entity that are wanted, F the share of samples
-        that complete one, which has no gradient, G their mean density.
+        N/(N − 1) · ((N − 1) F G + (1 − F)(1 − G)) − 1, N the samples per entity that are wanted, F the share of
+        samples that complete one, which has no gradient, G their mean density.
         """
         counts = rows.real().sum(dim=1).clamp(min=1)
         share = sampled.layout.completed[:, -1] / counts
@@ -198,7 +198,7 @@ class EntitySampling(nn.Module):
 
 
 def lay_entities(completes: torch.Tensor, rows: Rows, state: StateLayer | None) -> EntityLayout:
-    """The layout of the entities that samples complete, bool `[B, M]`; `state` is of a layer over entities."""
+    """The layout of entities that samples complete, bool `[B, M]`; `state` is of a layer over entities or None."""
     completed = completes.long().cumsum(dim=1)
     counts, samples = completed[:, -1], torch.arange(completes.shape[1], device=completes.device)
     length = int(counts.max())

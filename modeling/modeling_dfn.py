@@ -86,7 +86,7 @@ class DFNPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["DFNLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_context_parallel = False
-    _keep_in_fp32_modules = ["flow_map", "position_proj", "flow_proj", "influence_proj"]
+    _keep_in_fp32_modules = ["flow_map", "position_proj", "flow_proj", "influence_proj", "coordinate_proj"]
     _keep_in_fp32_modules_strict = ["log_sharpness", "log_fading", "decay_logit"]
 
     @torch.no_grad()

@@ -22,6 +22,9 @@ SIZES = {
 }
 MODELS = {
     "dfn": lambda **sizes: DFNForCausalLM(DFNConfig(**SIZES | sizes, memory_slots=2, memory_chunk=4)),
+    "dfn-adaptive": lambda **sizes: DFNForCausalLM(
+        DFNConfig(**SIZES | sizes, local_window=4, entity_sampling="adaptive", max_entity_length=8)
+    ),
     "flownetwork": lambda **sizes: FlowNetworkForCausalLM(
         FlowNetworkConfig(**SIZES | sizes, memory_size=2, num_memory_heads=2, memory_chunk=4)
     ),

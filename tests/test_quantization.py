@@ -71,7 +71,7 @@ def test_a_quantized_model_saves_loads_and_generates(family, name, folders, tmp_
 def test_bitsandbytes_leaves_small_maps_that_decide(family, folders):
     model = load(folders / family, family, "int8")
     maps = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for name in DECIDING[family]:
+    for name in DECIDING[model.config.model_type]:
         named = [module for path, module in maps.items() if path.rsplit(".", 1)[-1] == name]
         assert named and not any(is_quantized(module) for module in named), name
 
@@ -80,7 +80,7 @@ def test_bitsandbytes_leaves_small_maps_that_decide(family, folders):
 def test_small_maps_stay_in_float32_where_a_model_is_loaded_in_float16(family, folders):
     model = type(MODELS[family]()).from_pretrained(folders / family, dtype=torch.float16).eval()
     kept = {path for path, weight in model.named_parameters() if weight.dtype == torch.float32}
-    for name in DECIDING[family]:
+    for name in DECIDING[model.config.model_type]:
         assert any(f".{name}." in path for path in kept), name
     assert logits_of(model).isfinite().all()
 

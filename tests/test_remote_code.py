@@ -79,6 +79,7 @@ CASES = {
             "causal_conv.py",
             "configuration_dfn.py",
             "dfn_layer.py",
+            "entity_sampling.py",
             "flow_attention.py",
             "flow_search.py",
             "modeling_dfn.py",

@@ -80,6 +80,39 @@ def recall(
 
 
 @app.command()
+def bytes(
+    models: Annotated[list[str] | None, typer.Option("--model", help="One of the table's; repeat it.")] = None,
+    seeds: Seeds = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 800,
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows per step.")] = 4,
+    length: Annotated[int, typer.Option(min=2, help="Bytes per window.")] = 512,
+    learning_rate: Annotated[float, typer.Option(help="Peak, of all models.")] = 6e-3,
+    evaluation_windows: Annotated[int, typer.Option(help="Windows of the validation split.")] = 128,
+    results: Results = RESULTS_FOLDER / "bytes.csv",
+    threads: Threads = 1,
+    device: Device = "cpu",
+) -> None:
+    """Bytes without tokens: entities sampled where the flow turns, beside one per byte, fixed spans and Llamas.
+
+    Example: dfn-hf bench bytes --seeds 1 --model adaptive
+    """
+    from .byte_entities import MODELS, ByteEntitySettings, byte_entities_table, run_byte_entities
+    from .machine import set_up_device
+
+    set_up_device(device, threads)
+    settings = ByteEntitySettings(
+        learning_rate=learning_rate,
+        steps=steps,
+        batch_size=batch_size,
+        length=length,
+        evaluation_windows=evaluation_windows,
+        device=device,
+    )
+    finished = run_byte_entities(settings, models=models or MODELS, seeds=range(seeds), path=results, report=_report)
+    _print(byte_entities_table(finished), {measures.machine for _, measures in finished}, results)
+
+
+@app.command()
 def lm(
     models: Models = ["dfn", "llama", "llama-conv"],  # noqa: B006
     seeds: Seeds = 3,

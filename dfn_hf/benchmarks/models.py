@@ -63,7 +63,8 @@ def _build_flownetwork(
     return model_class(FlowNetworkConfig(**{**vars(size), "num_memory_heads": size.num_attention_heads, **options}))
 
 
-def _build_llama(size: ModelSize, model_class: type[LlamaForCausalLM] = LlamaForCausalLM) -> PreTrainedModel:
+def build_llama(size: ModelSize, model_class: type[LlamaForCausalLM] = LlamaForCausalLM) -> PreTrainedModel:
+    """A Llama of exactly these sizes."""
     config = LlamaConfig(
         **{**vars(size), "initializer_range": size.initializer_range or size.hidden_size**-0.5},
         num_key_value_heads=size.num_attention_heads,
@@ -83,8 +84,8 @@ _BUILDERS: dict[str, Callable[..., PreTrainedModel]] = {
     "flownetwork-1-pattern": partial(_build_flownetwork, num_patterns=1),
     "flownetwork-no-flow": partial(_build_flownetwork, model_class=FlowNetworkWithoutFlow),
     "flownetwork-no-memory": partial(_build_flownetwork, memory_size=0),
-    "llama": _build_llama,
-    "llama-conv": partial(_build_llama, model_class=ConvGatedLlamaForCausalLM),
+    "llama": build_llama,
+    "llama-conv": partial(build_llama, model_class=ConvGatedLlamaForCausalLM),
 }
 MODELS = tuple(_BUILDERS)
 

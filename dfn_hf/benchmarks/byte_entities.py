@@ -1,0 +1,248 @@
+"""Bytes without tokens: a DFN that samples entities beside one with an entity per byte, and Llamas."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import pad
+from transformers import PreTrainedModel, set_seed
+
+from dfn_hf import DFNConfig, DFNForCausalLM
+
+from .byte_lm import _windows, validate
+from .byte_text import VOCAB_SIZE
+from .fitting import fit
+from .machine import describe_machine
+from .models import ModelSize, build_llama, build_model, count_parameters
+from .operations import operations_per_token
+from .results import ResultsFile, markdown_table, mean_with_error
+
+SAMPLINGS = {"adaptive": "adaptive", "fixed spans": "uniform"}
+MODELS = ("dfn", *SAMPLINGS, "llama", "llama of equal compute")
+CHEAP_LLAMA_LAYERS = 3  # of the Llama of equal compute
+LETTERS = torch.tensor([byte for byte in range(256) if chr(byte).isascii() and chr(byte).isalpha()])
+
+
+@dataclass(frozen=True)
+class ByteEntitySettings:
+    """One training run. The DFN of an entity per byte has the sizes; those of the others follow from its parameters.
+
+    `num_entity_layers` and `sample_intermediate_size` are those of the DFN that samples entities.
+    """
+
+    model: str = "adaptive"
+    seed: int = 0
+    learning_rate: float = 6e-3
+    steps: int = 800
+    batch_size: int = 4
+    length: int = 512
+    hidden_size: int = 128
+    num_hidden_layers: int = 5
+    num_attention_heads: int = 4
+    intermediate_size: int = 384
+    entity_rate: float = 0.2
+    num_entity_layers: int = 3
+    sample_intermediate_size: int = 256
+    evaluation_windows: int = 128
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class ByteEntityMeasures:
+    """What a run found on even windows of the validation split.
+
+    Attributes:
+        parameters: trainable ones.
+        operations: of a forward pass, per byte; see `operations_per_token`.
+        loss: nats per byte.
+        top1: share of bytes that were the first choice.
+        bytes_per_entity: 1 where a byte is an entity.
+        word_starts, word_insides: share of words' first bytes, and of their others, that begin an entity.
+        training_seconds: of processor time.
+        wall_seconds: of training.
+    """
+
+    parameters: int
+    operations: float
+    loss: float
+    top1: float
+    bytes_per_entity: float
+    word_starts: float
+    word_insides: float
+    training_seconds: float
+    wall_seconds: float
+    machine: str
+
+
+def measure_byte_entities(
+    settings: ByteEntitySettings, report: Callable[[str], None] = lambda line: None
+) -> ByteEntityMeasures:
+    """Train a fresh model on random windows of the train split; measure it on the validation split."""
+    set_seed(settings.seed)
+    model = build(settings)
+    started = time.perf_counter()
+
+    def announce(step: int) -> None:
+        report(f"{settings.model}, seed {settings.seed}: step {step}, {time.perf_counter() - started:.0f} s")
+
+    trained = fit(
+        model,
+        _windows("train", settings.length).random_batches(settings.batch_size, settings.seed),
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        evaluate=announce,
+    )
+    held_out = _windows("validation", settings.length)
+    validation = validate(model, held_out.even_batches(settings.evaluation_windows, settings.batch_size))
+    placed = [
+        placement(model, batch["input_ids"])
+        for batch in held_out.even_batches(settings.evaluation_windows, settings.batch_size)
+    ]
+    rate, word_starts, word_insides = np.mean(placed, axis=0)
+    return ByteEntityMeasures(
+        parameters=count_parameters(model),
+        operations=operations_per_token(model, next(held_out.even_batches(16, 16))["input_ids"].to(settings.device)),
+        loss=validation.loss,
+        top1=validation.top1,
+        bytes_per_entity=round(1 / rate, 3),
+        word_starts=round(word_starts, 4),
+        word_insides=round(word_insides, 4),
+        training_seconds=round(trained.seconds, 1),
+        wall_seconds=round(trained.wall_seconds, 1),
+        machine=describe_machine(settings.device),
+    )
+
+
+def build(settings: ByteEntitySettings) -> PreTrainedModel:
+    """A freshly initialised model of these settings; seed torch before.
+
+    Raises:
+        ValueError: an unknown model, or sizes that leave no parameters or operations for the compared one.
+    """
+    size = ModelSize(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=settings.hidden_size,
+        num_hidden_layers=settings.num_hidden_layers,
+        num_attention_heads=settings.num_attention_heads,
+        intermediate_size=settings.intermediate_size,
+    )
+    if settings.model in ("dfn", "llama"):
+        return build_model(settings.model, size, device=settings.device)
+    if settings.model not in MODELS:
+        raise ValueError(f"model is {settings.model!r}: choose one of {', '.join(MODELS)}")
+    with torch.device("meta"):
+        parameters = count_parameters(build_model("dfn", size, device="meta"))
+    options = {
+        "entity_sampling": SAMPLINGS.get(settings.model, "uniform"),  # whose rate the adaptive one is held to
+        "entity_rate": settings.entity_rate,
+        "sample_intermediate_size": settings.sample_intermediate_size,
+    }
+
+    def sampling_dfn(width: int) -> PreTrainedModel:
+        sizes = {"num_hidden_layers": settings.num_entity_layers, "intermediate_size": width}
+        return DFNForCausalLM(DFNConfig(**vars(size) | sizes | options))
+
+    sampling = fitted(sampling_dfn, parameters, count_parameters)
+    if settings.model in SAMPLINGS:
+        return sampling.to(settings.device)
+
+    ids = torch.zeros(1, settings.length, dtype=torch.long)
+
+    def operations(model: PreTrainedModel) -> float:
+        return operations_per_token(model, ids)
+
+    def llama(width: int) -> PreTrainedModel:
+        return build_llama(replace(size, num_hidden_layers=CHEAP_LLAMA_LAYERS, intermediate_size=width))
+
+    return fitted(llama, operations(sampling), operations).to(settings.device)
+
+
+def fitted(
+    make: Callable[[int], PreTrainedModel], wanted: float, measure: Callable[[PreTrainedModel], float]
+) -> PreTrainedModel:
+    """The model of that width whose measure, which grows linearly with the width, comes nearest to what is wanted.
+
+    Raises:
+        ValueError: the narrowest has more.
+    """
+    least, next_least = (measure(make(width)) for width in (1, 2))
+    width = 1 + round((wanted - least) / (next_least - least))
+    if width < 1:
+        raise ValueError(f"the narrowest model has {least:,.0f} and {wanted:,.0f} are wanted: choose larger sizes")
+    return make(width)
+
+
+@torch.no_grad()
+def placement(model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[float, float, float]:
+    """Entities per byte; shares of words' first bytes, and of their other bytes, that begin an entity."""
+    outputs = model(input_ids.to(model.device), use_cache=False)
+    boundaries = getattr(outputs, "boundaries", None)
+    if boundaries is None:
+        return 1.0, 1.0, 1.0
+    boundaries = boundaries.cpu()
+    begins = pad(boundaries, (1, 0), value=True)[:, :-1]
+    letters = torch.isin(input_ids, LETTERS)
+    inside = letters & pad(letters, (1, 0))[:, :-1]
+    starts = letters & ~inside
+    return tuple(
+        float(share)
+        for share in (boundaries.float().mean(), begins[starts].float().mean(), begins[inside].float().mean())
+    )
+
+
+def run_byte_entities(
+    settings: ByteEntitySettings,
+    *,
+    models: Sequence[str],
+    seeds: Iterable[int],
+    path: Path,
+    report: Callable[[str], None] = lambda line: None,
+) -> list[tuple[ByteEntitySettings, ByteEntityMeasures]]:
+    """Every model with every seed on the same batches; finished runs are taken from the CSV at `path`.
+
+    Args:
+        settings: what all runs share; its `model` and `seed` are replaced.
+    """
+    results = ResultsFile(path, ByteEntitySettings, ByteEntityMeasures)
+    runs = [replace(settings, model=model, seed=seed) for seed in seeds for model in models]
+    return [(run, results.run(run, lambda missing: measure_byte_entities(missing, report))) for run in runs]
+
+
+def byte_entities_table(results: list[tuple[ByteEntitySettings, ByteEntityMeasures]]) -> str:
+    """One line per model, mean ± standard error over seeds."""
+    header = (
+        "model",
+        "parameters",
+        "million operations per byte",
+        "bytes per entity",
+        "seeds",
+        "bits per byte",
+        "top-1",
+        "entities begin at words' starts",
+        "inside words",
+        "processor, ms per step",
+    )
+    lines = []
+    for name in dict.fromkeys(run.model for run, _ in results):
+        runs = [(run, measures) for run, measures in results if run.model == name]
+        found = [measures for _, measures in runs]
+        sampled = name in SAMPLINGS
+        lines.append(
+            (
+                name,
+                f"{found[0].parameters:,}",
+                mean_with_error([one.operations / 1e6 for one in found]),
+                mean_with_error([one.bytes_per_entity for one in found], digits=2) if sampled else "–",
+                str(len(found)),
+                mean_with_error([one.loss / math.log(2) for one in found]),
+                mean_with_error([one.top1 for one in found]),
+                mean_with_error([one.word_starts for one in found]) if sampled else "–",
+                mean_with_error([one.word_insides for one in found]) if sampled else "–",
+                mean_with_error([1000 * one.training_seconds / run.steps for run, one in runs], digits=0),
+            )
+        )
+    return markdown_table(header, lines)
