@@ -536,6 +536,27 @@ def info(model: Annotated[str, typer.Argument(help=MODEL_HELP)]) -> None:
 
 
 @app.command()
+def show(
+    model: Annotated[str, typer.Argument(help=MODEL_HELP)],
+    output: Annotated[Path, typer.Argument(help="New picture: .png, .svg or .pdf.")],
+    text: Annotated[
+        str | None, typer.Option(help="Text to run the model over. Default: a sonnet's beginning.")
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="Of the positions, from 0. Default: where it shows most.")] = None,
+    head: Annotated[int | None, typer.Option(help="Of the positions, from 0. Default: where it shows most.")] = None,
+) -> None:
+    """Draw what a DFN made of a text: where it placed entities, where they lie and flow, and what they read.
+
+    Example: `dfn-hf show dfn-tiny picture.png --text "To be, or not to be, that is the question"`
+    """
+    from .showing import show_text
+
+    refuse(output.exists(), f"{output} exists: choose a new file")
+    show_text(model, str(output), text, layer=layer, head=head)
+    typer.echo(f"drawn: {output}")
+
+
+@app.command()
 def push(
     folder: Annotated[Path, typer.Argument(help="Folder of a saved model.")],
     repository: Annotated[str, typer.Argument(help="Hub repository, owner/name; made where there is none.")],

@@ -1,0 +1,41 @@
+"""Pictures of what a saved model makes of an input, whatever its kind."""
+
+from pathlib import Path
+
+from .entity_pictures import plot_entities, read_entities
+from .sources import load_causal_lm, load_config
+from .visualization import flow_map, plot_flow_map
+
+PICTURES = (".png", ".svg", ".pdf")
+TEXT = (
+    "Shall I compare thee to a summer's day?\nThou art more lovely and more temperate:\n"
+    "Rough winds do shake the darling buds of May,\nAnd summer's lease hath all too short a date:\n"
+)
+
+
+def show_text(
+    source: str, path: str, text: str | None = None, *, layer: int | None = None, head: int | None = None
+) -> None:
+    """Draw what a DFN makes of `text`: the entities it samples, or what a token reads where every token is an entity.
+
+    Args:
+        source: a folder, an embedded checkpoint's name or a Hub id.
+        path: picture to write.
+        text: of a sonnet if None.
+        layer, head: of the positions, from 0; None where it shows most.
+
+    Raises:
+        ValueError: a model that is no DFN, a picture of an unknown kind, or what the pictures refuse.
+    """
+    if Path(path).suffix not in PICTURES:
+        raise ValueError(f"{path} has none of the endings {', '.join(PICTURES)} of a picture")
+    config = load_config(source)
+    if config.model_type != "dfn":
+        raise ValueError(f"{source} is a {config.model_type}: only a DFN can be shown")
+    model, tokenizer = load_causal_lm(source)
+    model.eval()
+    text = TEXT if text is None else text
+    if config.entity_sampling == "token":
+        plot_flow_map(flow_map(model, tokenizer, text, layer=layer, head=head), path=path)
+    else:
+        plot_entities(read_entities(model, tokenizer, text, layer=layer or 0, head=head or 0), path=path)
