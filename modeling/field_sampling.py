@@ -1,9 +1,9 @@
 """Entities of a field: spans of samples along a space-filling curve, short where the flow turns.
 
-A learnt density d_i > 0 rises where the flow turns between neighbours (architecture, "Continuous entities"). Accumulated,
-D_i = Σ_{j≤i} d_j, it cuts the curve at whole numbers: entity k is what lies between D = k and D = k + 1. A sample that a
-cut goes through belongs to both sides, to each by its share of the density, as in continuous integrate-and-fire (Dong
-& Xu 2020, arXiv 1905.11235): so the density has a gradient.
+A learnt density d_i > 0 rises where the flow turns between neighbours (architecture, "Continuous entities").
+Accumulated, D_i = Σ_{j≤i} d_j, it cuts the curve at whole numbers: entity k is what lies between D = k and D = k + 1.
+A sample that a cut goes through belongs to both sides, to each by its share of the density, as in continuous
+integrate-and-fire (Dong & Xu 2020, arXiv 1905.11235): so the density has a gradient.
 
 Shape letters: B batch, N samples, E entities, S pieces of samples (N + E), c coordinate_dim, F features.
 """
@@ -16,14 +16,14 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from .configuration_dfn import DFNConfig
-from .dfn_layer import unit_linear
 from .hilbert_curve import LAST_KEY, Box
 from .small_maps import decide
 
 CURVE_SHIFTS = (0.0, 1 / 3, 2 / 3)  # neighbours in space lie side by side on one of them
 SMOOTHING = 2  # samples on each side along a curve whose turning is averaged
 FIRST_EXPONENT = 0.5  # of the turning, which is a squared difference: densities that rise with the difference
-FIRST_FLOOR = 1e-3  # turning that is added everywhere
+FLOW_STD = 4.0  # the cosine is the same at any scale; large weights turn slowly, and borders with them
+FIRST_FLOOR = 5e-5  # turning that is added everywhere
 
 
 class FlowDensity(nn.Module):
@@ -34,7 +34,8 @@ class FlowDensity(nn.Module):
 
     def __init__(self, config: DFNConfig):
         super().__init__()
-        self.flow_map = unit_linear(config.hidden_size, config.num_attention_heads * config.position_dim)
+        self.flow_map = nn.Linear(config.hidden_size, config.num_attention_heads * config.position_dim, bias=False)
+        self.flow_map.init_std = FLOW_STD
         self.log_floor = nn.Parameter(torch.empty(()))
         self.log_exponent = nn.Parameter(torch.empty(()))
 
@@ -52,7 +53,7 @@ class FlowDensity(nn.Module):
             `[B, N]`, positive, in float32 or float64.
         """
         with torch.autocast(states.device.type, enabled=False):
-            flow = decide(self.flow_map, states)
+            flow = decide(self.flow_map, states.detach())
             flow = F.normalize(flow.to(torch.promote_types(flow.dtype, torch.float32)), dim=-1)
             turning = sum(self._along(flow, coordinates, real, box, shift) for shift in CURVE_SHIFTS)
             turning = turning / len(CURVE_SHIFTS)

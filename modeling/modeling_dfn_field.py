@@ -17,7 +17,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_dfn import DFNConfig
 from .dfn_layer import DFNLayer, unit_linear
-from .field_interpolation import GaussianInterpolation, LocalWaves
+from .field_interpolation import NUM_WAVES, GaussianInterpolation, LocalWaves, take
 from .field_sampling import FlowDensity, Spans, cut, fill
 from .hilbert_curve import KEY_BITS, LAST_KEY, Box
 from .modeling_dfn import DFNPreTrainedModel
@@ -72,11 +72,16 @@ class DFNFieldPreTrainedModel(DFNPreTrainedModel):
 
     main_input_name = "coordinates"
     _keep_in_fp32_modules = [*DFNPreTrainedModel._keep_in_fp32_modules, "coordinate_proj", "frequency"]
-    _keep_in_fp32_modules_strict = [*DFNPreTrainedModel._keep_in_fp32_modules_strict, "log_floor", "log_exponent"]
+    _keep_in_fp32_modules_strict = [
+        *DFNPreTrainedModel._keep_in_fp32_modules_strict,
+        "log_floor",
+        "log_exponent",
+        "log_steps",
+    ]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, FlowDensity):
+        if isinstance(module, (FlowDensity, GaussianInterpolation)):
             module.reset_parameters()
         else:
             super()._init_weights(module)
@@ -100,7 +105,8 @@ class DFNFieldModel(DFNFieldPreTrainedModel):
         )
         self.density = FlowDensity(config) if config.entity_sampling == "adaptive" else None
         self.waves = LocalWaves(config)
-        self.moment_proj = nn.Linear(2 * self.waves.frequency.out_features, config.hidden_size, bias=False)
+        self.moment_proj = unit_linear(2 * NUM_WAVES * config.value_dim, config.hidden_size)
+        self.moment_proj.init_std = 1.0
         self.place_proj = unit_linear(2 * c * NUM_OCTAVES, config.hidden_size)
         self.layers = nn.ModuleList(
             [
@@ -130,21 +136,22 @@ class DFNFieldModel(DFNFieldPreTrainedModel):
         coordinates = torch.where(mask.unsqueeze(-1), coordinates, 0).to(dtype)
         values = torch.where(mask.unsqueeze(-1), values, 0).to(dtype)
         box = Box.around(coordinates, mask)
-        order = curve_order(box, coordinates, values, mask)
-        coordinates, values = (x.gather(1, order.unsqueeze(-1).expand_as(x)) for x in (coordinates, values))
-        real, rows = rows_of(mask.sum(dim=1), mask.shape[1])
+        counts = mask.sum(dim=1)
+        order = curve_order(box, coordinates, values, mask)[:, : int(counts.max())]  # hidden ones lie behind
+        coordinates, values = (take(x, order.unsqueeze(-1)).squeeze(2) for x in (coordinates, values))
+        real, rows = rows_of(counts, order.shape[1])
         states = self.value_proj(torch.cat([values, torch.ones_like(values[..., :1])], dim=-1))
+        density = self._fill(states, coordinates, real, box)
         for layer in self.sample_layers:
             states = layer(states, None, rows, coordinates)[0]
-        density = self._fill(states, coordinates, real, box)
-        entities = min(self._most_entities(), int(real.sum(dim=1).max()))
+        entities = min(self._most_entities(), order.shape[1])
         spans = cut(density, real, entities, dtype)
         mass = spans.sums(spans.mass.unsqueeze(-1)).clamp(min=torch.finfo(dtype).tiny)
         centre, mean = self._means(spans, mass, coordinates), self._means(spans, mass, values)
         scale = entity_scales(spans, mass, coordinates, centre, box)
         log_mass = torch.where(spans.real, mass.squeeze(-1).log(), 0)
         _, rows = rows_of(spans.real.sum(dim=1), entities)
-        states = self._pool(spans, states, coordinates, centre, scale)
+        states = self._pool(spans, mass, states, coordinates, values, centre, mean, scale)
         for layer in self.layers:
             states = layer(states, None, rows, centre, log_mass)[0]
         return DFNFieldModelOutput(
@@ -154,7 +161,7 @@ class DFNFieldModel(DFNFieldPreTrainedModel):
             entity_mask=None if bool(spans.real.all()) else spans.real,
             entity_values=mean,
             entity_scales=scale,
-            density=torch.zeros_like(density).scatter(1, order, density).to(dtype),
+            density=density.new_zeros(mask.shape).scatter(1, order, density).to(dtype),
         )
 
     def _most_entities(self) -> int:
@@ -170,11 +177,12 @@ class DFNFieldModel(DFNFieldPreTrainedModel):
     def _means(self, spans: Spans, mass: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return spans.sums(spans.of_samples(x) * spans.mass.unsqueeze(-1)) / mass
 
-    def _pool(self, spans: Spans, states, coordinates, centre, scale) -> torch.Tensor:
-        """States of entities: what their samples' states come to, with where in the entity each lies."""
+    def _pool(self, spans: Spans, mass, states, coordinates, values, centre, mean, scale) -> torch.Tensor:
+        """States of entities: the mean of their samples', the moments of values with waves, and where they lie."""
         offsets = (spans.of_samples(coordinates) - spans.of_entities(centre)) / spans.of_entities(scale)
-        placed = spans.of_samples(states) * (1 + self.moment_proj(self.waves(offsets)))
-        pooled = spans.sums(placed * spans.share.unsqueeze(-1))
+        left = (spans.of_samples(values) - spans.of_entities(mean)) * spans.mass.unsqueeze(-1)
+        moments = spans.sums((self.waves(offsets).unsqueeze(-1) * left.unsqueeze(2)).flatten(2)) / mass
+        pooled = spans.sums(spans.of_samples(states) * spans.share.unsqueeze(-1)) + self.moment_proj(moments)
         octaves = math.pi * 2.0 ** torch.arange(NUM_OCTAVES, device=centre.device, dtype=centre.dtype)
         angles = (centre.unsqueeze(-1) * octaves).flatten(2)
         return pooled + self.place_proj(torch.cat([angles.cos(), angles.sin()], dim=-1))
@@ -268,21 +276,23 @@ class DFNForFieldReconstruction(DFNFieldPreTrainedModel):
             ValueError: inputs that do not fit together; the message names them and the remedy.
         """
         outputs: DFNFieldModelOutput = self.model(coordinates, values, mask)
-        if query_coordinates is None:
-            query_coordinates = coordinates
-            if labels is None and mask is not None and not bool(mask.all()):
-                labels = values.masked_fill(mask.bool().unsqueeze(-1), math.nan)
-        real = outputs.entity_mask
+        if query_coordinates is None and labels is None and mask is not None and not bool(mask.all()):
+            labels = values.masked_fill(mask.bool().unsqueeze(-1), math.nan)
+        real, dtype = outputs.entity_mask, outputs.entity_coordinates.dtype
         if real is None:
             real = torch.ones_like(outputs.entity_weights, dtype=torch.bool)
-        queries = query_coordinates.to(outputs.entity_coordinates.dtype)
+        if mask is None:
+            mask = torch.ones_like(coordinates[..., 0], dtype=torch.bool)
         reconstruction = self.decoder(
-            queries,
+            None if query_coordinates is None else query_coordinates.to(dtype),
             outputs.last_hidden_state,
             outputs.entity_coordinates,
             outputs.entity_scales,
             outputs.entity_values,
             real,
+            coordinates.to(dtype),
+            torch.where(mask.bool().unsqueeze(-1), values, 0).to(dtype),
+            mask.bool(),
         )
         return DFNFieldReconstructionOutput(
             loss=None if labels is None else mean_squared_error(reconstruction, labels),
