@@ -3,6 +3,7 @@
     e     = normalise(W · mean of a view's states over its real tokens or entities)
     ℓ_ij  = exp(s) e_i · e'_j                                     row i: view i against every pair
     loss  = ½ Σ over both directions of the mean cross-entropy of ℓ with the diagonal as its labels
+            + ratio_coef · mean of the texts' ratio losses, with `entity_sampling="adaptive"`
 
 Symmetric InfoNCE with in-batch negatives and a learned temperature: CLIP (Radford et al. 2021, arXiv 2103.00020,
 fig. 3).
@@ -113,11 +114,11 @@ class DFNForContrastive(DFNPreTrainedModel):
             ValueError: a view is neither or both of text and field; a field where there is no tower for one; a view
                 of nothing but padding; other numbers of first and second views; or training on one pair alone.
         """
-        embeds = self._embed("", input_ids, inputs_embeds, attention_mask, coordinates, values, mask)
+        embeds, ratio = self._embed("", input_ids, inputs_embeds, attention_mask, coordinates, values, mask)
         pair = (pair_input_ids, pair_inputs_embeds, pair_attention_mask, pair_coordinates, pair_values, pair_mask)
         if all(view is None for view in pair):
             return DFNContrastiveOutput(embeds=embeds)
-        pair_embeds = self._embed("pair_", *pair)
+        pair_embeds, pair_ratio = self._embed("pair_", *pair)
         if len(embeds) != len(pair_embeds):
             raise ValueError(
                 f"There are {len(embeds)} first views and {len(pair_embeds)} second: row i of one must be the pair of "
@@ -126,16 +127,22 @@ class DFNForContrastive(DFNPreTrainedModel):
         scale = capped_scale(self.logit_scale.to(embeds.dtype))
         loss = None
         if return_loss:
-            processes = world_size()
-            if self.training and len(embeds) * processes == 1:
+            if self.training and len(embeds) * world_size() == 1:
                 raise ValueError("One pair has no other to be told from: train on batches of two pairs or more.")
             loss = info_nce(embeds, pair_embeds, scale)
+            ratios = [rows for rows in (ratio, pair_ratio) if rows is not None]
+            if ratios:
+                loss = loss + self.config.ratio_coef * torch.cat(ratios).mean()
         with torch.autocast(embeds.device.type, enabled=False):
             logits = scale * embeds @ pair_embeds.T
         return DFNContrastiveOutput(loss=loss, logits_per_pair=logits, embeds=embeds, pair_embeds=pair_embeds)
 
-    def _embed(self, prefix, input_ids, inputs_embeds, attention_mask, coordinates, values, mask) -> torch.Tensor:
-        """One view → `[B, projection_dim]`, of length 1; `prefix` is of its arguments' names."""
+    def _embed(self, prefix, input_ids, inputs_embeds, attention_mask, coordinates, values, mask):
+        """One view → (`[B, projection_dim]`, of length 1; `[B]`, its ratio losses, or None).
+
+        Args:
+            prefix: of its arguments' names.
+        """
         is_text = input_ids is not None or inputs_embeds is not None
         is_field = coordinates is not None or values is not None
         if is_text == is_field:
@@ -160,7 +167,8 @@ class DFNForContrastive(DFNPreTrainedModel):
             projection = self.field_projection
         pooled = masked_mean(outputs.last_hidden_state, real, f"{prefix}{'attention_mask' if is_text else 'mask'}")
         projected = projection(pooled.to(projection.weight.dtype))
-        return F.normalize(projected.to(torch.promote_types(projected.dtype, torch.float32)), dim=-1)
+        embeds = F.normalize(projected.to(torch.promote_types(projected.dtype, torch.float32)), dim=-1)
+        return embeds, outputs.ratio_loss if is_text else None
 
 
 def masked_mean(states: torch.Tensor, mask: torch.Tensor | None, name: str) -> torch.Tensor:

@@ -115,6 +115,17 @@ def test_padding_and_other_rows_change_nothing(seed):
     assert torch.allclose(whole.embeds.square().sum(dim=1), torch.ones(ROWS, dtype=torch.float64), **STRICT)
 
 
+def test_bytes_that_become_entities_keep_their_rate():
+    model, texts = draw(1, entity_sampling="adaptive", local_window=4, ratio_coef=0.5), draw_texts(1)
+    outputs = model(**texts)
+    expected = reference_loss(outputs.embeds, outputs.pair_embeds, model.logit_scale.double().exp())
+    first = model.model(texts["input_ids"], attention_mask=texts["attention_mask"]).ratio_loss
+    second = model.model(texts["pair_input_ids"]).ratio_loss
+    ratio = torch.cat([first, second]).mean()
+    assert ratio > 0.01
+    assert torch.allclose(outputs.loss, expected + 0.5 * ratio, **STRICT)
+
+
 @pytest.mark.parametrize("sampling", ["token", "adaptive"])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_field_takes_the_place_of_either_text(seed, sampling):

@@ -1,0 +1,116 @@
+"""Contrastive training: the two views of a row close, those of other rows far.
+
+    rows, held_out = (text_pairs(load_verses(split), tokenizer) for split in ("train", "validation"))
+    train_contrastive(DFNForContrastive(config), tokenizer, rows, held_out, "my-embedder")
+
+Rows are made by `views.py`; `retrieval.py` tells how well one view then finds the other.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from accelerate import PartialState
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from torch.utils.data import Sampler
+from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+
+from .model_card import PROVENANCE, UNSTATED, titled_card
+from .modeling.modeling_dfn_contrastive import DFNForContrastive
+from .training import MatrixDecayTrainer, TrainingResult, TrainingSettings, train_model
+from .views import ContrastiveCollator, DistinctPairsSampler, Row
+
+
+class ContrastiveTrainer(MatrixDecayTrainer):
+    """A Trainer whose batches hold each second view once; the loss needs no labels."""
+
+    def __init__(self, args: TrainingArguments, **kwargs: Any) -> None:
+        args.label_names = []
+        args.dataloader_drop_last = True  # a batch of few rows has few negatives, of one none
+        super().__init__(args=args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        return DistinctPairsSampler(
+            cast(Any, self.train_dataset), self.args.per_device_train_batch_size, self.args.seed
+        )
+
+
+def train_contrastive(
+    model: DFNForContrastive | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_rows: Sequence[Row],
+    validation_rows: Sequence[Row],
+    output_folder: str | Path,
+    settings: TrainingSettings | None = None,
+    *,
+    provenance: str = "",
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+    callbacks: Iterable[TrainerCallback] = (),
+) -> TrainingResult:
+    """Train `model` so that the views of a row lie close; saved, resumed and logged as by `training.train_model`.
+
+    The other rows of a batch are a row's negatives, those of all processes together. Batches are not accumulated:
+    `gradient_accumulation_steps` means several batches, each with negatives of its own.
+
+    Args:
+        train_rows, validation_rows: of two views each (`text_pairs`, `pair_views`).
+
+    Returns:
+        Its losses are those of batches, in nats per pair: comparable between runs of one `batch_size`.
+
+    Raises:
+        ValueError: fewer different second views than a batch holds, or what `train_model` refuses.
+    """
+    settings = settings or TrainingSettings()
+    for name, rows in (("train", train_rows), ("validation", validation_rows)):
+        if len(rows) < settings.batch_size:
+            raise ValueError(
+                f"there are {len(rows)} pairs to {name} on, fewer than a batch of {settings.batch_size}: lower "
+                "batch_size (--batch-size), or give more"
+            )
+    result = train_model(
+        model,
+        tokenizer,
+        cast(Any, train_rows),
+        cast(Any, validation_rows),
+        output_folder,
+        settings,
+        provenance=provenance,
+        resume=resume,
+        overwrite=overwrite,
+        progress=progress,
+        callbacks=callbacks,
+        data_collator=ContrastiveCollator(tokenizer.pad_token_id),
+        make_trainer=ContrastiveTrainer,
+    )
+    if PartialState().is_main_process:
+        embedder_card(result, provenance).save(result.folder / "README.md")
+    return result
+
+
+def embedder_card(result: TrainingResult, provenance: str) -> ModelCard:
+    """The card of a freshly trained model that embeds."""
+    config = AutoConfig.from_pretrained(result.folder)
+    name = result.folder.resolve().name
+    text = f"""A `DFNForContrastive` that embeds into {config.projection_dim} dimensions.
+
+```python
+from transformers import AutoTokenizer
+from dfn_hf.modeling.modeling_dfn_contrastive import DFNForContrastive
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = DFNForContrastive.from_pretrained("{name}")
+embeds = model(**tokenizer(["In the beginning", "En el principio"], padding=True, return_tensors="pt")).embeds
+```
+
+`dfn_hf.sentence_embeddings.to_sentence_transformer(model, tokenizer)` makes a sentence-transformers model of it.
+
+## {PROVENANCE}
+
+{provenance or UNSTATED}
+Validation loss {result.validation_loss:.4f} nats per pair (symmetric InfoNCE over batches).
+"""
+    return titled_card(config, name, text, task="sentence-similarity")
