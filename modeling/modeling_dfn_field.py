@@ -104,9 +104,11 @@ class DFNFieldModel(DFNFieldPreTrainedModel):
             [DFNLayer(of_samples, layer_idx, c) for layer_idx in range(config.num_sample_layers)]
         )
         self.density = FlowDensity(config) if config.entity_sampling == "adaptive" else None
-        self.waves = LocalWaves(config)
-        self.moment_proj = unit_linear(2 * NUM_WAVES * config.value_dim, config.hidden_size)
-        self.moment_proj.init_std = 1.0
+        self.waves = self.moment_proj = None  # a sample that is an entity has no moments
+        if config.entity_sampling != "token":
+            self.waves = LocalWaves(config)
+            self.moment_proj = nn.Linear(2 * NUM_WAVES * config.value_dim, config.hidden_size, bias=False)
+            self.moment_proj.init_std = 1.0
         self.place_proj = unit_linear(2 * c * NUM_OCTAVES, config.hidden_size)
         self.layers = nn.ModuleList(
             [
@@ -179,10 +181,12 @@ class DFNFieldModel(DFNFieldPreTrainedModel):
 
     def _pool(self, spans: Spans, mass, states, coordinates, values, centre, mean, scale) -> torch.Tensor:
         """States of entities: the mean of their samples', the moments of values with waves, and where they lie."""
-        offsets = (spans.of_samples(coordinates) - spans.of_entities(centre)) / spans.of_entities(scale)
-        left = (spans.of_samples(values) - spans.of_entities(mean)) * spans.mass.unsqueeze(-1)
-        moments = spans.sums((self.waves(offsets).unsqueeze(-1) * left.unsqueeze(2)).flatten(2)) / mass
-        pooled = spans.sums(spans.of_samples(states) * spans.share.unsqueeze(-1)) + self.moment_proj(moments)
+        pooled = spans.sums(spans.of_samples(states) * spans.share.unsqueeze(-1))
+        if self.waves is not None:
+            offsets = (spans.of_samples(coordinates) - spans.of_entities(centre)) / spans.of_entities(scale)
+            left = (spans.of_samples(values) - spans.of_entities(mean)) * spans.mass.unsqueeze(-1)
+            moments = spans.sums((self.waves(offsets).unsqueeze(-1) * left.unsqueeze(2)).flatten(2)) / mass
+            pooled = pooled + self.moment_proj(moments)
         octaves = math.pi * 2.0 ** torch.arange(NUM_OCTAVES, device=centre.device, dtype=centre.dtype)
         angles = (centre.unsqueeze(-1) * octaves).flatten(2)
         return pooled + self.place_proj(torch.cat([angles.cos(), angles.sin()], dim=-1))
@@ -207,7 +211,7 @@ class DFNFieldModel(DFNFieldPreTrainedModel):
             raise ValueError(f"mask must be [batch, samples] = {list(coordinates.shape[:2])}, got {list(mask.shape)}.")
         mask = mask.bool()
         if not mask.any(dim=1).all():
-            raise ValueError("mask hides every sample of a row: give at least one sample of each field.")
+            raise ValueError("mask hides every sample of a row, or there is none: give at least one of each field.")
         for name, tensor in (("coordinates", coordinates), ("values", values)):
             if not torch.where(mask.unsqueeze(-1), tensor, 0).isfinite().all():
                 raise ValueError(f"{name} must be finite: hide samples that have none with `mask`.")
@@ -276,6 +280,7 @@ class DFNForFieldReconstruction(DFNFieldPreTrainedModel):
             ValueError: inputs that do not fit together; the message names them and the remedy.
         """
         outputs: DFNFieldModelOutput = self.model(coordinates, values, mask)
+        self._check_queries(coordinates, query_coordinates, labels)
         if query_coordinates is None and labels is None and mask is not None and not bool(mask.all()):
             labels = values.masked_fill(mask.bool().unsqueeze(-1), math.nan)
         real, dtype = outputs.entity_mask, outputs.entity_coordinates.dtype
@@ -303,6 +308,19 @@ class DFNForFieldReconstruction(DFNFieldPreTrainedModel):
             entity_mask=outputs.entity_mask,
             density=outputs.density,
         )
+
+    def _check_queries(self, coordinates, query_coordinates, labels) -> None:
+        asked = coordinates if query_coordinates is None else query_coordinates
+        if asked.dim() != 3 or asked.shape[::2] != coordinates.shape[::2]:
+            raise ValueError(
+                f"query_coordinates must be [batch, queries, coordinate_dim] with the batch and `coordinate_dim` of "
+                f"coordinates {list(coordinates.shape)}, got {list(asked.shape)}."
+            )
+        if query_coordinates is not None and not query_coordinates.isfinite().all():
+            raise ValueError("query_coordinates must be finite: leave out, or set to 0, those that are not.")
+        expected = [*asked.shape[:2], self.config.value_dim]
+        if labels is not None and list(labels.shape) != expected:
+            raise ValueError(f"labels must be [batch, queries, value_dim] = {expected}, got {list(labels.shape)}.")
 
 
 def mean_squared_error(reconstruction: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import set_seed
+from transformers import PreTrainedConfig, PreTrainedModel, set_seed
 
 from dfn_hf.fields import FieldCollator, array_field, psnr, snr, sound_field
 from dfn_hf.modeling.configuration_dfn import DFNConfig
@@ -222,7 +222,7 @@ def _other_photographs(collate: FieldCollator, batch_size: int, seed: int) -> It
             step = int(rng.integers(1, min(image.shape) // CROP + 1))
             top, left = (int(rng.integers(size - step * CROP + 1)) for size in image.shape)
             crop = _average_down(image[top : top + step * CROP, left : left + step * CROP], CROP)
-            crop = np.rot90(crop, rng.integers(4))
+            crop = np.rot90(crop, int(rng.integers(4)))
             fields.append(array_field(crop.T if rng.random() < 0.5 else crop, 2))
         yield collate(fields)
 
@@ -277,23 +277,20 @@ def _correlation(array: np.ndarray, density: torch.Tensor) -> float:
     return float(np.corrcoef(magnitude.ravel(), density.flatten().numpy())[0, 1])
 
 
-class Siren(nn.Module):
+class Siren(PreTrainedModel):
     """A network from coordinates to values with sines (Sitzmann et al. 2020), as large as `parameters` allows."""
 
     def __init__(self, parameters: int, coordinate_dim: int, value_dim: int):
-        super().__init__()
+        super().__init__(PreTrainedConfig())
         linear = coordinate_dim + value_dim + SIREN_LAYERS
         width = int((-linear + math.sqrt(linear**2 + 4 * (SIREN_LAYERS - 1) * parameters)) / (2 * (SIREN_LAYERS - 1)))
         sizes = [coordinate_dim, *[width] * SIREN_LAYERS, value_dim]
-        self.layers = nn.ModuleList([nn.Linear(*pair) for pair in zip(sizes, sizes[1:], strict=False)])
+        layers = [nn.Linear(*pair) for pair in zip(sizes, sizes[1:], strict=False)]
+        self.layers = nn.ModuleList(layers)
         self.frequency = SIREN_FIRST_FREQUENCY[coordinate_dim]
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(layers):
             bound = 1 / coordinate_dim if index == 0 else math.sqrt(6 / width) / 30
             nn.init.uniform_(layer.weight, -bound, bound)
-
-    @property
-    def device(self) -> torch.device:
-        return self.layers[0].weight.device
 
     def forward(self, coordinates: torch.Tensor, labels: torch.Tensor, **kwargs) -> SimpleNamespace:
         x = torch.sin(self.frequency * self.layers[0](coordinates))
