@@ -30,7 +30,7 @@ def to_sentence_transformer(model: DFNForContrastive, tokenizer: PreTrainedToken
     """
     try:
         from sentence_transformers import SentenceTransformer
-        from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
+        from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
     except ImportError as error:
         raise ValueError("sentence-transformers is not installed: pip install dfn-hf[clients]") from error
     config = model.config

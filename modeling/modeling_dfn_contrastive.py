@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_dfn import DFNConfig
 from .modeling_dfn import DFNModel, DFNPreTrainedModel
+from .modeling_dfn_field import DFNFieldModel
 
 INITIAL_TEMPERATURE = 0.07
 MAX_LOG_SCALE = math.log(100)
@@ -68,8 +69,6 @@ class DFNForContrastive(DFNPreTrainedModel):
         self.projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
         self.field_model = self.field_projection = None
         if getattr(config, "contrastive_fields", False):
-            from .modeling_dfn_field import DFNFieldModel
-
             self.field_model = DFNFieldModel(config)
             self.field_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.empty((), dtype=torch.float32))  # its log, as in CLIP
