@@ -164,8 +164,9 @@ class DFNForContrastive(DFNPreTrainedModel):
             outputs = self.field_model(coordinates=coordinates, values=values, mask=mask)
             real = outputs.entity_mask
             projection = self.field_projection
-        pooled = masked_mean(outputs.last_hidden_state, real, f"{prefix}{'attention_mask' if is_text else 'mask'}")
-        projected = projection(pooled.to(projection.weight.dtype))
+        states = outputs.last_hidden_state
+        pooled = masked_mean(states, real, f"{prefix}{'attention_mask' if is_text else 'mask'}")
+        projected = projection(pooled.to(states.dtype))
         embeds = F.normalize(projected.to(torch.promote_types(projected.dtype, torch.float32)), dim=-1)
         return embeds, outputs.ratio_loss if is_text else None
 
