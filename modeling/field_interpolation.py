@@ -20,6 +20,7 @@ from transformers import initialization as init
 from .configuration_dfn import DFNConfig
 from .hilbert_curve import LAST_KEY, Box
 from .pieces import in_pieces
+from .small_maps import decide
 
 NUM_NEAREST = 4  # K, entities that a value is read from
 NUM_WAVES = 16  # M is 1 and twice as many
@@ -89,7 +90,7 @@ class LocalWaves(nn.Module):
 
     def forward(self, offsets: torch.Tensor) -> torch.Tensor:
         """`[..., c]` → `[..., 2 NUM_WAVES]`."""
-        angles = self.frequency(offsets)
+        angles = decide(self.frequency, offsets).to(offsets.dtype)
         return torch.cat([angles.cos(), angles.sin()], dim=-1) * NUM_WAVES**-0.5
 
 
@@ -174,16 +175,17 @@ class GaussianInterpolation(nn.Module):
             `[B, Q, v]`.
         """
         nearest = NearestEntities(coordinates, scale, real)
-        shape = torch.cat([coordinates, scale, self.shape_proj(states)], dim=-1)
-        waves = self.amplitude_proj(states).unflatten(-1, (-1, self.value_dim))
-        amplitudes = torch.cat([mean.unsqueeze(2), waves], dim=2).to(shape.dtype)
-        of_samples = self._basis(samples, nearest, shape)
-        given = of_samples.masked(mask)
-        for step in self.log_steps.exp():
-            left = (values - of_samples.values(amplitudes)) * mask.unsqueeze(-1)
-            amplitudes = amplitudes + step * given.gather_back(left, states.shape[1])
-        basis = of_samples if queries is None else self._basis(queries, nearest, shape)
-        return basis.values(amplitudes)
+        with torch.autocast(states.device.type, enabled=False):
+            shape = torch.cat([coordinates, scale, decide(self.shape_proj, states)], dim=-1)
+            waves = decide(self.amplitude_proj, states).unflatten(-1, (-1, self.value_dim))
+            amplitudes = torch.cat([mean.unsqueeze(2), waves], dim=2).to(shape.dtype)
+            of_samples = self._basis(samples, nearest, shape)
+            given = of_samples.masked(mask)
+            for step in self.log_steps.exp():
+                left = (values - of_samples.values(amplitudes)) * mask.unsqueeze(-1)
+                amplitudes = amplitudes + step.to(left.dtype) * given.gather_back(left, states.shape[1])
+            basis = of_samples if queries is None else self._basis(queries, nearest, shape)
+            return basis.values(amplitudes)
 
     def _basis(self, places: torch.Tensor, nearest: NearestEntities, shape: torch.Tensor) -> Basis:
         def functions(places):

@@ -134,15 +134,15 @@ class DFNFieldModel(DFNFieldPreTrainedModel):
             ValueError: inputs that do not fit together or are not finite; the message names them and the remedy.
         """
         mask = self._check(coordinates, values, mask)
-        dtype = self.value_proj.weight.dtype
-        coordinates = torch.where(mask.unsqueeze(-1), coordinates, 0).to(dtype)
-        values = torch.where(mask.unsqueeze(-1), values, 0).to(dtype)
+        # Half precision would leave an axis a few hundred places.
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        coordinates, values = (torch.where(mask.unsqueeze(-1), x, 0).to(dtype) for x in (coordinates, values))
         box = Box.around(coordinates, mask)
         counts = mask.sum(dim=1)
         order = curve_order(box, coordinates, values, mask)[:, : int(counts.max())]  # hidden ones lie behind
         coordinates, values = (take(x, order.unsqueeze(-1)).squeeze(2) for x in (coordinates, values))
         real, rows = rows_of(counts, order.shape[1])
-        states = self.value_proj(torch.cat([values, torch.ones_like(values[..., :1])], dim=-1))
+        states = self.value_proj(F.pad(values, (0, 1), value=1.0).to(self.value_proj.weight.dtype))
         density = self._fill(states, coordinates, real, box)
         for layer in self.sample_layers:
             states = layer(states, None, rows, coordinates)[0]
@@ -186,10 +186,11 @@ class DFNFieldModel(DFNFieldPreTrainedModel):
             offsets = (spans.of_samples(coordinates) - spans.of_entities(centre)) / spans.of_entities(scale)
             left = (spans.of_samples(values) - spans.of_entities(mean)) * spans.mass.unsqueeze(-1)
             moments = spans.sums((self.waves(offsets).unsqueeze(-1) * left.unsqueeze(2)).flatten(2)) / mass
-            pooled = pooled + self.moment_proj(moments)
+            pooled = pooled + self.moment_proj(moments.to(states.dtype))
         octaves = math.pi * 2.0 ** torch.arange(NUM_OCTAVES, device=centre.device, dtype=centre.dtype)
         angles = (centre.unsqueeze(-1) * octaves).flatten(2)
-        return pooled + self.place_proj(torch.cat([angles.cos(), angles.sin()], dim=-1))
+        place = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        return (pooled + self.place_proj(place.to(states.dtype))).to(states.dtype)
 
     def _check(self, coordinates, values, mask) -> torch.Tensor:
         """The mask of the samples that are given, bool `[B, N]`."""

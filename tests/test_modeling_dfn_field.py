@@ -183,16 +183,18 @@ def test_checkpointing_gives_the_same_gradients(reentrant):
     assert all(torch.allclose(a, b, **STRICT) for a, b in zip(*gradients, strict=True))
 
 
-def test_half_precision_is_finite():
-    config = DFNConfig(num_entities=24, entity_sampling="adaptive", **SMALL)
-    model = DFNForFieldReconstruction(config)
+def test_half_precision_is_close():
+    torch.manual_seed(0)
+    model = DFNForFieldReconstruction(DFNConfig(num_entities=24, entity_sampling="adaptive", **SMALL))
+    expected = model(**image_batch())
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model(**image_batch())
     outputs.loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
-    assert outputs.loss < 0.2
-    half = DFNForFieldReconstruction(config).to(torch.bfloat16)(**image_batch())
-    assert half.reconstruction.isfinite().all() and half.loss < 0.2
+    half = model.to(torch.bfloat16)(**image_batch())
+    for close in (outputs, half):
+        assert (close.reconstruction - expected.reconstruction).abs().mean() < 0.03
+        assert torch.allclose(close.entity_coordinates, expected.entity_coordinates, atol=0.05)
 
 
 def test_it_learns_with_the_trainer(tmp_path):
