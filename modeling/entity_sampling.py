@@ -2,7 +2,7 @@
 
 A flow over the samples turns where information is dense. Their density is how far it turns,
 
-    d_t = (1 − cos(f_{t−1}, f_t)) / 2        f = W h, 1 at the start of a segment,
+    d_t = sigmoid(β (θ − cos(f_{t−1}, f_t)))        f = W h; θ, β learnt; 1 at the start of a segment,
 
 and where it reaches 1/2 the span of samples since the entity before is completed as an entity: its state the mean of
 theirs weighted by density, its coordinate the density accumulated so far, its mass their number. It is seen from t on:
@@ -10,7 +10,8 @@ theirs weighted by density, its coordinate the density accumulated so far, its m
     z_e = D_e x_e + (1 − D_e) z_{e−1}        D_e = d at the sample that completes e, x_e what the DFN layers make of it
     h_t ← h_t + z_e(t)                       e(t) the newest entity completed at or before t
 
-As in H-Net's dynamic chunking (Hwang et al. 2025), the choice gets its gradient straight through.
+As in H-Net (Hwang et al. 2025), the choice gets its gradient straight through; θ and β are added, for
+the rate to be held without turning the flow itself.
 
 Shape letters: B batch, M samples of this call, E entities completed in it, D features, F coordinate features.
 """
@@ -21,15 +22,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import initialization as init
 
 from .chunk_memory import decay_scan
 from .configuration_dfn import DFNConfig
-from .dfn_layer import unit_linear
 from .padding import Rows
 from .small_maps import decide
 from .state_cache import StateLayer
 
 BOUNDARY = 0.5  # density from which on an entity is completed
+STEEPNESS = 20.0  # β before training
 LEAST_WEIGHT = 1e-3  # of a sample in its entity's state
 SMOOTHED_OVER = 64  # entities: those before weigh less than 2^-64
 WAVELENGTHS = tuple(4.0**power for power in range(1, 9))  # of accumulated density, about 1 per entity
@@ -90,7 +92,19 @@ class EntitySampling(nn.Module):
         self.rate = config.entity_rate
         self.adaptive = config.entity_sampling == "adaptive"
         self.longest = config.max_entity_length if self.adaptive else round(1 / config.entity_rate)
-        self.flow_map = unit_linear(config.hidden_size, config.hidden_size) if self.adaptive else None
+        self.flow_map = None
+        if self.adaptive:
+            self.flow_map = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+            self.flow_map.starts_as_identity = True  # the flow turns first where one kind of byte follows another
+            self.turn_threshold = nn.Parameter(torch.empty((), dtype=torch.float32))
+            self.log_turn_steepness = nn.Parameter(torch.empty((), dtype=torch.float32))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """θ = 0: half of all random turns complete an entity."""
+        if self.adaptive:
+            init.zeros_(self.turn_threshold)
+            init.constant_(self.log_turn_steepness, math.log(STEEPNESS))
 
     def forward(
         self, states: torch.Tensor, rows: Rows, state: StateLayer | None, entity_state: StateLayer | None
@@ -119,7 +133,8 @@ class EntitySampling(nn.Module):
         with torch.autocast(states.device.type, enabled=False):
             flow = decide(self.flow_map, states).to(dtype)
         flows = F.pad(flow, (0, 0, 1, 0)) if state is None else state.tail("flow", flow, 1)
-        turn = (1 - F.cosine_similarity(flows[:, :-1], flow, dim=-1)) / 2
+        cosine = F.cosine_similarity(flows[:, :-1], flow, dim=-1)
+        turn = (self.log_turn_steepness.exp() * (self.turn_threshold - cosine)).sigmoid()
         return torch.where(starts, 1, turn)
 
     def _since(

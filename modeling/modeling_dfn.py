@@ -87,12 +87,16 @@ class DFNPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_context_parallel = False
     _keep_in_fp32_modules = ["flow_map", "position_proj", "flow_proj", "influence_proj", "coordinate_proj"]
-    _keep_in_fp32_modules_strict = ["log_sharpness", "log_fading", "decay_logit"]
+    _keep_in_fp32_modules_strict = [
+        "log_sharpness", "log_fading", "decay_logit", "turn_threshold", "log_turn_steepness",
+    ]  # fmt: skip
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         config = self.config
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and getattr(module, "starts_as_identity", False):
+            init.eye_(module.weight)
+        elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=getattr(module, "init_std", config.initializer_range))
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -102,6 +106,8 @@ class DFNPreTrainedModel(PreTrainedModel):
             init.copy_(module.weight, near_identity(module.weight, module.ahead))
         elif isinstance(module, (RMSNorm, FlowNorm)):
             init.ones_(module.weight)
+        elif isinstance(module, EntitySampling):
+            module.reset_parameters()
         elif isinstance(module, ChunkMemory):
             module.reset_parameters(config.initializer_range)
         elif isinstance(module, PersistentFieldMemory):

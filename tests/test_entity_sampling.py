@@ -28,8 +28,10 @@ def make_sampling(seed, **options):
     torch.manual_seed(seed)
     config = DFNConfig(**{"hidden_size": HIDDEN, "entity_sampling": "adaptive", "max_entity_length": 5, **options})
     sampling = EntitySampling(config).double()
-    if sampling.flow_map is not None:
+    if sampling.adaptive:
         torch.nn.init.normal_(sampling.flow_map.weight)
+        torch.nn.init.constant_(sampling.turn_threshold, 0.1)
+        torch.nn.init.constant_(sampling.log_turn_steepness, 1.0)
     return sampling
 
 
@@ -41,7 +43,8 @@ def reference(sampling, states, entities_of):
             turn = states.new_ones(())
         else:
             before, now = sampling.flow_map(states[t - 1]), sampling.flow_map(states[t])
-            turn = (1 - F.cosine_similarity(before, now, dim=0)) / 2
+            cosine = F.cosine_similarity(before, now, dim=0)
+            turn = torch.sigmoid(sampling.log_turn_steepness.exp() * (sampling.turn_threshold - cosine))
         density.append(turn)
         if t == 0:
             turned = 0
@@ -84,7 +87,7 @@ def test_sampling_and_the_way_back_are_the_equations(seed, options):
     sampled = sampling(ours, rows, None, None)
     given = dechunking(ours, torch.tanh(sampled.states @ mix), sampled, None)
     (given * probe).sum().backward()
-    our_map = None if sampling.flow_map is None else sampling.flow_map.weight.grad.clone()
+    our_gradients = [parameter.grad.clone() for parameter in sampling.parameters()]
 
     sampling.zero_grad()
     theirs = states.clone().requires_grad_()
@@ -100,8 +103,8 @@ def test_sampling_and_the_way_back_are_the_equations(seed, options):
         loss = loss + (expected * probe[row, :count]).sum()
     loss.backward()
     assert torch.allclose(ours.grad[mask], theirs.grad[mask], **STRICT)
-    if our_map is not None:
-        assert our_map.any() and torch.allclose(our_map, sampling.flow_map.weight.grad, **STRICT)
+    for gradient, parameter in zip(our_gradients, sampling.parameters(), strict=True):
+        assert gradient.any() and torch.allclose(gradient, parameter.grad, **STRICT)
 
 
 def test_a_long_text_is_smoothed_as_a_short_one():

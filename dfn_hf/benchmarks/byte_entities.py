@@ -22,8 +22,9 @@ from .operations import operations_per_token
 from .results import ResultsFile, markdown_table, mean_with_error
 
 SAMPLINGS = {"adaptive": "adaptive", "fixed spans": "uniform"}
-MODELS = ("dfn", *SAMPLINGS, "llama", "llama of equal compute")
-CHEAP_LLAMA_LAYERS = 3  # of the Llama of equal compute
+EQUAL_COMPUTE = {"dfn of equal compute": "dfn", "llama of equal compute": "llama"}
+MODELS = (*SAMPLINGS, "dfn", "llama", *EQUAL_COMPUTE)
+CHEAP_LAYERS = 3  # of the models of equal compute
 LETTERS = torch.tensor([byte for byte in range(256) if chr(byte).isascii() and chr(byte).isalpha()])
 
 
@@ -155,10 +156,13 @@ def build(settings: ByteEntitySettings) -> PreTrainedModel:
     def operations(model: PreTrainedModel) -> float:
         return operations_per_token(model, ids)
 
-    def llama(width: int) -> PreTrainedModel:
-        return build_llama(replace(size, num_hidden_layers=CHEAP_LLAMA_LAYERS, intermediate_size=width))
+    def cheap(width: int) -> PreTrainedModel:
+        narrow = replace(size, num_hidden_layers=CHEAP_LAYERS, intermediate_size=width)
+        if EQUAL_COMPUTE[settings.model] == "llama":
+            return build_llama(narrow)
+        return DFNForCausalLM(DFNConfig(**vars(narrow)))
 
-    return fitted(llama, operations(sampling), operations).to(settings.device)
+    return fitted(cheap, operations(sampling), operations).to(settings.device)
 
 
 def fitted(

@@ -27,6 +27,7 @@ class MillionSettings:
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
     initializer_range: float = 0.06
+    entity_sampling: str = "token"
     threads: int = 1
     device: str = "cpu"
 
@@ -100,6 +101,7 @@ def _build(settings: MillionSettings) -> PreTrainedModel:
         num_hidden_layers=settings.num_hidden_layers,
         num_attention_heads=settings.num_attention_heads,
         initializer_range=settings.initializer_range,
+        entity_sampling=settings.entity_sampling,
     )
     return torch.nn.Module.to(DFNForCausalLM(config), settings.device).eval()
 
