@@ -141,6 +141,11 @@ class Spans:
         sums = x.new_zeros(x.shape[0], self.real.shape[1], x.shape[-1])
         return sums.scatter_add(1, self.entity.unsqueeze(-1).expand_as(x), x)
 
+    def means(self, x: torch.Tensor) -> torch.Tensor:
+        """Means over each entity's samples, `[B, S, F]` → `[B, E, F]`; 0 where there is no entity."""
+        mass = self.mass.unsqueeze(-1)
+        return self.sums(x * mass) / self.sums(mass).clamp(min=torch.finfo(mass.dtype).tiny)
+
 
 def cut(density: torch.Tensor, real: torch.Tensor, num_entities: int, dtype: torch.dtype) -> Spans:
     """Cut the curve where the accumulated density is a whole number.
@@ -164,3 +169,37 @@ def cut(density: torch.Tensor, real: torch.Tensor, num_entities: int, dtype: tor
     mass = share / torch.where(inside, density.gather(1, sample), 1)
     exists = torch.arange(num_entities, device=density.device) < entities
     return Spans(sample, entity, share.to(dtype), mass.to(dtype), exists)
+
+
+@dataclass(frozen=True)
+class PlacedEntities:
+    """What entities are before any layer.
+
+    Attributes:
+        coordinates: `[B, E, c]` and values: `[B, E, v]`, means of their samples'.
+        scale: `[B, E, 1]`, how far each reaches.
+        log_mass: `[B, E]`, log of how many samples each stands for; 0 where there is none.
+    """
+
+    coordinates: torch.Tensor
+    values: torch.Tensor
+    scale: torch.Tensor
+    log_mass: torch.Tensor
+
+
+def place_entities(spans: Spans, coordinates: torch.Tensor, values: torch.Tensor, box: Box) -> PlacedEntities:
+    """The entities of samples with coordinates `[B, N, c]` and values `[B, N, v]`.
+
+    An entity reaches as far as its samples spread and the nearer of its neighbours along the curve lies:
+    scale² = E|x − c_k|² + min(|c_k − c_k−1|², |c_k − c_k+1|²).
+    """
+    mass = spans.sums(spans.mass.unsqueeze(-1)).squeeze(-1)
+    samples = spans.of_samples(coordinates)
+    centre, mean = spans.means(samples), spans.means(spans.of_samples(values))
+    spread = spans.means((samples - spans.of_entities(centre)).square().sum(dim=-1, keepdim=True))
+    steps = centre.diff(dim=1).square().sum(dim=-1, keepdim=True).masked_fill(~spans.real[:, 1:, None], torch.inf)
+    nearer = torch.minimum(*(F.pad(steps, (0, 0, *side), value=torch.inf) for side in ((1, 0), (0, 1))))
+    edge = box.edge.to(spread.dtype)
+    least = torch.where(spans.real.sum(dim=1).view(-1, 1, 1) > 1, 1e-6 * edge, edge)  # where samples share a place
+    scale = torch.maximum(spread + torch.where(nearer.isinf(), 0, nearer), least.square()).sqrt()
+    return PlacedEntities(centre, mean, scale, torch.where(spans.real, mass, 1).log())

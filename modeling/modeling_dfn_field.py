@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput, can_return_tuple
 from .configuration_dfn import DFNConfig
 from .dfn_layer import DFNLayer, unit_linear
 from .field_interpolation import NUM_WAVES, GaussianInterpolation, LocalWaves, take
-from .field_sampling import FlowDensity, Spans, cut, fill
+from .field_sampling import FlowDensity, PlacedEntities, Spans, cut, fill, place_entities
 from .hilbert_curve import KEY_BITS, LAST_KEY, Box
 from .modeling_dfn import DFNPreTrainedModel
 from .padding import Rows
@@ -146,23 +146,19 @@ class DFNFieldModel(DFNFieldPreTrainedModel):
         density = self._fill(states, coordinates, real, box)
         for layer in self.sample_layers:
             states = layer(states, None, rows, coordinates)[0]
-        entities = min(self._most_entities(), order.shape[1])
-        spans = cut(density, real, entities, dtype)
-        mass = spans.sums(spans.mass.unsqueeze(-1)).clamp(min=torch.finfo(dtype).tiny)
-        centre, mean = self._means(spans, mass, coordinates), self._means(spans, mass, values)
-        scale = entity_scales(spans, mass, coordinates, centre, box)
-        log_mass = torch.where(spans.real, mass.squeeze(-1).log(), 0)
-        _, rows = rows_of(spans.real.sum(dim=1), entities)
-        states = self._pool(spans, mass, states, coordinates, values, centre, mean, scale)
+        spans = cut(density, real, min(self._most_entities(), order.shape[1]), dtype)
+        entities = place_entities(spans, coordinates, values, box)
+        states = self._pool(spans, entities, states, coordinates, values)
+        _, rows = rows_of(spans.real.sum(dim=1), spans.real.shape[1])
         for layer in self.layers:
-            states = layer(states, None, rows, centre, log_mass)[0]
+            states = layer(states, None, rows, entities.coordinates, entities.log_mass)[0]
         return DFNFieldModelOutput(
             last_hidden_state=self.norm(states) * spans.real.unsqueeze(-1),
-            entity_coordinates=centre,
-            entity_weights=log_mass,
+            entity_coordinates=entities.coordinates,
+            entity_weights=entities.log_mass,
             entity_mask=None if bool(spans.real.all()) else spans.real,
-            entity_values=mean,
-            entity_scales=scale,
+            entity_values=entities.values,
+            entity_scales=entities.scale,
             density=density.new_zeros(mask.shape).scatter(1, order, density).to(dtype),
         )
 
@@ -176,19 +172,17 @@ class DFNFieldModel(DFNFieldPreTrainedModel):
         density = real.double() if self.density is None else self.density(states, coordinates, real, box)
         return fill(density, real, self.config.num_entities)
 
-    def _means(self, spans: Spans, mass: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return spans.sums(spans.of_samples(x) * spans.mass.unsqueeze(-1)) / mass
-
-    def _pool(self, spans: Spans, mass, states, coordinates, values, centre, mean, scale) -> torch.Tensor:
+    def _pool(self, spans: Spans, entities: PlacedEntities, states, coordinates, values) -> torch.Tensor:
         """States of entities: the mean of their samples', the moments of values with waves, and where they lie."""
         pooled = spans.sums(spans.of_samples(states) * spans.share.unsqueeze(-1))
         if self.waves is not None:
-            offsets = (spans.of_samples(coordinates) - spans.of_entities(centre)) / spans.of_entities(scale)
-            left = (spans.of_samples(values) - spans.of_entities(mean)) * spans.mass.unsqueeze(-1)
-            moments = spans.sums((self.waves(offsets).unsqueeze(-1) * left.unsqueeze(2)).flatten(2)) / mass
+            offsets = spans.of_samples(coordinates) - spans.of_entities(entities.coordinates)
+            waves = self.waves(offsets / spans.of_entities(entities.scale))
+            left = spans.of_samples(values) - spans.of_entities(entities.values)
+            moments = spans.means((waves.unsqueeze(-1) * left.unsqueeze(2)).flatten(2))
             pooled = pooled + self.moment_proj(moments.to(states.dtype))
-        octaves = math.pi * 2.0 ** torch.arange(NUM_OCTAVES, device=centre.device, dtype=centre.dtype)
-        angles = (centre.unsqueeze(-1) * octaves).flatten(2)
+        octaves = 2.0 ** torch.arange(NUM_OCTAVES, device=pooled.device, dtype=pooled.dtype)
+        angles = (entities.coordinates.unsqueeze(-1) * math.pi * octaves).flatten(2)
         place = torch.cat([angles.cos(), angles.sin()], dim=-1)
         return (pooled + self.place_proj(place.to(states.dtype))).to(states.dtype)
 
@@ -239,18 +233,6 @@ def curve_order(box: Box, coordinates: torch.Tensor, values: torch.Tensor, mask:
     return order
 
 
-def entity_scales(spans: Spans, mass, coordinates, centre, box: Box) -> torch.Tensor:
-    """How far each entity reaches, `[B, E, 1]`: the spread of its samples and the way to the next entity."""
-    spread = (spans.of_samples(coordinates) - spans.of_entities(centre)).square().sum(dim=-1, keepdim=True)
-    spread = spans.sums(spread * spans.mass.unsqueeze(-1)) / mass
-    steps = (centre[:, 1:] - centre[:, :-1]).square().sum(dim=-1, keepdim=True)
-    steps = steps.masked_fill(~spans.real[:, 1:, None], torch.inf)
-    nearer = torch.minimum(*(F.pad(steps, (0, 0, *side), value=torch.inf) for side in ((1, 0), (0, 1))))
-    edge = box.edge.to(spread.dtype)
-    least = torch.where(spans.real.sum(dim=1).view(-1, 1, 1) > 1, 1e-6 * edge, edge).square()
-    return torch.maximum(spread + torch.where(nearer.isinf(), 0, nearer), least).sqrt()
-
-
 class DFNForFieldReconstruction(DFNFieldPreTrainedModel):
     """A field's values at any coordinates, from entities sampled where it turns (architecture, "Fields")."""
 
@@ -296,7 +278,7 @@ class DFNForFieldReconstruction(DFNFieldPreTrainedModel):
             outputs.entity_scales,
             outputs.entity_values,
             real,
-            coordinates.to(dtype),
+            coordinates.to(dtype).nan_to_num(0.0, 0.0, 0.0),  # hidden ones may be anything
             torch.where(mask.bool().unsqueeze(-1), values, 0).to(dtype),
             mask.bool(),
         )

@@ -70,7 +70,12 @@ def test_hidden_samples_and_other_rows_change_nothing(seed):
     mask[1, 7] = True
     queries = torch.rand(3, 8, model.config.coordinate_dim, dtype=torch.float64) * 3 - 1.5
     holes = ~mask[..., None]
-    both = model(coordinates, values.masked_fill(holes, torch.nan), mask, query_coordinates=queries)
+    both = model(
+        coordinates.masked_fill(holes, torch.nan),
+        values.masked_fill(holes, torch.nan),
+        mask,
+        query_coordinates=queries,
+    )
     for row in range(3):
         given = mask[row]
         alone = model(
