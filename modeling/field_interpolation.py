@@ -18,7 +18,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .configuration_dfn import DFNConfig
-from .hilbert_curve import LAST_KEY, Box
+from .hilbert_curve import CURVE_SHIFTS, LAST_KEY, Box
 from .pieces import in_pieces
 from .small_maps import decide
 
@@ -26,7 +26,6 @@ NUM_NEAREST = 4  # K, entities that a value is read from
 NUM_WAVES = 16  # M is 1 and twice as many
 FIRST_FREQUENCY = 5.0  # standard deviation, in radians per scale of an entity
 FIRST_STEPS = (1.0, 2.0, 4.0)  # (1 − x)(1 − 2x)(1 − 4x) is small for x from 0.2 to 1, what SIRT's map makes of errors
-CURVE_SHIFTS = (0.0, 1 / 3, 2 / 3)
 CANDIDATES_PER_SIDE = 4  # of a query along each curve
 
 

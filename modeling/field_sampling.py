@@ -16,10 +16,9 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from .configuration_dfn import DFNConfig
-from .hilbert_curve import LAST_KEY, Box
+from .hilbert_curve import CURVE_SHIFTS, LAST_KEY, Box
 from .small_maps import decide
 
-CURVE_SHIFTS = (0.0, 1 / 3, 2 / 3)  # neighbours in space lie side by side on one of them
 SMOOTHING = 2  # samples on each side along a curve whose turning is averaged
 FIRST_EXPONENT = 0.5  # of the turning, which is a squared difference: densities that rise with the difference
 FLOW_STD = 4.0  # the cosine is the same at any scale; large weights turn slowly, and borders with them

@@ -11,6 +11,7 @@ import torch
 
 KEY_BITS = 48  # of a key, shared by its axes; a float64 holds as many
 LAST_KEY = 2**62  # behind every key
+CURVE_SHIFTS = (0.0, 1 / 3, 2 / 3)  # of three curves: neighbours in space lie side by side on one of them
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from dfn_hf import DFNConfig
-from dfn_hf.modeling.field_sampling import CURVE_SHIFTS, SMOOTHING, FlowDensity, cut, fill
-from dfn_hf.modeling.hilbert_curve import Box
+from dfn_hf.modeling.field_sampling import SMOOTHING, FlowDensity, cut, fill
+from dfn_hf.modeling.hilbert_curve import CURVE_SHIFTS, Box
 
 SEEDS = range(6)
 STRICT = {"atol": 1e-9, "rtol": 0}
