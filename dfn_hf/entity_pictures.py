@@ -78,7 +78,7 @@ def read_entities(
             f"the text has {len(data)} bytes and {len(ids)} tokens: use a tokenizer whose tokens are bytes"
         )
     outputs = model(torch.tensor([ids], device=model.device), output_entities=True, use_cache=False)
-    boundaries = outputs.boundaries[0].cpu().numpy()
+    boundaries = outputs.boundaries[0].bool().cpu().numpy()
     starts = [0, *(np.flatnonzero(boundaries) + 1)]
     entities = outputs.entities[layer]
     return EntityReading(

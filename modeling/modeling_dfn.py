@@ -52,7 +52,7 @@ class DFNModelOutput(BaseModelOutputWithPast):
         attentions: per layer the flow weights among tokens `[B, H, M, N]`; memory takes what is left to 1.
         entities: per layer `Entities`; with `entity_sampling` those completed in this call, left-aligned.
         density: `[B, M]`, how far the flow turns at a byte, 0 where padded; with `entity_sampling`, as the next two.
-        boundaries: bool `[B, M]`, bytes that complete an entity.
+        boundaries: int64 `[B, M]`, 1 at bytes that complete an entity.
         ratio_loss: `[B]`, how far each row is from `entity_rate`; with `entity_sampling="adaptive"`.
     """
 
@@ -260,7 +260,7 @@ class DFNModel(DFNPreTrainedModel):
         hidden_states = self._run_sample_layers(self.sample_decoder, hidden_states, rows, decoder_states, seen)
         ratio_loss = self.sampling.ratio_loss(sampled, rows) if self.sampling.adaptive else None
         density = rows.scatter(sampled.density * rows.real())
-        return hidden_states, {"density": density, "boundaries": sampled.layout.rows.mask, "ratio_loss": ratio_loss}
+        return hidden_states, {"density": density, "boundaries": sampled.layout.rows.mask.long(), "ratio_loss": ratio_loss}
 
     def _run_sample_layers(
         self, layers, hidden_states: torch.Tensor, rows: Rows, states, seen: "Seen"

@@ -116,7 +116,7 @@ def assert_adaptive_in_motion(model: DFNForCausalLM, ids: torch.Tensor) -> None:
     outputs = model(ids, output_entities=True)
     lengths = [place.diff() for place in (row.nonzero()[:, 0] for row in outputs.boundaries)]
     assert len(torch.cat(lengths).unique()) > 1
-    assert (outputs.density[outputs.boundaries] >= 0.5).any()
+    assert (outputs.density[outputs.boundaries.bool()] >= 0.5).any()
     assert all((layer.neighbors >= 0).any() for layer in outputs.entities)
 
 

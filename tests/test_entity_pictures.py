@@ -29,7 +29,7 @@ def test_reading_is_what_the_model_sampled(model, tokenizer):
         outputs = model(ids, output_entities=True)
     data = TEXT.encode()
     assert len(reading.symbols) == len(reading.density) == len(reading.boundaries) == len(data)
-    assert np.array_equal(reading.boundaries, outputs.boundaries[0].numpy())
+    assert np.array_equal(reading.boundaries, outputs.boundaries[0].bool().numpy())
     assert np.allclose(reading.density, outputs.density[0].numpy(), atol=1e-5)
     assert reading.rest_positions.shape == (len(reading.spans), model.config.position_dim)
     assert np.allclose(reading.moved_positions, outputs.entities[1].moved_positions[0, 1].numpy(), atol=1e-5)

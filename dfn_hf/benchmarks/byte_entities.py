@@ -187,7 +187,7 @@ def placement(model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[float, f
     boundaries = getattr(outputs, "boundaries", None)
     if boundaries is None:
         return 1.0, 1.0, 1.0
-    boundaries = boundaries.cpu()
+    boundaries = boundaries.bool().cpu()
     begins = pad(boundaries, (1, 0), value=True)[:, :-1]
     letters = torch.isin(input_ids, LETTERS)
     inside = letters & pad(letters, (1, 0))[:, :-1]

@@ -22,6 +22,11 @@ def dfn_config(**overrides) -> DFNConfig:
     return DFNConfig(**SPECIAL_TOKENS | options | overrides)
 
 
+def adaptive_dfn_config(**overrides) -> DFNConfig:
+    sampling = {"entity_sampling": "adaptive", "entity_rate": 0.4, "max_entity_length": 4, "num_neighbors": 2}
+    return dfn_config(**sampling | overrides)
+
+
 def flownetwork_config(**overrides) -> FlowNetworkConfig:
     options: dict[str, Any] = {
         "hidden_size": 32,

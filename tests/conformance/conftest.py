@@ -9,6 +9,8 @@ from dfn_hf.benchmarks.results import markdown_table
 FAMILIES = {
     "TestDFN": "DFN",
     "TestDFNWithLargeWeights": "DFN, large weights",
+    "TestAdaptiveDFN": "DFN, adaptive",
+    "TestAdaptiveDFNWithLargeWeights": "DFN, adaptive, large weights",
     "TestFlowNetwork": "FlowNetwork",
     "TestFlowNetworkWithLargeWeights": "FlowNetwork, large weights",
     "TestLiquid": "Liquid",

@@ -8,7 +8,7 @@ import sys
 import unittest
 
 from common_tests import fetch_common_tests, package_name
-from configs import dfn_config, flownetwork_config, liquid_config
+from configs import adaptive_dfn_config, dfn_config, flownetwork_config, liquid_config
 from testers import DecoderTester, EncoderTester, Seq2SeqTester
 from transformers.models.auto import modeling_auto
 
@@ -43,6 +43,7 @@ modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.update(
 )
 
 LARGE = 0.5
+LARGE_WITH_SAMPLING = 0.2  # at 0.5 what a batch's shapes round, which its bytes decide, grows just beyond 1e-5
 LARGE_WITH_SDPA = 0.2  # at 0.5 a Llama's eager and sdpa attention differ more than the tests allow
 DFN = (DFNModel, DFNForCausalLM, DFNForSequenceClassification)
 FLOWNETWORK = (FlowNetworkModel, FlowNetworkForCausalLM, FlowNetworkForSequenceClassification)
@@ -69,6 +70,20 @@ class TestDFNWithLargeWeights(CommonTests, common.GenerationTesterMixin, unittes
     config_class = DFNConfig
     all_model_classes = DFN
     model_tester = DecoderTester(lambda: dfn_config(initializer_range=LARGE), DFN)
+
+
+class TestAdaptiveDFN(CommonTests, common.GenerationTesterMixin, training.TrainingTesterMixin, unittest.TestCase):
+    config_class = DFNConfig
+    all_model_classes = DFN
+    has_attentions = False
+    model_tester = DecoderTester(adaptive_dfn_config, DFN)
+
+
+class TestAdaptiveDFNWithLargeWeights(CommonTests, common.GenerationTesterMixin, unittest.TestCase):
+    config_class = DFNConfig
+    all_model_classes = DFN
+    has_attentions = False
+    model_tester = DecoderTester(lambda: adaptive_dfn_config(initializer_range=LARGE_WITH_SAMPLING), DFN)
 
 
 class TestFlowNetwork(CommonTests, common.GenerationTesterMixin, training.TrainingTesterMixin, unittest.TestCase):

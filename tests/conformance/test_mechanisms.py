@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from configs import dfn_config, flownetwork_config, liquid_config
+from configs import adaptive_dfn_config, dfn_config, flownetwork_config, liquid_config
 from testers import BATCH, LENGTH, draw_ids
 from torch import nn
 
@@ -48,6 +48,17 @@ def test_dfn_finds_far_neighbours_moves_and_reads_its_memory(scale):
         assert (entities.neighbors >= 0).any()
         assert (entities.moved_positions - entities.rest_positions).abs().max() > 0
         assert (weights.sum(dim=-1) < 1 - 1e-4).any(), "the memory has no share"
+
+
+@scales
+def test_adaptive_dfn_places_entities_and_finds_far_ones(scale):
+    model = make(DFNModel, adaptive_dfn_config, scale)
+    with torch.no_grad():
+        outputs = model(draw_ids(), output_entities=True)
+    assert 0.2 < outputs.boundaries.float().mean() < 0.9
+    lengths = [row.nonzero()[:, 0].diff() for row in outputs.boundaries]
+    assert len(torch.cat(lengths).unique()) > 1
+    assert all((entities.neighbors >= 0).any() for entities in outputs.entities)
 
 
 @scales

@@ -26,6 +26,7 @@ class EncoderTester:
         config = get_config()
         self.hidden_size = config.hidden_size
         self.num_hidden_layers = config.num_hidden_layers
+        self.expected_num_hidden_layers = len(getattr(config, "layer_types", range(config.num_hidden_layers))) + 1
         self.num_attention_heads = config.num_attention_heads
 
     def prepare_config_and_inputs_for_common(self) -> tuple[PreTrainedConfig, dict[str, Any]]:
