@@ -259,8 +259,8 @@ class DFNModel(DFNPreTrainedModel):
         hidden_states = self.dechunking(hidden_states, entities, sampled, entity_states[0])
         hidden_states = self._run_sample_layers(self.sample_decoder, hidden_states, rows, decoder_states, seen)
         ratio_loss = self.sampling.ratio_loss(sampled, rows) if self.sampling.adaptive else None
-        density = rows.scatter(sampled.density * rows.real())
-        return hidden_states, {"density": density, "boundaries": sampled.layout.rows.mask.long(), "ratio_loss": ratio_loss}
+        density, boundaries = rows.scatter(sampled.density * rows.real()), sampled.layout.rows.mask.long()
+        return hidden_states, {"density": density, "boundaries": boundaries, "ratio_loss": ratio_loss}
 
     def _run_sample_layers(
         self, layers, hidden_states: torch.Tensor, rows: Rows, states, seen: "Seen"
