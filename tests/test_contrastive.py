@@ -17,6 +17,7 @@ from dfn_hf.benchmarks.contrastive import (
     ContrastiveSettings,
     contrastive_table,
     measure_contrastive,
+    planned_runs,
     run_contrastive,
 )
 from dfn_hf.benchmarks.labelled_fields import written_fields
@@ -230,9 +231,11 @@ def test_every_model_has_a_row_of_the_table(tmp_path, monkeypatch):
     write_recordings(tmp_path)
     monkeypatch.setattr(contrastive, "CANDIDATES", 20)
     monkeypatch.setattr(contrastive, "DISTORTED_COPIES", 1)
-    small = {"steps": 2, "batch_size": 8, "hidden_size": 16, "pairs": 40, "folder": str(tmp_path)}
+    small = {"steps": 2, "batch_size": 8, "hidden_size": 16, "pairs": 40}
     runs = [ContrastiveSettings(task=task, model=model, **small) for task, models in TASKS.items() for model in models]
-    finished = run_contrastive(runs, tmp_path / "contrastive.csv")
+    assert {(run.task, run.model) for run in planned_runs(TASKS, [0, 1])} == {(run.task, run.model) for run in runs}
+    assert len(planned_runs(TASKS, [0, 1])) == 2 * len(runs) - 4
+    finished = run_contrastive(runs, tmp_path / "contrastive.csv", tmp_path)
     assert run_contrastive(runs, tmp_path / "contrastive.csv") == finished
     table = contrastive_table(finished)
     assert len(table.splitlines()) == 2 + sum(len(models) for models in TASKS.values())

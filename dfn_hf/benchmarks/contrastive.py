@@ -34,6 +34,12 @@ TASKS: dict[str, tuple[str, ...]] = {
     "sounds": ("dfn", *CLASSIFIERS),
     "images": ("dfn", *CLASSIFIERS),
 }
+RECIPES: dict[str, dict[str, Any]] = {
+    "verses": {},
+    "sounds": {"steps": 300, "hidden_size": 64, "num_hidden_layers": 2, "learning_rate": 1e-3},
+    "images": {"steps": 800, "hidden_size": 64, "num_hidden_layers": 2, "learning_rate": 3e-3},
+}
+RATES: dict[str, dict[str, Any]] = {bag: {"learning_rate": 1e-2} for bag in BAGS}
 CANDIDATES = 1000
 LONGEST_NGRAM = 3
 NGRAM_BUCKETS = 2**14
@@ -44,7 +50,7 @@ DISTORTED_COPIES = 20
 class ContrastiveSettings:
     """One run; `task` and `model` are of `TASKS`, `pairs` the first so many to train on, or all.
 
-    Of labelled fields a batch holds one for each word, whatever `batch_size` says; `folder` holds the recordings.
+    Of labelled fields a batch holds one for each word, whatever `batch_size` says.
     """
 
     task: str = "verses"
@@ -56,7 +62,6 @@ class ContrastiveSettings:
     hidden_size: int = 128
     num_hidden_layers: int = 1
     pairs: int | None = None
-    folder: str = ""
     device: str = "cpu"
 
 
@@ -81,13 +86,26 @@ class ContrastiveMeasures:
     machine: str
 
 
+def planned_runs(tasks: Iterable[str], seeds: Iterable[int]) -> list[ContrastiveSettings]:
+    """Every model of each task, with the settings that were found to suit it; all but classifiers with every seed."""
+    return [
+        ContrastiveSettings(task=task, model=model, seed=seed, **RECIPES[task], **RATES.get(model, {}))
+        for task in tasks
+        for model in TASKS[task]
+        for seed in ([0] if model in CLASSIFIERS else seeds)
+    ]
+
+
 def measure_contrastive(
-    settings: ContrastiveSettings, report: Callable[[str], None] = lambda line: None
+    settings: ContrastiveSettings, sounds_folder: str | Path = "", report: Callable[[str], None] = lambda line: None
 ) -> ContrastiveMeasures:
     """Train a fresh model and let the held-out views find each other.
 
+    Args:
+        sounds_folder: holds the recordings; see `spoken_digits`. Only "sounds" looks there.
+
     Raises:
-        ValueError: an unknown task or model, or no recordings in `folder`.
+        ValueError: an unknown task or model, or no recordings in `sounds_folder`.
     """
     if settings.task not in TASKS:
         raise ValueError(f"task is {settings.task!r}: choose one of {', '.join(TASKS)}")
@@ -97,7 +115,7 @@ def measure_contrastive(
     set_seed(settings.seed)
     if settings.task == "verses":
         return _measure_verses(settings, report)
-    train, held_out = spoken_fields(settings.folder) if settings.task == "sounds" else written_fields()
+    train, held_out = spoken_fields(sounds_folder) if settings.task == "sounds" else written_fields()
     measure = _measure_classifier if settings.model in CLASSIFIERS else _measure_fields
     return measure(settings, train, held_out, report)
 
@@ -280,11 +298,18 @@ def _count(model: torch.nn.Module) -> int:
 
 
 def run_contrastive(
-    runs: Iterable[ContrastiveSettings], path: Path, report: Callable[[str], None] = lambda line: None
+    runs: Iterable[ContrastiveSettings],
+    path: Path,
+    sounds_folder: str | Path = "",
+    report: Callable[[str], None] = lambda line: None,
 ) -> list[tuple[ContrastiveSettings, ContrastiveMeasures]]:
-    """Every run, finished ones taken from the CSV at `path`."""
+    """Every run, finished ones taken from the CSV at `path`; see `measure_contrastive`."""
     results = ResultsFile(path, ContrastiveSettings, ContrastiveMeasures)
-    return [(run, results.run(run, lambda settings: measure_contrastive(settings, report))) for run in runs]
+
+    def measure(settings: ContrastiveSettings) -> ContrastiveMeasures:
+        return measure_contrastive(settings, sounds_folder, report)
+
+    return [(run, results.run(run, measure)) for run in runs]
 
 
 def contrastive_table(results: list[tuple[ContrastiveSettings, ContrastiveMeasures]]) -> str:
