@@ -258,7 +258,7 @@ def _measure_classifier(
     vectors, labels = train.distorted(DISTORTED_COPIES, settings.seed)
     asked = np.stack([held_out.vector(field) for field in held_out.fields])
     logistic = settings.model == "logistic"
-    classifier = LogisticRegression(max_iter=1000, C=0.01) if logistic else NearestCentroid()
+    classifier = LogisticRegression(max_iter=1000) if logistic else NearestCentroid()
     classifier.fit(vectors, labels)
     right = float(np.mean(classifier.predict(asked) == held_out.labels))
     parameters = len(train.captions) * (vectors.shape[1] + logistic)
