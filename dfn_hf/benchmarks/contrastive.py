@@ -37,7 +37,7 @@ TASKS: dict[str, tuple[str, ...]] = {
 RECIPES: dict[str, dict[str, Any]] = {
     "verses": {},
     "sounds": {"steps": 300, "hidden_size": 64, "num_hidden_layers": 2, "learning_rate": 1e-3},
-    "images": {"steps": 800, "hidden_size": 64, "num_hidden_layers": 2, "learning_rate": 3e-3},
+    "images": {"steps": 1600, "hidden_size": 64, "num_hidden_layers": 2, "learning_rate": 3e-3},
 }
 RATES: dict[str, dict[str, Any]] = {bag: {"learning_rate": 1e-2} for bag in BAGS}
 CANDIDATES = 1000
