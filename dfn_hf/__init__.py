@@ -10,8 +10,10 @@ from transformers import (  # noqa: E402
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForPreTraining,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
 )
 
 from .embedded import checkpoint_path  # noqa: E402
@@ -39,6 +41,8 @@ from .modeling.local_attention import EnhancedLocalAttentionWithGQA  # noqa: E40
 from .modeling.lstm_memory import EnhancedLSTM  # noqa: E402
 from .modeling.mixture_of_experts import MoELayer  # noqa: E402
 from .modeling.modeling_dfn import DFNForCausalLM, DFNForSequenceClassification, DFNModel  # noqa: E402
+from .modeling.modeling_dfn_contrastive import DFNForContrastive  # noqa: E402
+from .modeling.modeling_dfn_field import DFNFieldModel, DFNForFieldReconstruction  # noqa: E402
 from .modeling.modeling_dfn_native import DFNNativeModel  # noqa: E402
 from .modeling.modeling_flownetwork import (  # noqa: E402
     FlowNetworkForCausalLM,
@@ -68,6 +72,8 @@ def _register_families() -> None:
                 AutoModel: DFNModel,
                 AutoModelForCausalLM: DFNForCausalLM,
                 AutoModelForSequenceClassification: DFNForSequenceClassification,
+                AutoModelForPreTraining: DFNForFieldReconstruction,
+                AutoModelForTextEncoding: DFNForContrastive,
             },
         ),
         (
@@ -106,7 +112,10 @@ __all__ = [
     "BidirectionalEncoder",
     "ContextAwareFlowRouter",
     "DFNConfig",
+    "DFNFieldModel",
     "DFNForCausalLM",
+    "DFNForContrastive",
+    "DFNForFieldReconstruction",
     "DFNForSequenceClassification",
     "DFNModel",
     "DFNNativeConfig",

@@ -53,7 +53,12 @@ def array_field(array: Any, coordinate_dim: int) -> dict[str, torch.Tensor]:
 
 
 def image_field(path: str | Path) -> dict[str, torch.Tensor]:
-    """An image file as a field over (y, x) with values in [−1, 1]: 1 for grey, 3 for colour. See `array_field`.
+    """An image file as a field over (y, x) with values in [−1, 1]: 1 for grey, 3 for colour. See `read_image`."""
+    return array_field(read_image(path), 2)
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """An image file, uint8 `[height, width]` where it is grey, else `[height, width, 3]`.
 
     Raises:
         OSError: no such file, or no image.
@@ -61,11 +66,16 @@ def image_field(path: str | Path) -> dict[str, torch.Tensor]:
     from PIL import Image
 
     with Image.open(path) as image:
-        return array_field(np.asarray(image if image.mode == "L" else image.convert("RGB")), 2)
+        return np.asarray(image if image.mode == "L" else image.convert("RGB"))
 
 
 def sound_field(path: str | Path) -> dict[str, torch.Tensor]:
-    """A WAV file of 8 or 16 bits as a field over time with values in [−1, 1], one for each channel.
+    """A WAV file as a field over time with values in [−1, 1], one for each channel. See `read_sound`."""
+    return array_field(read_sound(path), 1)
+
+
+def read_sound(path: str | Path) -> np.ndarray:
+    """A WAV file of 8 or 16 bits, uint8 or int16 `[length, channels]`.
 
     Raises:
         OSError: no such file. ValueError: no WAV file, or one of another sample width.
@@ -78,7 +88,7 @@ def sound_field(path: str | Path) -> dict[str, torch.Tensor]:
         raise ValueError(f"{path} is no WAV file of plain samples: {error}") from error
     if width not in (1, 2):
         raise ValueError(f"{path} has samples of {8 * width} bits: convert it to 8 or 16")
-    return array_field(np.frombuffer(frames, dtype="u1" if width == 1 else "<i2").reshape(-1, channels), 1)
+    return np.frombuffer(frames, dtype="u1" if width == 1 else "<i2").reshape(-1, channels)
 
 
 def psnr(reconstruction: torch.Tensor, values: torch.Tensor, value_range: float = 2.0) -> float:

@@ -143,7 +143,7 @@ class MatrixDecayTrainer(Trainer):
 
 def train_model(
     model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     train_blocks: Dataset | IterableDataset,
     validation_blocks: Dataset | IterableDataset,
     output_folder: str | Path,
@@ -166,7 +166,7 @@ def train_model(
     Args:
         model: a language model, or one with LoRA (`dfn_hf.lora.add_lora`). With LoRA the folder holds the merged
             model, which loads like any other, and in `adapter/` the adapter alone.
-        tokenizer: saved beside the model.
+        tokenizer: saved beside the model; None for a model that reads no text.
         train_blocks, validation_blocks: packed blocks of `input_ids`, `labels`, `segment_ids`, each `[block_size]`;
             or what `data_collator` takes.
         output_folder: must be new or empty, unless `overwrite` or `resume`.
@@ -189,7 +189,7 @@ def train_model(
     output_folder = Path(output_folder)
     check_output_folder(output_folder, resume=resume, overwrite=overwrite)
     base_model = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
-    if len(tokenizer) > base_model.config.vocab_size:
+    if tokenizer is not None and len(tokenizer) > base_model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens but the model's vocab_size is {base_model.config.vocab_size}: "
             "use the tokenizer the model was made for"
@@ -294,7 +294,7 @@ def training_arguments(
 
 def export(
     model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     result: TrainingResult,
     settings: TrainingSettings,
     provenance: str,
@@ -305,7 +305,8 @@ def export(
             model.save_pretrained(str(folder / "adapter"))
             model = cast(PreTrainedModel, model.merge_and_unload())
         model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
         (folder / LOG_FILE).write_text(json.dumps(result.history, indent=1))
         card = model_card(
             model,

@@ -70,6 +70,7 @@ class DFNConfig(PreTrainedConfig):
         value_dim (`int`, defaults to 1): Values of a field's sample: 1 for grey, 3 for colour.
         num_entities (`int`, defaults to 256): Entities that a field is sampled into.
         projection_dim (`int`, defaults to 128): Width of contrastive embeddings.
+        contrastive_fields (`bool`, defaults to `False`): A tower for fields too, in `DFNForContrastive`.
         hidden_dropout (`float`, defaults to 0.0): Dropout on what each block adds to the state.
         attention_dropout (`float`, defaults to 0.0): Dropout on flow weights.
         norm_eps (`float`, defaults to 1e-6): Added to mean squares before their root is taken.
@@ -124,6 +125,7 @@ class DFNConfig(PreTrainedConfig):
     value_dim: int = 1
     num_entities: int = 256
     projection_dim: int = 128
+    contrastive_fields: bool = False
     hidden_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     norm_eps: float | int = 1e-6

@@ -68,7 +68,7 @@ class DFNForContrastive(DFNPreTrainedModel):
         self.model = DFNModel(config)
         self.projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
         self.field_model = self.field_projection = None
-        if getattr(config, "contrastive_fields", False):
+        if config.contrastive_fields:
             self.field_model = DFNFieldModel(config)
             self.field_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.empty((), dtype=torch.float32))  # its log, as in CLIP

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .configuration_dfn import DFNConfig
-from .dfn_layer import DFNLayer, unit_linear
+from .dfn_layer import DFNLayer, Entities, unit_linear
 from .field_interpolation import NUM_WAVES, GaussianInterpolation, LocalWaves, take
 from .field_sampling import FlowDensity, PlacedEntities, Spans, cut, fill, place_entities
 from .hilbert_curve import KEY_BITS, LAST_KEY, Box
@@ -38,6 +38,7 @@ class DFNFieldModelOutput(ModelOutput):
         entity_values: `[B, E, v]`, the mean of the samples' values.
         entity_scales: `[B, E, 1]`, the distance over which it reaches.
         density: `[B, N]`, entities per sample, in the order of the input; 0 where no sample is given.
+        entities: per layer over entities `dfn_layer.Entities`; with `output_entities`.
     """
 
     last_hidden_state: torch.Tensor | None = None
@@ -47,6 +48,7 @@ class DFNFieldModelOutput(ModelOutput):
     entity_values: torch.Tensor | None = None
     entity_scales: torch.Tensor | None = None
     density: torch.Tensor | None = None
+    entities: tuple[Entities, ...] | None = None
 
 
 @dataclass
@@ -55,7 +57,8 @@ class DFNFieldReconstructionOutput(ModelOutput):
     Attributes:
         loss: scalar, mean squared error over all values that are scored.
         reconstruction: `[B, Q, v]`.
-        last_hidden_state, entity_coordinates, entity_weights, entity_mask, density: see `DFNFieldModelOutput`.
+        last_hidden_state, entity_coordinates, entity_weights, entity_mask, density, entities: see
+            `DFNFieldModelOutput`.
     """
 
     loss: torch.Tensor | None = None
@@ -65,6 +68,7 @@ class DFNFieldReconstructionOutput(ModelOutput):
     entity_weights: torch.Tensor | None = None
     entity_mask: torch.Tensor | None = None
     density: torch.Tensor | None = None
+    entities: tuple[Entities, ...] | None = None
 
 
 class DFNFieldPreTrainedModel(DFNPreTrainedModel):
@@ -122,13 +126,19 @@ class DFNFieldModel(DFNFieldPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, coordinates: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None = None, **kwargs
+        self,
+        coordinates: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        output_entities: bool = False,
+        **kwargs,
     ) -> DFNFieldModelOutput:
         """
         Args:
             coordinates: `[B, N, c]`, in units in which all axes count the same; [−1, 1] by custom.
             values: `[B, N, v]`, of order 1.
             mask: bool `[B, N]`, True where a sample is given; everywhere if None.
+            output_entities: return positions, influence and neighbours of every layer over entities.
 
         Raises:
             ValueError: inputs that do not fit together or are not finite; the message names them and the remedy.
@@ -150,8 +160,11 @@ class DFNFieldModel(DFNFieldPreTrainedModel):
         entities = place_entities(spans, coordinates, values, box)
         states = self._pool(spans, entities, states, coordinates, values)
         _, rows = rows_of(spans.real.sum(dim=1), spans.real.shape[1])
+        seen = []
         for layer in self.layers:
-            states = layer(states, None, rows, entities.coordinates, entities.log_mass)[0]
+            states, _, _, flowed, _ = layer(states, None, rows, entities.coordinates, entities.log_mass)
+            if output_entities:
+                seen.append(flowed)
         return DFNFieldModelOutput(
             last_hidden_state=self.norm(states) * spans.real.unsqueeze(-1),
             entity_coordinates=entities.coordinates,
@@ -160,6 +173,7 @@ class DFNFieldModel(DFNFieldPreTrainedModel):
             entity_values=entities.values,
             entity_scales=entities.scale,
             density=density.new_zeros(mask.shape).scatter(1, order, density).to(dtype),
+            entities=tuple(seen) if output_entities else None,
         )
 
     def _most_entities(self) -> int:
@@ -250,11 +264,12 @@ class DFNForFieldReconstruction(DFNFieldPreTrainedModel):
         mask: torch.Tensor | None = None,
         query_coordinates: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        output_entities: bool = False,
         **kwargs,
     ) -> DFNFieldReconstructionOutput:
         """
         Args:
-            coordinates, values, mask: see `DFNFieldModel.forward`.
+            coordinates, values, mask, output_entities: see `DFNFieldModel.forward`.
             query_coordinates: `[B, Q, c]`, where values are asked for; the samples' coordinates if None.
             labels: `[B, Q, v]`, what they should be; NaN is not scored. If None, and the samples' coordinates are
                 asked for, the values that `mask` hides: masked-field pre-training. A value that is NaN is padding.
@@ -262,7 +277,7 @@ class DFNForFieldReconstruction(DFNFieldPreTrainedModel):
         Raises:
             ValueError: inputs that do not fit together; the message names them and the remedy.
         """
-        outputs: DFNFieldModelOutput = self.model(coordinates, values, mask)
+        outputs: DFNFieldModelOutput = self.model(coordinates, values, mask, output_entities)
         self._check_queries(coordinates, query_coordinates, labels)
         if query_coordinates is None and labels is None and mask is not None and not bool(mask.all()):
             labels = values.masked_fill(mask.bool().unsqueeze(-1), math.nan)
@@ -290,6 +305,7 @@ class DFNForFieldReconstruction(DFNFieldPreTrainedModel):
             entity_weights=outputs.entity_weights,
             entity_mask=outputs.entity_mask,
             density=outputs.density,
+            entities=outputs.entities,
         )
 
     def _check_queries(self, coordinates, query_coordinates, labels) -> None:

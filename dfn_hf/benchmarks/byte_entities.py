@@ -149,7 +149,7 @@ def build(settings: ByteEntitySettings) -> PreTrainedModel:
 
     sampling = fitted(sampling_dfn, parameters, count_parameters)
     if settings.model in SAMPLINGS:
-        return sampling.to(settings.device)
+        return torch.nn.Module.to(sampling, settings.device)
 
     ids = torch.zeros(1, settings.length, dtype=torch.long)
 
@@ -162,7 +162,7 @@ def build(settings: ByteEntitySettings) -> PreTrainedModel:
             return build_llama(narrow)
         return DFNForCausalLM(DFNConfig(**vars(narrow)))
 
-    return fitted(cheap, operations(sampling), operations).to(settings.device)
+    return torch.nn.Module.to(fitted(cheap, operations(sampling), operations), settings.device)
 
 
 def fitted(
@@ -192,10 +192,8 @@ def placement(model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[float, f
     letters = torch.isin(input_ids, LETTERS)
     inside = letters & pad(letters, (1, 0))[:, :-1]
     starts = letters & ~inside
-    return tuple(
-        float(share)
-        for share in (boundaries.float().mean(), begins[starts].float().mean(), begins[inside].float().mean())
-    )
+    shares = (boundaries.float().mean(), begins[starts].float().mean(), begins[inside].float().mean())
+    return shares[0].item(), shares[1].item(), shares[2].item()
 
 
 def run_byte_entities(
