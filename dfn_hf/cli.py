@@ -10,6 +10,7 @@ from typer.core import TyperGroup
 from .benchmarks.cli import app as benchmarks
 
 EMBEDDED_TEXT = "the embedded corpus of Shakespeare and the King James Bible"
+OBJECTIVES = ("tokens", "field", "contrastive")
 MODEL_HELP = "Folder of a saved model, name of an embedded checkpoint, or Hub id."
 
 
@@ -52,10 +53,17 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Text: a file or a folder of .txt, .md, .jsonl. Default: the embedded corpus. For liquid and t5: "
-            "JSON Lines of pairs. Default: the embedded verses, English to Spanish."
+            help="Text: a file or a folder of .txt, .md, .jsonl. Default: the embedded corpus. For liquid, t5 and "
+            "--objective contrastive: JSON Lines of pairs. Default: the embedded verses, English and Spanish. For "
+            "--objective field: images, .npy, .wav."
         ),
     ] = None,
+    objective: Annotated[
+        str, typer.Option(help="tokens; field: give back fields; contrastive: embed the sides of pairs alike.")
+    ] = "tokens",
+    hidden_share: Annotated[
+        float, typer.Option(help="Of --objective field: share of the samples to hide and ask for.")
+    ] = 0.0,
     validation_data: Annotated[
         str | None, typer.Option(help="Text to validate on. Default: 5 % of --data, or the corpus' validation split.")
     ] = None,
@@ -85,7 +93,9 @@ def train(
             help="bpe (default), byte, bpe-en-es (default for pairs), a folder or Hub id. With --from: the model's."
         ),
     ] = None,
-    block_size: Annotated[int, typer.Option(help="Tokens per block; of pairs, of a side at most.")] = 256,
+    block_size: Annotated[
+        int, typer.Option(help="Tokens per block; of pairs, of a side at most; samples of a field's pieces.")
+    ] = 256,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
     batch_size: Annotated[int, typer.Option(help="Blocks or pairs per device and forward pass.")] = 16,
     accumulation: Annotated[int, typer.Option(help="Forward passes per optimizer step.")] = 1,
@@ -118,17 +128,23 @@ def train(
 
     An encoder-decoder on pairs: `dfn-hf train my-translator --model liquid --data pairs.jsonl`
 
+    Bytes without tokens: `dfn-hf train my-bytes --tokenizer byte --set entity_sampling=adaptive --block-size 512`
+
+    Images from entities: `dfn-hf train my-field --objective field --data photographs/ --block-size 4096`
+
+    Embeddings of pairs: `dfn-hf train my-embedder --objective contrastive --batch-size 128`
+
     After a kill: the same command with `--resume`
 
     On several GPUs: `torchrun --nproc-per-node 4 -m dfn_hf.cli train …`
     """
-    from accelerate import PartialState
     from transformers import DataCollatorForSeq2Seq
 
     from .blocks import text_blocks
     from .data import load_tokenizer
-    from .hub import push_folder, require_token
+    from .hub import require_token
     from .lora import add_lora
+    from .objectives import learn_fields, learn_pairs
     from .seq2seq_sizes import ARCHITECTURES as SEQ2SEQ_ARCHITECTURES
     from .seq2seq_sizes import new_seq2seq_lm
     from .sizes import ARCHITECTURES as CAUSAL_ARCHITECTURES
@@ -166,6 +182,41 @@ def train(
 
     model: Any
     options = dict(map(parse_field, fields or ()))
+    refuse(objective not in OBJECTIVES, f"--objective is {objective!r}: choose one of {', '.join(OBJECTIVES)}")
+    refuse(hidden_share != 0 and objective != "field", "--hidden-share is for --objective field")
+    if objective != "tokens":
+        for option, value in (
+            ("--from", start),
+            ("--lora", lora),
+            ("--streaming", streaming),
+            ("--model", architecture),
+        ):
+            refuse(bool(value), f"{option} is for language models: leave it out with --objective {objective}")
+        refuse(
+            validation_data is not None, f"--objective {objective} holds out a twentieth: leave out --validation-data"
+        )
+        common: dict[str, Any] = {"options": options, "resume": resume, "overwrite": overwrite}
+        common["size"] = size or "tiny"
+        if objective == "field":
+            refuse(data is None, "--objective field needs --data: a file or folder of images, .npy or .wav")
+            result = learn_fields(
+                str(data), output, settings, num_samples=block_size, hidden_share=hidden_share, **common
+            )
+            unit = "mean squared error"
+        else:
+            result = learn_pairs(
+                data,
+                output,
+                settings,
+                load_tokenizer(tokenizer or "bpe-en-es"),
+                source_field=source_field,
+                target_field=target_field,
+                max_length=block_size,
+                **common,
+            )
+            unit = "nats per pair"
+        finish_training(result, unit, push_to_hub)
+        return
     pairs = architecture in SEQ2SEQ_ARCHITECTURES or (start is not None and load_config(start).is_encoder_decoder)
     collator = None
     named_sides = (source_field, target_field) != ("source", "target")
@@ -225,12 +276,21 @@ def train(
         overwrite=overwrite,
         data_collator=collator,
     )
+    finish_training(result, "nats per token", push_to_hub)
+
+
+def finish_training(result: Any, unit: str, push_to_hub: str | None) -> None:
+    """Say what a run has reached, and upload it where that was asked."""
+    from accelerate import PartialState
+
+    from .hub import push_folder
+
     if not PartialState().is_main_process:
         return
-    typer.echo(f"validation loss {result.initial_loss:.4f} → {result.validation_loss:.4f} nats per token")
-    typer.echo(f"saved in {output}")
+    typer.echo(f"validation loss {result.initial_loss:.4f} → {result.validation_loss:.4f} {unit}")
+    typer.echo(f"saved in {result.folder}")
     if push_to_hub is not None:
-        typer.echo(f"pushed to {push_folder(output, push_to_hub)}")
+        typer.echo(f"pushed to {push_folder(result.folder, push_to_hub)}")
 
 
 @app.command()
@@ -542,17 +602,28 @@ def show(
     text: Annotated[
         str | None, typer.Option(help="Text to run the model over. Default: a sonnet's beginning.")
     ] = None,
+    field: Annotated[Path | None, typer.Option(help="Of a model of fields: an image, a .npy or a .wav.")] = None,
+    num_entities: Annotated[
+        int | None, typer.Option(min=1, help="With --field: sample it into so many. Default: one for 16 samples.")
+    ] = None,
     layer: Annotated[int | None, typer.Option(help="Of the positions, from 0. Default: where it shows most.")] = None,
     head: Annotated[int | None, typer.Option(help="Of the positions, from 0. Default: where it shows most.")] = None,
 ) -> None:
-    """Draw what a DFN made of a text: where it placed entities, where they lie and flow, and what they read.
+    """Draw what a DFN makes of a text or a field: where it places entities, where they flow, what comes of it.
 
     Example: `dfn-hf show dfn-tiny picture.png --text "To be, or not to be, that is the question"`
+
+    An image, and what a model of fields gives back of it: `dfn-hf show my-field picture.png --field cat.png`
     """
-    from .showing import show_text
+    from .showing import show_field, show_text
 
     refuse(output.exists(), f"{output} exists: choose a new file")
-    show_text(model, str(output), text, layer=layer, head=head)
+    refuse(text is not None and field is not None, "--text and --field are of different models: give one")
+    refuse(num_entities is not None and field is None, "--num-entities is for --field")
+    if field is None:
+        show_text(model, str(output), text, layer=layer, head=head)
+    else:
+        show_field(model, str(output), field, num_entities=num_entities, layer=layer, head=head)
     typer.echo(f"drawn: {output}")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -141,7 +142,7 @@ def draw_flows(axes: Axes, rest: np.ndarray, moved: np.ndarray, labels: Sequence
     """Entities as dots, darker the later, with arrows to where they have moved to read."""
     rest, moved, names = in_the_plane(rest, moved, None)
     axes.update_datalim(moved)
-    arrows = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.0015}
+    arrows: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.0015}
     axes.quiver(*rest.T, *(moved - rest).T, color=SERIES[1], alpha=0.45, zorder=1, **arrows)
     age = np.linspace(0, 1, len(rest))
     axes.scatter(rest[:, 0], rest[:, 1], c=age, cmap="Greys", vmin=-0.6, vmax=1.4, s=16, lw=0, zorder=2)
@@ -150,5 +151,6 @@ def draw_flows(axes: Axes, rest: np.ndarray, moved: np.ndarray, labels: Sequence
     axes.grid(color=FAINT, lw=0.4)
     axes.margins(0.05)
     plain(axes)
-    axes.get_figure(root=True).draw_without_rendering()
+    if labels:
+        cast(Figure, axes.get_figure(root=True)).draw_without_rendering()
     write_words(axes, rest, labels, [(index, MUTED, SMALL) for index in range(len(labels) - 1, -1, -1)])

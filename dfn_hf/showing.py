@@ -1,9 +1,13 @@
 """Pictures of what a saved model makes of an input, whatever its kind."""
 
+import math
 from pathlib import Path
 
 from .entity_pictures import plot_entities, read_entities
-from .sources import load_causal_lm, load_config
+from .field_pictures import plot_field, read_field
+from .field_training import SAMPLES_PER_ENTITY, load_arrays
+from .modeling.modeling_dfn_field import DFNForFieldReconstruction
+from .sources import load_causal_lm, load_config, resolve_source
 from .visualization import flow_map, plot_flow_map
 
 PICTURES = (".png", ".svg", ".pdf")
@@ -27,8 +31,7 @@ def show_text(
     Raises:
         ValueError: a model that is no DFN, a picture of an unknown kind, or what the pictures refuse.
     """
-    if Path(path).suffix not in PICTURES:
-        raise ValueError(f"{path} has none of the endings {', '.join(PICTURES)} of a picture")
+    check_picture(path)
     config = load_config(source)
     if config.model_type != "dfn":
         raise ValueError(f"{source} is a {config.model_type}: only a DFN can be shown")
@@ -39,3 +42,33 @@ def show_text(
         plot_flow_map(flow_map(model, tokenizer, text, layer=layer, head=head), path=path)
     else:
         plot_entities(read_entities(model, tokenizer, text, layer=layer or 0, head=head or 0), path=path)
+
+
+def show_field(source: str, path: str, file: str | Path, *, layer: int | None = None, head: int | None = None) -> None:
+    """Draw an image or a waveform, where a model of fields places entities in it, and what it gives back.
+
+    Args:
+        source: a folder of a `DFNForFieldReconstruction`.
+        path: picture to write.
+        file: an image, `.npy` or `.wav`.
+        num_entities: how many to sample it into; a sixteenth of its samples if None.
+        layer, head: of the positions, from 0.
+
+    Raises:
+        ValueError: a model of something else, a picture of an unknown kind, or a field that is not the model's.
+    """
+    check_picture(path)
+    config = load_config(source)
+    if "DFNForFieldReconstruction" not in (config.architectures or ()):
+        raise ValueError(f"{source} is no model of fields: train one with --objective field")
+    model = DFNForFieldReconstruction.from_pretrained(resolve_source(source)).eval()
+    array = load_arrays(file)[0]
+    samples = math.prod(array.shape[:-1])
+    model.config.num_entities = num_entities or max(1, samples // SAMPLES_PER_ENTITY)
+    plot_field(read_field(model, array, layer=layer or 0, head=head or 0), path=path)
+
+
+def check_picture(path: str) -> None:
+    """Raise ValueError unless the ending is of a kind of picture."""
+    if Path(path).suffix not in PICTURES:
+        raise ValueError(f"{path} has none of the endings {', '.join(PICTURES)} of a picture")

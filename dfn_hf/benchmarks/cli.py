@@ -113,6 +113,67 @@ def bytes(
 
 
 @app.command()
+def fields(
+    names: Annotated[list[str] | None, typer.Option("--field", help="One of the table's; repeat it.")] = None,
+    side: Annotated[int, typer.Option(min=8, help="Images are averaged down to it.")] = 128,
+    steps: Annotated[int, typer.Option(min=3, help="Training steps of each model.")] = 150,
+    recording: Annotated[Path | None, typer.Option(help="WAV file of speech, where it has not been measured.")] = None,
+    results: Results = RESULTS_FOLDER / "fields.csv",
+    threads: Threads = 1,
+) -> None:
+    """Fields from a sixteenth as many entities: sampled adaptively, uniformly, and other ways to hold a field.
+
+    Example: dfn-hf bench fields --field camera
+    """
+    from .fields import FIELDS, FieldSettings, field_runs, fields_table, run_fields
+    from .machine import set_up_device
+
+    set_up_device("cpu", threads)
+    runs = field_runs(FieldSettings(side=side, steps=steps), names or FIELDS)
+    finished = run_fields(runs, results, recording, _report)
+    _print(fields_table(finished), {measures.machine for _, measures in finished}, results)
+
+
+@app.command()
+def field_speed(
+    sides: Annotated[list[int] | None, typer.Option("--side", min=8, help="Samples a side; repeat it.")] = None,
+    results: Results = RESULTS_FOLDER / "field-speed.csv",
+    threads: Threads = 1,
+) -> None:
+    """Images of 125² to 1,000² samples in one forward pass: time and peak memory.
+
+    Example: dfn-hf bench field-speed --side 125 --side 250
+    """
+    from .field_speed import SIDES, FieldSpeedSettings, field_speed_table, run_field_speed
+
+    finished = run_field_speed([FieldSpeedSettings(side=side, threads=threads) for side in sides or SIDES], results)
+    _print(field_speed_table(finished), {measures.machine for _, measures in finished}, results)
+
+
+@app.command()
+def contrastive(
+    tasks: Annotated[list[str] | None, typer.Option("--task", help="verses, sounds or images; repeat it.")] = None,
+    seeds: Seeds = 1,
+    recordings: Annotated[
+        Path | None, typer.Option(help="Folder of spoken digits for sounds, where they have not been measured.")
+    ] = None,
+    results: Results = RESULTS_FOLDER / "contrastive.csv",
+    threads: Threads = 1,
+) -> None:
+    """Pairs find each other among held-out ones: verses in two languages, sounds and words, images and captions.
+
+    Example: dfn-hf bench contrastive --task images
+    """
+    from .contrastive import TASKS, contrastive_table, planned_runs, run_contrastive
+    from .machine import set_up_device
+
+    set_up_device("cpu", threads)
+    runs = planned_runs(tasks or TASKS, range(seeds))
+    finished = run_contrastive(runs, results, recordings or "", _report)
+    _print(contrastive_table(finished), {measures.machine for _, measures in finished}, results)
+
+
+@app.command()
 def lm(
     models: Models = ["dfn", "llama", "llama-conv"],  # noqa: B006
     seeds: Seeds = 3,
@@ -238,6 +299,9 @@ def million(
     chunk_length: Annotated[int, typer.Option(min=1, help="Tokens per chunk of the second way.")] = 2**16,
     hidden_size: Annotated[int, typer.Option(min=1)] = 256,
     num_hidden_layers: Annotated[int, typer.Option(min=1)] = 4,
+    entity_sampling: Annotated[
+        str, typer.Option(help="token, or adaptive: bytes are sampled into entities.")
+    ] = "token",
     results: Results = RESULTS_FOLDER / "million.csv",
     threads: Threads = 1,
     device: Device = "cpu",
@@ -253,6 +317,7 @@ def million(
         chunk_length=chunk_length,
         hidden_size=hidden_size,
         num_hidden_layers=num_hidden_layers,
+        entity_sampling=entity_sampling,
         threads=threads,
         device=device,
     )

@@ -15,6 +15,8 @@ from dfn_hf.modeling.modeling_dfn_field import DFNForFieldReconstruction
 from .machine import clock, describe_machine, peak_memory_mib, run_isolated, set_up_device
 from .results import ResultsFile, markdown_table
 
+SIDES = (125, 250, 500, 1000)
+
 
 @dataclass(frozen=True)
 class FieldSpeedSettings:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
@@ -23,6 +23,7 @@ from .machine import describe_machine
 from .models import count_parameters
 from .results import ResultsFile, markdown_table
 
+FIELDS = ("camera", "elevation", "speech", "clip")
 METHODS = ("adaptive", "uniform", "frames", "siren", "resampling")
 PRETRAINING = ("pre-trained", "from scratch")
 SIREN_LAYERS = 3
@@ -37,7 +38,8 @@ class FieldSettings:
     """One run.
 
     Attributes:
-        field: "camera" (of scikit-image), "elevation" (of matplotlib), "clip" (drawn here), or the path of a WAV file.
+        field: "camera" (of scikit-image), "elevation" (of matplotlib), "speech" (a recording that is given), or "clip"
+            (drawn here).
         method: one of `METHODS`; or of `PRETRAINING`, which reconstruct a quarter of the field's samples.
         side: of images, in samples; they are averaged down to it.
         samples_per_entity: for resampling, those that one sample of the coarse grid stands for.
@@ -77,11 +79,15 @@ class FieldMeasures:
     machine: str
 
 
-def load_array(settings: FieldSettings) -> np.ndarray:
-    """The field's array with values in [−1, 1], one axis per coordinate; of sound with one more for its channels.
+def load_array(settings: FieldSettings, recording: Path | None = None) -> np.ndarray:
+    """The field's array with values in [−1, 1], one axis per coordinate; of speech with one more for its channels.
+
+    Args:
+        recording: the WAV file of "speech".
 
     Raises:
-        ValueError: no field of this name. OSError, ValueError: no such WAV file, see `fields.sound_field`.
+        ValueError: no field of this name, no recording given, or what `fields.read_sound` refuses.
+        OSError: no such file.
     """
     if settings.field == "camera":
         from skimage.data import camera
@@ -96,9 +102,11 @@ def load_array(settings: FieldSettings) -> np.ndarray:
         return (heights - heights.min()) / (heights.max() - heights.min()) * 2 - 1
     if settings.field == "clip":
         return draw_clip(*CLIP)
-    if not settings.field.endswith(".wav"):
-        raise ValueError(f"field {settings.field!r} is none of camera, elevation, clip and a path of a .wav file")
-    values = sound_field(settings.field)["values"].numpy()
+    if settings.field != "speech":
+        raise ValueError(f"field is {settings.field!r}: choose one of {', '.join(FIELDS)}")
+    if recording is None:
+        raise ValueError("speech needs a recording: give a WAV file (--recording)")
+    values = sound_field(recording)["values"].numpy()
     return values / np.abs(values).max()
 
 
@@ -115,15 +123,17 @@ def draw_clip(frames: int, height: int, width: int) -> np.ndarray:
     return clip
 
 
-def measure_field(settings: FieldSettings, report: Callable[[str], None] = lambda line: None) -> FieldMeasures:
+def measure_field(
+    settings: FieldSettings, recording: Path | None = None, report: Callable[[str], None] = lambda line: None
+) -> FieldMeasures:
     """Fit the one field, or pre-train and reconstruct; a generator's seed decides everything random."""
     set_seed(settings.seed)
     if settings.method in PRETRAINING:
         return _measure_quarter(settings)
     if settings.method not in METHODS:
         raise ValueError(f"method must be one of {(*METHODS, *PRETRAINING)}, got {settings.method!r}")
-    array = load_array(settings)
-    axes = 1 if settings.field.endswith(".wav") else array.ndim
+    array = load_array(settings, recording)
+    axes = 1 if settings.field == "speech" else array.ndim
     quality = snr if axes == 1 else psnr
     if settings.method == "resampling":
         values = torch.from_numpy(array).float()
@@ -313,26 +323,30 @@ def _fit_siren(parameters: int, batch: dict[str, torch.Tensor], settings: FieldS
 
 
 def run_fields(
-    runs: Iterable[FieldSettings], path: Path, report: Callable[[str], None] = lambda line: None
+    runs: Iterable[FieldSettings],
+    path: Path,
+    recording: Path | None = None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> list[tuple[FieldSettings, FieldMeasures]]:
     """Every run's measures, taken from the CSV at `path` where it has them."""
     results = ResultsFile(path, FieldSettings, FieldMeasures)
-    return [(settings, results.run(settings, lambda settings: measure_field(settings, report))) for settings in runs]
+    return [(run, results.run(run, lambda missing: measure_field(missing, recording, report))) for run in runs]
 
 
-def field_runs(settings: FieldSettings, sound: Path | None = None) -> list[FieldSettings]:
-    """What the tables show: images and, where one is given, a WAV file; a clip; a photograph from a quarter of it."""
+def field_runs(settings: FieldSettings, fields: Sequence[str]) -> list[FieldSettings]:
+    """What the table shows of these fields; of the camera's photograph also what comes from a quarter of it."""
     runs = [
         replace(settings, field=field, method=method)
-        for field in ("camera", "elevation", *([str(sound)] if sound else []))
-        for method in ("adaptive", "uniform", "siren", "resampling")
+        for field in fields
+        for method in (("adaptive", "frames") if field == "clip" else ("adaptive", "uniform", "siren", "resampling"))
     ]
-    runs += [replace(settings, field="clip", method=method) for method in ("adaptive", "frames")]
-    quarter = replace(settings, steps=settings.steps // 3, learning_rate=2 * settings.learning_rate)
-    return runs + [
-        replace(quarter, method="pre-trained", pretraining_steps=3 * settings.steps),
-        replace(quarter, method="from scratch"),
-    ]
+    if "camera" in fields:
+        quarter = replace(settings, steps=settings.steps // 3, learning_rate=2 * settings.learning_rate)
+        runs += [
+            replace(quarter, method="pre-trained", pretraining_steps=3 * settings.steps),
+            replace(quarter, method="from scratch"),
+        ]
+    return runs
 
 
 def fields_table(finished: list[tuple[FieldSettings, FieldMeasures]]) -> str:

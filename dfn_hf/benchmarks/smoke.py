@@ -12,6 +12,7 @@ from pathlib import Path
 from typer.main import get_command
 
 from .ablations import VARIANTS
+from .byte_entities import MODELS as BYTE_MODELS
 from .machine import without_isolation
 from .quantization import CHECKPOINTS
 from .seq2seq_speed import WORKS as SEQ2SEQ_WORKS
@@ -48,6 +49,18 @@ TABLES = (
         "million --length 2048 --chunk-length 500 --hidden-size 32 --num-hidden-layers 2",
         [("one pass",), ("chunks of 500",)],
     ),
+    SmokeTable(
+        "bytes --seeds 1 --steps 2 --length 64 --batch-size 2 --evaluation-windows 4",
+        [(model,) for model in BYTE_MODELS],
+    ),
+    SmokeTable(
+        "fields --field camera --side 16 --steps 3",
+        [
+            ("camera", method)
+            for method in ("adaptive", "uniform", "siren", "resampling", "pre-trained", "from scratch")
+        ],
+    ),
+    SmokeTable("field-speed --side 16 --side 32", [("256",), ("1,024",)]),
     SmokeTable("memory --seeds 1 --steps 1", [("8", "1"), ("0", "1")]),
     SmokeTable("speed --length 64 --repeats 1", [(work, "64") for work in WORKS]),
     SmokeTable(
