@@ -44,7 +44,15 @@ def show_text(
         plot_entities(read_entities(model, tokenizer, text, layer=layer or 0, head=head or 0), path=path)
 
 
-def show_field(source: str, path: str, file: str | Path, *, layer: int | None = None, head: int | None = None) -> None:
+def show_field(
+    source: str,
+    path: str,
+    file: str | Path,
+    *,
+    num_entities: int | None = None,
+    layer: int | None = None,
+    head: int | None = None,
+) -> None:
     """Draw an image or a waveform, where a model of fields places entities in it, and what it gives back.
 
     Args:
