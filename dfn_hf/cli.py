@@ -185,13 +185,9 @@ def train(
     refuse(objective not in OBJECTIVES, f"--objective is {objective!r}: choose one of {', '.join(OBJECTIVES)}")
     refuse(hidden_share != 0 and objective != "field", "--hidden-share is for --objective field")
     if objective != "tokens":
-        for option, value in (
-            ("--from", start),
-            ("--lora", lora),
-            ("--streaming", streaming),
-            ("--model", architecture),
-        ):
-            refuse(bool(value), f"{option} is for language models: leave it out with --objective {objective}")
+        of_language = {"--from": start, "--lora": lora, "--streaming": streaming, "--model": architecture}
+        for option, given in of_language.items():
+            refuse(bool(given), f"{option} is for language models: leave it out with --objective {objective}")
         refuse(
             validation_data is not None, f"--objective {objective} holds out a twentieth: leave out --validation-data"
         )
