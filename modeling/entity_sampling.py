@@ -134,7 +134,7 @@ class EntitySampling(nn.Module):
             flow = decide(self.flow_map, states).to(dtype)
         flows = F.pad(flow, (0, 0, 1, 0)) if state is None else state.tail("flow", flow, 1)
         cosine = F.cosine_similarity(flows[:, :-1], flow, dim=-1)
-        turn = (self.log_turn_steepness.exp() * (self.turn_threshold - cosine)).sigmoid()
+        turn = (self.log_turn_steepness.to(dtype).exp() * (self.turn_threshold.to(dtype) - cosine)).sigmoid()
         return torch.where(starts, 1, turn)
 
     def _since(

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from dfn_hf import (
     DFNConfig,
     DFNForCausalLM,
+    DFNForContrastive,
+    DFNForFieldReconstruction,
     DFNForSequenceClassification,
     DFNModel,
     FlowNetworkConfig,
@@ -226,3 +229,59 @@ def test_loads_where_the_package_is_not_installed(family, saved, tmp_path):
     expected = torch.load(saved / "expected.pt", weights_only=True)
     with torch.no_grad():
         assert torch.allclose(model(expected["ids"]).logits, expected["unpadded"], atol=1e-9, rtol=0)
+
+
+def adaptive_model():
+    return DFNForCausalLM(DFNConfig(**COMMON_FIELDS, local_window=4, entity_sampling="adaptive"))
+
+
+def field_model():
+    return DFNForFieldReconstruction(DFNConfig(**COMMON_FIELDS, num_entities=6, entity_sampling="adaptive"))
+
+
+def pair_model():
+    return DFNForContrastive(DFNConfig(**COMMON_FIELDS, projection_dim=8, contrastive_fields=True))
+
+
+# Of each the Auto class, what it is given, and what of its output is compared.
+HEADS = {
+    "entities": (adaptive_model, "AutoModelForCausalLM", ["input_ids"], "logits"),
+    "field": (field_model, "AutoModelForPreTraining", ["coordinates", "values"], "reconstruction"),
+    "pairs": (pair_model, "AutoModelForTextEncoding", ["input_ids", "pair_coordinates", "pair_values"], "pair_embeds"),
+}
+LOAD_HEAD = """
+import sys
+sys.modules["dfn_hf"] = None
+import torch, transformers
+folder, auto_class, name = sys.argv[1:]
+expected = torch.load(f"{folder}/expected.pt", weights_only=True)
+model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True, dtype=torch.float64).eval()
+assert type(model).__module__.startswith("transformers_modules."), type(model)
+with torch.no_grad():
+    found = getattr(model(**expected["inputs"]), name)
+    assert torch.allclose(found, expected["output"], atol=1e-9, rtol=0), (found - expected["output"]).abs().max()
+"""
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_bytes_fields_and_pairs_load_where_the_package_is_not_installed(name, tmp_path):
+    make, auto_class, arguments, output = HEADS[name]
+    torch.manual_seed(0)
+    model = make().double().eval()
+    model.save_pretrained(tmp_path)
+    everything = {
+        "input_ids": torch.randint(1, 40, (2, 30)),
+        "coordinates": torch.rand(2, 40, 2).double(),
+        "values": torch.randn(2, 40, 1).double(),
+    }
+    everything |= {f"pair_{argument}": everything[argument] for argument in ("coordinates", "values")}
+    inputs = {argument: everything[argument] for argument in arguments}
+    with torch.no_grad():
+        torch.save({"inputs": inputs, "output": getattr(model(**inputs), output)}, tmp_path / "expected.pt")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", LOAD_HEAD, tmp_path, auto_class, output]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    loaded = getattr(transformers, auto_class).from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
