@@ -2,6 +2,13 @@
 # Every measured table of the README: printed from results/*.csv, with the runs that are missing there done first.
 set -euo pipefail
 cd "$(dirname "$0")/results"
+dfn-hf bench bytes --model adaptive --model dfn --model "dfn of equal compute" \
+    --model "llama of equal compute" --results bytes.csv
+dfn-hf bench million --entity-sampling adaptive --results million.csv
+dfn-hf bench fields --results fields.csv
+dfn-hf bench field-speed --results field-speed.csv
+dfn-hf bench contrastive --results contrastive.csv
+dfn-hf bench contrastive --task sounds --seeds 3 --results contrastive.csv
 dfn-hf bench memory --results memory.csv
 dfn-hf bench lm --model flownetwork --model flownetwork-1-pattern --model flownetwork-no-flow \
     --model flow-transformer --model llama --model llama-conv --results lm.csv

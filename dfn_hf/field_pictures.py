@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 from .entity_pictures import DENSITY, draw_flows
 from .fields import array_field, psnr, snr
 from .flow_pictures import colour_bar, finished, to_numpy
-from .visualization import FAINT, INK, MUTED, SERIES, plain
+from .visualization import FAINT, INK, MUTED, SERIES, chosen, plain
+
+MOST_ARROWS = 300
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,15 @@ def read_field(model: PreTrainedModel, array: Any, *, layer: int = 0, head: int 
         layer, head: of the positions, from 0.
 
     Raises:
-        ValueError: a model of other fields than these, or an array that is none of its fields.
+        ValueError: a model of other fields than these, an array that is none of its fields, or a layer or head that
+            the model does not have.
     """
     config = model.config
     axes = config.coordinate_dim
     if axes > 2:
         raise ValueError(f"the model's fields have {axes} axes (`coordinate_dim`): only those of one or two are drawn")
+    chosen("layer", layer, config.num_hidden_layers)
+    chosen("head", head, config.num_attention_heads)
     array = np.asarray(array)
     field = array_field(array, axes)
     shape = array.shape[:axes]
@@ -121,14 +126,17 @@ def _plot_waveform(reading: FieldReading, path: str | None) -> Figure:
 
 
 def _draw_positions(axes: Axes, reading: FieldReading) -> None:
-    draw_flows(axes, reading.rest_positions, reading.moved_positions)
-    axes.set_title(f"Where entities rest and where they flow to read: {reading.title}", color=INK, loc="left")
+    """Every entity, or every n-th where there are many."""
+    step = -(-len(reading.entities) // MOST_ARROWS)
+    draw_flows(axes, reading.rest_positions[::step], reading.moved_positions[::step])
+    which = "entities" if step == 1 else f"1 in {step} entities"
+    axes.set_title(f"Where {which} rest and where they flow to read: {reading.title}", color=INK, loc="left")
 
 
 def show_image(axes: Axes, values: np.ndarray, title: str) -> None:
     """An image of values in [−1, 1], or scaled to its own range if they go beyond; grey or of three colours."""
     low, high = (-1.0, 1.0) if np.abs(values).max() <= 1.5 else (values.min(), values.max())
-    shares = ((values - low) / (high - low)).clip(0, 1)
+    shares = ((values - low) / max(high - low, 1e-9)).clip(0, 1)
     axes.imshow(shares if values.shape[-1] == 3 else shares[..., 0], cmap="gray", vmin=0, vmax=1)
     axes.set_title(title, color=INK, loc="left")
     axes.set_axis_off()

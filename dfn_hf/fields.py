@@ -93,13 +93,13 @@ def read_sound(path: str | Path) -> np.ndarray:
 
 def psnr(reconstruction: torch.Tensor, values: torch.Tensor, value_range: float = 2.0) -> float:
     """Peak signal-to-noise ratio in dB of tensors of one shape; `value_range` is 2 for values in [−1, 1]."""
-    return -10 * math.log10((reconstruction - values).double().square().mean().item() / value_range**2)
+    return -10 * ((reconstruction - values).double().square().mean() / value_range**2).log10().item()
 
 
 def snr(reconstruction: torch.Tensor, values: torch.Tensor) -> float:
     """Signal-to-noise ratio in dB of tensors of one shape."""
     values = values.double()
-    return 10 * math.log10((values.square().sum() / (reconstruction - values).square().sum()).item())
+    return 10 * (values.square().sum() / (reconstruction - values).square().sum()).log10().item()
 
 
 class FieldCollator:

@@ -81,8 +81,10 @@ def learn_pairs(
             takes the embedded verses.
 
     Raises:
-        ValueError: no pairs there, sides of two kinds of field, or what the configuration refuses.
+        ValueError: no pairs there, sides of two kinds of field, an unknown size, or what the configuration refuses.
     """
+    if size not in SIZES:
+        raise ValueError(f"size is {size!r}: choose one of {', '.join(SIZES)}")
     check_fields("dfn", options)
     if data is None:
         pairs, held_out = load_verses("train"), load_verses("validation")

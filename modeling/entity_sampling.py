@@ -26,13 +26,12 @@ from transformers import initialization as init
 
 from .chunk_memory import decay_scan
 from .configuration_dfn import DFNConfig
-from .dfn_layer import unit_linear
 from .padding import Rows
 from .small_maps import decide
 from .state_cache import StateLayer
 
 BOUNDARY = 0.5  # density from which on an entity is completed
-STEEPNESS = 10.0  # β before training
+STEEPNESS = 20.0  # β before training
 LEAST_WEIGHT = 1e-3  # of a sample in its entity's state
 SMOOTHED_OVER = 64  # entities: those before weigh less than 2^-64
 WAVELENGTHS = tuple(4.0**power for power in range(1, 9))  # of accumulated density, about 1 per entity
@@ -95,7 +94,8 @@ class EntitySampling(nn.Module):
         self.longest = config.max_entity_length if self.adaptive else round(1 / config.entity_rate)
         self.flow_map = None
         if self.adaptive:
-            self.flow_map = unit_linear(config.hidden_size, config.hidden_size)
+            self.flow_map = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+            self.flow_map.starts_as_identity = True  # the flow turns first where one kind of byte follows another
             self.turn_threshold = nn.Parameter(torch.empty((), dtype=torch.float32))
             self.log_turn_steepness = nn.Parameter(torch.empty((), dtype=torch.float32))
 

@@ -94,7 +94,9 @@ class DFNPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         config = self.config
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and getattr(module, "starts_as_identity", False):
+            init.eye_(module.weight)
+        elif isinstance(module, nn.Linear):
             init.normal_(module.weight, std=getattr(module, "init_std", config.initializer_range))
             if module.bias is not None:
                 init.zeros_(module.bias)

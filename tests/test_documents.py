@@ -42,7 +42,7 @@ def test_snippet_of_a_page_runs(code, tmp_path, monkeypatch, capsys):
 
 
 def test_readme_has_its_snippets():
-    assert len(SNIPPETS) == 6
+    assert len(SNIPPETS) == 7
 
 
 @pytest.mark.parametrize("command", TABLES)
@@ -65,6 +65,12 @@ def test_one_script_makes_every_table():
 
 def test_readme_has_its_tables():
     assert [command.split()[1] for command in TABLES] == [
+        "bytes",
+        "million",
+        "fields",
+        "field-speed",
+        "contrastive",
+        "contrastive",
         "memory",
         "lm",
         "speed",
