@@ -35,6 +35,9 @@ class ContrastiveTrainer(MatrixDecayTrainer):
             cast(Any, self.train_dataset), self.args.per_device_train_batch_size, self.args.seed
         )
 
+    def _get_eval_sampler(self, eval_dataset: Any) -> Sampler:
+        return DistinctPairsSampler(eval_dataset, self.args.per_device_eval_batch_size, self.args.seed)
+
 
 def train_contrastive(
     model: DFNForContrastive | PeftModel,
@@ -65,7 +68,7 @@ def train_contrastive(
         ValueError: fewer different second views than a batch holds, or what `train_model` refuses.
     """
     settings = settings or TrainingSettings()
-    for name, rows in (("train", train_rows), ("validation", validation_rows)):
+    for name, rows in (("train", train_rows), ("validate", validation_rows)):
         if len(rows) < settings.batch_size:
             raise ValueError(
                 f"there are {len(rows)} pairs to {name} on, fewer than a batch of {settings.batch_size}: lower "

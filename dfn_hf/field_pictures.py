@@ -112,7 +112,7 @@ def _plot_waveform(reading: FieldReading, path: str | None) -> Figure:
         label=f"from the entities: {reading.decibels:.1f} dB SNR",
     )
     wave.set_title(f"{len(reading.values):,} samples, {len(reading.entities):,} entities", color=INK, loc="left")
-    wave.legend(frameon=False, labelcolor=INK, fontsize=8, loc="upper right")
+    wave.legend(frameon=False, labelcolor=INK, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     density.fill_between(np.arange(len(reading.density)), reading.density, color=SERIES[4], alpha=0.5, lw=0)
     density.vlines(reading.entities[:, 0], 0, -0.08 * reading.density.max(), color=INK, lw=0.3)
     density.set_ylabel("density", color=MUTED)
