@@ -86,6 +86,16 @@ def learn_pairs(
     if size not in SIZES:
         raise ValueError(f"size is {size!r}: choose one of {', '.join(SIZES)}")
     check_fields("dfn", options)
+    fixed = {
+        "vocab_size": len(tokenizer),
+        "is_causal": False,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    for field in options:
+        if field in fixed:
+            raise ValueError(f"{field} is the tokenizer's or the objective's: leave out --set {field}")
     if data is None:
         pairs, held_out = load_verses("train"), load_verses("validation")
     else:
@@ -95,14 +105,7 @@ def learn_pairs(
     folder = Path("." if data is None else data)
     folder = folder if folder.is_dir() else folder.parent
     rows, held_out_rows = (two_views(part, folder, tokenizer, max_length) for part in (pairs, held_out))
-    config = DFNConfig(
-        **SIZES[size] | field_options(rows) | options,
-        vocab_size=len(tokenizer),
-        is_causal=False,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    config = DFNConfig(**SIZES[size] | field_options(rows) | fixed | options)
     torch.manual_seed(settings.seed)
     return train_contrastive(
         DFNForContrastive(config),

@@ -71,6 +71,8 @@ def show_field(
         raise ValueError(f"{source} is no model of fields: train one with --objective field")
     model = DFNForFieldReconstruction.from_pretrained(resolve_source(source)).eval()
     array = load_arrays(file)[0]
+    if array.ndim - 1 != config.coordinate_dim:
+        raise ValueError(f"{file} has {array.ndim - 1} axes, and the model's fields {config.coordinate_dim}")
     samples = math.prod(array.shape[:-1])
     model.config.num_entities = num_entities or max(1, samples // SAMPLES_PER_ENTITY)
     plot_field(read_field(model, array, layer=layer or 0, head=head or 0), path=path)

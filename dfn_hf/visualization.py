@@ -227,7 +227,8 @@ def in_the_plane(
         names = (f"dimension {dimensions[0]}", f"dimension {dimensions[1]}")
         return rest[:, dimensions], moved[:, dimensions], names
     centre = rest.mean(axis=0)
-    _, spread, axes = np.linalg.svd(rest - centre, full_matrices=False)
+    rows = max(0, 2 - len(rest))  # of zeros: one position alone has no axes
+    _, spread, axes = np.linalg.svd(np.pad(rest - centre, ((0, rows), (0, 0))), full_matrices=False)
     share = spread[:2] ** 2 / max((spread**2).sum(), np.finfo(spread.dtype).tiny)
     first, second = (f"principal axis {axis + 1} ({share[axis]:.0%} of the spread)" for axis in range(2))
     return (rest - centre) @ axes[:2].T, (moved - centre) @ axes[:2].T, (first, second)
