@@ -330,11 +330,16 @@ def check_search(config: DFNConfig, state: StateLayer | None) -> None:
 
 
 def check_export(config: DFNConfig) -> None:
-    """An exported program can search exactly; an ONNX one not at all."""
+    """An exported program can search exactly, an ONNX one not at all, and neither samples entities."""
     if torch.onnx.is_in_onnx_export():
         raise ValueError(
             "DFN's search orders candidates by the bits of their distances, for which ONNX has no operator: "
             "use `torch.export.export`."
+        )
+    if config.entity_sampling != "token":
+        raise ValueError(
+            f"With `entity_sampling` {config.entity_sampling!r} there are as many entities as the bytes ask for, "
+            "which no exported program can have: export a model of tokens."
         )
     if config.search_implementation != "exact":
         raise ValueError(

@@ -5,11 +5,12 @@ import torch
 
 from tests.small_models import make_small_model
 
+FAMILIES = ["dfn", pytest.param("dfn-adaptive", marks=pytest.mark.slow), "flownetwork", "liquid"]
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]  # the second compiles C++
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("family", ["dfn", "flownetwork", "liquid"])
+@pytest.mark.parametrize("family", FAMILIES)
 class TestCompiled:
     @pytest.fixture(autouse=True)
     def fresh_compiler(self):
