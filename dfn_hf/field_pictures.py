@@ -86,16 +86,17 @@ def plot_field(reading: FieldReading, *, path: str | None = None) -> Figure:
 
 def _plot_image(reading: FieldReading, path: str | None) -> Figure:
     height, width = reading.density.shape
-    top = 3.6 * height / width + 0.5
+    below_each_other = width > 2.5 * height
+    top = min(12.0, 3 * (9.5 * height / width + 0.5) if below_each_other else 3.6 * height / width + 0.5)
     figure = Figure(figsize=(11, top + 4.5), layout="constrained", dpi=150)
     upper, lower = np.asarray(figure.subfigures(2, 1, height_ratios=[top, 4.5]))
-    panels = upper.subplots(1, 3)
+    panels = upper.subplots(3, 1) if below_each_other else upper.subplots(1, 3)
     show_image(panels[0], reading.values, f"{height} × {width} samples")
     shown = panels[1].imshow(reading.density, cmap=DENSITY, vmin=0, vmax=np.quantile(reading.density, 0.99))
     panels[1].scatter(*reading.entities.T[::-1], s=max(0.2, 600 / len(reading.entities)), color=INK, linewidths=0)
     panels[1].set_title(f"{len(reading.entities)} entities", color=INK, loc="left")
     panels[1].set_axis_off()
-    colour_bar(upper, shown, [panels[1]], "density: entities per sample")
+    colour_bar(upper, shown, panels if below_each_other else [panels[1]], "density: entities per sample")
     show_image(panels[2], reading.reconstruction, f"from the entities: {reading.decibels:.1f} dB PSNR")
     _draw_positions(lower.subplots(), reading)
     return finished(figure, path)

@@ -52,6 +52,8 @@ def test_images_and_waveforms_are_drawn(model, image, tmp_path):
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles[:2] == ["12 × 20 samples", "15 entities"] and "PSNR" in titles[2]
     assert (tmp_path / "image.png").stat().st_size > 20_000
+    wide = plot_field(read_field(model, image[:4])).axes
+    assert wide[0].get_position().y0 > wide[1].get_position().y1 > wide[2].get_position().y1
     colour = new_field_model([np.zeros((4, 4, 3))], num_samples=16, num_entities=4, **SMALL).eval()
     assert plot_field(read_field(colour, np.random.default_rng(0).normal(size=(6, 6, 3)) * 5)).axes
 
