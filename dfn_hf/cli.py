@@ -101,7 +101,9 @@ def train(
     accumulation: Annotated[int, typer.Option(help="Forward passes per optimizer step.")] = 1,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="Peak. Default: 3e-3 from scratch (2e-3 on pairs), 3e-4 with --from, 1e-3 with --lora."),
+        typer.Option(
+            help="Peak. Default: 3e-3 from scratch (2e-3 for liquid and t5), 3e-4 with --from, 1e-3 with --lora."
+        ),
     ] = None,
     warmup: Annotated[float, typer.Option(help="Share of the steps over which the learning rate rises.")] = 0.1,
     weight_decay: Annotated[float, typer.Option(help="Decay of matrices.")] = 0.1,
@@ -182,6 +184,8 @@ def train(
 
     model: Any
     options = dict(map(parse_field, fields or ()))
+    named_sides = (source_field, target_field) != ("source", "target")
+    refuse(named_sides and data is None, "--source-field and --target-field are fields of --data: give it")
     refuse(objective not in OBJECTIVES, f"--objective is {objective!r}: choose one of {', '.join(OBJECTIVES)}")
     refuse(hidden_share != 0 and objective != "field", "--hidden-share is for --objective field")
     if objective != "tokens":
@@ -195,6 +199,8 @@ def train(
         common["size"] = size or "tiny"
         if objective == "field":
             refuse(data is None, "--objective field needs --data: a file or folder of images, .npy or .wav")
+            refuse(tokenizer is not None, "--tokenizer is for text: leave it out with --objective field")
+            refuse(named_sides, "--source-field and --target-field are for pairs: leave them out")
             result = learn_fields(
                 str(data), output, settings, num_samples=block_size, hidden_share=hidden_share, **common
             )
@@ -215,8 +221,6 @@ def train(
         return
     pairs = architecture in SEQ2SEQ_ARCHITECTURES or (start is not None and load_config(start).is_encoder_decoder)
     collator = None
-    named_sides = (source_field, target_field) != ("source", "target")
-    refuse(named_sides and data is None, "--source-field and --target-field are fields of --data: give it")
     refuse(named_sides and not pairs, "--source-field and --target-field are for pairs of texts: add --model liquid")
     if pairs:
         refuse(streaming, "--streaming is for causal models: leave it out with pairs of texts")

@@ -42,6 +42,8 @@ def new_causal_lm(
         raise ValueError(f"architecture is {architecture!r}: choose one of {', '.join(ARCHITECTURES)}")
     if size not in SIZES:
         raise ValueError(f"size is {size!r}: choose one of {', '.join(SIZES)}")
+    if "vocab_size" in options:
+        raise ValueError("vocab_size is that of the tokenizer: leave out --set vocab_size")
     shape = SIZES[size] | {field: options.pop(field) for field in SIZES[size] if field in options}
     if architecture != "llama":
         check_fields(architecture, options)
