@@ -54,12 +54,17 @@ def test_nothing_long_is_copied(samples, training_text):
             assert len(span) <= LONGEST_COPY or span not in training_text, span
 
 
-def test_card_states_what_it_reaches_on_held_out_text(folder):
+@pytest.mark.parametrize(
+    ("name", "context_length"), [("dfn-tiny", 256), ("flownetwork-tiny", 256), ("dfn-bytes", 512)]
+)
+def test_card_states_what_it_reaches_on_held_out_text(name, context_length):
+    folder = dfn_hf.checkpoint_path(name)
     model, tokenizer = load_causal_lm(str(folder))
-    found = evaluate_causal_lm(model, tokenizer, load_corpus("test")["text"], context_length=256)
+    found = evaluate_causal_lm(model, tokenizer, load_corpus("test")["text"], context_length=context_length)
     assert f"{found.bits_per_byte:.3f} bits per byte" in (folder / "README.md").read_text(encoding="utf-8")
     assert json.loads((folder / "training_log.json").read_text(encoding="utf-8"))
 
 
-def test_it_is_small(folder):
-    assert sum(path.stat().st_size for path in folder.iterdir()) <= MOST_BYTES
+@pytest.mark.parametrize("name", ["dfn-tiny", "flownetwork-tiny", "dfn-bytes"])
+def test_it_is_small(name):
+    assert sum(path.stat().st_size for path in dfn_hf.checkpoint_path(name).iterdir()) <= MOST_BYTES
