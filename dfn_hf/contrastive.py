@@ -68,6 +68,8 @@ def train_contrastive(
         ValueError: fewer different second views than a batch holds, or what `train_model` refuses.
     """
     settings = settings or TrainingSettings()
+    if settings.batch_size < 2:
+        raise ValueError("batch_size is 1 (--batch-size): one pair has no other to be told from, take at least 2")
     for name, rows in (("train", train_rows), ("validate", validation_rows)):
         if len(rows) < settings.batch_size:
             raise ValueError(
@@ -98,19 +100,25 @@ def embedder_card(result: TrainingResult, provenance: str) -> ModelCard:
     """The card of a freshly trained model that embeds."""
     config = AutoConfig.from_pretrained(result.folder)
     name = result.folder.resolve().name
+    fields = ""
+    if config.contrastive_fields:
+        fields = f"""
+Fields over {config.coordinate_dim} axes with {config.value_dim} values a sample are embedded by
+`model(coordinates=…, values=…)`; `dfn_hf.fields` makes them of images, arrays and sound.
+"""
     text = f"""A `DFNForContrastive` that embeds into {config.projection_dim} dimensions.
 
 ```python
 from transformers import AutoTokenizer
-from dfn_hf.modeling.modeling_dfn_contrastive import DFNForContrastive
+from dfn_hf import DFNForContrastive
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = DFNForContrastive.from_pretrained("{name}")
 embeds = model(**tokenizer(["In the beginning", "En el principio"], padding=True, return_tensors="pt")).embeds
 ```
 
-`dfn_hf.sentence_embeddings.to_sentence_transformer(model, tokenizer)` makes a sentence-transformers model of it.
-
+`dfn_hf.sentence_embeddings.to_sentence_transformer(model, tokenizer)` makes a model of sentence-transformers of it.
+{fields}
 ## {PROVENANCE}
 
 {provenance or UNSTATED}

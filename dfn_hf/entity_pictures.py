@@ -114,7 +114,7 @@ def plot_entities(reading: EntityReading, *, path: str | None = None) -> Figure:
         color=INK,
         loc="left",
     )
-    colour_bar(figure, ScalarMappable(Normalize(0, 1), DENSITY), [above], "density: how far the flow turns")
+    colour_bar(figure, ScalarMappable(Normalize(0, 1), DENSITY), [above], "density")
     draw_flows(below, reading.rest_positions, reading.moved_positions, [one_line(span) for span in reading.spans])
     below.set_title(f"Where entities rest and where they flow to read: {reading.title}", color=INK, loc="left")
     return finished(figure, path)

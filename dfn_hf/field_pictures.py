@@ -60,6 +60,11 @@ def read_field(model: PreTrainedModel, array: Any, *, layer: int = 0, head: int 
     chosen("head", head, config.num_attention_heads)
     array = np.asarray(array)
     field = array_field(array, axes)
+    if field["values"].shape[1] != config.value_dim:
+        raise ValueError(
+            f"the field has {field['values'].shape[1]} values a sample and the model's have {config.value_dim} "
+            "(`value_dim`): 1 is grey, 3 are colours"
+        )
     shape = array.shape[:axes]
     batch = {name: tensor[None].to(model.device) for name, tensor in field.items()}
     outputs = model(**batch, output_entities=True)
@@ -96,7 +101,7 @@ def _plot_image(reading: FieldReading, path: str | None) -> Figure:
     panels[1].scatter(*reading.entities.T[::-1], s=max(0.2, 600 / len(reading.entities)), color=INK, linewidths=0)
     panels[1].set_title(f"{len(reading.entities)} entities", color=INK, loc="left")
     panels[1].set_axis_off()
-    colour_bar(upper, shown, panels if below_each_other else [panels[1]], "density: entities per sample")
+    colour_bar(upper, shown, panels if below_each_other else [panels[1]], "entities per sample")
     show_image(panels[2], reading.reconstruction, f"from the entities: {reading.decibels:.1f} dB PSNR")
     _draw_positions(lower.subplots(), reading)
     return finished(figure, path)

@@ -26,6 +26,7 @@ from .training import MatrixDecayTrainer, TrainingResult, TrainingSettings, trai
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 KINDS = (*IMAGES, ".npy", ".wav")
 SAMPLES_PER_ENTITY = 16
+LARGEST_VALUE = 10.0
 
 
 def load_arrays(path: str | Path) -> list[np.ndarray]:
@@ -38,9 +39,11 @@ def load_arrays(path: str | Path) -> list[np.ndarray]:
         ValueError: none of these are there, or they differ in their axes or values.
     """
     path = Path(path)
+    if not path.exists():
+        raise ValueError(f"there is no file or folder {path}: check the path")
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     files = [file for file in files if file.suffix.lower() in KINDS]
-    if not files or not all(file.is_file() for file in files):
+    if not files:
         raise ValueError(f"{path} holds no field: give files that end in {', '.join(KINDS)}")
     arrays = [read_array(file) for file in files]
     for file, array in zip(files, arrays, strict=True):
@@ -53,10 +56,27 @@ def load_arrays(path: str | Path) -> list[np.ndarray]:
 
 
 def read_array(file: Path) -> np.ndarray:
-    """One of them, `[size, …, values]`."""
+    """One of them, `[size, …, values]`.
+
+    Raises:
+        ValueError: an array that cannot be read, has another number of axes, or floats that are no values of a field.
+    """
     if file.suffix.lower() == ".wav":
         return read_sound(file)
-    array = np.load(file, allow_pickle=False) if file.suffix.lower() == ".npy" else read_image(file)
+    if file.suffix.lower() != ".npy":
+        image = read_image(file)
+        return image[..., None] if image.ndim == 2 else image
+    try:
+        array = np.load(file, allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"{file} holds no array of numbers: {error}") from error
+    if not 1 <= array.ndim <= 4:
+        raise ValueError(f"{file} has {array.ndim} axes: give an array of one to four")
+    if np.issubdtype(array.dtype, np.floating):
+        if not np.isfinite(array).all():
+            raise ValueError(f"{file} holds numbers that are not finite: fill them in")
+        if array.size and np.abs(array).max() > LARGEST_VALUE:
+            raise ValueError(f"{file} holds numbers up to {np.abs(array).max():g}: scale them to about [-1, 1]")
     return array[..., None] if array.ndim <= 2 else array
 
 

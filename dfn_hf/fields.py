@@ -34,18 +34,29 @@ def array_field(array: Any, coordinate_dim: int) -> dict[str, torch.Tensor]:
     Args:
         array: `[size, …]`, `coordinate_dim` axes and, where values are not single numbers, one more for them.
 
-    Integers are taken as shares of their type's range, so that 0 … 255 becomes −1 … 1; other numbers stay.
+    Integers of 8 or 16 bits and booleans are taken as shares of their type's range, so that 0 … 255 becomes −1 … 1;
+    floats stay.
 
     Raises:
-        ValueError: another number of axes.
+        ValueError: another number of axes, no samples, or numbers of other types.
     """
     array = np.asarray(array)
+    if array.dtype == bool:
+        array = array * np.uint8(255)
     if array.ndim not in (coordinate_dim, coordinate_dim + 1):
         raise ValueError(
             f"an array with coordinate_dim {coordinate_dim} must have {coordinate_dim} axes, or one more for the "
             f"values; got the shape {list(array.shape)}"
         )
-    if np.issubdtype(array.dtype, np.integer):
+    if 0 in array.shape:
+        raise ValueError(f"an array of the shape {list(array.shape)} holds no samples")
+    integer = np.issubdtype(array.dtype, np.integer)
+    if not (integer and array.dtype.itemsize <= 2 or np.issubdtype(array.dtype, np.floating)):
+        raise ValueError(
+            f"the array holds {array.dtype}, which says nothing of its range: give uint8, uint16 or int16, or floats "
+            "that are about as large as 1"
+        )
+    if integer:
         limits = np.iinfo(array.dtype)
         array = (array.astype(np.float64) - limits.min) / (float(limits.max) - limits.min) * 2 - 1
     values = torch.from_numpy(np.array(array, dtype=np.float32)).reshape(math.prod(array.shape[:coordinate_dim]), -1)
@@ -58,7 +69,7 @@ def image_field(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """An image file, uint8 `[height, width]` where it is grey, else `[height, width, 3]`.
+    """An image file: `[height, width]` where it is grey, uint8 or uint16, else uint8 `[height, width, 3]`.
 
     Raises:
         OSError: no such file, or no image.
@@ -66,7 +77,9 @@ def read_image(path: str | Path) -> np.ndarray:
     from PIL import Image
 
     with Image.open(path) as image:
-        return np.asarray(image if image.mode == "L" else image.convert("RGB"))
+        if image.mode.startswith("I"):
+            return np.asarray(image).astype(np.uint16)
+        return np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
 
 
 def sound_field(path: str | Path) -> dict[str, torch.Tensor]:

@@ -8,13 +8,22 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, Cache, PreTrainedConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForPreTraining,
+    AutoModelForSeq2SeqLM,
+    AutoModelForTextEncoding,
+    Cache,
+    PreTrainedConfig,
+)
 
 from .model_card import read_provenance
 from .modeling.state_cache import CACHE_NAME
 from .sources import is_native, load_config, resolve_source
 
 # Families whose layers all hold the same state, so that one layer tells the size of all.
+OTHER_HEADS = {"DFNForFieldReconstruction": AutoModelForPreTraining, "DFNForContrastive": AutoModelForTextEncoding}
 UNIFORM_FAMILIES = ("dfn", "flownetwork", "llama")
 SUMMARY_FIELDS = (
     "vocab_size",
@@ -31,6 +40,11 @@ SUMMARY_FIELDS = (
     "search_implementation",
     "entity_sampling",
     "entity_rate",
+    "is_causal",
+    "num_entities",
+    "coordinate_dim",
+    "value_dim",
+    "projection_dim",
     "num_sample_layers",
     "memory_slots",
     "block_type",
@@ -87,6 +101,8 @@ def describe_model(source: str) -> ModelInfo:
     auto_class: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     if is_native(config):
         auto_class = AutoModel
+    for architecture in config.architectures or ():
+        auto_class = OTHER_HEADS.get(architecture, auto_class)
     with torch.device("meta"):
         parameters = auto_class.from_config(config).num_parameters()
     return ModelInfo(
@@ -101,6 +117,8 @@ def describe_model(source: str) -> ModelInfo:
 
 def is_uniform(config: PreTrainedConfig) -> bool:
     """Whether all layers keep as much of every token."""
+    if OTHER_HEADS.keys() & set(config.architectures or ()):
+        return False
     return config.model_type in UNIFORM_FAMILIES and getattr(config, "entity_sampling", "token") == "token"
 
 

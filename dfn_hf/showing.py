@@ -66,6 +66,8 @@ def show_field(
         ValueError: a model of something else, a picture of an unknown kind, or a field that is not the model's.
     """
     check_picture(path)
+    if Path(file).is_dir():
+        raise ValueError(f"{file} is a folder: give one file of it")
     config = load_config(source)
     if "DFNForFieldReconstruction" not in (config.architectures or ()):
         raise ValueError(f"{source} is no model of fields: train one with --objective field")

@@ -23,6 +23,12 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+NO_LANGUAGE_MODELS = {
+    "DFNForFieldReconstruction": "see `dfn-hf show MODEL picture.png --field FILE`, or load it with its class",
+    "DFNForContrastive": "it embeds; load it with its class",
+}
+
+
 def resolve_source(source: str) -> str:
     """What `from_pretrained` takes for `source`.
 
@@ -91,6 +97,9 @@ def check_kind(source: str, *, encoder_decoder: bool) -> None:
             f"{source} computes the function of a converted original and is no language model: load it with "
             "transformers.AutoModel, or convert the original without --native"
         )
+    for architecture, remedy in NO_LANGUAGE_MODELS.items():
+        if architecture in (config.architectures or ()):
+            raise ValueError(f"{source} is a {architecture} and writes no text: {remedy}")
     if bool(config.is_encoder_decoder) == encoder_decoder:
         return
     if encoder_decoder:

@@ -90,7 +90,7 @@ def test_pictures_are_drawn_from_the_command_line(model, image, tmp_path, monkey
     for arguments, said in (
         (["my-field", "picture.png", "--field", "cat.png"], "exists"),
         (["my-field", "a.txt", "--field", "cat.png"], "endings"),
-        (["my-field", "a.png", "--field", "dog.png"], "holds no field"),
+        (["my-field", "a.png", "--field", "dog.png"], "there is no file or folder"),
         (["my-field", "a.png", "--field", "sound.npy"], "sound.npy has 1 axes, and the model's fields 2"),
         (["my-field", "a.png", "--field", "cat.png", "--layer", "2"], "layers 0 to 1"),
         (["my-field", "a.png", "--field", "cat.png", "--text", "Out"], "give one"),

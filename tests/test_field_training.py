@@ -60,7 +60,7 @@ def test_sound_is_an_array(tmp_path):
 def test_what_is_no_field_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"holds no field.*\.png"):
         load_arrays(tmp_path)
-    with pytest.raises(ValueError, match="holds no field"):
+    with pytest.raises(ValueError, match="there is no file or folder"):
         load_arrays(tmp_path / "missing.png")
     draw_images(tmp_path, 1)
     write_sound(tmp_path / "a.wav")

@@ -6,6 +6,7 @@ import wave
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from dfn_hf.fields import FieldCollator, array_field, grid_coordinates, image_field, psnr, snr, sound_field
 
@@ -107,3 +108,20 @@ def test_a_field_may_bring_its_own_mask():
     with pytest.raises(ValueError, match="hidden_share"):
         FieldCollator(1.0)
     assert math.isnan(batch["labels"][0, 0, 0])
+
+
+def test_numbers_without_a_range_are_refused_and_those_with_one_scaled():
+    for array in (np.zeros((2, 2), np.int64), np.zeros((2, 2), complex), np.zeros((0, 3))):
+        with pytest.raises(ValueError, match="range|no samples"):
+            array_field(array, 2)
+    for array in (np.array([[False, True]]), np.array([[0, 65535]], np.uint16), np.array([[-32768, 32767]], np.int16)):
+        assert array_field(array, 2)["values"].flatten().tolist() == [-1, 1]
+
+
+def test_grey_images_of_any_depth_have_one_value(tmp_path):
+    grey = (np.arange(12).reshape(3, 4) * 20).astype(np.uint8)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    Image.fromarray(grey).convert("LA").save(tmp_path / "alpha.png")
+    for name in ("deep.png", "alpha.png"):
+        values = image_field(tmp_path / name)["values"]
+        assert torch.allclose(values, torch.from_numpy(grey).float().reshape(-1, 1) / 127.5 - 1, atol=1e-6)

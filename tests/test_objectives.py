@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from dfn_hf import DFNForContrastive, DFNForFieldReconstruction
+from dfn_hf import DFNConfig, DFNForContrastive, DFNForFieldReconstruction
 from dfn_hf.cli import app
 from dfn_hf.data import load_tokenizer
 from dfn_hf.fields import image_field
@@ -113,7 +113,7 @@ def test_sides_that_name_files_are_fields(pictures):
     [
         (["--objective", "pictures"], "choose one of"),
         (["--objective", "field"], "needs --data"),
-        (["--objective", "field", "--data", "nowhere"], "holds no field"),
+        (["--objective", "field", "--data", "nowhere"], "there is no file or folder"),
         (["--objective", "contrastive", "--model", "llama"], "--model is for language models"),
         (["--objective", "contrastive", "--streaming"], "--streaming is for language models"),
         (["--objective", "contrastive", "--data", "a", "--validation-data", "b"], "holds out a twentieth"),
@@ -144,3 +144,16 @@ def test_few_pairs_are_refused_with_the_remedy(tmp_path):
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     result = train(tmp_path / "x", "--objective", "contrastive", "--data", tmp_path)
     assert result.exit_code == 1 and "1 pairs to validate on, fewer than a batch of 2" in result.output
+
+
+def test_other_heads_are_described_and_write_no_text(tmp_path):
+    options = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    DFNForFieldReconstruction(DFNConfig(**options)).save_pretrained(tmp_path / "field")
+    DFNForContrastive(DFNConfig(**options)).save_pretrained(tmp_path / "pairs")
+    for name, architecture in (("field", "DFNForFieldReconstruction"), ("pairs", "DFNForContrastive")):
+        folder = str(tmp_path / name)
+        described = CliRunner().invoke(app, ["info", folder])
+        assert described.exit_code == 0 and "parameters" in described.output, described.output
+        for command in (["generate", folder], ["evaluate", folder]):
+            refused = CliRunner().invoke(app, command)
+            assert refused.exit_code == 1 and f"{architecture} and writes no text" in refused.output
