@@ -8,7 +8,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
-from dfn_hf import DFNConfig, DFNForCausalLM, DFNForSequenceClassification, DFNModel
+from dfn_hf import DFNConfig, DFNForCausalLM, DFNForContrastive, DFNForSequenceClassification, DFNModel
 from dfn_hf.modeling.configuration_dfn import AUTO_MAP
 
 CHANGED = {
@@ -46,6 +46,25 @@ CHANGED = {
     "bos_token_id": 1,
     "eos_token_id": [2, 3],
 }
+SAMPLED = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "is_causal": False,
+    "entity_sampling": "adaptive",
+    "entity_rate": 0.4,
+    "max_entity_length": 9,
+    "ratio_coef": 0.1,
+    "num_sample_layers": 2,
+    "sample_intermediate_size": 20,
+    "coordinate_dim": 1,
+    "value_dim": 3,
+    "num_entities": 10,
+    "projection_dim": 12,
+    "contrastive_fields": True,
+}
 
 
 @pytest.mark.parametrize("model_class", [DFNModel, DFNForCausalLM, DFNForSequenceClassification])
@@ -57,7 +76,7 @@ def test_a_model_of_the_defaults_runs(model_class):
     assert outputs[0].isfinite().all()
 
 
-@pytest.mark.parametrize("fields", [{}, CHANGED])
+@pytest.mark.parametrize("fields", [{}, CHANGED, SAMPLED])
 def test_round_trip_through_json(fields, tmp_path):
     config = DFNConfig(**fields)
     for name, value in fields.items():
@@ -72,7 +91,7 @@ def test_round_trip_through_json(fields, tmp_path):
 
 def test_every_field_changes_and_is_documented():
     own = {name for name in DFNConfig.__annotations__ if name != "auto_map"}
-    assert own == set(CHANGED)
+    assert own == set(CHANGED) | set(SAMPLED)
     assert all(f"{name} (`" in DFNConfig.__doc__ or f"{name}, " in DFNConfig.__doc__ for name in own)
 
 
@@ -82,6 +101,12 @@ def test_defaults_that_the_docstring_states():
             names, default = line.split(" (`")[0].strip(), line.split("defaults to ")[1].split(")")[0]
             stated = literal_eval(default.strip("`"))
             assert all(getattr(DFNConfig(), name) == stated for name in names.split(", ")), names
+
+
+def test_a_model_of_samples_follows_its_fields():
+    model = DFNForContrastive(DFNConfig(**SAMPLED))
+    views = model(torch.randint(50, (2, 30)), pair_coordinates=torch.rand(2, 40, 1), pair_values=torch.randn(2, 40, 3))
+    assert views.embeds.shape == views.pair_embeds.shape == (2, 12)
 
 
 def test_a_model_follows_every_field():
