@@ -85,7 +85,13 @@ class SampledEntities:
 
 
 class EntitySampling(nn.Module):
-    """Spans of samples → entities: where the flow turns, or all of one length."""
+    """Spans of samples → entities: where the flow turns, or all of one length.
+
+    Attributes:
+        scales: names of the parameters that are learnt scales.
+    """
+
+    scales = ("turn_threshold", "log_turn_steepness")
 
     def __init__(self, config: DFNConfig):
         super().__init__()
@@ -96,8 +102,8 @@ class EntitySampling(nn.Module):
         if self.adaptive:
             self.flow_map = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
             self.flow_map.starts_as_identity = True  # the flow turns first where one kind of byte follows another
-            self.turn_threshold = nn.Parameter(torch.empty((), dtype=torch.float32))
-            self.log_turn_steepness = nn.Parameter(torch.empty((), dtype=torch.float32))
+            self.turn_threshold = nn.Parameter(torch.empty(1, dtype=torch.float32))
+            self.log_turn_steepness = nn.Parameter(torch.empty(1, dtype=torch.float32))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

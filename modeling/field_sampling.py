@@ -35,8 +35,8 @@ class FlowDensity(nn.Module):
         super().__init__()
         self.flow_map = nn.Linear(config.hidden_size, config.num_attention_heads * config.position_dim, bias=False)
         self.flow_map.init_std = FLOW_STD
-        self.log_floor = nn.Parameter(torch.empty(()))
-        self.log_exponent = nn.Parameter(torch.empty(()))
+        self.log_floor = nn.Parameter(torch.empty(1))
+        self.log_exponent = nn.Parameter(torch.empty(1))
 
     def reset_parameters(self) -> None:
         init.constant_(self.log_floor, torch.tensor(FIRST_FLOOR).log().item())

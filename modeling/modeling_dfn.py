@@ -86,10 +86,8 @@ class DFNPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["DFNLayer"]
     _skip_keys_device_placement = ["past_key_values", "cache"]
     _supports_context_parallel = False
-    _keep_in_fp32_modules = ["flow_map", "position_proj", "flow_proj", "influence_proj", "coordinate_proj"]
-    _keep_in_fp32_modules_strict = [
-        "log_sharpness", "log_fading", "decay_logit", "turn_threshold", "log_turn_steepness",
-    ]  # fmt: skip
+    _keep_in_fp32_modules = ["flow_map", "position_proj", "flow_proj", "influence_proj"]
+    _keep_in_fp32_modules_strict = ["log_sharpness", "log_fading", "decay_logit"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -141,6 +139,8 @@ class DFNModel(DFNPreTrainedModel):
             sample_config, sides = config.of_sample_layers(), range(config.num_sample_layers)
             self.sample_encoder = nn.ModuleList([DFNLayer(sample_config, layer_idx) for layer_idx in sides])
             self.sampling = EntitySampling(config)
+            self._keep_in_fp32_modules = [*self._keep_in_fp32_modules, "coordinate_proj"]
+            self._keep_in_fp32_modules_strict = [*self._keep_in_fp32_modules_strict, *EntitySampling.scales]
             self.entity_norm = RMSNorm(config.hidden_size, config.norm_eps)
             self.dechunking = Dechunking()
             self.sample_decoder = nn.ModuleList([DFNLayer(sample_config, layer_idx) for layer_idx in sides])
@@ -321,7 +321,7 @@ def check_search(config: DFNConfig, state: StateLayer | None) -> None:
         raise ValueError(f"`search_implementation` must be one of {SEARCHES}, got {config.search_implementation!r}.")
     if torch.compiler.is_exporting():
         check_export(config)
-    if state is None or state.data("place") is None:
+    if state is None or state.columns == 0 or state.data("place") is None:
         return
     if (state.data("cell") is None) != (config.search_implementation == "exact"):
         raise ValueError(

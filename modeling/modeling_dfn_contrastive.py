@@ -71,7 +71,7 @@ class DFNForContrastive(DFNPreTrainedModel):
         if config.contrastive_fields:
             self.field_model = DFNFieldModel(config)
             self.field_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.empty((), dtype=torch.float32))  # its log, as in CLIP
+        self.logit_scale = nn.Parameter(torch.empty(1, dtype=torch.float32))  # its log, as in CLIP
         self.post_init()
 
     @torch.no_grad()

@@ -105,6 +105,7 @@ def train(rank, way, cases, rendezvous, results):
 CASES = [
     ("dfn", {"memory_slots": 2, "readout_window": 3}),
     ("dfn", {"carry_positions": True, "memory_slots": 0}),
+    ("dfn-adaptive", {"memory_slots": 0}),
     ("flownetwork", {"block_type": "enhanced_flow", "memory_size": 3}),
     ("flownetwork", {"block_type": "flow_transformer", "memory_size": 2, "bank_decay": 0.5}),
     ("flownetwork", {"memory_size": 0}),

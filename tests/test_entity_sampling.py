@@ -44,7 +44,7 @@ def reference(sampling, states, entities_of):
         else:
             before, now = sampling.flow_map(states[t - 1]), sampling.flow_map(states[t])
             cosine = F.cosine_similarity(before, now, dim=0)
-            turn = torch.sigmoid(sampling.log_turn_steepness.exp() * (sampling.turn_threshold - cosine))
+            turn = torch.sigmoid(sampling.log_turn_steepness.exp() * (sampling.turn_threshold - cosine))[0]
         density.append(turn)
         if t == 0:
             turned = 0

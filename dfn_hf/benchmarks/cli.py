@@ -1,5 +1,6 @@
 """`dfn-hf bench`: the measurements behind the README's tables, each resumable and printed from its CSV."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -134,7 +135,7 @@ def fields(
     _print(fields_table(finished), {measures.machine for _, measures in finished}, results)
 
 
-@app.command()
+@app.command("field-speed")
 def field_speed(
     sides: Annotated[list[int] | None, typer.Option("--side", min=8, help="Samples a side; repeat it.")] = None,
     results: Results = RESULTS_FOLDER / "field-speed.csv",
@@ -154,6 +155,9 @@ def field_speed(
 def contrastive(
     tasks: Annotated[list[str] | None, typer.Option("--task", help="verses, sounds or images; repeat it.")] = None,
     seeds: Seeds = 1,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Training steps. Default: those that suit the task.")
+    ] = None,
     recordings: Annotated[
         Path | None, typer.Option(help="Folder of spoken digits for sounds, where they have not been measured.")
     ] = None,
@@ -169,6 +173,8 @@ def contrastive(
 
     set_up_device("cpu", threads)
     runs = planned_runs(tasks or TASKS, range(seeds))
+    if steps is not None:
+        runs = [replace(run, steps=steps) for run in runs]
     finished = run_contrastive(runs, results, recordings or "", _report)
     _print(contrastive_table(finished), {measures.machine for _, measures in finished}, results)
 

@@ -54,13 +54,16 @@ TABLES = (
         [(model,) for model in BYTE_MODELS],
     ),
     SmokeTable(
-        "fields --field camera --side 16 --steps 3",
+        "fields --field camera --side 64 --steps 3",
         [
             ("camera", method)
             for method in ("adaptive", "uniform", "siren", "resampling", "pre-trained", "from scratch")
         ],
     ),
     SmokeTable("field-speed --side 16 --side 32", [("256",), ("1,024",)]),
+    SmokeTable(
+        "contrastive --task images --steps 1", [("images", model) for model in ("dfn", "class-mean", "logistic")]
+    ),
     SmokeTable("memory --seeds 1 --steps 1", [("8", "1"), ("0", "1")]),
     SmokeTable("speed --length 64 --repeats 1", [(work, "64") for work in WORKS]),
     SmokeTable(
