@@ -57,12 +57,16 @@ class EntityLayout:
         places = self.places.view(*self.places.shape, *(1,) * (x.dim() - 2))
         return x.gather(1, places.expand(-1, -1, *x.shape[2:]))
 
+    def completes(self) -> torch.Tensor:
+        """Which samples complete an entity, bool `[B, M]`."""
+        return F.pad(self.completed, (1, 0)).diff(dim=1) > 0
+
     def at_samples(self, x: torch.Tensor) -> torch.Tensor:
         """Entities `[B, E, D]` at the samples that completed them `[B, M, D]`, zero at the others."""
         if x.shape[1] == 0:
             return x.new_zeros(*self.completed.shape, x.shape[2])
         laid = x.gather(1, (self.completed - 1).clamp(min=0)[..., None].expand(-1, -1, x.shape[2]))
-        return laid * (F.pad(self.completed, (1, 0)).diff(dim=1) > 0)[..., None]
+        return laid * self.completes()[..., None]
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ class EntitySampling(nn.Module):
         accumulated, turned, opened = self._since(density, turns, rows, state)
         completes = ((rows.index - turned) % self.longest == 0) & rows.real()
         layout = lay_entities(completes, rows, entity_state)
-        pooled, mass = self._pool(states, density, layout, completes, rows, opened, state)
+        pooled, mass = self._pool(states, density, layout, rows, opened, state)
         coordinates = wave_features(layout.of_samples(accumulated), pooled.dtype)
         return SampledEntities(pooled, coordinates, mass.clamp(min=1).log(), density, layout)
 
@@ -177,7 +181,6 @@ class EntitySampling(nn.Module):
         states: torch.Tensor,
         density: torch.Tensor,
         layout: EntityLayout,
-        completes: torch.Tensor,
         rows: Rows,
         opened: torch.Tensor,
         state: StateLayer | None,
@@ -186,7 +189,7 @@ class EntitySampling(nn.Module):
         batch, length = layout.places.shape
         weight = density.clamp(min=LEAST_WEIGHT).unsqueeze(-1)
         content = torch.cat([weight * states.to(weight.dtype), weight, torch.ones_like(weight)], dim=-1)
-        entity = layout.completed - completes.long()
+        entity = layout.completed - layout.completes().long()
         if rows.segment is not None and length:
             # What is open when a segment ends is no part of the next one's first entity.
             first = layout.places - layout.of_samples(rows.reach)
@@ -303,7 +306,6 @@ class Dechunking(nn.Module):
         else:
             last = last[:, None]
         newest = last.gather(1, layout.completed[..., None].expand_as(samples))
-        completes = layout.at_samples(torch.ones_like(entities[..., :1], dtype=density.dtype))[..., 0] > 0
-        chosen = torch.where(completes, density, 1 - density)
+        chosen = torch.where(layout.completes(), density, 1 - density)
         straight_through = 1 + chosen - chosen.detach()
         return samples + (newest * straight_through.unsqueeze(-1)).to(samples.dtype)

@@ -185,11 +185,13 @@ def test_half_precision_and_checkpoints_give_the_same():
         return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
     plain = learn()
+    with torch.no_grad():
+        embeds = model(**inputs).embeds
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = model(**inputs)
     outputs.loss.backward()
     assert outputs.loss.dtype == outputs.embeds.dtype == torch.float32
-    assert torch.allclose(outputs.loss, plain[0], atol=0.5)
+    assert ((outputs.embeds * embeds).sum(dim=-1) > 0.99).all()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     model.gradient_checkpointing_enable()
     for ours, expected in zip(learn(), plain, strict=True):

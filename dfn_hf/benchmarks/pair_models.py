@@ -5,6 +5,7 @@ They take the same batches and learn by the same loss. Ids are int64 `[batch, le
 
 import math
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +23,7 @@ from dfn_hf.modeling.modeling_dfn_contrastive import (
 from dfn_hf.views import Row
 
 
-class PairModel(nn.Module):
+class PairModel(nn.Module, ABC):
     """Two views of texts → what `DFNForContrastive` returns; how a text is embedded is a subclass's own."""
 
     def __init__(self) -> None:
@@ -33,9 +34,9 @@ class PairModel(nn.Module):
     def device(self) -> torch.device:
         return self.logit_scale.device
 
+    @abstractmethod
     def embed_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, side: int) -> torch.Tensor:
         """`[batch, projection_dim]`; `side` is 0 for first views and 1 for second ones."""
-        raise NotImplementedError(f"{type(self).__name__} embeds no text")
 
     def forward(
         self,
