@@ -88,20 +88,25 @@ def sound_field(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def read_sound(path: str | Path) -> np.ndarray:
-    """A WAV file of 8 or 16 bits, uint8 or int16 `[length, channels]`.
+    """A WAV file, uint8 or int16 `[length, channels]`. See `read_wav`."""
+    return read_wav(path)[0]
+
+
+def read_wav(path: str | Path) -> tuple[np.ndarray, int]:
+    """The samples of a WAV file of 8 or 16 bits, uint8 or int16 `[length, channels]`, and how many make a second.
 
     Raises:
         OSError: no such file. ValueError: no WAV file, or one of another sample width.
     """
     try:
         with wave.open(str(path), "rb") as file:
-            channels, width = file.getnchannels(), file.getsampwidth()
+            channels, width, rate = file.getnchannels(), file.getsampwidth(), file.getframerate()
             frames = file.readframes(file.getnframes())
     except (wave.Error, EOFError) as error:
         raise ValueError(f"{path} is no WAV file of plain samples: {error}") from error
     if width not in (1, 2):
         raise ValueError(f"{path} has samples of {8 * width} bits: convert it to 8 or 16")
-    return np.frombuffer(frames, dtype="u1" if width == 1 else "<i2").reshape(-1, channels)
+    return np.frombuffer(frames, dtype="u1" if width == 1 else "<i2").reshape(-1, channels), rate
 
 
 def psnr(reconstruction: torch.Tensor, values: torch.Tensor, value_range: float = 2.0) -> float:

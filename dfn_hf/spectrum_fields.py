@@ -1,9 +1,10 @@
 """Recordings as fields: a spectrum at every moment, for `DFNForContrastive` with `coordinate_dim` 1."""
 
-import wave
 from pathlib import Path
 
 import torch
+
+from .fields import array_field, read_wav
 
 BANDS = 24
 HOP_SECONDS = 0.01
@@ -12,24 +13,16 @@ LOWEST_HERTZ = 100.0
 FLOOR = 1e-4  # of the loudest, below which a band counts as silent
 
 
-def read_wav(path: str | Path) -> tuple[torch.Tensor, int]:
+def read_recording(path: str | Path) -> tuple[torch.Tensor, int]:
     """The samples of a recording, float32 `[samples]` in [−1, 1], channels averaged, and how many make a second.
 
     Raises:
-        ValueError: there is no such file, it is not WAV of 16-bit integers, or it holds no sample.
+        OSError, ValueError: see `fields.read_wav`; ValueError too where it holds no sample.
     """
-    try:
-        with wave.open(str(path)) as file:
-            width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
-            data = file.readframes(file.getnframes())
-    except (OSError, EOFError, wave.Error) as error:
-        raise ValueError(f"{path} cannot be read as WAV ({error}): check the path, or convert it") from error
-    if width != 2:
-        raise ValueError(f"{path} has samples of {8 * width} bits: convert it to 16-bit WAV")
-    if not data:
+    samples, rate = read_wav(path)
+    if not len(samples):
         raise ValueError(f"{path} holds no sample: leave it out")
-    samples = torch.frombuffer(bytearray(data), dtype=torch.int16).view(-1, channels)
-    return samples.float().mean(dim=1) / 2**15, rate
+    return array_field(samples, 1)["values"].mean(dim=1), rate
 
 
 def spectrum_field(samples: torch.Tensor, rate: int) -> dict[str, torch.Tensor]:

@@ -27,7 +27,7 @@ from dfn_hf.data import load_tokenizer, load_verses
 from dfn_hf.modeling.modeling_dfn_contrastive import DFNForContrastive
 from dfn_hf.retrieval import embed, retrieval, second_views
 from dfn_hf.sentence_embeddings import to_sentence_transformer
-from dfn_hf.spectrum_fields import BANDS, read_wav, spectrum_field
+from dfn_hf.spectrum_fields import BANDS, read_recording, spectrum_field
 from dfn_hf.training import TrainingSettings
 from dfn_hf.views import ContrastiveCollator, DistinctPairsSampler, pair_views, text_pairs, text_view
 
@@ -179,7 +179,7 @@ def test_a_tone_is_loud_in_its_band_alone(tmp_path):
     fields = []
     for hertz in (300, 2500):
         write_wav(tmp_path / f"{hertz}.wav", 0.5 * np.sin(2 * np.pi * hertz * time))
-        samples, rate = read_wav(tmp_path / f"{hertz}.wav")
+        samples, rate = read_recording(tmp_path / f"{hertz}.wav")
         assert rate == 8000 and samples.abs().max() == pytest.approx(0.5, abs=1e-3)
         fields.append(spectrum_field(samples, rate))
     low, high = (field["values"].mean(dim=0).argmax() for field in fields)
@@ -190,12 +190,12 @@ def test_a_tone_is_loud_in_its_band_alone(tmp_path):
         spectrum_field(torch.zeros(100), 8000)
     write_wav(tmp_path / "wide.wav", time, width=4)
     with pytest.raises(ValueError, match="32 bits"):
-        read_wav(tmp_path / "wide.wav")
+        read_recording(tmp_path / "wide.wav")
     write_wav(tmp_path / "empty.wav", [])
     with pytest.raises(ValueError, match="no sample"):
-        read_wav(tmp_path / "empty.wav")
-    with pytest.raises(ValueError, match="cannot be read as WAV"):
-        read_wav(tmp_path / "none.wav")
+        read_recording(tmp_path / "empty.wav")
+    with pytest.raises(FileNotFoundError):
+        read_recording(tmp_path / "none.wav")
 
 
 def write_recordings(folder):

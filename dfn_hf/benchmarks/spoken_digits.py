@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from dfn_hf.spectrum_fields import read_wav
+from dfn_hf.spectrum_fields import read_recording
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 PACKAGE = "asterisk-core-sounds-en-wav"
@@ -114,10 +114,10 @@ def spoken_digits(folder: str | Path) -> tuple[list[SpokenDigit], list[SpokenDig
     held_out: list[SpokenDigit] = []
     for number, word in enumerate(WORDS):
         recording = SINGLE.format(number)
-        train.append(SpokenDigit(word, *read_wav(root / f"{recording}.wav"), recording))
+        train.append(SpokenDigit(word, *read_recording(root / f"{recording}.wav"), recording))
     for line in CUTS.strip().splitlines():
         recording, takes = line.split(": ")
-        samples, rate = read_wav(root / f"{recording}.wav")
+        samples, rate = read_recording(root / f"{recording}.wav")
         for take in takes.split(", "):
             word, span = take.split(" ")
             first, last = (round(float(second) * rate) for second in span.split("-"))
