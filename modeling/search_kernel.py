@@ -20,110 +20,263 @@ SOURCE = r"""
 #include <stdlib.h>
 #include <string.h>
 
-/* cells [n, L] of positions [n, P] that lie on the grid; see CellGrids.cells */
+#define LANES 8 /* tables and codes are worked on so many at a time */
+#define SHORT 64 /* queries: for fewer no rings are filled */
+#define NONE INT64_MAX
+
+/* cells [n, L] of positions [n, P] that lie on the grid; see CellGrids.cells. rotation [A, P, L'], shift [A, L'], edges
+   and counts [L'] have the table last, L' the next multiple of LANES. */
 void cells(int64_t first, int64_t last, int64_t tables, int64_t axes, int64_t dims, const float *positions,
-           double grid, const int32_t *rotation, const double *shift, const double *edges, const int32_t *counts,
+           double grid, const double *rotation, const double *shift, const double *edges, const double *counts,
            int32_t *out) {
+    int64_t padded = (tables + LANES - 1) / LANES * LANES;
     for (int64_t n = first; n < last; n++) {
         double scaled[dims];
         for (int64_t p = 0; p < dims; p++) scaled[p] = positions[n * dims + p] * grid;
-        for (int64_t t = 0; t < tables; t++) {
-            int32_t cell = 0;
+        for (int64_t t = 0; t < tables; t += LANES) {
+            double cell[LANES] = {0};
             for (int64_t a = 0; a < axes; a++) {
-                const int32_t *row = rotation + (t * axes + a) * dims;
-                double along = shift[t * axes + a];
-                for (int64_t p = 0; p < dims; p++) along += row[p] * scaled[p];
-                double place = floor(along / edges[t]) + (counts[t] - 1) / 2;
-                if (place < 0) place = 0;
-                if (place > counts[t] - 1) place = counts[t] - 1;
-                cell = cell * counts[t] + (int32_t)place;
-            }
-            out[n * tables + t] = cell;
-        }
-    }
-}
-
-/* Put a candidate among the best so far, in ascending order and each but once. */
-static inline int64_t insert(uint64_t *best, int64_t found, int64_t wanted, uint64_t code) {
-    if (found == wanted && code >= best[found - 1]) return found;
-    int64_t place = found;
-    while (place > 0 && best[place - 1] > code) place--;
-    if (place > 0 && best[place - 1] == code) return found;
-    if (found < wanted) found++;
-    for (int64_t i = found - 1; i > place; i--) best[i] = best[i - 1];
-    best[place] = code;
-    return found;
-}
-
-/* Rows first .. last - 1; heads and links are NULL where there is no past and none is kept. Returns 0, or 1 if memory
-   ran out. */
-int search(int64_t first, int64_t last, int64_t length, int64_t tables, int64_t dims, int64_t wanted, int64_t window,
-           int64_t candidates, const float *queries, const int32_t *query_cells, const int64_t *query_index,
-           const float *keys, int64_t stored, const int32_t *key_cells, int64_t cells_stored, const int64_t *reach,
-           const int64_t *counts, const int64_t *offsets, int64_t slots, int32_t *all_heads, int32_t *all_links,
-           int64_t link_capacity, int64_t *indices, float *distances) {
-    int32_t *own_heads = NULL, *own_links = NULL;
-    if (!all_heads) {
-        own_heads = malloc(slots * sizeof(int32_t));
-        own_links = malloc(cells_stored * tables * sizeof(int32_t));
-        if (!own_heads || !own_links) {
-            free(own_heads);
-            free(own_links);
-            return 1;
-        }
-    }
-    uint64_t best[wanted];
-    int32_t current[tables];
-    for (int64_t g = first; g < last; g++) {
-        int32_t *heads = all_heads ? all_heads + g * slots : own_heads;
-        int32_t *links = all_heads ? all_links + g * link_capacity * tables : own_links;
-        if (!all_heads) memset(heads, -1, slots * sizeof(int32_t));
-        const float *row_keys = keys + g * stored * dims;
-        const int32_t *row_cells = key_cells + g * cells_stored * tables;
-        for (int64_t m = 0; m < length; m++) {
-            int64_t at = g * length + m, found = 0;
-            if (!counts || m < counts[g]) {
-                int64_t index = query_index[at], entering = index - window;
-                if (entering >= 0)
-                    for (int64_t t = 0; t < tables; t++) {
-                        int32_t *head = heads + offsets[t] + row_cells[entering * tables + t];
-                        links[entering * tables + t] = *head;
-                        *head = (int32_t)entering;
-                    }
-                int64_t oldest = reach && index - reach[at] > 0 ? index - reach[at] : 0;
-                const float *query = queries + at * dims;
-                for (int64_t t = 0; t < tables; t++) current[t] = heads[offsets[t] + query_cells[at * tables + t]];
-                for (int64_t step = 0; step < candidates; step++)
-                    for (int64_t t = 0; t < tables; t++) {
-                        int32_t id = current[t];
-                        if (id < oldest) continue; /* -1, too, and all that lie behind it in the chain */
-                        current[t] = links[(int64_t)id * tables + t];
-                        float squared = 0;
-                        for (int64_t p = 0; p < dims; p++) {
-                            float apart = query[p] - row_keys[id * dims + p];
-                            squared += apart * apart;
-                        }
-                        uint32_t bits; /* of a float >= 0: they sort as it does */
-                        memcpy(&bits, &squared, sizeof bits);
-                        found = insert(best, found, wanted, (uint64_t)bits << 32 | (uint64_t)(index - id));
-                    }
-                for (int64_t k = 0; k < found; k++) {
-                    uint32_t bits = best[k] >> 32;
-                    memcpy(distances + at * wanted + k, &bits, sizeof bits);
-                    indices[at * wanted + k] = index - (int64_t)(best[k] & 0xFFFFFFFF);
+                double along[LANES];
+                for (int64_t l = 0; l < LANES; l++) along[l] = shift[a * padded + t + l];
+                for (int64_t p = 0; p < dims; p++) {
+                    const double *row = rotation + (a * dims + p) * padded + t;
+                    for (int64_t l = 0; l < LANES; l++) along[l] += row[l] * scaled[p];
+                }
+                for (int64_t l = 0; l < LANES; l++) {
+                    double count = counts[t + l], place = floor(along[l] / edges[t + l]) + (count - 1) / 2;
+                    place = place < 0 ? 0 : place;
+                    place = place > count - 1 ? count - 1 : place;
+                    cell[l] = cell[l] * count + place;
                 }
             }
-            for (int64_t k = found; k < wanted; k++) {
-                distances[at * wanted + k] = INFINITY;
-                indices[at * wanted + k] = -1;
-            }
+            for (int64_t l = 0; l < LANES && t + l < tables; l++) out[n * tables + t + l] = (int32_t)cell[l];
         }
     }
-    free(own_heads);
-    free(own_links);
-    return 0;
+}
+
+/* The bits of a float >= 0 sort as it does. */
+static inline int64_t code_of(float squared, int64_t age) {
+    uint32_t bits;
+    memcpy(&bits, &squared, sizeof bits);
+    return (int64_t)bits << 32 | age;
+}
+
+static inline float distance_bound(const int64_t *best, int64_t wanted) {
+    uint32_t bits = best[wanted - 1] >> 32;
+    float bound;
+    if (best[wanted - 1] == NONE) return INFINITY;
+    memcpy(&bound, &bits, sizeof bound);
+    return bound;
+}
+
+typedef struct {
+    int64_t length, tables, dims, wanted, window, candidates, stored, cells_stored, slots, link_capacity;
+    const float *queries, *keys;              /* [G, M, P], [G, N, P] */
+    const int32_t *query_cells, *key_cells;   /* [G, M, L], [G, N, L] */
+    const int64_t *query_index, *reach;       /* [G, M]; reach may be NULL */
+    const int64_t *counts, *offsets;          /* [G] or NULL; [L] */
+    int32_t *heads, *links;                   /* [G, slots], [G, link_capacity, L]; both NULL without a past to keep */
+    int64_t *indices;                         /* [G, M, K] */
+    float *distances;
+} Search;
+
+/* The latest `candidates` entities of a cell side by side: ids, then each axis of their positions. A query reads
+   neighbouring memory in the place of a chain, link by link. `next` is overwritten next. */
+typedef struct { int32_t ring, next; } Slot;
+
+typedef struct {
+    Slot *slots;
+    int32_t *pool;
+    int64_t used, size;
+} Rings;
+
+static inline int32_t *ids_of(const Rings *rings, int32_t ring) { return rings->pool + ring * rings->size; }
+
+static inline void push(const Search *s, const Rings *rings, Slot *slot, const float *row_keys, int32_t id) {
+    int32_t *ids = ids_of(rings, slot->ring);
+    float *places = (float *)(ids + s->candidates);
+    ids[slot->next] = id;
+    for (int64_t p = 0; p < s->dims; p++) places[p * s->candidates + slot->next] = row_keys[id * s->dims + p];
+    slot->next = slot->next + 1 == s->candidates ? 0 : slot->next + 1;
+}
+
+/* The ring of a cell that has none yet, filled from the chain of earlier calls that starts at `head`. */
+static void open_ring(const Search *s, Rings *rings, Slot *slot, const float *row_keys, const int32_t *links,
+                      int64_t table, int32_t head) {
+    slot->ring = rings->used++;
+    slot->next = 0;
+    int32_t *ids = ids_of(rings, slot->ring), chain[s->candidates];
+    int64_t count = 0;
+    for (; head >= 0 && count < s->candidates; head = links[(int64_t)head * s->tables + table]) chain[count++] = head;
+    for (int64_t i = 0; i < s->candidates; i++) ids[i] = -1;
+    while (count--) push(s, rings, slot, row_keys, chain[count]);
+}
+
+/* Two forms of the same: put a code among the nearest so far (ascending, each but once, then NONE; `room` is a multiple
+   of LANES), and put all of a ring there that are older than `oldest`. */
+#ifdef __AVX512F__
+#include <immintrin.h>
+static inline void insert(int64_t *best, int64_t room, int64_t code) {
+    __m512i all = _mm512_set1_epi64(code), before = _mm512_set1_epi64(-1);
+    int known = 0;
+    for (int64_t i = 0; i < room; i += LANES) known |= _mm512_cmpeq_epi64_mask(_mm512_load_si512(best + i), all);
+    if (known) all = _mm512_set1_epi64(NONE);
+    for (int64_t i = 0; i < room; i += LANES) { /* at each place the middle one of: what stands before, here, code */
+        __m512i here = _mm512_load_si512(best + i);
+        __m512i later = _mm512_max_epi64(_mm512_alignr_epi64(here, before, LANES - 1), all);
+        _mm512_store_si512(best + i, _mm512_min_epi64(later, here));
+        before = here;
+    }
+}
+
+static inline __m512i codes_of(__m256i bits, __m256i ages) {
+    return _mm512_or_si512(_mm512_slli_epi64(_mm512_cvtepu32_epi64(bits), 32), _mm512_cvtepu32_epi64(ages));
+}
+
+static inline void read_ring(const Search *s, const int32_t *ids, const float *query, int64_t index, int64_t oldest,
+                             int64_t *best, int64_t room) {
+    const float *places = (const float *)(ids + s->candidates);
+    __m512 bound = _mm512_set1_ps(distance_bound(best, s->wanted));
+    for (int64_t i = 0; i < s->candidates; i += 16) {
+        __mmask16 there = i + 16 <= s->candidates ? 0xFFFF : (1 << (s->candidates - i)) - 1;
+        __m512 squared = _mm512_setzero_ps();
+        for (int64_t p = 0; p < s->dims; p++) {
+            __m512 place = _mm512_maskz_loadu_ps(there, places + p * s->candidates + i);
+            __m512 apart = _mm512_sub_ps(_mm512_set1_ps(query[p]), place);
+            squared = _mm512_add_ps(squared, _mm512_mul_ps(apart, apart));
+        }
+        __m512i id = _mm512_maskz_loadu_epi32(there, ids + i);
+        __mmask16 near = _mm512_mask_cmple_ps_mask(there, squared, bound);
+        near = _mm512_mask_cmpge_epi32_mask(near, id, _mm512_set1_epi32(oldest));
+        __m512i bits = _mm512_maskz_compress_epi32(near, _mm512_castps_si512(squared));
+        __m512i ages = _mm512_maskz_compress_epi32(near, _mm512_sub_epi32(_mm512_set1_epi32(index), id));
+        int64_t codes[16];
+        _mm512_storeu_si512(codes, codes_of(_mm512_castsi512_si256(bits), _mm512_castsi512_si256(ages)));
+        _mm512_storeu_si512(codes + 8, codes_of(_mm512_extracti64x4_epi64(bits, 1), _mm512_extracti64x4_epi64(ages, 1)));
+        for (int n = 0; n < __builtin_popcount(near); n++) insert(best, room, codes[n]);
+    }
+}
+#else
+static inline void insert(int64_t *best, int64_t room, int64_t code) {
+    int64_t place = room;
+    while (place > 0 && best[place - 1] > code) place--;
+    if (place == room || (place > 0 && best[place - 1] == code)) return;
+    memmove(best + place + 1, best + place, (room - 1 - place) * sizeof(int64_t));
+    best[place] = code;
+}
+
+static inline void read_ring(const Search *s, const int32_t *restrict ids, const float *restrict query, int64_t index,
+                             int64_t oldest, int64_t *restrict best, int64_t room) {
+    int64_t candidates = s->candidates, count = 0;
+    const float *restrict places = (const float *)(ids + candidates);
+    float squared[candidates], bound = distance_bound(best, s->wanted);
+    int32_t near[candidates];
+    for (int64_t i = 0; i < candidates; i++) squared[i] = 0;
+    for (int64_t p = 0; p < s->dims; p++)
+        for (int64_t i = 0; i < candidates; i++) {
+            float apart = query[p] - places[p * candidates + i];
+            squared[i] += apart * apart;
+        }
+    for (int64_t i = 0; i < candidates; i++) {
+        near[count] = i;
+        count += (squared[i] <= bound) & (ids[i] >= oldest);
+    }
+    for (int64_t n = 0; n < count; n++) insert(best, room, code_of(squared[near[n]], index - ids[near[n]]));
+}
+#endif
+
+static inline void read_chain(const Search *s, const float *row_keys, const int32_t *links, int64_t table, int32_t id,
+                              const float *query, int64_t index, int64_t oldest, int64_t *best, int64_t room) {
+    for (int64_t step = 0; step < s->candidates && id >= oldest; step++) {
+        float squared = 0;
+        for (int64_t p = 0; p < s->dims; p++) {
+            float apart = query[p] - row_keys[id * s->dims + p];
+            squared += apart * apart;
+        }
+        insert(best, room, code_of(squared, index - id));
+        id = links[(int64_t)id * s->tables + table];
+    }
+}
+
+static void search_row(const Search *s, int64_t g, Rings *rings) {
+    int32_t *heads = s->heads ? s->heads + g * s->slots : NULL;
+    int32_t *links = s->links ? s->links + g * s->link_capacity * s->tables : NULL;
+    const float *row_keys = s->keys + g * s->stored * s->dims;
+    const int32_t *row_cells = s->key_cells + g * s->cells_stored * s->tables;
+    int64_t room = (s->wanted + LANES - 1) / LANES * LANES;
+    _Alignas(64) int64_t best[room];
+    if (rings) {
+        rings->used = 0;
+        memset(rings->slots, -1, s->slots * sizeof(Slot));
+    }
+    for (int64_t m = 0; m < s->length; m++) {
+        int64_t at = g * s->length + m;
+        for (int64_t k = 0; k < room; k++) best[k] = NONE;
+        if (!s->counts || m < s->counts[g]) {
+            int64_t index = s->query_index[at], entering = index - s->window;
+            if (entering >= 0)
+                for (int64_t t = 0; t < s->tables; t++) {
+                    int64_t slot = s->offsets[t] + row_cells[entering * s->tables + t];
+                    if (rings) {
+                        Slot *own = rings->slots + slot;
+                        if (own->ring < 0) open_ring(s, rings, own, row_keys, links, t, heads ? heads[slot] : -1);
+                        push(s, rings, own, row_keys, (int32_t)entering);
+                    }
+                    if (heads) {
+                        links[entering * s->tables + t] = heads[slot];
+                        heads[slot] = (int32_t)entering;
+                    }
+                }
+            int64_t oldest = s->reach && index - s->reach[at] > 0 ? index - s->reach[at] : 0;
+            const float *query = s->queries + at * s->dims;
+            /* From the finest cells to the coarsest: what is near comes first, and little has to be moved. */
+            for (int64_t t = s->tables - 1; t >= 0; t--) {
+                int64_t slot = s->offsets[t] + s->query_cells[at * s->tables + t];
+                if (!rings) {
+                    read_chain(s, row_keys, links, t, heads[slot], query, index, oldest, best, room);
+                    continue;
+                }
+                Slot *own = rings->slots + slot;
+                if (own->ring < 0 && heads && heads[slot] >= 0) open_ring(s, rings, own, row_keys, links, t, heads[slot]);
+                if (own->ring >= 0) read_ring(s, ids_of(rings, own->ring), query, index, oldest, best, room);
+            }
+        }
+        for (int64_t k = 0; k < s->wanted; k++) {
+            int found = best[k] != NONE;
+            s->distances[at * s->wanted + k] = found ? distance_bound(best, k + 1) : INFINITY;
+            s->indices[at * s->wanted + k] = found ? s->query_index[at] - (int64_t)(best[k] & 0xFFFFFFFF) : -1;
+        }
+    }
+}
+
+/* Rows first .. last - 1. A short call behind a past walks the chains as they are. Returns 1 if memory ran out. */
+int search(int64_t first, int64_t last, const Search *s) {
+    Rings rings = {0};
+    int in_rings = !s->heads || s->length >= SHORT;
+    if (in_rings) {
+        int64_t most = s->slots < 2 * s->length * s->tables ? s->slots : 2 * s->length * s->tables;
+        rings.size = (s->candidates * (1 + s->dims) + 15) / 16 * 16; /* whole lines of a cache */
+        rings.slots = malloc(s->slots * sizeof(Slot));
+        rings.pool = aligned_alloc(64, most * rings.size * sizeof(int32_t));
+    }
+    int failed = in_rings && (!rings.slots || !rings.pool);
+    for (int64_t g = first; g < last && !failed; g++) search_row(s, g, in_rings ? &rings : NULL);
+    free(rings.slots);
+    free(rings.pool);
+    return failed;
 }
 """
+
+LANES = 8  # as in the code
+SIZES = ("length", "tables", "dims", "wanted", "window", "candidates", "stored", "cells_stored", "slots", "link_capacity")
+TENSORS = ("queries", "keys", "query_cells", "key_cells", "query_index", "reach", "counts", "offsets", "heads", "links")
+
+
+class _Search(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in SIZES),
+        *((name, ctypes.c_void_p) for name in (*TENSORS, "indices", "distances")),
+    ]
 
 
 def search_library(positions: torch.Tensor) -> ctypes.CDLL | None:
@@ -151,8 +304,9 @@ def cells_natively(
     num_tables, axes, dims = rotation.shape
     positions = positions.contiguous()
     out = rotation.new_empty(*positions.shape[:-1], num_tables, dtype=torch.int32)
-    tensors = [rotation.int(), shift.double(), edges.double(), rotation.new_tensor(cells_per_axis, dtype=torch.int32)]
-    tensors = [tensor.contiguous() for tensor in tensors]
+    room = -(-num_tables // LANES) * LANES
+    tensors = [rotation.permute(1, 2, 0), shift.T, edges, torch.tensor(cells_per_axis)]
+    tensors = [torch.nn.functional.pad(x.double(), (0, room - num_tables), value=1).contiguous() for x in tensors]
 
     def work(first: int, last: int) -> None:
         sizes = (ctypes.c_int64(size) for size in (first, last, num_tables, axes, dims))
@@ -192,31 +346,14 @@ def search_natively(
     offsets = query_index.new_tensor(table_offsets[:-1])
     indices = query_index.new_empty(rows, length, num_neighbors)
     distances = query_positions.new_empty(rows, length, num_neighbors)
+    sizes = (length, num_tables, query_positions.shape[-1], num_neighbors, window, candidates_per_table, stored)
+    call = _Search(*sizes, key_cells.shape[1], table_offsets[-1], 0 if links is None else links.shape[1])
+    tensors = (query_positions, key_positions, query_cells, key_cells, query_index, reach, counts, offsets, heads, links)
+    for name, tensor in zip((*TENSORS, "indices", "distances"), (*tensors, indices, distances), strict=True):
+        setattr(call, name, pointer(tensor))
 
     def work(first: int, last: int) -> None:
-        sizes = (
-            first,
-            last,
-            length,
-            num_tables,
-            query_positions.shape[-1],
-            num_neighbors,
-            window,
-            candidates_per_table,
-        )
-        failed = library.search(
-            *map(ctypes.c_int64, sizes),
-            *map(pointer, (query_positions, query_cells, query_index, key_positions)),
-            ctypes.c_int64(stored),
-            pointer(key_cells),
-            ctypes.c_int64(key_cells.shape[1]),
-            *map(pointer, (reach, counts, offsets)),
-            ctypes.c_int64(table_offsets[-1]),
-            *map(pointer, (heads, links)),
-            ctypes.c_int64(0 if links is None else links.shape[1]),
-            *map(pointer, (indices, distances)),
-        )
-        if failed:
+        if library.search(ctypes.c_int64(first), ctypes.c_int64(last), ctypes.byref(call)):
             raise MemoryError(f"no memory for the cell lists of {stored} entities")
 
     in_threads(work, rows, length)
