@@ -8,7 +8,6 @@ import ctypes
 from functools import cache
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .native_library import in_threads, native_library, switched_on
 
@@ -192,40 +191,57 @@ def attention_library(*tensors: torch.Tensor) -> ctypes.CDLL | None:
     return native_library(SOURCE, *FLAGS) if fit and switched_on() else None
 
 
-class NativeFlowAttention(torch.autograd.Function):
-    """`flow_attention` without dropout; arguments are its own, behind the library."""
+def read_natively(
+    library: ctypes.CDLL,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    fading: torch.Tensor,
+    index: torch.Tensor,
+    reach: torch.Tensor,
+    neighbors: torch.Tensor,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`flow_attention.read` without dropout."""
+    query, key, value = (_with_dense_features(x) for x in (query, key, value))
+    batch, heads, length, _ = query.shape
+    y = value.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+    total = query.new_empty(batch, heads, length)
+    tensors = {"query": query, "key": key, "value": value, "y": y, "total": total.unsqueeze(-1)}
+    _run(library.forward, tensors, window, fading=fading, index=index, reach=reach, neighbors=neighbors)
+    return y, total
 
-    @staticmethod
-    def forward(ctx, library, query, key, value, fading, index, reach, neighbors, window):
-        query, key, value = (_with_dense_features(x) for x in (query, key, value))
-        index, reach, neighbors, fading = (x.contiguous() for x in (index, reach, neighbors, fading))
-        batch, heads, length, _ = query.shape
-        y = value.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
-        total = query.new_empty(batch, heads, length)
-        tensors = {"query": query, "key": key, "value": value, "y": y, "total": total.unsqueeze(-1)}
-        _run(library.forward, tensors, window, fading=fading, index=index, reach=reach, neighbors=neighbors)
-        ctx.save_for_backward(query, key, value, fading, index, reach, neighbors, total)
-        ctx.library, ctx.window = library, window
-        return y, total
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_y, grad_total):
-        query, key, value, fading, index, reach, neighbors, total = ctx.saved_tensors
-        grads = [torch.zeros_like(x) for x in (query, key, value)]
-        grad_fading = fading.new_zeros(query.shape[:2])
-        tensors = {
-            "query": query,
-            "key": key,
-            "value": value,
-            "total": total.unsqueeze(-1),
-            "grad_y": _with_dense_features(grad_y),
-            "grad_total": grad_total.unsqueeze(-1),
-            **dict(zip(("grad_query", "grad_key", "grad_value"), grads, strict=True)),
-        }
-        plain = {"fading": fading, "index": index, "reach": reach, "neighbors": neighbors, "grad_fading": grad_fading}
-        _run(ctx.library.backward, tensors, ctx.window, **plain)
-        return None, *grads, grad_fading.sum(dim=0), None, None, None, None
+def read_gradients_natively(
+    library: ctypes.CDLL,
+    grad_y: torch.Tensor,
+    grad_total: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    fading: torch.Tensor,
+    index: torch.Tensor,
+    reach: torch.Tensor,
+    neighbors: torch.Tensor,
+    total: torch.Tensor,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`flow_attention.read_gradients` without dropout."""
+    query, key, value, grad_y = (_with_dense_features(x) for x in (query, key, value, grad_y))
+    grads = [torch.zeros_like(x) for x in (query, key, value)]
+    grad_fading = fading.new_zeros(query.shape[:2])
+    tensors = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "total": total.unsqueeze(-1),
+        "grad_y": grad_y,
+        "grad_total": grad_total.contiguous().unsqueeze(-1),
+        **dict(zip(("grad_query", "grad_key", "grad_value"), grads, strict=True)),
+    }
+    plain = {"fading": fading, "index": index, "reach": reach, "neighbors": neighbors, "grad_fading": grad_fading}
+    _run(library.backward, tensors, window, **plain)
+    return *grads, grad_fading.sum(dim=0)
 
 
 @cache
@@ -244,6 +260,7 @@ def _run(function, tensors: dict[str, torch.Tensor], window: int, **plain: torch
     query, neighbors = tensors["query"], plain["neighbors"]
     batch, heads, length, features = query.shape
     call = _Call(heads, length, features, tensors["value"].shape[-1], neighbors.shape[-1], window)
+    plain = {name: tensor.contiguous() for name, tensor in plain.items()}
     for name, tensor in tensors.items():
         setattr(call, name, _Tensor(tensor.data_ptr(), *tensor.stride()[:3]))
     plain["fade"] = _fades(int(plain["index"].max()).bit_length())

@@ -16,7 +16,8 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .attention_kernel import MOST_READ, NativeFlowAttention, attention_library
+from .attention_kernel import MOST_READ, attention_library, read_gradients_natively, read_natively
+from .operators import calls_operators, operator
 
 ELEMENTS_AT_ONCE = 2**20  # of the gathered values of one chunk: they stay in a processor's cache
 
@@ -46,110 +47,203 @@ def flow_attention(
     Returns:
         (y `[B, H, M, D]` in the dtype of value, log Σ exp ℓ `[B, H, M]` in the dtype of query).
     """
-    fits = dropout == 0 and window + neighbors.shape[-1] <= MOST_READ
-    library = attention_library(query, key, value, fading) if fits else None
-    if library is not None:
-        return NativeFlowAttention.apply(library, query, key, value, fading, query_index, reach, neighbors, window)
-    first = query_index[:, 0] - (window - 1)
-    local_key, local_value = (_local(x, first, query.shape[2] + window - 1) for x in (key, value))
-    seed = int(torch.randint(2**62, ())) if dropout > 0 else 0
-    with torch.autocast(query.device.type, enabled=False):
-        return _FlowAttention.apply(
-            query, local_key, local_value, key, value, fading, reach, query_index, neighbors, window, dropout, seed
-        )
-
-
-def _local(x: torch.Tensor, first: torch.Tensor, length: int) -> torch.Tensor:
-    """Entities `first` … `first + length − 1` of each row, zero before its start: `[B, H, length, ...]`."""
-    if not torch.compiler.is_exporting() and bool((first == (start := int(first[0]))).all()):
-        held = x[:, :, max(start, 0) : start + length]
-        return F.pad(held, (0, 0, -start, 0)) if start < 0 else held
-    places = first[:, None] + torch.arange(length, device=x.device)
-    rows = x.gather(2, places.clamp(0, x.shape[2] - 1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-    return rows.masked_fill((places < 0)[:, None, :, None], 0)
+    # Drawn as a tensor, so that a compiled model draws anew each time.
+    seed = torch.randint(2**62, (), device="cpu") if dropout > 0 else torch.zeros((), dtype=torch.int64)
+    arguments = (query, key, value, fading, query_index, reach, neighbors, window, dropout, seed)
+    if calls_operators():
+        return _read_operator(*arguments)
+    return _FlowAttention.apply(*arguments)
 
 
 class _FlowAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, query, local_key, local_value, key, value, fading, reach, query_index, neighbors, window, dropout, seed
-    ):
-        ctx.save_for_backward(query, local_key, local_value, key, value, fading, reach, query_index, neighbors)
-        ctx.options = window, dropout, seed
-        batch, heads, length, _ = query.shape
-        y = value.new_empty(batch, heads, length, value.shape[-1])
-        total = query.new_empty(batch, heads, length)
-        flat_key, flat_value = (x.reshape(-1, x.shape[-1]) for x in (key, value))
-        for part in _chunks(query, value, neighbors):
-            near = slice(part.start, part.stop + window - 1)
-            chosen = _flat_ids(neighbors[:, :, part], key)
-            local, far, total[:, :, part] = _weights(
-                query[:, :, part],
-                local_key[:, :, near],
-                flat_key.index_select(0, chosen.view(-1)).view(*chosen.shape, key.shape[-1]),
-                fading,
-                reach[:, part],
-                query_index[:, part],
-                neighbors[:, :, part],
-                window,
-            )
-            local, far = _dropped(local, far, dropout, seed + part.start)
-            mixed = _mix_local(local, local_value[:, :, near].to(local.dtype), window)
-            if far.shape[-1]:
-                mixed = mixed + _mix_far(far, chosen, flat_value)
-            y[:, :, part] = mixed.to(y.dtype)
+    def forward(ctx, *arguments):
+        y, total = read(*arguments)
+        _keep_for_backward(ctx, arguments, (y, total))
         return y, total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y, grad_total):
-        with torch.autocast(grad_y.device.type, enabled=False):
-            return _FlowAttention._gradients(ctx, grad_y, grad_total)
+        return _backward(ctx, grad_y, grad_total)
 
-    @staticmethod
-    def _gradients(ctx, grad_y, grad_total):
-        query, local_key, local_value, key, value, fading, reach, query_index, neighbors = ctx.saved_tensors
-        window, dropout, seed = ctx.options
-        accumulate = torch.promote_types(torch.float32, query.dtype)
-        inputs = (query, local_key, local_value, key, value, fading)
-        grads = [torch.zeros(x.shape, dtype=accumulate, device=x.device) for x in inputs]
-        grad_query, grad_local_key, grad_local_value, grad_key, grad_value, grad_fading = grads
-        flat_key, flat_value = (x.reshape(-1, x.shape[-1]) for x in (key, value))
-        for part in _chunks(query, value, neighbors):
-            near = slice(part.start, part.stop + window - 1)
-            chosen = _flat_ids(neighbors[:, :, part], key).flatten()
-            shape = neighbors[:, :, part].shape
-            far_key = flat_key.index_select(0, chosen).view(*shape, key.shape[-1])
-            far_value = flat_value.index_select(0, chosen).view(*shape, value.shape[-1]).to(accumulate)
-            near_key, near_value = local_key[:, :, near], local_value[:, :, near].to(accumulate)
-            asked, index, found = query[:, :, part], query_index[:, part], neighbors[:, :, part]
-            given = grad_y[:, :, part].to(accumulate)
-            local, far, _ = _weights(asked, near_key, far_key, fading, reach[:, part], index, found, window)
-            kept_local, kept_far = _dropped(local, far, dropout, seed + part.start)
 
-            # dℓ_j = kept_j (dy · v_j) − p_j (Σ_i kept_i (dy · v_i) − d total)
-            size, span = local.shape[-2:]
-            blocked_query, blocked_given = _blocks(asked, size), _blocks(given, size)
-            dlocal = kept_local * (blocked_given @ _windows(near_value, size, span))
-            dfar = kept_far * _products(far_value, given)
-            sums = F.pad(dfar.sum(dim=-1) - grad_total[:, :, part], (0, local.shape[2] * size - shape[2]))
-            sums = dlocal.sum(dim=-1) + sums.view(dlocal.shape[:-1])
-            dlocal -= local * sums.unsqueeze(-1)
-            dfar -= far * sums.flatten(2)[:, :, : shape[2], None]
+def read(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    fading: torch.Tensor,
+    query_index: torch.Tensor,
+    reach: torch.Tensor,
+    neighbors: torch.Tensor,
+    window: int,
+    dropout: float,
+    seed: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`flow_attention` without a gradient; `seed` is that of its dropout."""
+    library = _library(query, key, value, fading, neighbors, window, dropout)
+    if library is not None:
+        return read_natively(library, query, key, value, fading, query_index, reach, neighbors, window)
+    with torch.autocast(query.device.type, enabled=False):
+        return _read(query, key, value, fading, query_index, reach, neighbors, window, dropout, seed)
 
-            from_local = dlocal @ _windows(near_key, size, span).transpose(-1, -2)
-            grad_query[:, :, part] = from_local.flatten(2, 3)[:, :, : shape[2]] + _mix_gathered(dfar, far_key)
-            grad_local_key[:, :, near] += _overlapped(
-                dlocal.transpose(-1, -2) @ blocked_query, size, near_key.shape[2]
-            )
-            grad_local_value[:, :, near] += _overlapped(
-                kept_local.transpose(-1, -2) @ blocked_given, size, near_value.shape[2]
-            )
-            grad_key.view(-1, key.shape[-1]).index_add_(0, chosen, _outer(dfar, asked))
-            grad_value.view(-1, value.shape[-1]).index_add_(0, chosen, _outer(kept_far, given))
-            grad_fading -= (dlocal * _local_fade(size, window, dlocal)).sum(dim=(0, 2, 3, 4))
-            grad_fading -= (dfar * _far_fade(index, found, dfar)).sum(dim=(0, 2, 3))
-        return *(grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)), None, None, None, None, None, None
+
+def read_gradients(
+    grad_y: torch.Tensor,
+    grad_total: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    fading: torch.Tensor,
+    query_index: torch.Tensor,
+    reach: torch.Tensor,
+    neighbors: torch.Tensor,
+    total: torch.Tensor,
+    window: int,
+    dropout: float,
+    seed: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key, value and fading, given those of what `read` returned."""
+    library = _library(query, key, value, fading, neighbors, window, dropout)
+    inputs = (query, key, value, fading, query_index, reach, neighbors)
+    if library is not None:
+        return read_gradients_natively(library, grad_y, grad_total, *inputs, total, window)
+    with torch.autocast(query.device.type, enabled=False):
+        return _gradients(grad_y, grad_total, *inputs, window, dropout, seed)
+
+
+def _library(query, key, value, fading, neighbors, window, dropout):
+    fits = dropout == 0 and window + neighbors.shape[-1] <= MOST_READ
+    return attention_library(query, key, value, fading) if fits else None
+
+
+def _keep_for_backward(ctx, inputs, output):
+    *tensors, window, dropout, seed = inputs
+    ctx.save_for_backward(*tensors, output[1], seed)
+    ctx.options = window, dropout
+
+
+def _backward(ctx, grad_y, grad_total):
+    *tensors, seed = ctx.saved_tensors
+    gradients = _gradients_operator if calls_operators() else read_gradients
+    return *gradients(grad_y, grad_total, *tensors, *ctx.options, seed), None, None, None, None, None, None
+
+
+def _shape_of_read(query, key, value, fading, query_index, reach, neighbors, window, dropout, seed):
+    return value.new_empty(*query.shape[:3], value.shape[-1]), query.new_empty(query.shape[:3])
+
+
+def _shape_of_gradients(grad_y, grad_total, query, key, value, fading, *others):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value, fading))
+
+
+_read_operator = operator(read, _shape_of_read, backward=_backward, setup_context=_keep_for_backward)
+_gradients_operator = operator(read_gradients, _shape_of_gradients)
+
+
+def _read(query, key, value, fading, query_index, reach, neighbors, window, dropout, seed):
+    batch, heads, length, _ = query.shape
+    y = value.new_empty(batch, heads, length, value.shape[-1])
+    total = query.new_empty(batch, heads, length)
+    local_key, local_value = (_local(x, query_index, window) for x in (key, value))
+    flat_key, flat_value = (x.reshape(-1, x.shape[-1]) for x in (key, value))
+    for part in _chunks(query, value, neighbors):
+        near = slice(part.start, part.stop + window - 1)
+        chosen = _flat_ids(neighbors[:, :, part], key)
+        local, far, total[:, :, part] = _weights(
+            query[:, :, part],
+            local_key[:, :, near],
+            flat_key.index_select(0, chosen.view(-1)).view(*chosen.shape, key.shape[-1]),
+            fading,
+            reach[:, part],
+            query_index[:, part],
+            neighbors[:, :, part],
+            window,
+        )
+        local, far = _dropped(local, far, dropout, seed, part.start)
+        mixed = _mix_local(local, local_value[:, :, near].to(local.dtype), window)
+        if far.shape[-1]:
+            mixed = mixed + _mix_far(far, chosen, flat_value)
+        y[:, :, part] = mixed.to(y.dtype)
+    return y, total
+
+
+def _gradients(grad_y, grad_total, query, key, value, fading, query_index, reach, neighbors, window, dropout, seed):
+    accumulate = torch.promote_types(torch.float32, query.dtype)
+    inputs = (query, key, value, fading)
+    grad_query, grad_key, grad_value, grad_fading = grads = [
+        torch.zeros(x.shape, dtype=accumulate, device=x.device) for x in inputs
+    ]
+    local_key, local_value = (_local(x, query_index, window) for x in (key, value))
+    grad_local_key, grad_local_value = (torch.zeros_like(x, dtype=accumulate) for x in (local_key, local_value))
+    flat_key, flat_value = (x.reshape(-1, x.shape[-1]) for x in (key, value))
+    for part in _chunks(query, value, neighbors):
+        near = slice(part.start, part.stop + window - 1)
+        chosen = _flat_ids(neighbors[:, :, part], key).flatten()
+        shape = neighbors[:, :, part].shape
+        far_key = flat_key.index_select(0, chosen).view(*shape, key.shape[-1])
+        far_value = flat_value.index_select(0, chosen).view(*shape, value.shape[-1]).to(accumulate)
+        near_key, near_value = local_key[:, :, near], local_value[:, :, near].to(accumulate)
+        asked, index, found = query[:, :, part], query_index[:, part], neighbors[:, :, part]
+        given = grad_y[:, :, part].to(accumulate)
+        local, far, _ = _weights(asked, near_key, far_key, fading, reach[:, part], index, found, window)
+        kept_local, kept_far = _dropped(local, far, dropout, seed, part.start)
+
+        # dℓ_j = kept_j (dy · v_j) − p_j (Σ_i kept_i (dy · v_i) − d total)
+        size, span = local.shape[-2:]
+        blocked_query, blocked_given = _blocks(asked, size), _blocks(given, size)
+        dlocal = kept_local * (blocked_given @ _windows(near_value, size, span))
+        dfar = kept_far * _products(far_value, given)
+        sums = F.pad(dfar.sum(dim=-1) - grad_total[:, :, part], (0, local.shape[2] * size - shape[2]))
+        sums = dlocal.sum(dim=-1) + sums.view(dlocal.shape[:-1])
+        dlocal -= local * sums.unsqueeze(-1)
+        dfar -= far * sums.flatten(2)[:, :, : shape[2], None]
+
+        from_local = dlocal @ _windows(near_key, size, span).transpose(-1, -2)
+        grad_query[:, :, part] = from_local.flatten(2, 3)[:, :, : shape[2]] + _mix_gathered(dfar, far_key)
+        grad_local_key[:, :, near] += _overlapped(dlocal.transpose(-1, -2) @ blocked_query, size, near_key.shape[2])
+        grad_local_value[:, :, near] += _overlapped(
+            kept_local.transpose(-1, -2) @ blocked_given, size, near_value.shape[2]
+        )
+        grad_key.view(-1, key.shape[-1]).index_add_(0, chosen, _outer(dfar, asked))
+        grad_value.view(-1, value.shape[-1]).index_add_(0, chosen, _outer(kept_far, given))
+        grad_fading -= (dlocal * _local_fade(size, window, dlocal)).sum(dim=(0, 2, 3, 4))
+        grad_fading -= (dfar * _far_fade(index, found, dfar)).sum(dim=(0, 2, 3))
+    _add_local(grad_key, grad_local_key, query_index, window)
+    _add_local(grad_value, grad_local_value, query_index, window)
+    return tuple(grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True))
+
+
+def _first_of_windows(query_index: torch.Tensor, window: int) -> int | torch.Tensor:
+    """The oldest entity in the window of a row's first query: one number if it is the same in all rows."""
+    first = query_index[:, 0] - (window - 1)
+    if torch.compiler.is_exporting() or bool((first != (start := int(first[0]))).any()):
+        return first
+    return start
+
+
+def _local(x: torch.Tensor, query_index: torch.Tensor, window: int) -> torch.Tensor:
+    """The entities that windows reach, from the oldest on, zero before their row's start: `[B, H, M + W − 1, ...]`."""
+    first, length = _first_of_windows(query_index, window), query_index.shape[1] + window - 1
+    if isinstance(first, int):
+        held = x[:, :, max(first, 0) : first + length]
+        return F.pad(held, (0, 0, -first, 0)) if first < 0 else held
+    places = first[:, None] + torch.arange(length, device=x.device)
+    rows = x.gather(2, places.clamp(0, x.shape[2] - 1)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+    return rows.masked_fill((places < 0)[:, None, :, None], 0)
+
+
+def _add_local(total: torch.Tensor, local: torch.Tensor, query_index: torch.Tensor, window: int) -> None:
+    """The adjoint of `_local`: add `[B, H, M + W − 1, ...]` to `total` `[B, H, N, ...]`."""
+    first, length = _first_of_windows(query_index, window), local.shape[2]
+    if isinstance(first, int):
+        held = local[:, :, max(-first, 0) :]
+        total[:, :, max(first, 0) : max(first, 0) + held.shape[2]] += held
+        return
+    places = first[:, None] + torch.arange(length, device=total.device)
+    inside = (places >= 0) & (places < total.shape[2])
+    places = places.clamp(0, total.shape[2] - 1)[:, None, :, None].expand_as(local)
+    total.scatter_add_(2, places, local * inside[:, None, :, None])
 
 
 def _chunks(query, value, neighbors):
@@ -232,11 +326,11 @@ def _weights(query, local_key, far_key, fading, reach, query_index, neighbors, w
     return local.unflatten(2, (-1, size)), (far - total.unsqueeze(-1)).exp(), total
 
 
-def _dropped(local, far, dropout, seed):
-    """Leave out weights with probability `dropout`; the same ones whenever the seed is the same."""
+def _dropped(local, far, dropout, seed, first):
+    """Leave out weights with probability `dropout`; the same ones whenever seed and first query are the same."""
     if dropout == 0:
         return local, far
-    generator = torch.Generator(local.device).manual_seed(seed)
+    generator = torch.Generator(local.device).manual_seed(int(seed) + first)
 
     def leave_out(weights):
         kept = torch.rand(weights.shape, generator=generator, device=weights.device) >= dropout

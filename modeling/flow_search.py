@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .search_kernel import MOST_NEIGHBORS, cells_natively, search_library, search_natively
+from .operators import calls_operators, operator
+from .search_kernel import MOST_CANDIDATES, MOST_NEIGHBORS, cells_natively, search_library, search_natively
 
 GRID = 64  # grid points per unit: searched positions are multiples of 2^-6
 ROTATION_SCALE = 1024  # rotations and shifts are stored as integers, in 1/1024
@@ -96,7 +97,7 @@ class CellGrids:
             [round(size * GRID * ROTATION_SCALE) for size in self.cell_sizes], device=positions.device
         )
         shift = (self.shift.long() * edges[:, None]).div(ROTATION_SCALE, rounding_mode="floor")
-        library = search_library(positions) if on_grid else None
+        library = search_library(positions) if on_grid and not calls_operators() else None
         if library is not None:
             return cells_natively(library, positions, GRID, self.rotation, shift, edges, self.cells_per_axis)
         edges = edges.double()[:, None]
@@ -352,12 +353,38 @@ def search_cells(
     Returns:
         (indices int64 `[G, M, K]`, squared distances `[G, M, K]`); −1 and inf where there are fewer than K.
     """
+    arguments = (query_positions, query_cells, query_index, key_positions, key_cells)
+    arguments += (num_neighbors, window, candidates_per_table, reach, counts, segments, table_offsets)
+    if chains is not None:
+        arguments += (chains.heads, chains.links, chains.table_offsets)
+    return _search_operator(*arguments) if calls_operators() else _search_cells(*arguments)
+
+
+def _search_cells(
+    query_positions: torch.Tensor,
+    query_cells: torch.Tensor,
+    query_index: torch.Tensor,
+    key_positions: torch.Tensor,
+    key_cells: torch.Tensor,
+    num_neighbors: int,
+    window: int,
+    candidates_per_table: int,
+    reach: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    segments: torch.Tensor | None,
+    table_offsets: list[int] | None,
+    heads: torch.Tensor | None = None,
+    links: torch.Tensor | None = None,
+    chain_offsets: list[int] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`search_cells`, with the parts of the chains one by one as operators need them."""
     rows, num_queries, num_tables = query_cells.shape
     if num_queries == 0 or num_neighbors == 0:
         shape = (rows, num_queries, num_neighbors)
         return query_index.new_full(shape, -1), query_positions.new_full(shape, math.inf)
     addressed = table_offsets is not None and segments is None
-    library = search_library(query_positions) if addressed and num_neighbors <= MOST_NEIGHBORS else None
+    fits = addressed and num_neighbors <= MOST_NEIGHBORS and candidates_per_table <= MOST_CANDIDATES
+    library = search_library(query_positions) if fits else None
     if library is not None:
         return search_natively(
             library,
@@ -372,9 +399,10 @@ def search_cells(
             table_offsets,
             reach,
             counts,
-            None if chains is None else chains.heads,
-            None if chains is None else chains.links,
+            heads,
+            links,
         )
+    chains = None if heads is None else CellChains(heads, links, chain_offsets)
     device = query_cells.device
     flat_keys = key_positions.reshape(-1, key_positions.shape[-1])
     row_start = torch.arange(rows, device=device)[:, None, None] * key_positions.shape[1]
@@ -391,7 +419,7 @@ def search_cells(
         absent_queries = segments < 0
         absent_keys = absent_keys | absent_queries.gather(1, entering.clamp(min=0))
 
-    runs, run_ends, heads = [], [], []
+    runs, run_ends, chain_heads = [], [], []
     tables_at_once = max(1, ENTRIES_AT_ONCE // (rows * num_queries))
     for tables in torch.arange(num_tables).split(tables_at_once):
         tables = slice(int(tables[0]), int(tables[-1]) + 1)
@@ -401,12 +429,12 @@ def search_cells(
             queries = queries.masked_fill(absent_queries[:, None], EMPTY_QUERY_CELL)
         run, ends = _sort_by_cell_and_time(keys, queries)
         if chains is not None:
-            heads.append(chains.extend(run, queries, entering[:, :1], tables))
+            chain_heads.append(chains.extend(run, queries, entering[:, :1], tables))
         # w empty entries in front: a window that starts before the first run reads these.
         runs.append(torch.nn.functional.pad(run, (candidates_per_table, 0), value=-1).view(-1))
         run_ends.append(ends)
     ends = torch.cat(run_ends, dim=1)
-    heads = torch.cat(heads, dim=1) if chains is not None else None
+    chain_heads = torch.cat(chain_heads, dim=1) if chains is not None else None
 
     indices, distances = [], []
     step = max(1, QUERIES_AT_ONCE // rows)
@@ -415,7 +443,7 @@ def search_cells(
         ids = _read_windows(runs, ends[..., part], sort_cells[..., part], num_queries, candidates_per_table)
         ids = torch.where(ids < 0, ids, ids + entering[:, :1, None, None])
         if chains is not None:
-            chains.walk(ids, heads[..., part])
+            chains.walk(ids, chain_heads[..., part])
         if absent_queries is not None:
             ids = ids.masked_fill(absent_queries[:, None, part, None], -1)
         ids = ids.transpose(1, 2).flatten(2)
@@ -427,6 +455,14 @@ def search_cells(
         indices.append(torch.where(nearest < 0, -1, index - nearest))
         distances.append(squared)
     return torch.cat(indices, dim=1), torch.cat(distances, dim=1)
+
+
+def _shape_of_found(query_positions, query_cells, query_index, key_positions, key_cells, num_neighbors, *others):
+    shape = (*query_index.shape, num_neighbors)
+    return query_index.new_empty(shape), query_positions.new_empty(shape)
+
+
+_search_operator = operator(_search_cells, _shape_of_found, mutates_args=("heads", "links"))
 
 
 def search_exact(

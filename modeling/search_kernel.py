@@ -11,7 +11,7 @@ import torch
 
 from .native_library import in_threads, native_library, pointer, switched_on
 
-MOST_NEIGHBORS = 2**14  # the code holds them on the stack
+MOST_NEIGHBORS = MOST_CANDIDATES = 2**14  # the code holds them on the stack
 # Distances without fused multiply-adds: the same bits as torch's.
 FLAGS = ("-ffp-contract=off", "-fno-math-errno")
 SOURCE = r"""
@@ -24,8 +24,8 @@ SOURCE = r"""
 #define SHORT 64 /* queries: for fewer no rings are filled */
 #define NONE INT64_MAX
 
-/* cells [n, L] of positions [n, P] that lie on the grid; see CellGrids.cells. rotation [A, P, L'], shift [A, L'], edges
-   and counts [L'] have the table last, L' the next multiple of LANES. */
+/* cells [n, L] of positions [n, P] that lie on the grid; see CellGrids.cells. rotation [A, P, L'], shift [A, L'],
+   edges and counts [L'] have the table last, L' the next multiple of LANES. */
 void cells(int64_t first, int64_t last, int64_t tables, int64_t axes, int64_t dims, const float *positions,
            double grid, const double *rotation, const double *shift, const double *edges, const double *counts,
            int32_t *out) {
@@ -112,8 +112,8 @@ static void open_ring(const Search *s, Rings *rings, Slot *slot, const float *ro
     while (count--) push(s, rings, slot, row_keys, chain[count]);
 }
 
-/* Two forms of the same: put a code among the nearest so far (ascending, each but once, then NONE; `room` is a multiple
-   of LANES), and put all of a ring there that are older than `oldest`. */
+/* Two forms of the same: put a code among the nearest so far (ascending, each but once, then NONE; `room` is a
+   multiple of LANES), and put all of a ring there that are not older than `oldest`. */
 #ifdef __AVX512F__
 #include <immintrin.h>
 static inline void insert(int64_t *best, int64_t room, int64_t code) {
@@ -150,9 +150,10 @@ static inline void read_ring(const Search *s, const int32_t *ids, const float *q
         near = _mm512_mask_cmpge_epi32_mask(near, id, _mm512_set1_epi32(oldest));
         __m512i bits = _mm512_maskz_compress_epi32(near, _mm512_castps_si512(squared));
         __m512i ages = _mm512_maskz_compress_epi32(near, _mm512_sub_epi32(_mm512_set1_epi32(index), id));
+        __m256i high_bits = _mm512_extracti64x4_epi64(bits, 1), high_ages = _mm512_extracti64x4_epi64(ages, 1);
         int64_t codes[16];
         _mm512_storeu_si512(codes, codes_of(_mm512_castsi512_si256(bits), _mm512_castsi512_si256(ages)));
-        _mm512_storeu_si512(codes + 8, codes_of(_mm512_extracti64x4_epi64(bits, 1), _mm512_extracti64x4_epi64(ages, 1)));
+        _mm512_storeu_si512(codes + 8, codes_of(high_bits, high_ages));
         for (int n = 0; n < __builtin_popcount(near); n++) insert(best, room, codes[n]);
     }
 }
@@ -237,7 +238,8 @@ static void search_row(const Search *s, int64_t g, Rings *rings) {
                     continue;
                 }
                 Slot *own = rings->slots + slot;
-                if (own->ring < 0 && heads && heads[slot] >= 0) open_ring(s, rings, own, row_keys, links, t, heads[slot]);
+                if (own->ring < 0 && heads && heads[slot] >= 0)
+                    open_ring(s, rings, own, row_keys, links, t, heads[slot]);
                 if (own->ring >= 0) read_ring(s, ids_of(rings, own->ring), query, index, oldest, best, room);
             }
         }
@@ -268,8 +270,30 @@ int search(int64_t first, int64_t last, const Search *s) {
 """
 
 LANES = 8  # as in the code
-SIZES = ("length", "tables", "dims", "wanted", "window", "candidates", "stored", "cells_stored", "slots", "link_capacity")
-TENSORS = ("queries", "keys", "query_cells", "key_cells", "query_index", "reach", "counts", "offsets", "heads", "links")
+SIZES = (
+    "length",
+    "tables",
+    "dims",
+    "wanted",
+    "window",
+    "candidates",
+    "stored",
+    "cells_stored",
+    "slots",
+    "link_capacity",
+)
+TENSORS = (
+    "queries",
+    "keys",
+    "query_cells",
+    "key_cells",
+    "query_index",
+    "reach",
+    "counts",
+    "offsets",
+    "heads",
+    "links",
+)
 
 
 class _Search(ctypes.Structure):
@@ -348,7 +372,18 @@ def search_natively(
     distances = query_positions.new_empty(rows, length, num_neighbors)
     sizes = (length, num_tables, query_positions.shape[-1], num_neighbors, window, candidates_per_table, stored)
     call = _Search(*sizes, key_cells.shape[1], table_offsets[-1], 0 if links is None else links.shape[1])
-    tensors = (query_positions, key_positions, query_cells, key_cells, query_index, reach, counts, offsets, heads, links)
+    tensors = (
+        query_positions,
+        key_positions,
+        query_cells,
+        key_cells,
+        query_index,
+        reach,
+        counts,
+        offsets,
+        heads,
+        links,
+    )
     for name, tensor in zip((*TENSORS, "indices", "distances"), (*tensors, indices, distances), strict=True):
         setattr(call, name, pointer(tensor))
 
