@@ -1,0 +1,212 @@
+"""The flow's search and attention on a GPU: launches of the Triton kernels. To be imported where Triton is.
+
+Block sizes are reasoned for an H200, not measured: tuning on a GPU is outstanding.
+
+Shape letters: B batch, H heads, G = B * H rows, M queries, N stored entities, E query/key features, D value features,
+P position_dim, L tables, w candidates per table, K neighbours.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .triton_attention import (
+    Attention,
+    Rows,
+    backward_keys_kernel,
+    backward_neighbors_kernel,
+    backward_queries_kernel,
+    forward_kernel,
+)
+from .triton_search import Search, cells_kernel, constexpr, ends_kernel, search_kernel
+
+MOST_CANDIDATES = 512  # of a query: their codes are held in registers
+MOST_FEATURES = 256  # of a value: likewise
+MOST_ADDRESSED = 2**31 - 1  # what a row's int32 offsets reach
+PLACES = 256  # of a program that looks something up for each
+CODES_PER_WARP = 512  # of candidates
+QUERIES = 16  # of a program that reads; a matrix product takes no fewer
+KEYS = 16  # of a program that gathers gradients
+TILE = 32  # entities of the local window, or queries of a key, at a time
+
+
+def search_fits(positions: torch.Tensor, num_tables: int, candidates_per_table: int) -> bool:
+    """Whether the kernels can search these: float32, and not more candidates than they hold."""
+    fits = _padded(num_tables) * _padded(candidates_per_table) <= MOST_CANDIDATES
+    return fits and positions.dtype == torch.float32 and positions[0].numel() <= MOST_ADDRESSED
+
+
+def attention_fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, fading: torch.Tensor) -> bool:
+    """Whether the kernels can read these: float32, but for values of any precision up to that."""
+    single = query.dtype == key.dtype == fading.dtype == torch.float32
+    fits = max(query.shape[-1], value.shape[-1]) <= MOST_FEATURES
+    return single and fits and value.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def cells_on_gpu(
+    positions: torch.Tensor,
+    grid: float,
+    rotation: torch.Tensor,
+    shift: torch.Tensor,
+    edges: torch.Tensor,
+    cells_per_axis: list[int],
+) -> torch.Tensor:
+    """`flow_search.CellGrids.cells` of positions on the grid: `[..., M, P]` → int32 `[..., M, L]`, stored by table.
+
+    Args:
+        grid: grid points per unit; rotation: int32 `[L, A, P]`; shift: int64 `[L, A]` and edges: int64 `[L]`, both in
+            the units that the rotation gives.
+    """
+    *leading, length, dims = positions.shape
+    tables, axes, _ = rotation.shape
+    cells = torch.empty(*leading, tables, length, dtype=torch.int32, device=positions.device)
+    counts = torch.tensor(cells_per_axis, dtype=torch.int32, device=positions.device)
+    constants = (positions.contiguous(), rotation.int().contiguous(), shift.double(), edges.double(), counts)
+    blocks, rows = -(-length // PLACES), cells[..., 0, 0].numel()
+    with torch.cuda.device_of(positions):
+        cells_kernel[(rows * blocks,)](
+            *constants, cells, length, blocks, grid, tables, axes, dims, _padded(dims), PLACES
+        )
+    return cells.transpose(-1, -2)
+
+
+def search_on_gpu(
+    query_positions: torch.Tensor,
+    query_cells: torch.Tensor,
+    key_positions: torch.Tensor,
+    key_cells: torch.Tensor,
+    num_neighbors: int,
+    window: int,
+    candidates_per_table: int,
+    table_offsets: list[int],
+    reach: torch.Tensor | None,
+    counts: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`flow_search.search_cells` in rows without a past."""
+    rows, length, tables = query_cells.shape
+    num_cells = max(end - start for start, end in pairwise(table_offsets))
+    # A stable sort leaves times in order, and takes the fewer passes the shorter its keys are.
+    cells = key_cells.transpose(1, 2).to(torch.int16 if num_cells < 2**15 else torch.int32)
+    cells, times = cells.contiguous().sort(dim=-1, stable=True)
+    bounds = torch.arange(num_cells + 1, device=cells.device).to(cells.dtype).expand(rows, tables, -1)
+    padded_tables, padded_candidates = _padded(tables), _padded(candidates_per_table)
+    search = Search(
+        queries=query_positions.contiguous(),
+        keys=key_positions.contiguous(),
+        cells=query_cells.transpose(1, 2).contiguous(),
+        times=times.int(),
+        starts=torch.searchsorted(cells, bounds.contiguous(), out_int32=True),
+        ends=torch.empty(rows, tables, length, dtype=torch.int32, device=cells.device),
+        reach=None if reach is None else reach.contiguous(),
+        counts=counts,
+        length=length,
+        num_cells=num_cells,
+        window=constexpr(window),
+        dims=constexpr(query_positions.shape[-1]),
+        tables=constexpr(tables),
+        padded_tables=constexpr(padded_tables),
+        candidates=constexpr(candidates_per_table),
+        padded_candidates=constexpr(padded_candidates),
+    )
+    indices = query_positions.new_empty(rows, length, num_neighbors, dtype=torch.int64)
+    distances = query_positions.new_empty(rows, length, num_neighbors)
+    blocks = -(-length // PLACES)
+    queries = max(1, CODES_PER_WARP // (padded_tables * padded_candidates))
+    search_blocks = -(-length // queries)
+    with torch.cuda.device_of(indices):
+        ends_kernel[(rows * tables * blocks,)](search, blocks, length.bit_length(), PLACES)
+        # One warp: what it compares in each round stays within it.
+        search_kernel[(rows * search_blocks,)](
+            search, indices, distances, search_blocks, num_neighbors, queries, num_warps=1
+        )
+    return indices, distances
+
+
+class FlowAttentionOnGPU(torch.autograd.Function):
+    """`flow_attention.flow_attention` without dropout; arguments and results are its own."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, fading, query_index, reach, neighbors, window):
+        query, key, value = (_with_dense_features(x) for x in (query, key, value))
+        batch, heads, length, _ = query.shape
+        past, reach, neighbors = query_index[:, 0].contiguous(), reach.contiguous(), neighbors.contiguous()
+        # Heads of an entity lie together, as what comes after has them.
+        y = value.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+        total = query.new_empty(batch, heads, length)
+        blocks = -(-length // QUERIES)
+        call = _attention(query, key, value, fading.contiguous(), past, reach, neighbors, window)
+        with torch.cuda.device_of(query):
+            forward_kernel[(batch * heads * blocks,)](call, _rows(y), total, blocks, QUERIES, TILE)
+        ctx.save_for_backward(query, key, value, fading, past, reach, neighbors, y, total)
+        ctx.window = window
+        return y, total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y, grad_total):
+        query, key, value, fading, past, reach, neighbors, y, total = ctx.saved_tensors
+        batch, heads, length, _ = query.shape
+        stored, num_neighbors = key.shape[2], neighbors.shape[-1]
+        grad_y, grad_total = _with_dense_features(grad_y), grad_total.contiguous()
+        call = _attention(query, key, value, fading.contiguous(), past, reach, neighbors, ctx.window)
+        grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
+        sums = torch.empty_like(total)
+        far_key = far_value = None
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        if num_neighbors:
+            make = torch.empty if deterministic else torch.zeros
+            far_key, far_value = (
+                make(batch, heads, stored, x.shape[-1], dtype=torch.float32, device=x.device) for x in (key, value)
+            )
+        far = tuple(None if x is None else _rows(x) for x in (far_key, far_value))
+        blocks, key_blocks, rows = -(-length // QUERIES), -(-stored // KEYS), batch * heads
+        grad_fading = query.new_empty(rows, blocks)
+        with torch.cuda.device_of(query):
+            backward_queries_kernel[(rows * blocks,)](
+                call, total, _rows(y), _rows(grad_y), grad_total, sums, _rows(grad_query), grad_fading, *far, blocks,
+                bool(num_neighbors) and not deterministic, QUERIES, TILE,
+            )  # fmt: skip
+            if num_neighbors and deterministic:
+                found, pairs = neighbors.flatten(2).flatten(0, 1).sort(dim=-1, stable=True)
+                entities = torch.arange(stored + 1, device=found.device).expand(rows, -1).contiguous()
+                starts = torch.searchsorted(found, entities)
+                backward_neighbors_kernel[(rows * stored,)](
+                    call, pairs, starts, total, _rows(grad_y), sums, *far, QUERIES, num_warps=1
+                )
+            backward_keys_kernel[(rows * key_blocks,)](
+                call, total, _rows(grad_y), sums, *far, _rows(grad_key), _rows(grad_value), key_blocks, KEYS, TILE
+            )
+        grad_fading = grad_fading.view(batch, heads, blocks).sum(dim=(0, 2))
+        return grad_query, grad_key, grad_value, grad_fading, None, None, None, None
+
+
+def _attention(query, key, value, fading, past, reach, neighbors, window):
+    return Attention(
+        query=_rows(query),
+        key=_rows(key),
+        value=_rows(value),
+        fading=fading,
+        past=past,
+        reach=reach,
+        neighbors=neighbors,
+        heads=query.shape[1],
+        length=query.shape[2],
+        stored=key.shape[2],
+        num_neighbors=constexpr(neighbors.shape[-1]),
+        window=constexpr(window),
+    )
+
+
+def _rows(x: torch.Tensor) -> Rows:
+    features = x.shape[-1]
+    return Rows(x, *x.stride()[:3], constexpr(features), constexpr(_padded(features, 16)))
+
+
+def _with_dense_features(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _padded(size: int, least: int = 1) -> int:
+    """The next power of two."""
+    return max(least, 1 << (size - 1).bit_length())
