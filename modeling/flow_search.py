@@ -13,17 +13,22 @@ A axes of a grid, w candidates per table, K neighbours.
 """
 
 import math
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from .operators import calls_operators, operator
+from .pieces import in_pieces
 from .search_kernel import MOST_CANDIDATES, MOST_NEIGHBORS, cells_natively, search_library, search_natively
 
 GRID = 64  # grid points per unit: searched positions are multiples of 2^-6
 ROTATION_SCALE = 1024  # rotations and shifts are stored as integers, in 1/1024
 EMPTY_KEY_CELL, EMPTY_QUERY_CELL = 2**30, 2**30 + 1  # no cell: an absent key and an absent query never meet
 NO_CODE = 2**63 - 1
+NO_BITS = NO_CODE >> 32  # of a distance
 QUERIES_AT_ONCE = 1024  # queries whose candidates are held and ranked at a time
 KEYS_AT_ONCE = 4096  # the same for keys in the exact search
 MAX_CELLS_PER_AXIS = 1023  # 30 bits for three axes
@@ -92,7 +97,6 @@ class CellGrids:
         Args:
             on_grid: all positions are, so that native code gives the same cells.
         """
-        num_tables, axes, position_dim = self.rotation.shape
         edges = torch.tensor(
             [round(size * GRID * ROTATION_SCALE) for size in self.cell_sizes], device=positions.device
         )
@@ -100,14 +104,19 @@ class CellGrids:
         library = search_library(positions) if on_grid and not calls_operators() else None
         if library is not None:
             return cells_natively(library, positions, GRID, self.rotation, shift, edges, self.cells_per_axis)
-        edges = edges.double()[:, None]
-        along_axes = (positions.double() * GRID) @ self.rotation.double().reshape(-1, position_dim).T
-        # The quotient of two such integers is rounded to one from below only when it is one.
-        coordinates = ((along_axes.unflatten(-1, (num_tables, axes)) + shift) / edges).floor_()
-        counts = torch.tensor(self.cells_per_axis, device=positions.device)[:, None].double()
-        coordinates = (coordinates + (counts - 1) / 2).clamp_(min=0).minimum(counts - 1)
-        place_values = counts ** torch.arange(axes - 1, -1, -1, device=positions.device)
-        return (coordinates * place_values).sum(dim=-1).int()
+        flat = positions.reshape(1, -1, positions.shape[-1])
+        return in_pieces(partial(self._cells, edges.double(), shift.double()), flat).view(*positions.shape[:-1], len(edges))
+
+    def _cells(self, edges: torch.Tensor, shift: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Positions `[1, N, P]` → int32 `[1, N, L]`; edges `[L]` and shift `[L, A]` in the units of the rotation."""
+        counts = torch.tensor(self.cells_per_axis, device=positions.device).double()
+        scaled, cell = positions.double() * GRID, 0
+        for axis in range(self.rotation.shape[1]):
+            along = scaled @ self.rotation[:, axis].double().T
+            # The quotient of two such integers is rounded to one from below only when it is one.
+            place = ((along + shift[:, axis]) / edges).floor_() + (counts - 1) / 2
+            cell = cell * counts + place.clamp_(min=0).minimum(counts - 1)
+        return cell.int()
 
 
 @dataclass
@@ -419,7 +428,8 @@ def _search_cells(
         absent_queries = segments < 0
         absent_keys = absent_keys | absent_queries.gather(1, entering.clamp(min=0))
 
-    runs, run_ends, chain_heads = [], [], []
+    lists = CellLists.empty(rows, num_tables, num_queries, candidates_per_table, device)
+    chain_heads = []
     tables_at_once = max(1, ENTRIES_AT_ONCE // (rows * num_queries))
     for tables in torch.arange(num_tables).split(tables_at_once):
         tables = slice(int(tables[0]), int(tables[-1]) + 1)
@@ -428,33 +438,103 @@ def _search_cells(
         if absent_queries is not None:
             queries = queries.masked_fill(absent_queries[:, None], EMPTY_QUERY_CELL)
         run, ends = _sort_by_cell_and_time(keys, queries)
+        lists.set(tables, run, ends, queries)
         if chains is not None:
             chain_heads.append(chains.extend(run, queries, entering[:, :1], tables))
-        # w empty entries in front: a window that starts before the first run reads these.
-        runs.append(torch.nn.functional.pad(run, (candidates_per_table, 0), value=-1).view(-1))
-        run_ends.append(ends)
-    ends = torch.cat(run_ends, dim=1)
-    chain_heads = torch.cat(chain_heads, dim=1) if chains is not None else None
+    if chains is None:
+        # Entities of a cell lie side by side then, and a query reads neighbouring memory.
+        entering_keys = flat_keys.index_select(0, (row_start[..., 0] + entering.clamp(min=0)).view(-1))
+        lists.lay_out(entering_keys.view(rows, num_queries, -1))
+    else:
+        chain_heads = torch.cat(chain_heads, dim=1)
 
     indices, distances = [], []
     step = max(1, QUERIES_AT_ONCE // rows)
     for start in range(0, num_queries, step):
         part = slice(start, min(start + step, num_queries))
-        ids = _read_windows(runs, ends[..., part], sort_cells[..., part], num_queries, candidates_per_table)
-        ids = torch.where(ids < 0, ids, ids + entering[:, :1, None, None])
-        if chains is not None:
+        index, positions = query_index[:, part, None].int(), query_positions[:, part]
+        times, visible = lists.read(part)
+        ids = times + entering[:, :1, None].int()
+        if chains is None:
+            squared = sum_of_squares(positions[..., p, None] - keys for p, keys in enumerate(lists.read_places(part)))
+        else:
+            ids = ids.long().masked_fill_(~visible, -1).unflatten(-1, (num_tables, -1)).transpose(1, 2).contiguous()
             chains.walk(ids, chain_heads[..., part])
-        if absent_queries is not None:
-            ids = ids.masked_fill(absent_queries[:, None, part, None], -1)
-        ids = ids.transpose(1, 2).flatten(2)
-        index = query_index[:, part, None]
-        visible = ids >= (0 if reach is None else (index - reach[:, part, None]).clamp(min=0))
-        keys = flat_keys.index_select(0, (row_start + ids.clamp(min=0)).reshape(-1)).view(*ids.shape, -1)
-        squared = squared_distances(query_positions[:, part, None], keys)
+            ids = ids.transpose(1, 2).flatten(2)
+            if absent_queries is not None:
+                ids = ids.masked_fill(absent_queries[:, part, None], -1)
+            visible = ids >= 0
+            keys = flat_keys.index_select(0, (row_start + ids.clamp(min=0)).view(-1)).view(*ids.shape, -1)
+            squared = squared_distances(positions.unsqueeze(2), keys)
+        if reach is not None:
+            visible &= ids >= index - reach[:, part, None].int()
         nearest, squared = rank_nearest(squared, index - ids, visible, num_neighbors)
         indices.append(torch.where(nearest < 0, -1, index - nearest))
         distances.append(squared)
     return torch.cat(indices, dim=1), torch.cat(distances, dim=1)
+
+
+@dataclass
+class CellLists:
+    """The entities of a call sorted by (cell, time) in each table, and which of them are whose candidates.
+
+    Each list has w empty places in front: a window that starts before the first run reads these.
+
+    Attributes:
+        times: int32 `[G, L, w + M]`.
+        starts: int64 `[G, M, L]`, where a query's w candidates begin, all lists numbered through.
+        filled: int64 `[G, M, L]`, how many of them, the last ones, are in its cell.
+        places: per axis `[G, L, w + M]`, where the entities are; None until `lay_out`.
+    """
+
+    times: torch.Tensor
+    starts: torch.Tensor
+    filled: torch.Tensor
+    num_candidates: int
+    places: list[torch.Tensor] | None = None
+
+    @classmethod
+    def empty(cls, rows: int, num_tables: int, num_queries: int, num_candidates: int, device: torch.device):
+        """Lists that nothing was `set` in yet."""
+        times = torch.zeros(rows, num_tables, num_candidates + num_queries, dtype=torch.int32, device=device)
+        starts = torch.empty(rows, num_queries, num_tables, dtype=torch.int64, device=device)
+        return cls(times, starts, torch.empty_like(starts), num_candidates)
+
+    def set(self, tables: slice, run: torch.Tensor, ends: torch.Tensor, query_cells: torch.Tensor) -> None:
+        """Some of the tables, from what `_sort_by_cell_and_time` gave: all `[G, L', M]`."""
+        rows, num_tables, length = self.times.shape
+        self.times[:, tables, self.num_candidates :] = (run & 0xFFFFFFFF) >> 1
+        lists = torch.arange(rows * num_tables, device=run.device).view(rows, num_tables, 1)[:, tables]
+        self.starts[..., tables] = (ends + lists * length).transpose(1, 2)
+        cells = run >> 32
+        is_first = torch.ones_like(cells, dtype=torch.bool)
+        is_first[..., 1:] = cells[..., 1:] != cells[..., :-1]
+        first = (is_first * torch.arange(cells.shape[-1], device=run.device)).cummax(dim=-1).values
+        last = (ends - 1).clamp(min=0)
+        in_cell = (cells.gather(-1, last) == query_cells) & (ends > 0)
+        held = (ends - first.gather(-1, last)).clamp(max=self.num_candidates)
+        self.filled[..., tables] = held.masked_fill_(~in_cell, 0).transpose(1, 2)
+
+    def lay_out(self, positions: torch.Tensor) -> None:
+        """Positions of the entities by time, `[G, M, P]`."""
+        first = torch.arange(positions.shape[0], device=positions.device)[:, None, None] * positions.shape[1]
+        order = (self.times + first).view(-1)
+        self.places = [axis.reshape(-1).index_select(0, order) for axis in positions.unbind(dim=-1)]
+
+    def read(self, queries: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """(times int32 of the candidates, oldest first, whether each is one at all), `[G, M', L w]`."""
+        place = torch.arange(self.num_candidates, device=self.times.device)
+        there = place >= self.num_candidates - self.filled[:, queries, :, None]
+        return self._windows(self.times, queries), there.flatten(2)
+
+    def read_places(self, queries: slice) -> Iterator[torch.Tensor]:
+        """Where they are, axis by axis, `[G, M', L w]`."""
+        return (self._windows(axis, queries) for axis in self.places)
+
+    def _windows(self, lists: torch.Tensor, queries: slice) -> torch.Tensor:
+        windows = lists.view(-1).unfold(0, self.num_candidates, 1)
+        starts = self.starts[:, queries]
+        return windows.index_select(0, starts.reshape(-1)).view(*starts.shape[:2], -1)
 
 
 def _shape_of_found(query_positions, query_cells, query_index, key_positions, key_cells, num_neighbors, *others):
@@ -494,7 +574,7 @@ def search_exact(
             ids = torch.arange(first, min(first + KEYS_AT_ONCE, last_key), device=device)
             visible = ids <= index - window
             if reach is not None:
-                visible &= ids >= index - reach[:, part, None]
+                visible &= ids >= index - reach[:, part, None].int()
             if segments is not None:
                 own = segments[:, part, None]
                 visible &= (segments[:, None, ids] == own) & (own >= 0)
@@ -510,10 +590,16 @@ def search_exact(
 
 
 def squared_distances(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Σ_p (q_p − k_p)² over the last dimension, summed in a fixed order so that every caller gets the same bits."""
-    total = (queries[..., 0] - keys[..., 0]).square()
-    for axis in range(1, queries.shape[-1]):
-        total = total + (queries[..., axis] - keys[..., axis]).square()
+    """Σ_p (q_p − k_p)² over the last dimension."""
+    return sum_of_squares(queries[..., p] - keys[..., p] for p in range(queries.shape[-1]))
+
+
+def sum_of_squares(apart: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Σ_p x_p², summed in a fixed order so that every caller gets the same bits. What it is given it may overwrite."""
+    squares = (x.mul_(x) for x in apart)
+    total = next(squares)
+    for square in squares:
+        total += square
     return total
 
 
@@ -533,11 +619,13 @@ def rank_nearest(
     if squared.dtype == torch.float64:
         return _rank_float64(squared, offsets, visible, num_neighbors)
     # The bits of a float32 ≥ 0 sort as it does: distance and offset make one integer, equal only for the same entity.
-    codes = (squared.view(torch.int32).long() << 32) | offsets
-    codes = _smallest_distinct(codes.masked_fill_(~visible, NO_CODE), num_neighbors)
-    found = codes != NO_CODE
+    bits = squared.view(torch.int32).masked_fill(~visible, NO_BITS)
+    codes = torch.stack([offsets.int(), bits] if sys.byteorder == "little" else [bits, offsets.int()], dim=-1)
+    codes = _smallest_distinct(codes.view(torch.int64).squeeze(-1), num_neighbors)
+    bits = (codes >> 32).int()
+    found = bits != NO_BITS
     offsets = torch.where(found, codes & 0xFFFFFFFF, -1)
-    return offsets, (codes >> 32).int().view(torch.float32).masked_fill_(~found, math.inf)
+    return offsets, bits.view(torch.float32).masked_fill(~found, math.inf)
 
 
 def _smallest_distinct(codes: torch.Tensor, count: int) -> torch.Tensor:
@@ -548,13 +636,10 @@ def _smallest_distinct(codes: torch.Tensor, count: int) -> torch.Tensor:
         return codes.topk(count, dim=-1, largest=False).values
     array = codes.contiguous().numpy()  # NumPy sorts int64 several times faster than torch does on CPU
     array.sort(axis=-1)
-    repeated = array[..., 1:] == array[..., :-1]
-    array[..., 1:][repeated] = NO_CODE
-    if count < array.shape[-1]:
-        array.partition(count - 1, axis=-1)
-        array = array[..., :count].copy()
+    codes = torch.from_numpy(array)
+    codes[..., 1:].masked_fill_(codes[..., 1:] == codes[..., :-1], NO_CODE)
     array.sort(axis=-1)
-    return torch.from_numpy(array)
+    return codes[..., :count]
 
 
 def _rank_float64(squared, offsets, visible, num_neighbors):
@@ -585,25 +670,11 @@ def _sort_by_cell_and_time(key_cells: torch.Tensor, query_cells: torch.Tensor) -
         codes.numpy().sort(axis=-1)  # several times faster than torch's sort of int64
     else:
         codes = codes.sort(dim=-1).values
-    is_query = (codes & 1).bool()
-    keys = codes[~is_query].view(key_cells.shape)
-    keys_before = (~is_query).cumsum(dim=-1)[is_query].view(key_cells.shape)
-    query_times = ((codes[is_query] & 0xFFFFFFFF) >> 1).view(key_cells.shape)
-    return keys, torch.empty_like(keys_before).scatter_(-1, query_times, keys_before)
-
-
-def _read_windows(runs, ends, cells, run_length, num_candidates):
-    """Times `[G, L, M', w]` of each query's candidates, oldest first; −1 in front where the run is shorter than w."""
-    rows = ends.shape[0]
-    tables_at_once = [run.numel() // (rows * (run_length + num_candidates)) for run in runs]
-    windows = []
-    for run, end in zip(runs, ends.split(tables_at_once, dim=1), strict=True):
-        overlapping = run.as_strided((run.numel() - num_candidates + 1, num_candidates), (1, 1))
-        first = torch.arange(rows * end.shape[1], device=run.device) * (run_length + num_candidates)
-        starts = end + first.view(rows, end.shape[1], 1)
-        windows.append(overlapping.index_select(0, starts.reshape(-1)).view(*end.shape, num_candidates))
-    codes = torch.cat(windows, dim=1)
-    return ((codes & 0xFFFFFFFF) >> 1).masked_fill_((codes >> 32) != cells[..., None], -1)
+    is_key = (codes & 1) == 0
+    keys = codes.masked_select(is_key).view(key_cells.shape)
+    # A place for each key and each query, by time: the queries' are kept.
+    keys_before = torch.empty_like(codes).scatter_(-1, codes & 0xFFFFFFFF, is_key.cumsum(dim=-1))
+    return keys, keys_before[..., 1::2]
 
 
 def _fold_segments(query_cells, entering_cells, segments, entering):
