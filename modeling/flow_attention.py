@@ -18,7 +18,9 @@ from torch.nn import functional as F
 
 from .attention_kernel import MOST_READ, attention_library, read_gradients_natively, read_natively
 from .operators import calls_operators, operator
+from .triton_choice import reads_in_triton
 
+EMBEDDING_BAG_SUM = 0  # its mode, as torch numbers them
 ELEMENTS_AT_ONCE = 2**20  # of the gathered values of one chunk: they stay in a processor's cache
 
 
@@ -81,6 +83,10 @@ def read(
     seed: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`flow_attention` without a gradient; `seed` is that of its dropout."""
+    if dropout == 0 and reads_in_triton(query, key, value, fading):
+        from .flow_kernels import read_on_gpu
+
+        return read_on_gpu(query, key, value, fading, query_index, reach, neighbors, window)
     library = _library(query, key, value, fading, neighbors, window, dropout)
     if library is not None:
         return read_natively(library, query, key, value, fading, query_index, reach, neighbors, window)
@@ -98,14 +104,19 @@ def read_gradients(
     query_index: torch.Tensor,
     reach: torch.Tensor,
     neighbors: torch.Tensor,
+    y: torch.Tensor,
     total: torch.Tensor,
     window: int,
     dropout: float,
     seed: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key, value and fading, given those of what `read` returned."""
-    library = _library(query, key, value, fading, neighbors, window, dropout)
     inputs = (query, key, value, fading, query_index, reach, neighbors)
+    if dropout == 0 and reads_in_triton(query, key, value, fading):
+        from .flow_kernels import read_gradients_on_gpu
+
+        return read_gradients_on_gpu(grad_y, grad_total, *inputs, y, total, window)
+    library = _library(query, key, value, fading, neighbors, window, dropout)
     if library is not None:
         return read_gradients_natively(library, grad_y, grad_total, *inputs, total, window)
     with torch.autocast(query.device.type, enabled=False):
@@ -119,7 +130,7 @@ def _library(query, key, value, fading, neighbors, window, dropout):
 
 def _keep_for_backward(ctx, inputs, output):
     *tensors, window, dropout, seed = inputs
-    ctx.save_for_backward(*tensors, output[1], seed)
+    ctx.save_for_backward(*tensors, *output, seed)
     ctx.options = window, dropout
 
 
@@ -129,8 +140,14 @@ def _backward(ctx, grad_y, grad_total):
     return *gradients(grad_y, grad_total, *tensors, *ctx.options, seed), None, None, None, None, None, None
 
 
+def empty_y(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """`[B, H, M, D]` where heads of an entity lie together, as what comes after takes them."""
+    batch, heads, length, _ = query.shape
+    return value.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+
+
 def _shape_of_read(query, key, value, fading, query_index, reach, neighbors, window, dropout, seed):
-    return value.new_empty(*query.shape[:3], value.shape[-1]), query.new_empty(query.shape[:3])
+    return empty_y(query, value), query.new_empty(query.shape[:3])
 
 
 def _shape_of_gradients(grad_y, grad_total, query, key, value, fading, *others):
@@ -143,17 +160,17 @@ _gradients_operator = operator(read_gradients, _shape_of_gradients)
 
 def _read(query, key, value, fading, query_index, reach, neighbors, window, dropout, seed):
     batch, heads, length, _ = query.shape
-    y = value.new_empty(batch, heads, length, value.shape[-1])
+    y = empty_y(query, value)
     total = query.new_empty(batch, heads, length)
     local_key, local_value = (_local(x, query_index, window) for x in (key, value))
-    flat_key, flat_value = (x.reshape(-1, x.shape[-1]) for x in (key, value))
+    flat_key, flat_value = (_flat(x, query.dtype) for x in (key, value))
     for part in _chunks(query, value, neighbors):
         near = slice(part.start, part.stop + window - 1)
         chosen = _flat_ids(neighbors[:, :, part], key)
         local, far, total[:, :, part] = _weights(
             query[:, :, part],
             local_key[:, :, near],
-            flat_key.index_select(0, chosen.view(-1)).view(*chosen.shape, key.shape[-1]),
+            _products_at(chosen, flat_key, query[:, :, part]),
             fading,
             reach[:, part],
             query_index[:, part],
@@ -162,9 +179,7 @@ def _read(query, key, value, fading, query_index, reach, neighbors, window, drop
         )
         local, far = _dropped(local, far, dropout, seed, part.start)
         mixed = _mix_local(local, local_value[:, :, near].to(local.dtype), window)
-        if far.shape[-1]:
-            mixed = mixed + _mix_far(far, chosen, flat_value)
-        y[:, :, part] = mixed.to(y.dtype)
+        y[:, :, part] = (mixed + _mix_at(far, chosen, flat_value)).to(y.dtype)
     return y, total
 
 
@@ -176,42 +191,70 @@ def _gradients(grad_y, grad_total, query, key, value, fading, query_index, reach
     ]
     local_key, local_value = (_local(x, query_index, window) for x in (key, value))
     grad_local_key, grad_local_value = (torch.zeros_like(x, dtype=accumulate) for x in (local_key, local_value))
-    flat_key, flat_value = (x.reshape(-1, x.shape[-1]) for x in (key, value))
+    flat_key, flat_value = (_flat(x, accumulate) for x in (key, value))
+    far_weights, far_grads = (torch.empty(neighbors.shape, dtype=accumulate, device=query.device) for _ in range(2))
     for part in _chunks(query, value, neighbors):
         near = slice(part.start, part.stop + window - 1)
-        chosen = _flat_ids(neighbors[:, :, part], key).flatten()
-        shape = neighbors[:, :, part].shape
-        far_key = flat_key.index_select(0, chosen).view(*shape, key.shape[-1])
-        far_value = flat_value.index_select(0, chosen).view(*shape, value.shape[-1]).to(accumulate)
+        chosen, length = _flat_ids(neighbors[:, :, part], key), part.stop - part.start
         near_key, near_value = local_key[:, :, near], local_value[:, :, near].to(accumulate)
         asked, index, found = query[:, :, part], query_index[:, part], neighbors[:, :, part]
         given = grad_y[:, :, part].to(accumulate)
-        local, far, _ = _weights(asked, near_key, far_key, fading, reach[:, part], index, found, window)
+        far_logits = _products_at(chosen, flat_key, asked)
+        local, far, _ = _weights(asked, near_key, far_logits, fading, reach[:, part], index, found, window)
         kept_local, kept_far = _dropped(local, far, dropout, seed, part.start)
 
         # dℓ_j = kept_j (dy · v_j) − p_j (Σ_i kept_i (dy · v_i) − d total)
         size, span = local.shape[-2:]
         blocked_query, blocked_given = _blocks(asked, size), _blocks(given, size)
         dlocal = kept_local * (blocked_given @ _windows(near_value, size, span))
-        dfar = kept_far * _products(far_value, given)
-        sums = F.pad(dfar.sum(dim=-1) - grad_total[:, :, part], (0, local.shape[2] * size - shape[2]))
+        dfar = kept_far * _products_at(chosen, flat_value, given)
+        sums = F.pad(dfar.sum(dim=-1) - grad_total[:, :, part], (0, local.shape[2] * size - length))
         sums = dlocal.sum(dim=-1) + sums.view(dlocal.shape[:-1])
         dlocal -= local * sums.unsqueeze(-1)
-        dfar -= far * sums.flatten(2)[:, :, : shape[2], None]
+        dfar -= far * sums.flatten(2)[:, :, :length, None]
 
         from_local = dlocal @ _windows(near_key, size, span).transpose(-1, -2)
-        grad_query[:, :, part] = from_local.flatten(2, 3)[:, :, : shape[2]] + _mix_gathered(dfar, far_key)
+        grad_query[:, :, part] = from_local.flatten(2, 3)[:, :, :length] + _mix_at(dfar, chosen, flat_key)
         grad_local_key[:, :, near] += _overlapped(dlocal.transpose(-1, -2) @ blocked_query, size, near_key.shape[2])
         grad_local_value[:, :, near] += _overlapped(
             kept_local.transpose(-1, -2) @ blocked_given, size, near_value.shape[2]
         )
-        grad_key.view(-1, key.shape[-1]).index_add_(0, chosen, _outer(dfar, asked))
-        grad_value.view(-1, value.shape[-1]).index_add_(0, chosen, _outer(kept_far, given))
         grad_fading -= (dlocal * _local_fade(size, window, dlocal)).sum(dim=(0, 2, 3, 4))
         grad_fading -= (dfar * _far_fade(index, found, dfar)).sum(dim=(0, 2, 3))
+        far_weights[:, :, part], far_grads[:, :, part] = kept_far, dfar
     _add_local(grad_key, grad_local_key, query_index, window)
     _add_local(grad_value, grad_local_value, query_index, window)
+    for row in range(query.shape[0]):
+        for head in range(query.shape[1]):
+            at = row, head
+            read = _by_entity(neighbors[at], key.shape[2])
+            grad_key[at] += _sum_by_entity(read, far_grads[at], query[at].to(accumulate))
+            grad_value[at] += _sum_by_entity(read, far_weights[at], grad_y[at].to(accumulate))
     return tuple(grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True))
+
+
+def _by_entity(neighbors: torch.Tensor, num_entities: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Who read an entity: `[M, K]` → (places among the M K in the order of entities, where each entity's begin `[N]`).
+
+    What is −1 counts for entity 0: its weight is 0. The order is fixed, so sums over it are the same each time.
+    """
+    codes = neighbors.clamp(min=0).flatten() << 32 | torch.arange(neighbors.numel(), device=neighbors.device)
+    if codes.device.type == "cpu":
+        codes.numpy().sort()  # several times faster than torch's sort of int64
+    else:
+        codes = codes.sort().values
+    counts = (codes >> 32).bincount(minlength=num_entities)
+    return codes & 0xFFFFFFFF, counts.cumsum(dim=0) - counts
+
+
+def _sum_by_entity(
+    read: tuple[torch.Tensor, torch.Tensor], weights: torch.Tensor, vectors: torch.Tensor
+) -> torch.Tensor:
+    """Σ_i weight_ij g_i for each entity j: weights `[M, K]`, vectors `[M, F]` → `[N, F]`."""
+    places, begins = read
+    queries = places.div(max(weights.shape[-1], 1), rounding_mode="floor")
+    weights = weights.flatten().index_select(0, places)
+    return F.embedding_bag(queries, vectors, offsets=begins, per_sample_weights=weights, mode="sum")
 
 
 def _first_of_windows(query_index: torch.Tensor, window: int) -> int | torch.Tensor:
@@ -302,7 +345,7 @@ def _far_fade(query_index, neighbors, like):
     return torch.log1p((query_index[:, None, :, None] - neighbors).to(like.dtype))
 
 
-def _weights(query, local_key, far_key, fading, reach, query_index, neighbors, window):
+def _weights(query, local_key, far_logits, fading, reach, query_index, neighbors, window):
     """Weights of a chunk: of local entities by blocks `[B, H, blocks, S, S + W − 1]`, of neighbours `[B, H, M, K]`.
 
     Third, log Σ exp ℓ `[B, H, M]`.
@@ -318,7 +361,7 @@ def _weights(query, local_key, far_key, fading, reach, query_index, neighbors, w
     logits = logits - fading.view(-1, 1, 1, 1) * _local_fade(size, window, logits)
     logits = logits.masked_fill(~visible, -math.inf).flatten(2, 3)[:, :, :length]
 
-    far = _products(far_key, query) - fading.view(-1, 1, 1) * _far_fade(query_index, neighbors, query)
+    far = far_logits - fading.view(-1, 1, 1) * _far_fade(query_index, neighbors, query)
     far = far.masked_fill(neighbors < 0, -math.inf)
 
     total = torch.cat([logits, far], dim=-1).logsumexp(dim=-1)
@@ -345,31 +388,32 @@ def _mix_local(weights, values, window):
     return mixed.flatten(2, 3)[:, :, : values.shape[2] - (window - 1)]
 
 
-def _mix_far(weights, chosen, values):
-    """Σ_j weight_ij v_j over neighbours without holding the gathered values, where torch can."""
-    shape = weights.shape
-    if values.dtype == weights.dtype:
-        bags = F.embedding_bag(
-            chosen.view(-1, shape[-1]), values, per_sample_weights=weights.reshape(-1, shape[-1]), mode="sum"
-        )
-        return bags.view(*shape[:-1], -1)
-    gathered = values.index_select(0, chosen.view(-1)).view(*shape, -1).to(weights.dtype)
-    return _mix_gathered(weights, gathered)
+def _flat(x, dtype):
+    """All rows' entities in one list, `[B H N, F]`."""
+    return x.reshape(-1, x.shape[-1]).to(dtype)
 
 
-def _mix_gathered(weights, values):
-    """Σ_j weight_ij x_ij: `[..., K]`, `[..., K, F]` → `[..., F]`."""
-    return (weights.unsqueeze(-2) @ values).squeeze(-2)
+def _mix_at(weights, chosen, rows):
+    """Σ_j weight_ij x_j of the chosen rows, none of which is copied: two of `[..., K]`, `[all, F]` → `[..., F]`."""
+    if not chosen.numel():
+        return rows.new_zeros(*chosen.shape[:-1], rows.shape[-1])
+    weights = weights.flatten(0, -2)
+    return F.embedding_bag(chosen.flatten(0, -2), rows, per_sample_weights=weights, mode="sum").view(
+        *chosen.shape[:-1], -1
+    )
 
 
-def _products(values, vectors):
-    """x_ij · g_i: `[..., K, F]`, `[..., F]` → `[..., K]`."""
-    return (values @ vectors.unsqueeze(-1)).squeeze(-1)
-
-
-def _outer(weights, vectors):
-    """weight_ij g_i: `[..., K]`, `[..., F]` → `[all, F]`."""
-    return (weights.unsqueeze(-1) * vectors.unsqueeze(-2)).flatten(0, -2)
+def _products_at(chosen, rows, vectors):
+    """x_j · g_i of the chosen rows, likewise: `[..., K]`, `[all, F]`, `[..., F]` → `[..., K]`."""
+    if not chosen.numel():
+        return rows.new_zeros(chosen.shape)
+    places, num_chosen = torch.arange(chosen.numel(), device=chosen.device), chosen.shape[-1]
+    bags = places.div(num_chosen, rounding_mode="floor")
+    # A gradient of embedding_bag is what multiplies vectors with the rows of a list.
+    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        vectors.flatten(0, -2), rows, chosen.flatten(), places[::num_chosen], bags, EMBEDDING_BAG_SUM
+    )
+    return products.view(chosen.shape)
 
 
 def flow_weights(
