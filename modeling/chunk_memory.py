@@ -154,10 +154,12 @@ class ChunkMemory(nn.Module):
         else:
             place = rows.reach
             chunk = (place % span == 0).cumsum(dim=1) - 1
-        if rows.segment is None and aligned is not None:
+        if rows.segment is not None:
+            num_chunks = int(chunk.max()) + 1
+        elif aligned is not None:
             num_chunks = (aligned + length - 1) // span - aligned // span + 1
         else:
-            num_chunks = int(chunk.max()) + 1
+            num_chunks = (span + length - 2) // span + 1  # the most that any row can touch
         slot = torch.where(real, chunk * span + place % span, num_chunks * span)
         starts = torch.zeros(batch, num_chunks, dtype=torch.bool, device=device)
         starts.scatter_(1, chunk.clamp(min=0), (place >= 0) & (place < span))
@@ -191,9 +193,8 @@ class ChunkMemory(nn.Module):
 
     def _store(self, state, closed: torch.Tensor) -> None:
         """Keep the slots at each boundary: entry e is what e closed chunks left. An open one is overwritten."""
-        capacity = state.longest // self.chunk_length + closed.shape[1] + 1
         at = state.lengths // self.chunk_length + 1
-        state.write_entries(self.slots_name, closed.flatten(2)[:, None], at, capacity)
+        state.write_entries(self.slots_name, closed.flatten(2)[:, None], at, self.chunk_length)
 
     @torch.no_grad()
     def reset_parameters(self, std: float) -> None:

@@ -15,6 +15,7 @@ F coordinate features, K neighbours, C memory chunks, S memory slots.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .attention_step import attention_step
 from .causal_conv import CausalConv
 from .chunk_memory import ChunkMemory, mix_slots
 from .configuration_dfn import DFNConfig
@@ -40,6 +42,7 @@ from .flow_search import (
 from .padding import Rows, observe_weights
 from .pieces import in_pieces
 from .rms_norm import RMSNorm
+from .search_step import search_step
 from .small_maps import decide
 from .state_cache import StateLayer
 
@@ -240,6 +243,11 @@ class PersistentFieldMemory(nn.Module):
         return (y * share.unsqueeze(-1) + mix_slots(joint[..., 1:], values, layout)).to(y.dtype), share
 
 
+def is_step(state: StateLayer | None, x: torch.Tensor) -> bool:
+    """Whether a call of `[B, H, M, features]` is a step that must not wait for a device, nor then break a graph."""
+    return state is not None and state.is_compileable and x.shape[2] == 1 and x.device.type != "cpu"
+
+
 def gaussian_key(positions: torch.Tensor, influence: torch.Tensor, sharpness: torch.Tensor) -> torch.Tensor:
     """[k, w − γ‖k‖²]: with [2γ q, 1] its product is −γ‖q − k‖² + w, but for −γ‖q‖², which no softmax sees.
 
@@ -310,7 +318,11 @@ class DynamicFlowAttention(nn.Module):
                 )
             elif state is not None:
                 key, value = state.append("key", key), state.append("value", value)
-            y, total = self._read(query, key, value, fading, index, rows.reach, neighbors)
+            if is_step(state, query) and not (self.training and self.config.attention_dropout):
+                window = self.config.local_window
+                y, total = attention_step(query, key, value, fading, index, rows.reach, neighbors, window)
+            else:
+                y, total = self._read(query, key, value, fading, index, rows.reach, neighbors)
         else:
             y, total, neighbors = self._read_both_sides(query, key, value, fading, rows, moved_on_ball, rest)
 
@@ -373,7 +385,6 @@ class DynamicFlowAttention(nn.Module):
         ahead = torch.zeros_like(rows.index) if self.config.is_causal else rows.turn(rows.turned().reach)
         return flow_weights(query, key, fading, index, rows.reach, ahead, neighbors, window)
 
-    @torch.compiler.disable  # it sorts with NumPy, in place
     @torch.no_grad()
     def find(self, query: torch.Tensor, key: torch.Tensor, rows: Rows, state: StateLayer | None) -> torch.Tensor:
         """Indices of the neighbours beyond the local window, int64 `[B, H, M, K]`, −1 for none.
@@ -395,12 +406,13 @@ class DynamicFlowAttention(nn.Module):
                 query.flatten(0, 1), index, key.flatten(0, 1), config.num_neighbors, config.local_window, reach=reach
             )
         else:
-            grids, chains = self._grids(), None
+            grids, chains, in_step = self._grids(), None, is_step(state, query)
             query_cells, cells = (grids.cells(positions, on_grid=True) for positions in (query, key))
             if state is not None:
                 key, cells = state.append("place", key), state.append("cell", cells)
                 chains = self._chains(state, grids, batch, length)
-            found, _ = search_cells(
+            search = search_step if in_step else partial(search_cells, table_offsets=grids.table_offsets)
+            found, _ = search(
                 query.flatten(0, 1),
                 query_cells.flatten(0, 1),
                 index,
@@ -412,7 +424,6 @@ class DynamicFlowAttention(nn.Module):
                 reach=reach,
                 counts=None if rows.counts is None else rows.counts.repeat_interleave(heads),
                 chains=chains,
-                table_offsets=grids.table_offsets,
             )
         return found.view(batch, heads, length, -1)
 

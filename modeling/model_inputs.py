@@ -7,6 +7,7 @@ from transformers.utils import logging
 
 from .padding import Rows, column_mask, lay_rows, packed_segments
 from .state_cache import StateLayer, state_layers
+from .static_state import check_shape
 
 logger = logging.get_logger(__name__)
 
@@ -93,11 +94,13 @@ def begin_call(
         rows = lay_rows(batch, length, inputs_embeds.device, mask=mask, segment_ids=segment_ids)
         return rows, [None] * num_layers, None
     states = state_layers(past_key_values, num_layers)
-    first = states[0]
-    mask = column_mask(attention_mask, batch, length, first.columns, f"{prefix}attention_mask")
+    check_shape(model, past_key_values)
+    first, device = states[0], inputs_embeds.device
+    mask = column_mask(attention_mask, batch, length, first.known_columns(), f"{prefix}attention_mask")
     for state in states:
-        state.begin(batch, length, inputs_embeds.device)
-    rows = lay_rows(batch, length, inputs_embeds.device, mask=mask, past=first.lengths, aligned_past=first.aligned)
+        state.begin(batch, length, device)
+    look = not first.is_compileable
+    rows = lay_rows(batch, length, device, mask=mask, past=first.lengths, aligned_past=first.aligned, look=look)
     for state in states:
         state.expect(rows)
     return rows, states, past_key_values
@@ -121,13 +124,20 @@ def next_token_labels(labels: torch.Tensor, segment_ids: torch.Tensor | None) ->
     return labels.masked_fill(new_segment, -100)
 
 
-class GrowingStateMixin:
-    """For models that generate: a cache of fixed size is refused in a sentence."""
+class FlowGenerationMixin:
+    """For models that generate: a cache that cannot hold their state is refused in a sentence."""
 
     def _prepare_cache_for_generation(self, generation_config, *args, **kwargs):
-        if generation_config.cache_implementation not in (None, "dynamic", "offloaded"):
+        fitting = ("dynamic", "offloaded", "static") if self._can_compile_fullgraph else ("dynamic", "offloaded")
+        if generation_config.cache_implementation not in (None, *fitting):
+            named = ", ".join(f'"{name}"' for name in fitting)
             raise ValueError(
-                f"cache_implementation={generation_config.cache_implementation!r} cannot hold this model's state, "
-                'which grows with the input: leave it out, or use "dynamic" or "offloaded".'
+                f"cache_implementation={generation_config.cache_implementation!r} cannot hold this model's state: "
+                f"leave it out, or use one of {named}."
             )
         return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+
+    @staticmethod
+    def create_masks_for_generate(inputs_embeds, attention_mask, **kwargs):
+        """For caches of fixed shape: the mask of the call's own columns has the same shape at every step."""
+        return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]

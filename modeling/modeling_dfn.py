@@ -34,7 +34,7 @@ from .entity_sampling import (
     SampledEntities,
     worth_packing,
 )
-from .model_inputs import GrowingStateMixin, begin_call, embed, end_call, next_token_labels
+from .model_inputs import FlowGenerationMixin, begin_call, embed, end_call, next_token_labels
 from .padding import Rows, row_columns
 from .pieces import in_pieces
 from .rms_norm import RMSNorm
@@ -88,6 +88,11 @@ class DFNPreTrainedModel(PreTrainedModel):
     _supports_context_parallel = False
     _keep_in_fp32_modules = ["flow_map", "position_proj", "flow_proj", "influence_proj"]
     _keep_in_fp32_modules_strict = ["log_sharpness", "log_fading", "decay_logit"]
+
+    @property
+    def _can_compile_fullgraph(self) -> bool:
+        """A step has the same shapes whatever the data, and a cache of fixed shape can hold its state."""
+        return self.config.entity_sampling == "token"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -174,7 +179,8 @@ class DFNModel(DFNPreTrainedModel):
             attention_mask: `[B, M]`, or `[B, columns before + M]` with a cache; 0 is padding, anywhere in a row.
             position_ids: `[B, M]` or `[1, M]`. There are no position embeddings; without mask and cache, positions
                 that start again mark packed segments.
-            past_key_values: `DynamicCache(config=model.config)` to continue from; updated in place.
+            past_key_values: `DynamicCache(config=model.config)`, or `StaticCache` with a `max_cache_len` too, to
+                continue from; updated in place.
             use_cache: return the state; the config's value by default, never while gradients are checkpointed.
             segment_ids: int64 `[B, M]`, packed documents: an entity sees its own segment only; negative is padding.
             output_attentions: return dense flow weights, O(M²) memory.
@@ -321,9 +327,9 @@ def check_search(config: DFNConfig, state: StateLayer | None) -> None:
         raise ValueError(f"`search_implementation` must be one of {SEARCHES}, got {config.search_implementation!r}.")
     if torch.compiler.is_exporting():
         check_export(config)
-    if state is None or state.columns == 0 or state.data("place") is None:
+    if state is None or state.data("place") is None:
         return
-    if (state.data("cell") is None) != (config.search_implementation == "exact"):
+    if (state.data("cell") is None) != (config.search_implementation == "exact") and state.columns > 0:
         raise ValueError(
             "`search_implementation` was changed while past_key_values was in use: start with an empty cache."
         )
@@ -378,7 +384,7 @@ def unpack_entities(entities: Entities, packed: PackedEntities) -> Entities:
     )
 
 
-class DFNForCausalLM(GrowingStateMixin, DFNPreTrainedModel, GenerationMixin):
+class DFNForCausalLM(FlowGenerationMixin, DFNPreTrainedModel, GenerationMixin):
     """DFN with a next-token head: P(t) = softmax(W_o s̄) (paper §3)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

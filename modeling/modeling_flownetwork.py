@@ -37,7 +37,7 @@ from .classification import LastStateClassification
 from .configuration_flownetwork import FlowNetworkConfig
 from .flow_memory import MemoryAttention, MemoryBank, SequenceMemory
 from .flow_routing import ContextAwareFlowRouter, FlowMixer
-from .model_inputs import GrowingStateMixin, begin_call, embed, end_call, next_token_labels
+from .model_inputs import FlowGenerationMixin, begin_call, embed, end_call, next_token_labels
 from .padding import Rows, to_columns
 from .pieces import in_pieces
 from .rms_norm import RMSNorm
@@ -364,7 +364,7 @@ def flows_to_columns(flow, window, share, rows: Rows, state: StateLayer | None) 
     return Flows(matrix, rows.scatter(window), rows.scatter(share))
 
 
-class FlowNetworkForCausalLM(GrowingStateMixin, FlowNetworkPreTrainedModel, GenerationMixin):
+class FlowNetworkForCausalLM(FlowGenerationMixin, FlowNetworkPreTrainedModel, GenerationMixin):
     """FlowNetwork with a next-token head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

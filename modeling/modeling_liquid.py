@@ -33,7 +33,7 @@ from .liquid_outputs import (
 )
 from .lstm_memory import EnhancedLSTM
 from .mixture_of_experts import Experts
-from .model_inputs import GrowingStateMixin, begin_call, embed, end_call
+from .model_inputs import FlowGenerationMixin, begin_call, embed, end_call
 from .padding import Rows, column_mask, lay_rows
 from .rms_norm import RMSNorm
 from .state_cache import CACHE_NAME, StateLayer, given_cache, state_layers
@@ -375,7 +375,7 @@ def added(of_encoder: torch.Tensor | None, of_decoder: torch.Tensor) -> torch.Te
     return of_decoder if of_encoder is None else of_encoder + of_decoder
 
 
-class LiquidForSeq2SeqLM(GrowingStateMixin, LiquidPreTrainedModel, GenerationMixin):
+class LiquidForSeq2SeqLM(FlowGenerationMixin, LiquidPreTrainedModel, GenerationMixin):
     """Liquid with a next-token head on the decoder."""
 
     _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}

@@ -125,6 +125,7 @@ def lay_rows(
     segment_ids: torch.Tensor | None = None,
     past: torch.Tensor | None = None,
     aligned_past: int | None = 0,
+    look: bool = True,
 ) -> Rows:
     """The rows of one call.
 
@@ -133,11 +134,12 @@ def lay_rows(
         segment_ids: int `[batch, length]`; a run of equal ids is a segment, negative is padding. Only without a past.
         past: int64 `[batch]`, entities of earlier calls; None if `aligned_past` says it all.
         aligned_past: their number if it is the same in every row.
+        look: whether a mask may be read for whether it masks anything, which waits for the device.
     """
     if segment_ids is not None:
         real = segment_ids >= 0
         mask = real if mask is None else mask & real
-    if mask is not None and not torch.compiler.is_compiling() and mask.all():
+    if mask is not None and look and not torch.compiler.is_compiling() and mask.all():
         mask = None
     places = torch.arange(length, device=device)
     if aligned_past is not None:
@@ -158,11 +160,17 @@ def lay_rows(
 
 
 def column_mask(
-    attention_mask: torch.Tensor | None, batch: int, length: int, past: int, name: str = "attention_mask"
+    attention_mask: torch.Tensor | None, batch: int, length: int, past: int | None, name: str = "attention_mask"
 ) -> torch.Tensor | None:
-    """The mask of this call's columns, bool `[batch, length]`, from one of these or of all columns so far."""
+    """The mask of this call's columns, bool `[batch, length]`, from one of these or of all columns so far.
+
+    Args:
+        past: columns of earlier calls; None if that is not known, so that any number will do.
+    """
     if attention_mask is None:
         return None
+    if past is None:
+        past = max(attention_mask.shape[-1] - length, 0)
     columns = f"{[batch, length]}"
     if past:
         columns += f" or, with the {past} columns before, {[batch, past + length]}"

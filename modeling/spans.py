@@ -37,7 +37,7 @@ class CarriedState(StateLayer):
         self.histories[name] = history[:, history.shape[1] - size :]
         return history
 
-    def write_entries(self, name: str, new: torch.Tensor, at: torch.Tensor, capacity: int) -> None:
+    def write_entries(self, name: str, new: torch.Tensor, at: torch.Tensor, every: int) -> None:
         """As `StateLayer.write_entries`; those of earlier spans are forgotten."""
         self.entries[name] = new, at
 

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 # What outputs call the state for continuation, `generate()` too: `cache` from transformers 5.24 on.
@@ -117,6 +117,21 @@ class TailState(FixedState):
         self.data = self.data[:, -self.size :] if self.size else self.data[:, :0]
 
 
+def last_inputs(inputs: torch.Tensor, keep: int, length: int, counts: torch.Tensor | None) -> torch.Tensor:
+    """The last `keep` real ones of `[batch, inputs, features]`, in memory of their own; zero before a row's start.
+
+    Args:
+        length: how many of the inputs are new; counts: int64 `[batch]`, of how many the rest is padding. All if None.
+    """
+    first = inputs.shape[1] - keep
+    if counts is None:
+        return inputs[:, first:].clone()
+    # Right-align each row: its padding, at the end, leaves.
+    places = (first - length + counts)[:, None] + torch.arange(keep, device=inputs.device)
+    rows = inputs.gather(1, places.clamp(min=0)[..., None].expand(-1, -1, inputs.shape[2]))
+    return torch.where((places >= 0)[..., None], rows, rows.new_zeros(()))
+
+
 class TableState(FixedState):
     """An index `[batch, ...]` over appended entities; `undo(layer, old, new)` takes the newest out again."""
 
@@ -182,13 +197,17 @@ class StateLayer(CacheLayerMixin):
             self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
             self.device = device
             self.is_initialized = True
-        elif self.lengths.shape[0] != batch:
+        self.check_batch(batch)
+        self.prefetch()
+        self.incoming = length
+
+    def check_batch(self, batch: int) -> None:
+        """Raise a ValueError if this is not the batch that the layer holds."""
+        if self.lengths.shape[0] != batch:
             raise ValueError(
                 f"past_key_values holds {self.lengths.shape[0]} rows and the input has {batch}: "
                 "use a cache of the same batch, or repeat it with batch_repeat_interleave()."
             )
-        self.prefetch()
-        self.incoming = length
 
     def expect(self, rows) -> None:
         """The entities of the call, and which of its columns are real: `padding.Rows`."""
@@ -236,12 +255,12 @@ class StateLayer(CacheLayerMixin):
         state.reserve(self.longest + new.shape[2])
         return state.write(new, self.lengths)
 
-    def write_entries(self, name: str, new: torch.Tensor, at: torch.Tensor, capacity: int) -> None:
-        """Write `[batch, groups, length, features]` from entry `at` `[batch]` on: for entries rarer than entities."""
+    def write_entries(self, name: str, new: torch.Tensor, at: torch.Tensor, every: int) -> None:
+        """Write `[batch, groups, length, features]` from entry `at` `[batch]` on: one entry for `every` entities."""
         state = self.states.get(name)
         if state is None:
             state = self.states[name] = AppendState(new.new_zeros(*new.shape[:2], 0, new.shape[3]).detach())
-        state.reserve(capacity)
+        state.reserve(self.longest // every + 1 + new.shape[2])
         state.write(new.detach(), at)
 
     def entry(self, name: str, at: torch.Tensor) -> torch.Tensor | None:
@@ -257,19 +276,11 @@ class StateLayer(CacheLayerMixin):
         state = self.states.get(name)
         if state is None:
             state = self.states[name] = TailState(new.new_zeros(new.shape[0], size, new.shape[2]).detach(), size)
-        length, counts = new.shape[1], self._rows.counts
         past = state.data[:, state.data.shape[1] - size :]
         history = torch.cat([past, new], dim=1)
         everything = torch.cat([state.data, new.detach()], dim=1)
         keep = everything.shape[1] if self.record_past and size else size
-        if counts is None:
-            state.data = everything[:, everything.shape[1] - keep :].clone()
-        else:
-            # Right-align each row: its padding, at the end, leaves.
-            first = everything.shape[1] - keep - (length - counts)
-            places = first[:, None] + torch.arange(keep, device=new.device)
-            rows = everything.gather(1, places.clamp(min=0)[..., None].expand(-1, -1, new.shape[2]))
-            state.data = torch.where((places >= 0)[..., None], rows, rows.new_zeros(()))
+        state.data = last_inputs(everything, keep, new.shape[1], self._rows.counts)
         return history
 
     def table(self, name: str, make: Callable[[], torch.Tensor], undo) -> torch.Tensor:
@@ -294,6 +305,10 @@ class StateLayer(CacheLayerMixin):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         raise ValueError("This cache layer belongs to a flow model; other models cannot store keys and values in it.")
+
+    def known_columns(self) -> int | None:
+        """Columns so far, if they are known as a number."""
+        return self.columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.columns + query_length, 0
@@ -365,15 +380,6 @@ class StateLayer(CacheLayerMixin):
             self.longest = int(new.max())
             self.columns -= removed
         self._each(lambda state: state.trim())
-
-
-class RefusedStaticLayer(StaticLayer):
-    """What `StaticCache(config=model.config)` makes of a flow model's layer: a sentence."""
-
-    _layer_type = StateLayer._layer_type
-
-    def __init__(self, **kwargs):
-        raise ValueError("A flow model's state grows with its input: use DynamicCache(config=model.config).")
 
 
 def state_layers(past_key_values: Cache, num_layers: int) -> list[StateLayer]:

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache, pipeline
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, pipeline
 from transformers.utils import logging as transformers_logging
 
 from dfn_hf import DFNConfig, DFNForCausalLM, DFNForSequenceClassification, DFNModel
@@ -510,10 +510,9 @@ def test_the_search_cannot_change_under_a_cache():
         model(IDS)
 
 
-@pytest.mark.parametrize("implementation", ["static", "quantized"])
-def test_caches_of_fixed_size_are_refused_in_a_sentence(model, implementation):
-    with pytest.raises(ValueError, match=rf"'{implementation}' cannot hold.*\"dynamic\""):
-        model.generate(IDS, cache_implementation=implementation, max_new_tokens=2, pad_token_id=0)
+def test_a_quantized_cache_is_refused_in_a_sentence(model):
+    with pytest.raises(ValueError, match=r"'quantized' cannot hold.*\"dynamic\""):
+        model.generate(IDS, cache_implementation="quantized", max_new_tokens=2, pad_token_id=0)
 
 
 def test_the_cache_goes_by_either_name(model):
@@ -525,11 +524,6 @@ def test_the_cache_goes_by_either_name(model):
             results.append(model(IDS, **{name: state}))
             assert results[-1][CACHE_NAME] is state and state.get_seq_length() == 2 * IDS.shape[1]
     assert torch.equal(results[0].logits, results[1].logits)
-
-
-def test_a_static_cache_made_by_hand_is_refused_in_a_sentence(model):
-    with pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"):
-        StaticCache(config=model.config, max_cache_len=16)
 
 
 def test_a_crop_that_is_refused_leaves_the_cache_as_it_was():

@@ -67,6 +67,7 @@ COMMON_CODE = {
     "rms_norm.py",
     "small_maps.py",
     "state_cache.py",
+    "static_state.py",
 }
 MODEL, CAUSAL, CLASSIFIER = range(3)
 
@@ -79,15 +80,21 @@ CASES = {
         COMMON_CODE
         | {
             "attention_kernel.py",
+            "attention_step.py",
             "causal_conv.py",
             "configuration_dfn.py",
             "dfn_layer.py",
             "entity_sampling.py",
             "flow_attention.py",
+            "flow_kernels.py",
             "flow_search.py",
             "modeling_dfn.py",
             "native_library.py",
             "search_kernel.py",
+            "search_step.py",
+            "triton_attention.py",
+            "triton_choice.py",
+            "triton_search.py",
         },
     ),
     "flownetwork": Case(
