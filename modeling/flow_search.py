@@ -23,6 +23,7 @@ import torch
 from .operators import calls_operators, operator
 from .pieces import in_pieces
 from .search_kernel import MOST_CANDIDATES, MOST_NEIGHBORS, cells_natively, search_library, search_natively
+from .triton_choice import searches_in_triton
 
 GRID = 64  # grid points per unit: searched positions are multiples of 2^-6
 ROTATION_SCALE = 1024  # rotations and shifts are stored as integers, in 1/1024
@@ -97,15 +98,17 @@ class CellGrids:
         Args:
             on_grid: all positions are, so that native code gives the same cells.
         """
-        edges = torch.tensor(
-            [round(size * GRID * ROTATION_SCALE) for size in self.cell_sizes], device=positions.device
-        )
-        shift = (self.shift.long() * edges[:, None]).div(ROTATION_SCALE, rounding_mode="floor")
+        edges = [round(size * GRID * ROTATION_SCALE) for size in self.cell_sizes]
         library = search_library(positions) if on_grid and not calls_operators() else None
         if library is not None:
-            return cells_natively(library, positions, GRID, self.rotation, shift, edges, self.cells_per_axis)
+            constants = (GRID, ROTATION_SCALE, self.rotation, self.shift, edges, self.cells_per_axis)
+            return cells_natively(library, positions, *constants)
+        sizes = torch.tensor(edges, device=positions.device)
+        shift = (self.shift.long() * sizes[:, None]).div(ROTATION_SCALE, rounding_mode="floor")
         flat = positions.reshape(1, -1, positions.shape[-1])
-        return in_pieces(partial(self._cells, edges.double(), shift.double()), flat).view(*positions.shape[:-1], len(edges))
+        return in_pieces(partial(self._cells, sizes.double(), shift.double()), flat).view(
+            *positions.shape[:-1], len(edges)
+        )
 
     def _cells(self, edges: torch.Tensor, shift: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Positions `[1, N, P]` → int32 `[1, N, L]`; edges `[L]` and shift `[L, A]` in the units of the rotation."""
@@ -411,6 +414,21 @@ def _search_cells(
             heads,
             links,
         )
+    if addressed and heads is None and searches_in_triton(query_positions, num_tables, candidates_per_table):
+        from .flow_kernels import search_on_gpu
+
+        return search_on_gpu(
+            query_positions,
+            query_cells,
+            key_positions,
+            key_cells,
+            num_neighbors,
+            window,
+            candidates_per_table,
+            table_offsets,
+            reach,
+            counts,
+        )
     chains = None if heads is None else CellChains(heads, links, chain_offsets)
     device = query_cells.device
     flat_keys = key_positions.reshape(-1, key_positions.shape[-1])
@@ -556,6 +574,19 @@ def search_exact(
     segments: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The K nearest of all predecessors, block by block: O(N) memory. Arguments and results as `search_cells`."""
+    arguments = query_positions, query_index, key_positions, num_neighbors, window, reach, segments
+    return _exact_operator(*arguments) if calls_operators() else _search_exact(*arguments)
+
+
+def _search_exact(
+    query_positions: torch.Tensor,
+    query_index: torch.Tensor,
+    key_positions: torch.Tensor,
+    num_neighbors: int,
+    window: int,
+    reach: torch.Tensor | None,
+    segments: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     rows, num_queries, _ = query_positions.shape
     num_keys = key_positions.shape[1]
     device = query_positions.device
@@ -566,7 +597,8 @@ def search_exact(
         index = query_index[:, part, None]
         offsets = query_index.new_empty(rows, part.stop - part.start, 0)
         squared = query_positions.new_empty(rows, part.stop - part.start, 0)
-        if torch.compiler.is_exporting():  # which keys count is not known: all may
+        # Which keys count is not known, or not without a wait for each step of a GPU: all may.
+        if torch.compiler.is_exporting() or (num_queries == 1 and device.type != "cpu"):
             last_key = num_keys if num_neighbors else 0
         else:
             last_key = min(num_keys, int(index.max()) - window + 1) if num_neighbors else 0
@@ -587,6 +619,15 @@ def search_exact(
         indices.append(torch.where(offsets < 0, -1, index - offsets))
         distances.append(squared)
     return torch.cat(indices, dim=1), torch.cat(distances, dim=1)
+
+
+_exact_operator = operator(
+    _search_exact,
+    lambda queries, index, keys, num_neighbors, *others: (
+        index.new_empty(*index.shape, num_neighbors),
+        queries.new_empty(*index.shape, num_neighbors),
+    ),
+)
 
 
 def squared_distances(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -630,7 +671,7 @@ def rank_nearest(
 
 def _smallest_distinct(codes: torch.Tensor, count: int) -> torch.Tensor:
     """The `count` smallest different values of the last dimension, sorted, `NO_CODE` where there are fewer."""
-    if codes.device.type != "cpu" or torch.compiler.is_exporting():
+    if codes.device.type != "cpu" or torch.compiler.is_compiling():
         codes = codes.sort(dim=-1).values
         codes[..., 1:].masked_fill_(codes[..., 1:] == codes[..., :-1], NO_CODE)
         return codes.topk(count, dim=-1, largest=False).values

@@ -13,7 +13,7 @@ from .native_library import in_threads, native_library, pointer, switched_on
 
 MOST_NEIGHBORS = MOST_CANDIDATES = 2**14  # the code holds them on the stack
 # Distances without fused multiply-adds: the same bits as torch's.
-FLAGS = ("-ffp-contract=off", "-fno-math-errno")
+FLAGS = ("-ffp-contract=off", "-fno-math-errno", "-fopenmp-simd")
 SOURCE = r"""
 #include <math.h>
 #include <stdint.h>
@@ -24,34 +24,44 @@ SOURCE = r"""
 #define SHORT 64 /* queries: for fewer no rings are filled */
 #define NONE INT64_MAX
 
-/* cells [n, L] of positions [n, P] that lie on the grid; see CellGrids.cells. rotation [A, P, L'], shift [A, L'],
-   edges and counts [L'] have the table last, L' the next multiple of LANES. */
+/* cells [n, L] of positions [n, P] that lie on the grid; see CellGrids.cells. The constants are turned so that the L
+   tables stand side by side, in room for a multiple of LANES. */
 void cells(int64_t first, int64_t last, int64_t tables, int64_t axes, int64_t dims, const float *positions,
-           double grid, const double *rotation, const double *shift, const double *edges, const double *counts,
-           int32_t *out) {
-    int64_t padded = (tables + LANES - 1) / LANES * LANES;
-    for (int64_t n = first; n < last; n++) {
-        double scaled[dims];
-        for (int64_t p = 0; p < dims; p++) scaled[p] = positions[n * dims + p] * grid;
+           double grid, int64_t scale, const int32_t *rotation, const int32_t *shift, const int64_t *edges,
+           const int64_t *counts, int32_t *out) {
+    int64_t room = (tables + LANES - 1) / LANES * LANES;
+    double rotations[axes * dims * room], shifts[axes * room], sizes[room], most[room];
+    for (int64_t t = 0; t < room; t++) {
+        int64_t from = t < tables ? t : 0;
+        sizes[t] = edges[from];
+        most[t] = counts[from] - 1;
+        for (int64_t a = 0; a < axes; a++) {
+            shifts[a * room + t] = shift[from * axes + a] * edges[from] / scale;
+            for (int64_t p = 0; p < dims; p++)
+                rotations[(a * dims + p) * room + t] = rotation[(from * axes + a) * dims + p];
+        }
+    }
+    for (int64_t n = first; n < last; n++)
         for (int64_t t = 0; t < tables; t += LANES) {
             double cell[LANES] = {0};
             for (int64_t a = 0; a < axes; a++) {
                 double along[LANES];
-                for (int64_t l = 0; l < LANES; l++) along[l] = shift[a * padded + t + l];
+                for (int64_t l = 0; l < LANES; l++) along[l] = shifts[a * room + t + l];
                 for (int64_t p = 0; p < dims; p++) {
-                    const double *row = rotation + (a * dims + p) * padded + t;
-                    for (int64_t l = 0; l < LANES; l++) along[l] += row[l] * scaled[p];
+                    double scaled = positions[n * dims + p] * grid;
+#pragma omp simd
+                    for (int64_t l = 0; l < LANES; l++) along[l] += rotations[(a * dims + p) * room + t + l] * scaled;
                 }
+#pragma omp simd
                 for (int64_t l = 0; l < LANES; l++) {
-                    double count = counts[t + l], place = floor(along[l] / edges[t + l]) + (count - 1) / 2;
+                    double place = floor(along[l] / sizes[t + l]) + most[t + l] / 2;
                     place = place < 0 ? 0 : place;
-                    place = place > count - 1 ? count - 1 : place;
-                    cell[l] = cell[l] * count + place;
+                    place = place > most[t + l] ? most[t + l] : place;
+                    cell[l] = cell[l] * (most[t + l] + 1) + place;
                 }
             }
             for (int64_t l = 0; l < LANES && t + l < tables; l++) out[n * tables + t + l] = (int32_t)cell[l];
         }
-    }
 }
 
 /* The bits of a float >= 0 sort as it does. */
@@ -313,28 +323,37 @@ def search_library(positions: torch.Tensor) -> ctypes.CDLL | None:
 def cells_natively(
     library: ctypes.CDLL,
     positions: torch.Tensor,
-    grid: float,
+    grid: int,
+    scale: int,
     rotation: torch.Tensor,
     shift: torch.Tensor,
-    edges: torch.Tensor,
+    edges: list[int],
     cells_per_axis: list[int],
 ) -> torch.Tensor:
     """`flow_search.CellGrids.cells` of positions on the grid: `[..., P]` → int32 `[..., L]`.
 
     Args:
-        grid: grid points per unit; rotation: int32 `[L, A, P]`; shift: int64 `[L, A]` and edges: int64 `[L]`, both in
-            the units that the rotation gives.
+        grid: grid points per unit; rotation: int32 `[L, A, P]`, in 1/scale; shift: int32 `[L, A]`, in 1/scale of an
+            edge; edges: one per table, in the units that the rotation gives.
     """
     num_tables, axes, dims = rotation.shape
-    positions = positions.contiguous()
-    out = rotation.new_empty(*positions.shape[:-1], num_tables, dtype=torch.int32)
-    room = -(-num_tables // LANES) * LANES
-    tensors = [rotation.permute(1, 2, 0), shift.T, edges, torch.tensor(cells_per_axis)]
-    tensors = [torch.nn.functional.pad(x.double(), (0, room - num_tables), value=1).contiguous() for x in tensors]
+    positions, rotation, shift = positions.contiguous(), rotation.contiguous(), shift.contiguous()
+    out = rotation.new_empty(*positions.shape[:-1], num_tables)
+    edges, counts = ((ctypes.c_int64 * num_tables)(*values) for values in (edges, cells_per_axis))
 
     def work(first: int, last: int) -> None:
         sizes = (ctypes.c_int64(size) for size in (first, last, num_tables, axes, dims))
-        library.cells(*sizes, pointer(positions), ctypes.c_double(grid), *map(pointer, (*tensors, out)))
+        tensors = (pointer(tensor) for tensor in (rotation, shift))
+        library.cells(
+            *sizes,
+            pointer(positions),
+            ctypes.c_double(grid),
+            ctypes.c_int64(scale),
+            *tensors,
+            edges,
+            counts,
+            pointer(out),
+        )
 
     in_threads(work, positions.numel() // dims if dims else 0, 1)
     return out
