@@ -49,7 +49,8 @@ def test_readme_has_its_snippets():
 def test_readme_tables_are_what_their_commands_print(command, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(ResultsFile, "_append", lambda *_: pytest.fail("a run behind the README is missing"))
-    plot = ["--plot", str(tmp_path / "plot.png")] if "scaling" in command else []
+    plotted = command.split()[1] in ("scaling", "peers", "operation")
+    plot = ["--plot", str(tmp_path / "plot.png")] if plotted else []
     result = CliRunner().invoke(app, [*shlex.split(command), *plot])
     assert result.exit_code == 0, result.output
     table = [line for line in result.stdout.splitlines() if line.startswith("|")]

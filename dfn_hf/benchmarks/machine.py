@@ -73,15 +73,27 @@ def run_isolated(function: Callable[..., Any], *arguments: Any) -> Any:
     Raises:
         MemoryError: the process was killed, as systems do when memory runs out.
     """
+    with fresh_process() as call:
+        return call(function, *arguments)
+
+
+@contextmanager
+def fresh_process() -> Iterator[Callable[..., Any]]:
+    """A `run_isolated` whose calls all go to one process, which ends with the context."""
     if not _isolated.get():
-        return function(*arguments)
+        yield lambda function, *arguments: function(*arguments)
+        return
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        try:
-            return pool.submit(function, *arguments).result()
-        except BrokenProcessPool as error:
-            raise MemoryError(
-                f"the process of {function.__name__} ended without a result, most likely killed for lack of memory"
-            ) from error
+
+        def call(function: Callable[..., Any], *arguments: Any) -> Any:
+            try:
+                return pool.submit(function, *arguments).result()
+            except BrokenProcessPool as error:
+                raise MemoryError(
+                    f"the process of {function.__name__} ended without a result, most likely killed for lack of memory"
+                ) from error
+
+        yield call
 
 
 @contextmanager

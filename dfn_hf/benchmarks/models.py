@@ -43,9 +43,10 @@ def build_model(name: str, size: ModelSize, *, device: str = "cpu", **options: A
     """
     if name not in MODELS:
         raise ValueError(f"model is {name!r}: choose one of {', '.join(MODELS)}")
+    builder = partial(_BUILDERS[name], **options)
     if name != "dfn":
-        size = replace(size, intermediate_size=_matching_intermediate_size(name, size, **options))
-    return torch.nn.Module.to(_BUILDERS[name](size, **options), device)
+        size = replace(size, intermediate_size=matching_intermediate_size(name, builder, size))
+    return torch.nn.Module.to(builder(size), device)
 
 
 def count_parameters(model: torch.nn.Module) -> int:
@@ -90,14 +91,25 @@ _BUILDERS: dict[str, Callable[..., PreTrainedModel]] = {
 MODELS = tuple(_BUILDERS)
 
 
-def _matching_intermediate_size(name: str, size: ModelSize, **options: Any) -> int:
-    def parameters(name: str, intermediate_size: int, **options: Any) -> int:
-        with torch.device("meta"):
-            return count_parameters(_BUILDERS[name](replace(size, intermediate_size=intermediate_size), **options))
+def matching_intermediate_size(
+    name: str, builder: Callable[[ModelSize], PreTrainedModel], size: ModelSize, multiple_of: int = 1
+) -> int:
+    """The `intermediate_size` that gives a model of this name and builder as many parameters as the DFN of this size.
 
-    wanted = parameters("dfn", size.intermediate_size)
-    least, next_least = (parameters(name, width, **options) for width in (1, 2))
-    width = 1 + round((wanted - least) / (next_least - least))
+    Args:
+        multiple_of: what it is rounded to.
+
+    Raises:
+        ValueError: the DFN is too small.
+    """
+
+    def parameters(builder: Callable[[ModelSize], PreTrainedModel], intermediate_size: int) -> int:
+        with torch.device("meta"):
+            return count_parameters(builder(replace(size, intermediate_size=intermediate_size)))
+
+    wanted = parameters(_build_dfn, size.intermediate_size)
+    least, next_least = (parameters(builder, width) for width in (1, 2))
+    width = multiple_of * round((1 + (wanted - least) / (next_least - least)) / multiple_of)
     if width < 1:
         raise ValueError(
             f"a {name} of hidden_size {size.hidden_size} has at least {least:,} parameters, the DFN only {wanted:,}: "

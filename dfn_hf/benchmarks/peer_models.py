@@ -1,0 +1,145 @@
+"""Models of other families, of as many parameters as a DFN, that its speed is compared with.
+
+None is trained here: what they cost depends on their sizes, not on their weights.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import (
+    Lfm2Config,
+    Lfm2ForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    PreTrainedModel,
+    ReformerConfig,
+    ReformerModelWithLMHead,
+)
+
+from .models import MODELS, ModelSize, build_model, matching_intermediate_size
+
+MAMBA_HEAD_DIM = 64
+REFORMER_CHUNK = 64
+PEERS = (*MODELS, "lfm2", "mamba2", "reformer", "gla")
+
+
+def build_peer(name: str, size: ModelSize, *, length: int, device: str = "cpu") -> PreTrainedModel:
+    """`build_model` that knows more families.
+
+    Args:
+        name: one of `PEERS`.
+        size: the DFN's size.
+        length: tokens that it is to read at once; a Reformer has embeddings for so many.
+
+    Raises:
+        ValueError: an unknown name, a package that is missing, or a DFN too small for a model of as many parameters.
+    """
+    if name not in PEERS:
+        raise ValueError(f"model is {name!r}: choose one of {', '.join(PEERS)}")
+    if name in MODELS:
+        return build_model(name, size, device=device)
+    builders: dict[str, Callable[[ModelSize], PreTrainedModel]] = {
+        "lfm2": build_lfm2,
+        "mamba2": build_mamba2,
+        "reformer": partial(build_reformer, length=length),
+        "gla": build_gla,
+    }
+    builder = builders[name]
+    width = matching_intermediate_size(name, builder, size, multiple_of=8)
+    return torch.nn.Module.to(builder(replace(size, intermediate_size=width)), device)
+
+
+def build_lfm2(size: ModelSize) -> PreTrainedModel:
+    """LFM2: two layers of gated short convolutions before each of attention, four query heads to a key head."""
+    config = Lfm2Config(
+        **_common(size),
+        num_hidden_layers=size.num_hidden_layers,
+        intermediate_size=size.intermediate_size,
+        block_auto_adjust_ff_dim=False,
+        num_attention_heads=size.num_attention_heads,
+        num_key_value_heads=max(1, size.num_attention_heads // 4),
+        full_attn_idxs=list(range(min(2, size.num_hidden_layers - 1), size.num_hidden_layers, 3)),
+        max_position_embeddings=2**20,
+        tie_word_embeddings=True,
+    )
+    return Lfm2ForCausalLM(config)
+
+
+def build_mamba2(size: ModelSize) -> PreTrainedModel:
+    """Mamba-2: two blocks in the place of a layer's attention and MLP; `intermediate_size` is its state's."""
+    config = Mamba2Config(
+        **_common(size),
+        num_hidden_layers=2 * size.num_hidden_layers,
+        state_size=size.intermediate_size,
+        head_dim=MAMBA_HEAD_DIM,
+        num_heads=2 * size.hidden_size // MAMBA_HEAD_DIM,
+        expand=2,
+        n_groups=1,
+        tie_word_embeddings=True,
+    )
+    return Mamba2ForCausalLM(config)
+
+
+def build_reformer(size: ModelSize, length: int) -> PreTrainedModel:
+    """Reformer: layers of local attention and of hashing by turns, axial embeddings of `length` positions.
+
+    A token reads none behind it, but which of those before it share its chunk depends on all tokens of the row: with
+    the last one, almost all that is predicted changes.
+    """
+    padded = REFORMER_CHUNK * math.ceil(length / REFORMER_CHUNK)
+    columns = max(factor for factor in range(1, math.isqrt(padded) + 1) if padded % factor == 0)
+    half = size.hidden_size // 2
+    config = ReformerConfig(
+        **{**_common(size), "pad_token_id": 0},  # rows are padded to whole chunks
+        attn_layers=[("local", "lsh")[layer % 2] for layer in range(size.num_hidden_layers)],
+        feed_forward_size=size.intermediate_size,
+        num_attention_heads=size.num_attention_heads,
+        attention_head_size=size.hidden_size // size.num_attention_heads,
+        local_attn_chunk_length=REFORMER_CHUNK,
+        lsh_attn_chunk_length=REFORMER_CHUNK,
+        axial_pos_shape=[padded // columns, columns],
+        axial_pos_embds_dim=[size.hidden_size - half, half],
+        max_position_embeddings=padded,
+        is_decoder=True,
+        hidden_dropout_prob=0.0,
+        local_attention_probs_dropout_prob=0.0,
+        lsh_attention_probs_dropout_prob=0.0,
+    )
+    return ReformerModelWithLMHead(config)
+
+
+def build_gla(size: ModelSize) -> PreTrainedModel:
+    """Gated linear attention of flash-linear-attention, whose kernels need a GPU.
+
+    Raises:
+        ValueError: the package is not installed.
+    """
+    try:
+        from fla.models import GLAConfig, GLAForCausalLM
+    except ImportError as error:
+        raise ValueError(
+            "model is 'gla', which needs the package flash-linear-attention: pip install flash-linear-attention"
+        ) from error
+    config = GLAConfig(
+        **_common(size),
+        num_hidden_layers=size.num_hidden_layers,
+        intermediate_size=size.intermediate_size,
+        num_heads=size.num_attention_heads,
+        tie_word_embeddings=True,
+    )
+    return GLAForCausalLM(config)
+
+
+def _common(size: ModelSize) -> dict[str, Any]:
+    return {
+        "vocab_size": size.vocab_size,
+        "hidden_size": size.hidden_size,
+        "initializer_range": size.initializer_range or size.hidden_size**-0.5,
+        "pad_token_id": None,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
