@@ -21,7 +21,9 @@ SOURCE = r"""
 #include <string.h>
 
 #define LANES 8 /* tables and codes are worked on so many at a time */
+#ifndef SHORT
 #define SHORT 64 /* queries: for fewer no rings are filled */
+#endif
 #define NONE INT64_MAX
 
 /* cells [n, L] of positions [n, P] that lie on the grid; see CellGrids.cells. The constants are turned so that the L

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from dfn_hf.modeling import flow_search
+from dfn_hf.modeling import flow_search, search_kernel
 from dfn_hf.modeling.flow_search import (
     GRID,
     CellChains,
@@ -215,6 +215,16 @@ def test_every_cell_of_the_ball_lies_inside_the_grid():
                 assert len(cells[:, table].unique()) == len(unclamped[:, table].unique())
 
 
+# Native code: as built for this processor, without its widest registers, and reading rings in the place of chains
+
+NATIVE_FORMS = {"native": (), "plain C": ("-U__AVX512F__",), "rings": ("-DSHORT=1",)}
+
+
+def build_native_form(form, monkeypatch):
+    if form != "torch":
+        monkeypatch.setattr(search_kernel, "FLAGS", (*search_kernel.FLAGS, *NATIVE_FORMS[form]))
+
+
 # Chains
 
 
@@ -266,14 +276,15 @@ SPLITS = {
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("kind", ["spread", "same", "few"])
 @pytest.mark.parametrize(("window", "candidates", "num_tables"), [(1, 3, 3), (5, 1, 1), (4, 16, 2)])
-@pytest.mark.parametrize("natively", [False, True])
-def test_chains_give_the_lists_of_one_call(split, kind, window, candidates, num_tables, natively):
+@pytest.mark.parametrize("form", ["torch", *NATIVE_FORMS])
+def test_chains_give_the_lists_of_one_call(split, kind, window, candidates, num_tables, form, monkeypatch):
+    build_native_form(form, monkeypatch)
     queries, keys = (x[:, 0] for x in draw_positions((3, 1, 40, 2), 10, kind=kind))
     sizes = geometric_cell_sizes(num_tables)
     grids = CellGrids(*grid_constants(2, num_tables, 1), sizes, ball_cells_per_axis(2, sizes))
     index = torch.arange(40).expand(3, -1)
     whole = search_cells(queries, grids.cells(queries), index, keys, grids.cells(keys), 4, window, candidates)
-    found, _, _, past = searched_in_chunks(queries, keys, SPLITS[split], 4, window, candidates, grids, natively)
+    found, _, _, past = searched_in_chunks(queries, keys, SPLITS[split], 4, window, candidates, grids, form != "torch")
     for row in range(3):
         assert_same([x[row, : past[row]] for x in found], [x[row, : past[row]] for x in whole])
 
@@ -284,7 +295,11 @@ def test_chains_give_the_lists_of_one_call(split, kind, window, candidates, num_
     ("num_tables", "candidates", "num_neighbors", "window"), [(1, 1, 1, 0), (3, 5, 4, 3), (16, 8, 16, 32)]
 )
 @pytest.mark.parametrize("limited", [False, True])
-def test_native_code_finds_the_same_lists(kind, shape, num_tables, candidates, num_neighbors, window, limited):
+@pytest.mark.parametrize("form", ["native", "plain C"])
+def test_native_code_finds_the_same_lists(
+    kind, shape, num_tables, candidates, num_neighbors, window, limited, form, monkeypatch
+):
+    build_native_form(form, monkeypatch)
     rows, length, position_dim = shape
     queries, keys = (x[:, 0] for x in draw_positions((rows, 1, length, position_dim), 19, kind=kind))
     sizes = geometric_cell_sizes(num_tables)
