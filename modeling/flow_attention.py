@@ -67,7 +67,7 @@ class _FlowAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y, grad_total):
-        return _backward(ctx, grad_y, grad_total)
+        return _backward(ctx, read_gradients, grad_y, grad_total)
 
 
 def read(
@@ -134,10 +134,13 @@ def _keep_for_backward(ctx, inputs, output):
     ctx.options = window, dropout
 
 
-def _backward(ctx, grad_y, grad_total):
+def _backward(ctx, gradients, grad_y, grad_total):
     *tensors, seed = ctx.saved_tensors
-    gradients = _gradients_operator if calls_operators() else read_gradients
     return *gradients(grad_y, grad_total, *tensors, *ctx.options, seed), None, None, None, None, None, None
+
+
+def _backward_of_operator(ctx, grad_y, grad_total):
+    return _backward(ctx, _gradients_operator, grad_y, grad_total)
 
 
 def empty_y(query: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -154,7 +157,7 @@ def _shape_of_gradients(grad_y, grad_total, query, key, value, fading, *others):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value, fading))
 
 
-_read_operator = operator(read, _shape_of_read, backward=_backward, setup_context=_keep_for_backward)
+_read_operator = operator(read, _shape_of_read, backward=_backward_of_operator, setup_context=_keep_for_backward)
 _gradients_operator = operator(read_gradients, _shape_of_gradients)
 
 
