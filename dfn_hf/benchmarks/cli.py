@@ -21,6 +21,10 @@ LearningRates = Annotated[list[float], typer.Option("--learning-rate", help="A r
 Lengths = Annotated[list[int], typer.Option("--length", min=1, help="Tokens for DFN; repeat it for several.")]
 BaselineLengths = Annotated[list[int], typer.Option("--baseline-length", min=1, help="Tokens for Llama; repeat it.")]
 
+TimeLimit = Annotated[
+    float, typer.Option(min=0, help="Seconds: where a pass would take longer, by the lengths before, it is left out.")
+]
+
 RESULTS_FOLDER = Path("benchmarks-results")
 
 
@@ -300,6 +304,32 @@ def scaling(
 
 
 @app.command()
+def paper(
+    lengths: Annotated[list[int] | None, typer.Option("--length", min=1, help="Tokens; repeat it.")] = None,
+    hidden_size: Annotated[int, typer.Option(min=1)] = 256,
+    num_hidden_layers: Annotated[int, typer.Option(min=1)] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed passes; their median counts.")] = 1,
+    results: Results = RESULTS_FOLDER / "paper.csv",
+    threads: Threads = 1,
+    device: Device = "cpu",
+) -> None:
+    """The lengths that the paper's repository reports, up to 768,000 tokens: time and peak memory of a forward pass.
+
+    Example: dfn-hf bench paper --length 32 --length 256000
+    """
+    from .paper import LENGTHS, paper_table
+    from .scaling import ScalingSettings, run_scaling
+
+    settings = ScalingSettings(
+        hidden_size=hidden_size, num_hidden_layers=num_hidden_layers, repeats=repeats, threads=threads, device=device
+    )
+    finished = run_scaling(
+        settings, lengths=sorted(lengths or LENGTHS), baseline_lengths=(), path=results, report=_report
+    )
+    _print(paper_table(finished), {measures.machine for _, measures in finished}, results)
+
+
+@app.command()
 def million(
     length: Annotated[int, typer.Option(min=2, help="Tokens.")] = 2**20,
     chunk_length: Annotated[int, typer.Option(min=1, help="Tokens per chunk of the second way.")] = 2**16,
@@ -480,6 +510,116 @@ def speed(
     ]
     finished = run_speed(runs, results, _report)
     _print(speed_table(finished), {measures.machine for _, measures in finished}, results)
+
+
+@app.command()
+def peers(
+    models: Annotated[
+        list[str], typer.Option("--model", help="dfn, llama, lfm2, mamba2, reformer, gla, …; repeat it.")
+    ] = ["dfn", "llama", "lfm2", "mamba2", "reformer"],  # noqa: B006
+    works: Annotated[
+        list[str] | None,
+        typer.Option("--work", help="forward, training, prefill or decoding; repeat it. Default: all."),
+    ] = None,
+    lengths: Annotated[list[int], typer.Option("--length", min=1, help="Tokens; repeat it.")] = [  # noqa: B006
+        2**power for power in range(10, 17)
+    ],
+    training_lengths: Annotated[
+        list[int], typer.Option("--training-length", min=2, help="Tokens of a training step; repeat it.")
+    ] = [2**power for power in range(10, 15)],  # noqa: B006
+    caches: Annotated[
+        list[str], typer.Option("--cache", help="Of decoding: dynamic, or static and compiled; repeat it.")
+    ] = ["dynamic"],  # noqa: B006
+    time_limit: TimeLimit = 15.0,
+    hidden_size: Annotated[int, typer.Option(min=1)] = 128,
+    num_hidden_layers: Annotated[int, typer.Option(min=1)] = 4,
+    num_attention_heads: Annotated[int, typer.Option(min=1)] = 4,
+    intermediate_size: Annotated[int, typer.Option(min=1, help="The DFN's; others' follow.")] = 512,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, …: of weights and states.")] = "float32",
+    repeats: Annotated[int, typer.Option(min=1, help="Timed turns behind a warm-up; their median counts.")] = 3,
+    plot: Annotated[Path | None, typer.Option(help="PNG to write; beside the CSV by default.")] = None,
+    results: Results = RESULTS_FOLDER / "peers.csv",
+    threads: Threads = 1,
+    device: Device = "cpu",
+) -> None:
+    """DFN beside models of other families and equal size, over the length; they take turns, each in a fresh process.
+
+    Example: dfn-hf bench peers --model dfn --model llama --work decoding --cache dynamic --cache static
+    """
+    from .lengths import plot_lengths
+    from .peers import WORKS, PeerSettings, peer_runs, peers_table, run_peers
+
+    settings = PeerSettings(
+        hidden_size=hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        intermediate_size=intermediate_size,
+        dtype=dtype,
+        repeats=repeats,
+        threads=threads,
+        device=device,
+    )
+    runs = peer_runs(
+        settings,
+        models=models,
+        works=works or WORKS,
+        lengths=lengths,
+        training_lengths=training_lengths,
+        caches=caches,
+    )
+    finished = run_peers(runs, time_limit, results, _report)
+    plot_lengths(finished, picture := plot or results.with_suffix(".png"))
+    _print(peers_table(finished), {timing.machine for _, timing in finished}, results)
+    typer.echo(f"picture: {picture}")
+
+
+@app.command()
+def operation(
+    names: Annotated[
+        list[str] | None, typer.Option("--operation", help="One of the table's; repeat it. Default: all.")
+    ] = None,
+    works: Annotated[
+        list[str] | None, typer.Option("--work", help="forward, or 'forward and backward'; repeat it. Default: both.")
+    ] = None,
+    lengths: Annotated[list[int], typer.Option("--length", min=1, help="Tokens; repeat it.")] = [  # noqa: B006
+        4**power for power in range(5, 11)
+    ],
+    time_limit: TimeLimit = 60.0,
+    heads: Annotated[int, typer.Option(min=1, help="Heads, each with its own positions.")] = 1,
+    dtype: Annotated[str | None, typer.Option(help="Of values. Default: float32 on a CPU, bfloat16 on a GPU.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Timed turns behind a warm-up; their median counts.")] = 3,
+    plot: Annotated[Path | None, typer.Option(help="PNG to write; beside the CSV by default.")] = None,
+    results: Results = RESULTS_FOLDER / "operation.csv",
+    threads: Threads = 1,
+    device: Device = "cpu",
+) -> None:
+    """One head of flow attention, search included, beside torch's causal attention of the same width, over the length.
+
+    Example: dfn-hf bench operation --length 4096 --length 16384 --work forward
+    """
+    from .lengths import lengths_table, plot_lengths
+    from .operation import WORKS, OperationSettings, operations, run_operations
+
+    runs = [
+        OperationSettings(
+            operation=name,
+            work=work,
+            length=length,
+            heads=heads,
+            dtype=dtype or ("float32" if device == "cpu" else "bfloat16"),
+            repeats=repeats,
+            threads=threads,
+            device=device,
+        )
+        for work in works or WORKS
+        for length in sorted(lengths)
+        for name in names or operations(device)
+    ]
+    finished = run_operations(runs, time_limit, results, _report)
+    plot_lengths(finished, picture := plot or results.with_suffix(".png"))
+    table = lengths_table(finished, "µs per token" if heads == 1 else "µs per token and head")
+    _print(table, {timing.machine for _, timing in finished}, results)
+    typer.echo(f"picture: {picture}")
 
 
 @app.command("seq2seq-speed")

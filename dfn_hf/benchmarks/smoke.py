@@ -14,6 +14,8 @@ from typer.main import get_command
 from .ablations import VARIANTS
 from .byte_entities import MODELS as BYTE_MODELS
 from .machine import without_isolation
+from .operation import WORKS as OPERATION_WORKS
+from .peers import WORKS as PEER_WORKS
 from .quantization import CHECKPOINTS
 from .seq2seq_speed import WORKS as SEQ2SEQ_WORKS
 from .speed import WORKS
@@ -64,6 +66,12 @@ TABLES = (
     ),
     SmokeTable("memory --seeds 1 --steps 1", [("8", "1"), ("0", "1")]),
     SmokeTable("speed --length 64 --repeats 1", [(work, "64") for work in WORKS]),
+    SmokeTable(
+        "peers --length 64 --training-length 64 --repeats 1 --num-hidden-layers 1",
+        [(work, "64") for work in PEER_WORKS],
+    ),
+    SmokeTable("operation --length 64 --repeats 1", [(work, "64") for work in OPERATION_WORKS]),
+    SmokeTable("paper --length 32 --length 512 --hidden-size 32 --num-hidden-layers 1", [("32",), ("512",)]),
     SmokeTable(
         "translation --steps 1 --search-steps 1 --learning-rate 1e-3 --batch-size 2 --pairs 4 --no-scores",
         [("liquid",), ("t5",)],
