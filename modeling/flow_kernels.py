@@ -9,7 +9,6 @@ P position_dim, L tables, w candidates per table, K neighbours.
 from itertools import pairwise
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .triton_attention import (
     Attention,
@@ -19,29 +18,15 @@ from .triton_attention import (
     backward_queries_kernel,
     forward_kernel,
 )
+from .triton_choice import padded
 from .triton_search import Search, cells_kernel, constexpr, ends_kernel, search_kernel
 
-MOST_CANDIDATES = 512  # of a query: their codes are held in registers
-MOST_FEATURES = 256  # of a value: likewise
-MOST_ADDRESSED = 2**31 - 1  # what a row's int32 offsets reach
 PLACES = 256  # of a program that looks something up for each
 CODES_PER_WARP = 512  # of candidates
 QUERIES = 16  # of a program that reads; a matrix product takes no fewer
 KEYS = 16  # of a program that gathers gradients
+PAIRS = 16  # of an entity and a query that found it, at a time
 TILE = 32  # entities of the local window, or queries of a key, at a time
-
-
-def search_fits(positions: torch.Tensor, num_tables: int, candidates_per_table: int) -> bool:
-    """Whether the kernels can search these: float32, and not more candidates than they hold."""
-    fits = _padded(num_tables) * _padded(candidates_per_table) <= MOST_CANDIDATES
-    return fits and positions.dtype == torch.float32 and positions[0].numel() <= MOST_ADDRESSED
-
-
-def attention_fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, fading: torch.Tensor) -> bool:
-    """Whether the kernels can read these: float32, but for values of any precision up to that."""
-    single = query.dtype == key.dtype == fading.dtype == torch.float32
-    fits = max(query.shape[-1], value.shape[-1]) <= MOST_FEATURES
-    return single and fits and value.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def cells_on_gpu(
@@ -66,7 +51,7 @@ def cells_on_gpu(
     blocks, rows = -(-length // PLACES), cells[..., 0, 0].numel()
     with torch.cuda.device_of(positions):
         cells_kernel[(rows * blocks,)](
-            *constants, cells, length, blocks, grid, tables, axes, dims, _padded(dims), PLACES
+            *constants, cells, length, blocks, grid, tables, axes, dims, padded(dims), PLACES
         )
     return cells.transpose(-1, -2)
 
@@ -90,7 +75,7 @@ def search_on_gpu(
     cells = key_cells.transpose(1, 2).to(torch.int16 if num_cells < 2**15 else torch.int32)
     cells, times = cells.contiguous().sort(dim=-1, stable=True)
     bounds = torch.arange(num_cells + 1, device=cells.device).to(cells.dtype).expand(rows, tables, -1)
-    padded_tables, padded_candidates = _padded(tables), _padded(candidates_per_table)
+    padded_tables, padded_candidates = padded(tables), padded(candidates_per_table)
     search = Search(
         queries=query_positions.contiguous(),
         keys=key_positions.contiguous(),
@@ -123,73 +108,87 @@ def search_on_gpu(
     return indices, distances
 
 
-class FlowAttentionOnGPU(torch.autograd.Function):
-    """`flow_attention.flow_attention` without dropout; arguments and results are its own."""
+def read_on_gpu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    fading: torch.Tensor,
+    query_index: torch.Tensor,
+    reach: torch.Tensor,
+    neighbors: torch.Tensor,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`flow_attention.read` without dropout."""
+    batch, heads, length, _ = query.shape
+    # Heads of an entity lie together, as what comes after takes them.
+    y = value.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
+    total = query.new_empty(batch, heads, length)
+    blocks = -(-length // QUERIES)
+    call = _attention(query, key, value, fading, query_index, reach, neighbors, window)
+    with torch.cuda.device_of(query):
+        forward_kernel[(batch * heads * blocks,)](call, _rows(y), total, blocks, QUERIES, TILE)
+    return y, total
 
-    @staticmethod
-    def forward(ctx, query, key, value, fading, query_index, reach, neighbors, window):
-        query, key, value = (_with_dense_features(x) for x in (query, key, value))
-        batch, heads, length, _ = query.shape
-        past, reach, neighbors = query_index[:, 0].contiguous(), reach.contiguous(), neighbors.contiguous()
-        # Heads of an entity lie together, as what comes after has them.
-        y = value.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
-        total = query.new_empty(batch, heads, length)
-        blocks = -(-length // QUERIES)
-        call = _attention(query, key, value, fading.contiguous(), past, reach, neighbors, window)
-        with torch.cuda.device_of(query):
-            forward_kernel[(batch * heads * blocks,)](call, _rows(y), total, blocks, QUERIES, TILE)
-        ctx.save_for_backward(query, key, value, fading, past, reach, neighbors, y, total)
-        ctx.window = window
-        return y, total
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_y, grad_total):
-        query, key, value, fading, past, reach, neighbors, y, total = ctx.saved_tensors
-        batch, heads, length, _ = query.shape
-        stored, num_neighbors = key.shape[2], neighbors.shape[-1]
-        grad_y, grad_total = _with_dense_features(grad_y), grad_total.contiguous()
-        call = _attention(query, key, value, fading.contiguous(), past, reach, neighbors, ctx.window)
-        grad_query, grad_key, grad_value = (torch.empty_like(x) for x in (query, key, value))
-        sums = torch.empty_like(total)
-        far_key = far_value = None
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        if num_neighbors:
-            make = torch.empty if deterministic else torch.zeros
-            far_key, far_value = (
-                make(batch, heads, stored, x.shape[-1], dtype=torch.float32, device=x.device) for x in (key, value)
+def read_gradients_on_gpu(
+    grad_y: torch.Tensor,
+    grad_total: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    fading: torch.Tensor,
+    query_index: torch.Tensor,
+    reach: torch.Tensor,
+    neighbors: torch.Tensor,
+    y: torch.Tensor,
+    total: torch.Tensor,
+    window: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`flow_attention.read_gradients` without dropout.
+
+    What neighbours get is added up atomically, in any order, unless torch is to use deterministic algorithms alone.
+    """
+    batch, heads, length, _ = query.shape
+    stored, num_neighbors, rows = key.shape[2], neighbors.shape[-1], batch * heads
+    blocks, key_blocks = -(-length // QUERIES), -(-stored // KEYS)
+    warps = max(4, padded(value.shape[-1]) // 16)  # registers for a program's rows
+    call = _attention(query, key, value, fading, query_index, reach, neighbors, window)
+    given, grad_total = _rows(grad_y), grad_total.contiguous()
+    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
+    grad_query, grad_key, grad_value = (_rows(grad) for grad in grads)
+    grad_fading, sums = query.new_empty(batch, heads, blocks), torch.empty_like(total)
+    far = (None, None)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if num_neighbors:
+        make = torch.empty_like if deterministic else torch.zeros_like
+        far = tuple(_rows(make(x, dtype=torch.float32)) for x in grads[1:])
+    with torch.cuda.device_of(query):
+        backward_queries_kernel[(rows * blocks,)](
+            call, total, _rows(y), given, grad_total, sums, grad_query, grad_fading, *far, blocks,
+            bool(num_neighbors) and not deterministic, QUERIES, TILE, num_warps=warps,
+        )  # fmt: skip
+        if num_neighbors and deterministic:
+            found, pairs = neighbors.reshape(rows, -1).sort(dim=-1, stable=True)
+            entities = torch.arange(stored + 1, device=found.device).expand(rows, -1).contiguous()
+            starts = torch.searchsorted(found, entities)
+            backward_neighbors_kernel[(rows * stored,)](
+                call, pairs, starts, total, given, sums, *far, PAIRS, num_warps=warps // 4
             )
-        far = tuple(None if x is None else _rows(x) for x in (far_key, far_value))
-        blocks, key_blocks, rows = -(-length // QUERIES), -(-stored // KEYS), batch * heads
-        grad_fading = query.new_empty(rows, blocks)
-        with torch.cuda.device_of(query):
-            backward_queries_kernel[(rows * blocks,)](
-                call, total, _rows(y), _rows(grad_y), grad_total, sums, _rows(grad_query), grad_fading, *far, blocks,
-                bool(num_neighbors) and not deterministic, QUERIES, TILE,
-            )  # fmt: skip
-            if num_neighbors and deterministic:
-                found, pairs = neighbors.flatten(2).flatten(0, 1).sort(dim=-1, stable=True)
-                entities = torch.arange(stored + 1, device=found.device).expand(rows, -1).contiguous()
-                starts = torch.searchsorted(found, entities)
-                backward_neighbors_kernel[(rows * stored,)](
-                    call, pairs, starts, total, _rows(grad_y), sums, *far, QUERIES, num_warps=1
-                )
-            backward_keys_kernel[(rows * key_blocks,)](
-                call, total, _rows(grad_y), sums, *far, _rows(grad_key), _rows(grad_value), key_blocks, KEYS, TILE
-            )
-        grad_fading = grad_fading.view(batch, heads, blocks).sum(dim=(0, 2))
-        return grad_query, grad_key, grad_value, grad_fading, None, None, None, None
+        backward_keys_kernel[(rows * key_blocks,)](
+            call, total, given, sums, *far, grad_key, grad_value, key_blocks, KEYS, TILE, num_warps=warps
+        )
+    return *grads, grad_fading.sum(dim=(0, 2))
 
 
-def _attention(query, key, value, fading, past, reach, neighbors, window):
+def _attention(query, key, value, fading, query_index, reach, neighbors, window):
     return Attention(
         query=_rows(query),
         key=_rows(key),
         value=_rows(value),
-        fading=fading,
-        past=past,
-        reach=reach,
-        neighbors=neighbors,
+        fading=fading.contiguous(),
+        past=query_index[:, 0].contiguous(),
+        reach=reach.contiguous(),
+        neighbors=neighbors.contiguous(),
         heads=query.shape[1],
         length=query.shape[2],
         stored=key.shape[2],
@@ -199,14 +198,6 @@ def _attention(query, key, value, fading, past, reach, neighbors, window):
 
 
 def _rows(x: torch.Tensor) -> Rows:
+    x = x if x.stride(-1) == 1 else x.contiguous()
     features = x.shape[-1]
-    return Rows(x, *x.stride()[:3], constexpr(features), constexpr(_padded(features, 16)))
-
-
-def _with_dense_features(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _padded(size: int, least: int = 1) -> int:
-    """The next power of two."""
-    return max(least, 1 << (size - 1).bit_length())
+    return Rows(x, *x.stride()[:3], constexpr(features), constexpr(max(16, padded(features))))

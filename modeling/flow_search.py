@@ -105,6 +105,10 @@ class CellGrids:
             return cells_natively(library, positions, *constants)
         sizes = torch.tensor(edges, device=positions.device)
         shift = (self.shift.long() * sizes[:, None]).div(ROTATION_SCALE, rounding_mode="floor")
+        if on_grid and not calls_operators() and searches_in_triton(positions):
+            from .flow_kernels import cells_on_gpu
+
+            return cells_on_gpu(positions, GRID, self.rotation, shift, sizes, self.cells_per_axis)
         flat = positions.reshape(1, -1, positions.shape[-1])
         return in_pieces(partial(self._cells, sizes.double(), shift.double()), flat).view(
             *positions.shape[:-1], len(edges)

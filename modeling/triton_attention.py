@@ -217,7 +217,7 @@ def backward_queries_kernel(
         value = load_rows(call.value, call, row, near, held)
         age = index[:, None] - near[None, :]
         weights = tl.exp(local_logits(query, key, fading, age, reach, call.window) - log_sum[:, None])
-        grads = weights * (product(given, tl.trans(value)) - summed[:, None])
+        grads = weights * (tl.trans(product(value, tl.trans(given))) - summed[:, None])
         turned += product(grads, key)
         faded += tl.sum(grads * log_age(age), axis=1)
 

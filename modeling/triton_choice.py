@@ -1,4 +1,7 @@
-"""Where Triton kernels are used: on GPUs that they are made for, if Triton is installed."""
+"""When search and attention run in Triton: on GPUs that it is made for, with sizes that its programs hold.
+
+Without Triton, on older GPUs and with `DFN_HF_NATIVE=0` torch does the work.
+"""
 
 from functools import cache
 
@@ -9,11 +12,28 @@ from .native_library import switched_on
 
 logger = logging.get_logger(__name__)
 
-LEAST_CAPABILITY = (8, 0)  # of an NVIDIA GPU: what Triton supports
+LEAST_CAPABILITY = (8, 0)  # of an NVIDIA GPU
+MOST_CANDIDATES = 512  # of a query: their codes are held in registers
+MOST_FEATURES = 256  # of an entity: likewise
+MOST_ADDRESSED = 2**31 - 1  # what offsets within a row reach
+
+
+def searches_in_triton(positions: torch.Tensor, num_tables: int = 1, candidates_per_table: int = 1) -> bool:
+    """Whether cells and neighbours of positions on the grid, `[..., M, P]`, are found by the kernels."""
+    length, position_dim = positions.shape[-2:]
+    fits = padded(num_tables) * padded(candidates_per_table) <= MOST_CANDIDATES
+    fits = fits and positions.dtype == torch.float32 and 0 < length * position_dim <= MOST_ADDRESSED
+    return fits and triton_runs_on(positions.device)
+
+
+def reads_in_triton(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, fading: torch.Tensor) -> bool:
+    """Whether `flow_attention.flow_attention` without dropout runs in the kernels: in float32, but for values."""
+    fits = query.dtype == key.dtype == fading.dtype == torch.float32 and query.numel() > 0
+    fits = fits and value.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return fits and max(query.shape[-1], value.shape[-1]) <= MOST_FEATURES and triton_runs_on(query.device)
 
 
 def triton_runs_on(device: torch.device) -> bool:
-    """Whether this device's tensors go to the kernels; not while native code is switched off."""
     return device.type == "cuda" and switched_on() and _can_run(device)
 
 
@@ -30,7 +50,12 @@ def _obstacle(device: torch.device) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
         return f"Triton needs compute capability {'.'.join(map(str, LEAST_CAPABILITY))}."
     try:
-        from .flow_kernels import FlowAttentionOnGPU  # noqa: F401 - what it imports is asked
+        from .flow_kernels import search_on_gpu  # noqa: F401 - it is asked whether it can be imported
     except ImportError as error:
         return f"Triton cannot be imported ({error})."
     return None
+
+
+def padded(size: int) -> int:
+    """The next power of two."""
+    return 1 << (size - 1).bit_length()

@@ -8,31 +8,48 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_flow_attention import DIFFERENTIABLE, TOLERANCE, draw_inputs, outputs_and_gradients
-from test_flow_search import assert_same, draw_positions
+from transformers import DynamicCache
 
-from dfn_hf.modeling.flow_attention import flow_attention_reference
+from dfn_hf.modeling import triton_choice
+from dfn_hf.modeling.flow_attention import flow_attention, flow_attention_reference
 from dfn_hf.modeling.flow_search import (
     GRID,
-    ROTATION_SCALE,
     CellGrids,
     ball_cells_per_axis,
     geometric_cell_sizes,
     grid_constants,
     search_cells,
 )
+from tests.test_flow_attention import DIFFERENTIABLE, TOLERANCE, draw_inputs, outputs_and_gradients
+from tests.test_flow_search import assert_same, draw_positions
+from tests.test_native_library import draw_model
 
 flow_kernels = pytest.importorskip(
     "dfn_hf.modeling.flow_kernels", reason="Triton is made for Linux alone", exc_type=ImportError
 )
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SEARCH = ("cells_on_gpu", "search_on_gpu")
+ATTENTION = ("read_on_gpu", "read_gradients_on_gpu")
 
 
-@pytest.fixture(autouse=True)
-def torch_alone(monkeypatch):
-    """What the kernels are compared with is not to be the kernels, nor the C code."""
-    monkeypatch.setenv("DFN_HF_NATIVE", "0")
+@pytest.fixture
+def launched(monkeypatch):
+    """Sends tensors of any device to the kernels, and tells which were called."""
+    monkeypatch.setenv("DFN_HF_NATIVE", "0")  # what they are compared with is torch
+    monkeypatch.setattr(triton_choice, "triton_runs_on", lambda device: True)
+    names = []
+
+    def observed(name, launch):
+        def call(*arguments):
+            names.append(name)
+            return launch(*arguments)
+
+        return call
+
+    for name in SEARCH + ATTENTION:
+        monkeypatch.setattr(flow_kernels, name, observed(name, getattr(flow_kernels, name)))
+    return names
 
 
 def draw_grids(position_dim, num_tables, cell_sizes=None):
@@ -45,16 +62,15 @@ def draw_grids(position_dim, num_tables, cell_sizes=None):
 
 
 @pytest.mark.parametrize(("shape", "num_tables"), [((2, 1, 37, 4), 3), ((1, 300, 1), 1), ((3, 5, 16), 6)])
-def test_cells_are_those_of_torch(shape, num_tables):
+def test_cells_are_those_of_torch(shape, num_tables, launched):
     grids = draw_grids(shape[-1], num_tables)
     positions = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
     positions = (positions * GRID).round() / GRID
     positions[..., 0, 0], positions[..., 1, 0] = 1e30, -1e30  # beyond the outermost cells
-    positions = positions.to(DEVICE)
-    edges = torch.tensor([round(size * GRID * ROTATION_SCALE) for size in grids.cell_sizes], device=DEVICE)
-    shift = (grids.shift.long() * edges[:, None]).div(ROTATION_SCALE, rounding_mode="floor")
-    found = flow_kernels.cells_on_gpu(positions, GRID, grids.rotation, shift, edges, grids.cells_per_axis)
-    assert torch.equal(found, grids.cells(positions))
+    positions = positions.to(DEVICE, torch.float32)
+    expected = grids.cells(positions)
+    assert launched == [] and torch.equal(grids.cells(positions, on_grid=True), expected)
+    assert launched == ["cells_on_gpu"]
 
 
 SEARCHES = {
@@ -73,7 +89,7 @@ SEARCHES = {
 
 
 @pytest.mark.parametrize("case", SEARCHES)
-def test_neighbours_are_those_of_torch(case):
+def test_neighbours_are_those_of_torch(case, launched):
     options = {
         "shape": (2, 45, 4), "kind": "spread", "num_tables": 3, "cell_sizes": None, "candidates_per_table": 3,
         "num_neighbors": 5, "window": 2, "reach": None, "counts": None, **SEARCHES[case],
@@ -85,11 +101,11 @@ def test_neighbours_are_those_of_torch(case):
     reach = None if options["reach"] is None else index % 17
     counts = None if options["counts"] is None else torch.tensor(options["counts"], device=DEVICE)
     sizes = (options["num_neighbors"], options["window"], options["candidates_per_table"])
-    query_cells, key_cells = grids.cells(queries), grids.cells(keys)
-    expected = search_cells(queries, query_cells, index, keys, key_cells, *sizes, reach=reach, counts=counts)
-    found = flow_kernels.search_on_gpu(
-        queries, query_cells, keys, key_cells, *sizes, grids.table_offsets, reach, counts
-    )
+    arguments = (queries, grids.cells(queries), index, keys, grids.cells(keys), *sizes)
+    expected = search_cells(*arguments, reach=reach, counts=counts)
+    assert launched == []
+    found = search_cells(*arguments, reach=reach, counts=counts, table_offsets=grids.table_offsets)
+    assert launched == ["search_on_gpu"]
     assert_same(found, expected)
     assert (expected[0] >= 0).any() == (options["window"] < length and length > 1 or options["window"] == 0)
 
@@ -109,13 +125,15 @@ CASES = {
 }
 
 
-def on_device(inputs):
-    return {name: x.to(DEVICE) if torch.is_tensor(x) else x for name, x in inputs.items()}
-
-
 def attend(**inputs):
-    y, total = flow_kernels.FlowAttentionOnGPU.apply(*on_device(inputs).values())
+    y, total = flow_attention(**{name: x.to(DEVICE) if torch.is_tensor(x) else x for name, x in inputs.items()})
     return y.cpu(), total.cpu()
+
+
+@pytest.fixture
+def attention_launched(launched):
+    yield
+    assert set(launched) == set(ATTENTION)
 
 
 def assert_equals_the_loop(inputs, value_dtype):
@@ -135,17 +153,21 @@ def deterministic(request):
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.usefixtures("attention_launched")
 @pytest.mark.parametrize("case", CASES)
 def test_attention_equals_the_loop(case):
     assert_equals_the_loop(draw_inputs(7, **CASES[case]), torch.float32)
 
 
 @pytest.mark.parametrize("value_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.usefixtures("deterministic")
+@pytest.mark.usefixtures("attention_launched", "deterministic")
 def test_gradients_with_and_without_atomic_additions(value_dtype):
-    assert_equals_the_loop(draw_inputs(8, length=9, past=(5, 0), room=1), value_dtype)
+    inputs = draw_inputs(8, length=9, past=(5, 0), room=1)
+    inputs["reach"] = inputs["query_index"] % 3  # segments start within the window
+    assert_equals_the_loop(inputs, value_dtype)
 
 
+@pytest.mark.usefixtures("attention_launched")
 def test_values_of_any_stride():
     inputs = draw_inputs(9)
     expected = outputs_and_gradients(attend, inputs, **dict.fromkeys(DIFFERENTIABLE, torch.float32))
@@ -155,11 +177,72 @@ def test_values_of_any_stride():
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.usefixtures("attention_launched")
 def test_large_logits_stay_finite():
     inputs = draw_inputs(2)
     inputs["query"] = 1e3 * inputs["query"]
     outputs = outputs_and_gradients(attend, inputs, **dict.fromkeys(DIFFERENTIABLE, torch.float32))
     assert all(value.isfinite().all() for value in outputs.values())
+
+
+# Choice
+
+
+def test_a_model_gives_the_same(launched, monkeypatch):
+    model, ids = draw_model(num_hidden_layers=1)
+    model, ids = model.to(DEVICE), ids[:, :21].to(DEVICE)
+
+    def run():
+        model.zero_grad()
+        outputs = model(ids, labels=ids, use_cache=False, output_entities=True)
+        outputs.loss.backward()
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            continued = [model(ids[:, part], past_key_values=cache).logits for part in (slice(17), slice(17, 21))]
+        gradients = [parameter.grad for parameter in model.parameters()]
+        return outputs.entities[0].neighbors, [outputs.logits, *continued, *gradients]
+
+    neighbors, found = run()
+    assert launched == ["cells_on_gpu", "cells_on_gpu", "search_on_gpu", *ATTENTION] + 2 * [
+        "cells_on_gpu", "cells_on_gpu", "read_on_gpu"
+    ]  # fmt: skip
+    monkeypatch.setattr(triton_choice, "triton_runs_on", lambda device: False)
+    expected_neighbors, expected = run()
+    assert torch.equal(neighbors, expected_neighbors) and (neighbors >= 0).any()
+    for x, wanted in zip(found, expected, strict=True):
+        assert torch.allclose(x, wanted, atol=1e-4 * float(wanted.detach().abs().max().clamp(min=1)), rtol=0)
+
+
+@pytest.mark.parametrize("misfit", ["dropout", "float64", "wide values"])
+def test_torch_does_what_the_kernels_do_not(misfit, launched):
+    inputs = draw_inputs(0, length=3)
+    if misfit != "float64":
+        inputs |= {name: inputs[name].float() for name in DIFFERENTIABLE}
+    if misfit == "wide values":
+        inputs["value"] = inputs["value"].repeat(1, 1, 1, 100)
+    y, _ = flow_attention(**inputs, dropout=0.5 if misfit == "dropout" else 0.0)
+    assert launched == [] and y.isfinite().all()
+
+
+@pytest.mark.parametrize("obstacle", ["an old GPU", "no Triton", "switched off", "no GPU"])
+def test_torch_does_the_work_where_the_kernels_cannot(obstacle, monkeypatch):
+    capability = (7, 5) if obstacle == "an old GPU" else (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setenv("DFN_HF_NATIVE", "0" if obstacle == "switched off" else "1")
+    if obstacle == "no Triton":
+        monkeypatch.setitem(sys.modules, "dfn_hf.modeling.flow_kernels", None)
+    device = torch.device("cpu" if obstacle == "no GPU" else "cuda")
+    triton_choice._can_run.cache_clear()
+    assert not triton_choice.triton_runs_on(device)
+    monkeypatch.undo()
+    triton_choice._can_run.cache_clear()
+
+
+def test_the_kernels_are_chosen_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setenv("DFN_HF_NATIVE", "1")
+    assert triton_choice.triton_runs_on(torch.device("cuda"))
+    triton_choice._can_run.cache_clear()
 
 
 # Compiled
