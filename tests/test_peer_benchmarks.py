@@ -258,7 +258,7 @@ class TestOperation:
         with pytest.raises(ValueError, match="^work is 'backward'"):
             operation.prepare_operation(OperationSettings(work="backward"))
         monkeypatch.setenv(operation.SWITCH, "0")
-        with pytest.raises(ValueError, match="no C compiler"):
+        with pytest.raises(ValueError, match="needs a C compiler"):
             operation.prepare_operation(OperationSettings())
 
 

@@ -21,6 +21,7 @@ from dfn_hf.modeling.flow_search import (
 )
 from dfn_hf.modeling.native_library import SWITCH
 from dfn_hf.modeling.search_kernel import search_library
+from dfn_hf.modeling.triton_choice import triton_runs_on
 
 from .machine import describe_machine, peak_memory_mib, set_up_device
 from .results import ResultsFile
@@ -128,8 +129,10 @@ def _flow_attention(
 ) -> tuple[Callable[[], torch.Tensor], Sequence[torch.Tensor]]:
     heads, length, device = settings.heads, settings.length, settings.device
     moved, rest = clustered_positions(settings, generator)
-    if settings.operation == NATIVE["cpu"] and search_library(rest) is None:
-        raise ValueError(f"operation is {settings.operation!r}, but there is no C compiler or {SWITCH} is 0")
+    if settings.operation != TORCH and search_library(rest) is None and not triton_runs_on(rest.device):
+        raise ValueError(
+            f"operation is {settings.operation!r}, which needs a C compiler, or on a GPU Triton, and {SWITCH} not 0"
+        )
     rotation, shift = (
         constant.to(device) for constant in grid_constants(settings.position_dim, settings.num_tables, 0)
     )
