@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from .depthwise_conv import DepthwiseConv1d
+
 
 class CausalConv(nn.Module):
     """y_t = Σ_r w_r ⊙ x_{t−r} for −`ahead` ≤ r < `kernel_size`, within the segment of t.
@@ -17,7 +19,7 @@ class CausalConv(nn.Module):
         super().__init__()
         self.kernel_size = kernel_size
         self.ahead = ahead
-        self.conv = nn.Conv1d(channels, channels, kernel_size + ahead, groups=channels, bias=False)
+        self.conv = DepthwiseConv1d(channels, kernel_size + ahead)
         self.conv.ahead = ahead
 
     def forward(self, x: torch.Tensor, rows, state=None) -> torch.Tensor:
@@ -36,8 +38,7 @@ class CausalConv(nn.Module):
             return self._convolve_segments(x, rows.segment, before)
         else:
             history = nn.functional.pad(x, (0, 0, before, self.ahead))
-        # Laid out as projections read it: each of them would make a copy of its own.
-        return self.conv(history.transpose(1, 2)).transpose(1, 2).contiguous()
+        return self.conv(history.transpose(1, 2)).transpose(1, 2)
 
     def _convolve_segments(self, x: torch.Tensor, segment: torch.Tensor, gap: int) -> torch.Tensor:
         """Lay `gap` zeros before each segment, convolve, and take the entities out again."""
