@@ -59,8 +59,9 @@ def plot_lengths(results: Sequence[tuple[RunT, TimingT]], path: Path) -> None:
     for work, part in zip(works, axes[0], strict=True):
         for label in labels:
             points = _points(results, work, label)
-            part.loglog(points.keys(), points.values(), marker="o", markersize=4, label=label, base=2)
-        part.set(xlabel="tokens", ylabel="seconds", title=work)
+            part.plot(points.keys(), points.values(), marker="o", markersize=4, label=label)
+        part.set(xlabel="tokens", ylabel="seconds", title=work, yscale="log")
+        part.set_xscale("log", base=2)
         part.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k")
         part.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
         part.grid(alpha=0.3)
