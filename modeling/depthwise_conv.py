@@ -27,7 +27,8 @@ class _DepthwiseConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, taps):
         ctx.save_for_backward(x, taps)
-        y = x.new_empty(x.shape[0], x.shape[1] - len(taps) + 1, x.shape[2], dtype=torch.result_type(x, taps))
+        dtype = torch.promote_types(x.dtype, taps.dtype)
+        y = x.new_empty(x.shape[0], x.shape[1] - len(taps) + 1, x.shape[2], dtype=dtype)
         wide = torch.promote_types(torch.float32, y.dtype)
         for start, stop in _pieces(y):
             total = x[:, start:stop].to(wide) * taps[0]

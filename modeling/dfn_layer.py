@@ -15,7 +15,6 @@ F coordinate features, K neighbours, C memory chunks, S memory slots.
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import nn
@@ -406,28 +405,29 @@ class DynamicFlowAttention(nn.Module):
                 query.flatten(0, 1), index, key.flatten(0, 1), config.num_neighbors, config.local_window, reach=reach
             )
         else:
-            grids, chains, in_step = self._grids(), None, is_step(state, query)
+            grids, chains = self._grids(state), None
             query_cells, cells = (grids.cells(positions, on_grid=True) for positions in (query, key))
             if state is not None:
                 key, cells = state.append("place", key), state.append("cell", cells)
                 chains = self._chains(state, grids, batch, length)
-            search = search_step if in_step else partial(search_cells, table_offsets=grids.table_offsets)
-            found, _ = search(
-                query.flatten(0, 1),
-                query_cells.flatten(0, 1),
-                index,
-                key.flatten(0, 1),
-                cells.flatten(0, 1),
-                config.num_neighbors,
-                config.local_window,
-                config.candidates_per_table,
-                reach=reach,
-                counts=None if rows.counts is None else rows.counts.repeat_interleave(heads),
-                chains=chains,
-            )
+            counts = None if rows.counts is None else rows.counts.repeat_interleave(heads)
+            asked = (query.flatten(0, 1), query_cells.flatten(0, 1), index, key.flatten(0, 1), cells.flatten(0, 1))
+            sizes = (config.num_neighbors, config.local_window, config.candidates_per_table)
+            if is_step(state, query):
+                first_slots = grids.constants[-1]
+                found, _ = search_step(
+                    *asked, *sizes, chains.heads, chains.links, first_slots, reach=reach, counts=counts
+                )
+            else:
+                offsets = grids.table_offsets
+                found, _ = search_cells(
+                    *asked, *sizes, reach=reach, counts=counts, chains=chains, table_offsets=offsets
+                )
         return found.view(batch, heads, length, -1)
 
-    def _grids(self) -> CellGrids:
+    def _grids(self, state: StateLayer | None) -> CellGrids:
+        if state is not None:
+            return state.constant("grids", lambda: self._grids(None).with_constants())
         cells_per_axis = ball_cells_per_axis(self.config.position_dim, self.cell_sizes)
         return CellGrids(self.grid_rotation, self.grid_shift, self.cell_sizes, cells_per_axis)
 
@@ -439,8 +439,8 @@ class DynamicFlowAttention(nn.Module):
             lambda: torch.full((batch, self.num_heads, offsets[-1]), -1, dtype=torch.int32, device=device),
             UndoChains(offsets, self.config.local_window),
         )
-        fresh = torch.full((batch, self.num_heads, length, len(offsets) - 1), -1, dtype=torch.int32, device=device)
-        links = state.append("link", fresh)
+        new = torch.empty(batch, self.num_heads, length, len(offsets) - 1, dtype=torch.int32, device=device)
+        links = state.room("link", new)
         return CellChains(heads.flatten(0, 1), links.flatten(0, 1), offsets)
 
 

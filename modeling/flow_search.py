@@ -15,8 +15,7 @@ A axes of a grid, w candidates per table, K neighbours.
 import math
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -75,12 +74,19 @@ class CellGrids:
         rotation (int `[L, A, P]`), shift (int `[L, A]`): see `grid_constants`.
         cell_sizes: edge length of each table's cells, in units of position.
         cells_per_axis: odd; positions beyond the outermost cell count as in it.
+        constants: `make_constants`, if they were made ahead.
     """
 
     rotation: torch.Tensor
     shift: torch.Tensor
     cell_sizes: list[float]
     cells_per_axis: list[int]
+    constants: tuple[torch.Tensor, ...] | None = None
+
+    @property
+    def edges(self) -> list[int]:
+        """Edge length of each table's cells, in the units that the rotation gives."""
+        return [round(size * GRID * ROTATION_SCALE) for size in self.cell_sizes]
 
     @property
     def table_offsets(self) -> list[int]:
@@ -98,25 +104,21 @@ class CellGrids:
         Args:
             on_grid: all positions are, so that native code gives the same cells.
         """
-        edges = [round(size * GRID * ROTATION_SCALE) for size in self.cell_sizes]
         library = search_library(positions) if on_grid and not calls_operators() else None
         if library is not None:
-            constants = (GRID, ROTATION_SCALE, self.rotation, self.shift, edges, self.cells_per_axis)
+            constants = (GRID, ROTATION_SCALE, self.rotation, self.shift, self.edges, self.cells_per_axis)
             return cells_natively(library, positions, *constants)
-        sizes = torch.tensor(edges, device=positions.device)
-        shift = (self.shift.long() * sizes[:, None]).div(ROTATION_SCALE, rounding_mode="floor")
+        edges, shift, *others = self.constants or self.make_constants()
         if on_grid and not calls_operators() and searches_in_triton(positions):
             from .flow_kernels import cells_on_gpu
 
-            return cells_on_gpu(positions, GRID, self.rotation, shift, sizes, self.cells_per_axis)
+            return cells_on_gpu(positions, GRID, self.rotation, shift, edges, self.cells_per_axis)
         flat = positions.reshape(1, -1, positions.shape[-1])
-        return in_pieces(partial(self._cells, sizes.double(), shift.double()), flat).view(
-            *positions.shape[:-1], len(edges)
-        )
+        return in_pieces(self._cells, flat).view(*positions.shape[:-1], len(edges))
 
-    def _cells(self, edges: torch.Tensor, shift: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Positions `[1, N, P]` → int32 `[1, N, L]`; edges `[L]` and shift `[L, A]` in the units of the rotation."""
-        counts = torch.tensor(self.cells_per_axis, device=positions.device).double()
+    def _cells(self, positions: torch.Tensor) -> torch.Tensor:
+        """Positions `[1, N, P]` → int32 `[1, N, L]`."""
+        edges, shift, counts, _ = self.constants or self.make_constants()
         scaled, cell = positions.double() * GRID, 0
         for axis in range(self.rotation.shape[1]):
             along = scaled @ self.rotation[:, axis].double().T
@@ -124,6 +126,21 @@ class CellGrids:
             place = ((along + shift[:, axis]) / edges).floor_() + (counts - 1) / 2
             cell = cell * counts + place.clamp_(min=0).minimum(counts - 1)
         return cell.int()
+
+    def make_constants(self) -> tuple[torch.Tensor, ...]:
+        """(edges `[L]` and shift `[L, A]` in the units of the rotation, cells per axis `[L]`, first slots `[L]`).
+
+        The first slots are int64, the others whole numbers in float64. A captured graph cannot make them itself.
+        """
+        device = self.rotation.device
+        edges = torch.tensor(self.edges, dtype=torch.float64, device=device)
+        shift = (self.shift * edges[:, None]).div(ROTATION_SCALE, rounding_mode="floor")
+        counts = torch.tensor(self.cells_per_axis, dtype=torch.float64, device=device)
+        return edges, shift, counts, torch.tensor(self.table_offsets[:-1], device=device)
+
+    def with_constants(self) -> "CellGrids":
+        """The same grids, which will find their constants made."""
+        return replace(self, constants=self.make_constants())
 
 
 @dataclass

@@ -6,7 +6,7 @@ for bit. Shape letters: G rows, N stored entities, P position_dim, L tables, w c
 
 import torch
 
-from .flow_search import CellChains, rank_nearest, squared_distances
+from .flow_search import rank_nearest, squared_distances
 
 
 def search_step(
@@ -18,17 +18,22 @@ def search_step(
     num_neighbors: int,
     window: int,
     candidates_per_table: int,
+    heads: torch.Tensor,
+    links: torch.Tensor,
+    first_slots: torch.Tensor,
     *,
-    chains: CellChains,
     reach: torch.Tensor | None = None,
     counts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The K nearest distinct candidates of one query per row; brings the chains up to date.
 
+    They hold the entities before index − window, and index − window enters them.
+
     Args:
         query_positions: `[G, 1, P]`; query_cells: int32 `[G, 1, L]`; query_index: int64 `[G, 1]`.
         key_positions: `[G, N, P]`; key_cells: int32 `[G, N, L]`; room behind a row's entities does not matter.
-        chains: the entities before index − window; the entity index − window enters them.
+        heads: int32 `[G, slots]`; links: int32 `[G, capacity, L]`; see `CellChains`.
+        first_slots: int64 `[L]`, the first slot of each table.
         reach: int64 `[G, 1]`, how many of the entities just before it a query may see; all if None.
         counts: int64 `[G]`, 0 where the query is padding. All are real if None.
 
@@ -41,17 +46,19 @@ def search_step(
     if counts is not None:
         enters = enters & (counts > 0)[:, None]
     entry = entering.clamp(min=0)[..., None].expand(-1, -1, num_tables)  # [G, 1, L]
-    slots = chains.slots(key_cells.gather(1, entry))[:, 0]
-    before = chains.heads.gather(1, slots)
-    # What does not enter writes back what stood there.
-    links = torch.where(enters[..., None], before[:, None], chains.links.gather(1, entry))
-    chains.links.scatter_(1, entry, links)
-    chains.heads.scatter_(1, slots, torch.where(enters, entering.int(), before))
+    slots = key_cells.gather(1, entry)[:, 0] + first_slots
+    before = heads.gather(1, slots)
+    linked = torch.where(enters[..., None], before[:, None], links.gather(1, entry))
+    newest = torch.where(enters, entering.int(), before)
+    # What does not enter writes back what stood there. Unlike scatter_, compilers do index_put_ in place.
+    row, table = torch.arange(len(slots), device=slots.device)[:, None], torch.arange(num_tables, device=slots.device)
+    links.index_put_((row, entry[:, 0], table), linked[:, 0])
+    heads.index_put_((row, slots), newest)
 
-    steps = [chains.heads.gather(1, chains.slots(query_cells)[:, 0])[:, None]]  # each [G, 1, L]
+    steps = [heads.gather(1, query_cells[:, 0] + first_slots)[:, None]]  # each [G, 1, L]
     while len(steps) < candidates_per_table:
-        newest = steps[-1]
-        steps.append(torch.where(newest < 0, -1, chains.links.gather(1, newest.long().clamp(min=0))))
+        last = steps[-1]
+        steps.append(torch.where(last < 0, -1, links.gather(1, last.long().clamp(min=0))))
     ids = torch.cat(steps, dim=1).flatten(1).long()  # [G, w * L]
 
     oldest = torch.zeros_like(query_index) if reach is None else (query_index - reach).clamp(min=0)

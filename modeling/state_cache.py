@@ -12,6 +12,7 @@ columns takes the right number of entities from each row.
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -174,6 +175,7 @@ class StateLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         self.states: dict[str, FixedState] = {}
+        self.constants: dict[str, Any] = {}
         self.lengths: torch.Tensor | None = None
         self.aligned: int | None = 0
         self.mask: torch.Tensor | None = None
@@ -254,6 +256,20 @@ class StateLayer(CacheLayerMixin):
             return state.write(new, self.aligned)
         state.reserve(self.longest + new.shape[2])
         return state.write(new, self.lengths)
+
+    def room(self, name: str, new: torch.Tensor) -> torch.Tensor:
+        """As `append`, with anything in the place of `new`: for what is written later."""
+        state = self.states.get(name)
+        if state is None:
+            state = self.states[name] = AppendState(new.new_zeros(*new.shape[:2], 0, new.shape[3]))
+        state.reserve(self.longest + new.shape[2])
+        return state.data
+
+    def constant(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` made on first use: the same for every row and call."""
+        if name not in self.constants:
+            self.constants[name] = make()
+        return self.constants[name]
 
     def write_entries(self, name: str, new: torch.Tensor, at: torch.Tensor, every: int) -> None:
         """Write `[batch, groups, length, features]` from entry `at` `[batch]` on: one entry for `every` entities."""

@@ -5,6 +5,7 @@ whole on first use and only ever written in place; how far a row has come is rea
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
@@ -29,6 +30,7 @@ class StaticStateLayer(StateLayer, StaticLayer):
         CacheLayerMixin.__init__(self)
         self.max_cache_len = self.longest = max_cache_len
         self.states: dict[str, AppendState | TailState | TableState] = {}
+        self.constants: dict[str, Any] = {}
         self.makers: dict[str, Callable[[], torch.Tensor]] = {}
         self.lengths: torch.Tensor | None = None
         self.seen: torch.Tensor | None = None
@@ -78,17 +80,20 @@ class StaticStateLayer(StateLayer, StaticLayer):
     # the kinds of state
 
     def append(self, name: str, new: torch.Tensor) -> torch.Tensor:
-        return self._storage(name, new, self.max_cache_len).write(new, self.lengths)
+        return write_in_place(self.room(name, new), new, self.lengths)
+
+    def room(self, name: str, new: torch.Tensor) -> torch.Tensor:
+        return self._storage(name, new, self.max_cache_len)
 
     def write_entries(self, name: str, new: torch.Tensor, at: torch.Tensor, every: int) -> None:
         # Chunks that only another row has come to are written too, behind a row's own.
-        self._storage(name, new, self.max_cache_len // every + 3).write(new.detach(), at)
+        write_in_place(self._storage(name, new, self.max_cache_len // every + 3), new.detach(), at)
 
-    def _storage(self, name: str, new: torch.Tensor, capacity: int) -> AppendState:
+    def _storage(self, name: str, new: torch.Tensor, capacity: int) -> torch.Tensor:
         if name not in self.states:
             shape = (*new.shape[:2], capacity, new.shape[3])
             self.states[name] = AppendState(fixed(torch.zeros(shape, dtype=new.dtype, device=new.device)))
-        return self.states[name]
+        return self.states[name].data
 
     def tail(self, name: str, new: torch.Tensor, size: int) -> torch.Tensor:
         if name not in self.states:
@@ -147,6 +152,19 @@ class StaticStateLayer(StateLayer, StaticLayer):
 
     def _refusal(self, what: str) -> ValueError:
         return ValueError(f"A cache of fixed shape {what}: use DynamicCache(config=model.config).")
+
+
+def write_in_place(storage: torch.Tensor, new: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Put `new` `[batch, groups, length, features]` into the storage, each row from its place `at` `[batch]` on.
+
+    Returns the storage; a copy where gradients are taken, which flow through `new`.
+    """
+    batch, groups, length, _ = new.shape
+    row, group, step = (torch.arange(size, device=new.device) for size in (batch, groups, length))
+    # Unlike scatter_, compilers do index_put_ in place.
+    entries = (row[:, None, None], group[:, None], (at[:, None] + step)[:, None])
+    storage.index_put_(entries, new.detach())
+    return storage.clone().index_put(entries, new) if torch.is_grad_enabled() else storage
 
 
 def fixed(tensor: torch.Tensor) -> torch.Tensor:

@@ -48,10 +48,11 @@ def test_lists_and_chains(position_dim, num_neighbors, window, candidates, sizes
         call = (queries[rows, index][:, None], query_cells[rows, index][:, None], index[:, None], keys, key_cells)
         call += (num_neighbors, window, candidates)
         seen = None if reach is None else index[:, None].clamp(max=reach)
-        results = [
-            search(*call, chains=chains, reach=seen, counts=counts)
-            for search, chains in zip((search_cells, search_step), both, strict=True)
-        ]
+        first_slots = grids.make_constants()[-1]
+        results = (
+            search_cells(*call, chains=both[0], reach=seen, counts=counts),
+            search_step(*call, both[1].heads, both[1].links, first_slots, reach=seen, counts=counts),
+        )
         for expected, result in zip(*results, strict=True):
             assert result.dtype == expected.dtype and torch.equal(result, expected), step
         assert torch.equal(both[1].heads, both[0].heads) and torch.equal(both[1].links, both[0].links)
