@@ -227,10 +227,10 @@ def run_cli(*arguments):
 SMALLEST = {table.command.split()[0]: table.command for table in TABLES}
 
 
-LONGER = [pytest.param(name, marks=pytest.mark.slow) for name in ("ablations", "scaling", "million")]
+LONGER = [pytest.param(name, marks=pytest.mark.slow) for name in ("ablations", "scaling", "million", "retrieval")]
 
 
-@pytest.mark.parametrize("name", ["recall", "lm", "reversal", *LONGER])
+@pytest.mark.parametrize("name", ["recall", "lm", "long-lm", "reversal", *LONGER])
 def test_every_benchmark_prints_its_table_and_resumes(name, tmp_path, monkeypatch):
     arguments = SMALLEST[name].split()
     if name == "ablations":

@@ -329,6 +329,62 @@ def paper(
     _print(paper_table(finished), {measures.machine for _, measures in finished}, results)
 
 
+@app.command("long-lm")
+def long_lm(
+    models: Models = ["dfn", "llama"],  # noqa: B006
+    seeds: Seeds = 1,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 600,
+    search_steps: Annotated[int, typer.Option(min=1, help="Steps of the short runs that pick a learning rate.")] = 40,
+    learning_rates: LearningRates = [1.5e-3, 3e-3, 6e-3],  # noqa: B006
+    batch_size: Annotated[int, typer.Option(min=1, help="Windows per step.")] = 1,
+    length: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 4096,
+    hidden_size: Annotated[int, typer.Option(min=1)] = 256,
+    num_hidden_layers: Annotated[int, typer.Option(min=1)] = 4,
+    num_attention_heads: Annotated[int, typer.Option(min=1)] = 4,
+    intermediate_size: Annotated[int, typer.Option(min=1, help="The DFN's; a Llama's follows.")] = 384,
+    evaluation_windows: Annotated[int, typer.Option(min=1, help="Held-out windows, at most.")] = 64,
+    tokenizer: Annotated[str, typer.Option(help="bpe or byte.")] = "bpe",
+    data: Annotated[str, typer.Option(help="File or folder of texts; corpus is the embedded one.")] = "corpus",
+    results: Results = RESULTS_FOLDER / "long-lm.csv",
+    threads: Threads = 1,
+    device: Device = "cpu",
+) -> None:
+    """Language models of equal size on the same long windows of contiguous text: the loss by position.
+
+    Example: dfn-hf bench long-lm --steps 200
+
+    Thirty million parameters at 32,768 tokens: dfn-hf bench long-lm --length 32768 --hidden-size 512
+    --num-hidden-layers 12 --num-attention-heads 8 --intermediate-size 1536 --steps 4000 --data texts/ --device cuda
+    """
+    from .long_lm import LongLMSettings, long_lm_table, run_long_lm
+    from .machine import set_up_device
+
+    set_up_device(device, threads)
+    settings = LongLMSettings(
+        steps=steps,
+        batch_size=batch_size,
+        length=length,
+        hidden_size=hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        intermediate_size=intermediate_size,
+        evaluation_windows=evaluation_windows,
+        tokenizer=tokenizer,
+        data=data,
+        device=device,
+    )
+    finished = run_long_lm(
+        settings,
+        models=models,
+        seeds=range(seeds),
+        learning_rates=learning_rates,
+        search_steps=search_steps,
+        path=results,
+        report=_report,
+    )
+    _print(long_lm_table(finished), {measures.machine for _, measures in finished}, results)
+
+
 @app.command()
 def million(
     length: Annotated[int, typer.Option(min=2, help="Tokens.")] = 2**20,
@@ -359,6 +415,45 @@ def million(
     )
     measures = run_million(settings, results)
     _print(million_table(settings, measures), {measures.machine}, results)
+
+
+@app.command()
+def retrieval(
+    lengths: Lengths = [2**14, 2**17, 2**20],  # noqa: B006
+    contexts: Annotated[int, typer.Option(min=1, help="Contexts per length, five pairs at each depth of each.")] = 10,
+    control_contexts: Annotated[int, typer.Option(min=0, help="Of them read without far neighbours too.")] = 2,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps on 64 tokens.")] = 600,
+    tuning_steps: Annotated[int, typer.Option(min=0, help="Fine-tuning steps on the middle length.")] = 300,
+    chunk_length: Annotated[int, typer.Option(min=1, help="Tokens read at a time.")] = 2**16,
+    results: Results = RESULTS_FOLDER / "retrieval.csv",
+    threads: Threads = 1,
+    device: Device = "cpu",
+) -> None:
+    """Key-value pairs planted at 1, 50 and 99 % of up to 2^20 random tokens and asked for behind them.
+
+    Example: dfn-hf bench retrieval --length 16384 --length 131072
+    """
+    from .machine import set_up_device
+    from .retrieval import RetrievalSettings, retrieval_table, run_retrieval
+
+    set_up_device(device, threads)
+    runs = [
+        RetrievalSettings(
+            length=length,
+            context=context,
+            num_neighbors=num_neighbors,
+            chunk_length=chunk_length,
+            steps=steps,
+            tuning_steps=tuning_steps,
+            threads=threads,
+            device=device,
+        )
+        for length in lengths
+        for num_neighbors, count in ((RetrievalSettings.num_neighbors, contexts), (0, control_contexts))
+        for context in range(count)
+    ]
+    finished = run_retrieval(runs, results, _report)
+    _print(retrieval_table(finished), {measures.machine for _, measures in finished}, results)
 
 
 @app.command()

@@ -52,6 +52,15 @@ TABLES = (
         [("one pass",), ("chunks of 500",)],
     ),
     SmokeTable(
+        "retrieval --length 8192 --contexts 1 --control-contexts 1 --steps 1 --tuning-steps 1 --chunk-length 5000",
+        [("8,192", "16", "5"), ("8,192", "0", "5")],
+    ),
+    SmokeTable(
+        "long-lm --steps 2 --search-steps 1 --length 300 --hidden-size 32 --intermediate-size 256 "
+        "--num-hidden-layers 1 --evaluation-windows 2 --tokenizer byte",
+        [("dfn", "nats per token"), ("llama", "bits per byte"), ("dfn", "nats per token, K = 0")],
+    ),
+    SmokeTable(
         "bytes --seeds 1 --steps 2 --length 64 --batch-size 2 --evaluation-windows 4",
         [(model,) for model in BYTE_MODELS],
     ),

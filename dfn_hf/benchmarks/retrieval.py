@@ -1,0 +1,258 @@
+"""Key-value pairs planted in up to a million random tokens and asked for behind them: what a small DFN finds again."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache
+
+from dfn_hf import DFNForCausalLM
+from dfn_hf.modeling.flow_search import geometric_cell_sizes
+
+from .fitting import fit
+from .machine import clock, describe_machine, peak_memory_mib, run_isolated, set_up_device
+from .mqar import IGNORED
+from .recall import DECAY_SHARE, FINE_TUNING_SEED, RecallSettings, learn_recall, with_cell_sizes
+from .results import ResultsFile, markdown_table
+
+DEPTHS = (0.01, 0.5, 0.99)
+PAIRS_PER_DEPTH = 5
+GAP = 8  # tokens from one pair to the next of its depth
+CONTEXT_SEED = 70_000
+
+
+@dataclass(frozen=True)
+class RetrievalSettings:
+    """One context, and the model that reads it; a pair is planted `PAIRS_PER_DEPTH` times at each of `DEPTHS`.
+
+    The model learns recall as in `RecallSettings`, then, with cells from `coarsest_cell` to `finest_cell`, from
+    `planted_batch`. `num_neighbors` 0 is the control: the same weights without far neighbours. `context` draws the
+    tokens.
+    """
+
+    length: int
+    context: int = 0
+    num_neighbors: int = 16
+    chunk_length: int = 2**16
+    seed: int = 0
+    vocab_size: int = 64
+    steps: int = 600
+    tuning_steps: int = 300
+    tuning_length: int = 512
+    tuning_num_pairs: int = 16
+    tuning_batch_size: int = 8
+    tuning_learning_rate: float = 1e-3
+    tuning_candidates: int = 8
+    coarsest_cell: float = 2.0
+    finest_cell: float = 1.0
+    threads: int = 1
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class RetrievalMeasures:
+    """What was found in one context.
+
+    Attributes:
+        found: values right at each of `DEPTHS`, of `PAIRS_PER_DEPTH`.
+        seconds: of the context's chunks; the questions are not counted.
+        peak_mib: most memory held while the context was read and asked.
+        cache_mib: what the state for continuation holds behind the context.
+    """
+
+    found: list[int]
+    seconds: float
+    peak_mib: float
+    cache_mib: float
+    machine: str
+
+
+def planted_batch(
+    generator: torch.Generator, *, batch_size: int, length: int, num_pairs: int, vocab_size: int
+) -> dict[str, torch.Tensor]:
+    """`mqar.recall_batch` with every pair anywhere, and its query anywhere behind it.
+
+    There the pairs stand side by side, by which a model learns to tell them from filler: in a long text none does.
+
+    Returns:
+        `input_ids` and `labels`, `[batch_size, length]` int64, as there.
+    """
+    half = vocab_size // 2
+
+    def draw(count: int, chosen: int) -> torch.Tensor:
+        return torch.rand(batch_size, count, generator=generator).argsort(dim=1)[:, :chosen]
+
+    keys, values = draw(half, num_pairs), half + draw(half, num_pairs)
+    places = 2 * draw(length // 2, 2 * num_pairs).view(batch_size, num_pairs, 2)
+    pairs, queries = places.amin(dim=2), places.amax(dim=2)
+    is_filler = torch.ones(batch_size, vocab_size).scatter_(1, keys, 0.0)
+    input_ids = is_filler.multinomial(length, replacement=True, generator=generator)
+    input_ids.scatter_(1, pairs, keys).scatter_(1, pairs + 1, values).scatter_(1, queries, keys)
+    labels = torch.full_like(input_ids, IGNORED).scatter_(1, queries + 1, values)
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def planted_batches(seed: int, **task: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Endless batches of one seed; `task` as in `planted_batch`."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield planted_batch(generator, **task)
+
+
+def planted_context(
+    generator: torch.Generator, length: int, vocab_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random tokens with `PAIRS_PER_DEPTH` pairs at each of `DEPTHS`: as `mqar.recall_batch`, but for where they are.
+
+    Keys are of the lower half of the vocabulary, values of the upper; none of the context's keys is among its filler,
+    all other tokens are.
+
+    Returns:
+        The context, int64 `[length]`; keys and values, `[depths, PAIRS_PER_DEPTH]`.
+
+    Raises:
+        ValueError: a vocabulary of too few keys, or a context too short for its pairs.
+    """
+    half, num_pairs = vocab_size // 2, len(DEPTHS) * PAIRS_PER_DEPTH
+    if num_pairs >= half:
+        raise ValueError(f"vocab_size is {vocab_size}: {num_pairs} pairs need more than {2 * num_pairs} tokens")
+    starts = [int(depth * length) + GAP * pair for depth in DEPTHS for pair in range(PAIRS_PER_DEPTH)]
+    if starts[-1] + GAP > length or any(later - earlier < GAP for earlier, later in itertools.pairwise(starts)):
+        raise ValueError(f"length is {length}: pairs at depths {DEPTHS} overlap, choose a longer context")
+    keys = torch.randperm(half, generator=generator)[:num_pairs]
+    values = half + torch.randperm(half, generator=generator)[:num_pairs]
+    is_filler = torch.ones(vocab_size).scatter_(0, keys, 0.0)
+    context = is_filler.multinomial(length, replacement=True, generator=generator)
+    context[starts] = keys
+    context[[start + 1 for start in starts]] = values
+    return context, keys.view(len(DEPTHS), -1), values.view(len(DEPTHS), -1)
+
+
+@torch.no_grad()
+def read_context(model: DFNForCausalLM, context: torch.Tensor, chunk_length: int) -> DynamicCache:
+    """The state behind `context` `[length]`, read in chunks."""
+    state = DynamicCache(config=model.config)
+    for chunk in context[None].split(chunk_length, dim=1):
+        model(input_ids=chunk, past_key_values=state, logits_to_keep=1)
+    return state
+
+
+@torch.no_grad()
+def ask(model: DFNForCausalLM, state: DynamicCache, keys: torch.Tensor) -> torch.Tensor:
+    """The model's first choice behind each of `keys` `[num_keys]`; none sees another, and `state` stays as it is."""
+    state.activate_past_recording()
+    answers = []
+    for key in keys.view(-1, 1, 1):
+        answers.append(model(input_ids=key, past_key_values=state).logits[0, -1].argmax())
+        state.crop(-1)
+    return torch.stack(answers)
+
+
+def cache_mib(state: DynamicCache) -> float:
+    """What the tensors of a flow model's cache hold."""
+    tensors = [held.data for layer in state.layers for held in layer.states.values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
+
+
+def measure_retrieval(settings: RetrievalSettings, report: Callable[[str], None]) -> RetrievalMeasures:
+    """Train the model, where the process has not yet, and read one context in a fresh process."""
+    unread = replace(settings, length=0, context=0, num_neighbors=RetrievalSettings.num_neighbors)
+    return run_isolated(_read_and_ask, trained_model(unread, report), settings)
+
+
+@cache
+def trained_model(settings: RetrievalSettings, report: Callable[[str], None]) -> DFNForCausalLM:
+    """The model of these settings, whatever they say of the context."""
+    recall = RecallSettings(
+        seed=settings.seed, vocab_size=settings.vocab_size, steps=settings.steps, device=settings.device
+    )
+    learnt = learn_recall(recall, report)
+    cell_sizes = geometric_cell_sizes(recall.num_tables, settings.coarsest_cell, settings.finest_cell)
+    model = with_cell_sizes(learnt.model, cell_sizes)
+    # Fewer candidates of a cell than the model will have: what hides a pair in a long text does so in a short one.
+    model.config.candidates_per_table = settings.tuning_candidates
+    fit(
+        model,
+        planted_batches(
+            FINE_TUNING_SEED + settings.seed,
+            batch_size=settings.tuning_batch_size,
+            length=settings.tuning_length,
+            num_pairs=settings.tuning_num_pairs,
+            vocab_size=settings.vocab_size,
+        ),
+        steps=settings.tuning_steps,
+        learning_rate=settings.tuning_learning_rate,
+        weight_decay=recall.weight_decay,
+        decay_share=DECAY_SHARE,
+        evaluate=lambda step: report(f"fine-tuning: step {step} of {settings.tuning_steps}"),
+    )
+    model.config.candidates_per_table = recall.candidates_per_table
+    return model
+
+
+def run_retrieval(
+    runs: Iterable[RetrievalSettings], path: Path, report: Callable[[str], None] = lambda line: None
+) -> list[tuple[RetrievalSettings, RetrievalMeasures]]:
+    """Every context, those already read taken from the CSV at `path`."""
+    results = ResultsFile(path, RetrievalSettings, RetrievalMeasures)
+
+    def measure(settings: RetrievalSettings) -> RetrievalMeasures:
+        measures = measure_retrieval(settings, report)
+        report(
+            f"{settings.length:,} tokens, K = {settings.num_neighbors}, context {settings.context}: "
+            f"{measures.found} of {PAIRS_PER_DEPTH}, {measures.seconds:.0f} s"
+        )
+        return measures
+
+    return [(run, results.run(run, measure)) for run in runs]
+
+
+def retrieval_table(results: list[tuple[RetrievalSettings, RetrievalMeasures]]) -> str:
+    """One line per length and number of neighbours: accuracy per depth, time and memory of a context."""
+    header = (
+        "tokens",
+        "K",
+        "trials per depth",
+        *(f"{depth:.0%} deep" for depth in DEPTHS),
+        "s per context",
+        "peak MiB",
+        "of it cache",
+    )
+    lines = []
+    for length, num_neighbors in dict.fromkeys((run.length, run.num_neighbors) for run, _ in results):
+        found = [one for run, one in results if (run.length, run.num_neighbors) == (length, num_neighbors)]
+        trials = PAIRS_PER_DEPTH * len(found)
+        right = [sum(one.found[depth] for one in found) / trials for depth in range(len(DEPTHS))]
+        lines.append(
+            (
+                f"{length:,}",
+                str(num_neighbors),
+                str(trials),
+                *(f"{share:.2f}" for share in right),
+                f"{sum(one.seconds for one in found) / len(found):.1f}",
+                f"{max(one.peak_mib for one in found):,.0f}",
+                f"{max(one.cache_mib for one in found):,.0f}",
+            )
+        )
+    return markdown_table(header, lines)
+
+
+def _read_and_ask(model: DFNForCausalLM, settings: RetrievalSettings) -> RetrievalMeasures:
+    set_up_device(settings.device, settings.threads)
+    model.config.num_neighbors = settings.num_neighbors
+    generator = torch.Generator().manual_seed(CONTEXT_SEED + settings.context)
+    context, keys, values = planted_context(generator, settings.length, settings.vocab_size)
+    started = clock(settings.device)
+    state = read_context(model, context.to(model.device), settings.chunk_length)
+    seconds = clock(settings.device) - started
+    answers = ask(model, state, keys.flatten().to(model.device)).cpu()
+    return RetrievalMeasures(
+        found=(answers.view_as(values) == values).sum(dim=1).tolist(),
+        seconds=round(seconds, 1),
+        peak_mib=round(peak_memory_mib(settings.device), 1),
+        cache_mib=round(cache_mib(state), 1),
+        machine=describe_machine(settings.device),
+    )
