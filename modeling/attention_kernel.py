@@ -228,7 +228,7 @@ def read_gradients_natively(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`flow_attention.read_gradients` without dropout."""
     query, key, value, grad_y = (_with_dense_features(x) for x in (query, key, value, grad_y))
-    grads = [torch.zeros_like(x) for x in (query, key, value)]
+    grads = [x.new_zeros(x.shape) for x in (query, key, value)]
     grad_fading = fading.new_zeros(query.shape[:2])
     tensors = {
         "query": query,

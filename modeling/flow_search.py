@@ -161,42 +161,35 @@ class CellChains:
         """Slots of cells `[..., L]` as int64."""
         return cells.long() + torch.tensor(self.table_offsets[: cells.shape[-1]], device=cells.device)
 
-    def extend(self, run: torch.Tensor, query_cells: torch.Tensor, first: torch.Tensor, tables: slice) -> torch.Tensor:
-        """Chain new entities; return what the queries saw as heads before.
+    def newest(self, cells: torch.Tensor, tables: slice) -> torch.Tensor:
+        """The newest entity in each of the cells, int64 `[G, L', M]` → int32, −1 if none; L' of the L tables."""
+        offsets = torch.tensor(self.table_offsets[tables], device=cells.device)[:, None]
+        slots = (cells + offsets).clamp(max=self.heads.shape[1] - 1)
+        return self.heads.gather(1, slots.flatten(1)).view(cells.shape)
+
+    def extend(self, run: torch.Tensor, first: torch.Tensor, tables: slice) -> None:
+        """Chain new entities.
 
         Args:
             run: codes of the new entities in sorted order, int64 `[G, L', M]` (`_sort_by_cell_and_time`).
-            query_cells: int64 `[G, L', M]`.
             first: id of the entity of time 0, int64 `[G, 1]`; negative before the row starts.
             tables: which L' of the L tables these are.
-
-        Returns:
-            The newest entity in each query's cell before this call, int32 `[G, L', M]`, −1 if none.
         """
-        rows, num_tables, length = run.shape
-        offsets = torch.tensor(self.table_offsets[tables], device=run.device)[:, None]
-        slot_limit = self.heads.shape[1] - 1
-
-        def heads_of(cells):
-            slots = (cells + offsets).clamp(max=slot_limit)
-            return self.heads.gather(1, slots.reshape(rows, -1)).view(rows, num_tables, length)
-
-        heads_before = heads_of(query_cells)
         cells = run >> 32
         ids = ((run & 0xFFFFFFFF) >> 1) + first[..., None]
         present = cells < EMPTY_KEY_CELL
         continues = torch.zeros_like(present)
         continues[..., 1:] = cells[..., 1:] == cells[..., :-1]
-        before = torch.where(continues, ids.roll(1, dims=-1), heads_of(cells).long())
+        before = torch.where(continues, ids.roll(1, dims=-1), self.newest(cells, tables).long())
         row, table, position = present.nonzero(as_tuple=True)
         entry = row, table, position
         self.links[row, ids[entry], table + (tables.start or 0)] = before[entry].int()
-        newest = present.clone()
-        newest[..., :-1] &= ~continues[..., 1:]
-        row, table, position = newest.nonzero(as_tuple=True)
+        last = present.clone()
+        last[..., :-1] &= ~continues[..., 1:]
+        row, table, position = last.nonzero(as_tuple=True)
         entry = row, table, position
-        self.heads[row, cells[entry] + offsets[table, 0]] = ids[entry].int()
-        return heads_before
+        offsets = torch.tensor(self.table_offsets[tables], device=run.device)
+        self.heads[row, cells[entry] + offsets[table]] = ids[entry].int()
 
     def walk(self, ids: torch.Tensor, heads: torch.Tensor) -> None:
         """Complete windows that were cut short by the start of the call.
@@ -435,9 +428,13 @@ def _search_cells(
             heads,
             links,
         )
-    if addressed and heads is None and searches_in_triton(query_positions, num_tables, candidates_per_table):
+    chains = None if heads is None else CellChains(heads, links, chain_offsets)
+    on_gpu = addressed and searches_in_triton(query_positions, num_tables, candidates_per_table)
+    if on_gpu and (chains is None or (num_queries > 1 and bool((query_index[:, 0] == 0).all()))):
         from .flow_kernels import search_on_gpu
 
+        if chains is not None:
+            _start_chains(chains, key_cells[:, :num_queries], window, counts)
         return search_on_gpu(
             query_positions,
             query_cells,
@@ -450,7 +447,6 @@ def _search_cells(
             reach,
             counts,
         )
-    chains = None if heads is None else CellChains(heads, links, chain_offsets)
     device = query_cells.device
     flat_keys = key_positions.reshape(-1, key_positions.shape[-1])
     row_start = torch.arange(rows, device=device)[:, None, None] * key_positions.shape[1]
@@ -479,7 +475,8 @@ def _search_cells(
         run, ends = _sort_by_cell_and_time(keys, queries)
         lists.set(tables, run, ends, queries)
         if chains is not None:
-            chain_heads.append(chains.extend(run, queries, entering[:, :1], tables))
+            chain_heads.append(chains.newest(queries, tables))
+            chains.extend(run, entering[:, :1], tables)
     if chains is None:
         # Entities of a cell lie side by side then, and a query reads neighbouring memory.
         entering_keys = flat_keys.index_select(0, (row_start[..., 0] + entering.clamp(min=0)).view(-1))
@@ -574,6 +571,17 @@ class CellLists:
         windows = lists.view(-1).unfold(0, self.num_candidates, 1)
         starts = self.starts[:, queries]
         return windows.index_select(0, starts.reshape(-1)).view(*starts.shape[:2], -1)
+
+
+def _start_chains(chains: CellChains, key_cells: torch.Tensor, window: int, counts: torch.Tensor | None) -> None:
+    """Chain the entities of rows without a past that have left the local window with the last query, `[G, M, L]`."""
+    times = torch.arange(key_cells.shape[1], device=key_cells.device)
+    ends = times.new_tensor([len(times)]) if counts is None else counts[:, None]
+    entered = (times < ends - window).unsqueeze(-1)
+    for table in range(key_cells.shape[-1]):
+        tables = slice(table, table + 1)
+        cells = torch.where(entered, key_cells[..., tables].long(), EMPTY_KEY_CELL).transpose(1, 2)
+        chains.extend((cells << 32 | times << 1).sort(dim=-1).values, ends.new_zeros(len(cells), 1), tables)
 
 
 def _shape_of_found(query_positions, query_cells, query_index, key_positions, key_cells, num_neighbors, *others):

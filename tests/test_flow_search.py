@@ -10,6 +10,7 @@ from dfn_hf.modeling.flow_search import (
     GRID,
     CellChains,
     CellGrids,
+    _start_chains,
     ball_cells_per_axis,
     check_cell_sizes,
     geometric_cell_sizes,
@@ -287,6 +288,19 @@ def test_chains_give_the_lists_of_one_call(split, kind, window, candidates, num_
     found, _, _, past = searched_in_chunks(queries, keys, SPLITS[split], 4, window, candidates, grids, form != "torch")
     for row in range(3):
         assert_same([x[row, : past[row]] for x in found], [x[row, : past[row]] for x in whole])
+
+
+@pytest.mark.parametrize("counts", [None, [40, 3, 17]])
+def test_chains_started_from_a_whole_call_are_those_of_its_steps(counts):
+    queries, keys = (x[:, 0] for x in draw_positions((3, 1, 40, 2), 10))
+    sizes = geometric_cell_sizes(3)
+    grids = CellGrids(*grid_constants(2, 3, 1), sizes, ball_cells_per_axis(2, sizes))
+    found, expected, cells, _ = searched_in_chunks(queries, keys, [counts or 40], 4, 5, 3, grids)
+    chains = CellChains(torch.full_like(expected.heads, -1), torch.full_like(expected.links, -1), grids.table_offsets)
+    _start_chains(chains, cells[:, :40], 5, None if counts is None else torch.tensor(counts))
+    assert torch.equal(chains.heads, expected.heads)
+    assert torch.equal(chains.links, expected.links)
+    assert (chains.links >= 0).any()
 
 
 @pytest.mark.parametrize("kind", ["spread", "same", "few"])
