@@ -163,7 +163,7 @@ class ChunkMemory(nn.Module):
         slot = torch.where(real, chunk * span + place % span, num_chunks * span)
         starts = torch.zeros(batch, num_chunks, dtype=torch.bool, device=device)
         starts.scatter_(1, chunk.clamp(min=0), (place >= 0) & (place < span))
-        starts[:, 0] = True
+        starts[:, 0].fill_(True)
         in_step = rows.segment is None and rows.counts is None and aligned is not None
         return ChunkLayout(slot, num_chunks, span, starts, aligned % span - history if in_step else None)
 

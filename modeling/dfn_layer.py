@@ -243,8 +243,12 @@ class PersistentFieldMemory(nn.Module):
 
 
 def is_step(state: StateLayer | None, x: torch.Tensor) -> bool:
-    """Whether a call of `[B, H, M, features]` is a step that must not wait for a device, nor then break a graph."""
-    return state is not None and state.is_compileable and x.shape[2] == 1 and x.device.type != "cpu"
+    """Whether a call of `[B, H, M, features]` is a step of fixed shape, and torch operations are best for it.
+
+    They are compiled into a third less time than operators in C take to be called, and do not wait for a GPU.
+    """
+    in_fixed_shape = state is not None and state.is_compileable and x.shape[2] == 1
+    return in_fixed_shape and (torch.compiler.is_compiling() or x.device.type != "cpu")
 
 
 def gaussian_key(positions: torch.Tensor, influence: torch.Tensor, sharpness: torch.Tensor) -> torch.Tensor:

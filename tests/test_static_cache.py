@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache
 
-from dfn_hf import DFNConfig, DFNForCausalLM
 from dfn_hf.modeling import dfn_layer
 from tests.families import draw_ids, draw_model
 from tests.small_models import make_small_model
@@ -20,10 +19,10 @@ MASKS = {
 CALLS = (3, 17, 1, 1, 7, 1, 1, 1, 5, 1, 1, 1)  # 40 columns
 
 
-@pytest.fixture(params=["as on a CPU", "as on a GPU"], autouse=True)
+@pytest.fixture(params=["as on a CPU", "as on a GPU or compiled"], autouse=True)
 def form(request, monkeypatch):
-    """Steps in the operations that a GPU takes them in are tested on the CPU too."""
-    if request.param == "as on a GPU":
+    """Steps in torch operations are tested on the CPU too, where they are taken in C."""
+    if request.param == "as on a GPU or compiled":
         monkeypatch.setattr(
             dfn_layer, "is_step", lambda state, x: state is not None and state.is_compileable and x.shape[2] == 1
         )
@@ -182,50 +181,3 @@ def test_state_that_grows_as_it_likes_is_refused(family):
     cache = StaticCache(config=model.config, max_cache_len=16)
     with pytest.raises(ValueError, match=r"StaticCache.*DynamicCache\(config=model.config\)"):
         model(ids, past_key_values=cache, **({"decoder_input_ids": ids} if family == "liquid" else {}))
-
-
-# Compiled
-
-
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("mask", ["none", "left"])
-@pytest.mark.parametrize("search", ["cells", "exact"])
-def test_steps_are_one_graph(search, mask, backend):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = DFNConfig(
-        vocab_size=40, **sizes, local_window=4, num_neighbors=5, num_tables=3, memory_slots=2, memory_chunk=4,
-        flow_norm="running", readout_window=2, search_implementation=search, initializer_range=0.5,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model, ids, mask = DFNForCausalLM(config).double().eval(), draw_ids(2, 40, 0), MASKS[mask]
-    calls = (20, *[1] * 20)
-    expected = run(model, DynamicCache(config=config), ids, mask, calls)
-    cache = StaticCache(config=config, max_cache_len=40)
-    first = run(model, cache, ids, mask, (20,))
-    step = torch.compile(model, fullgraph=True, backend=backend)
-    steps = run(step, cache, ids[:, 20:], None if mask is None else mask[:, 20:], (1,))
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        steps += run(step, cache, ids[:, 21:], None if mask is None else mask[:, 21:], [1] * 19)
-    assert torch.allclose(logits_of(first + steps), logits_of(expected), **STRICT)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_generate_compiles_its_steps():
-    model, ids = make_small_model("dfn"), draw_ids(2, 9, 0)
-    compiling = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
-    compiling._compile_all_devices = True
-    options = {"max_new_tokens": 6, "do_sample": False}
-    expected = model.generate(ids, **options)
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for _ in range(2):
-            tokens = model.generate(ids, cache_implementation="static", compile_config=compiling, **options)
-            assert torch.equal(tokens, expected)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
