@@ -21,7 +21,7 @@ from .operators import calls_operators, operator
 from .triton_choice import reads_in_triton
 
 EMBEDDING_BAG_SUM = 0  # its mode, as torch numbers them
-ELEMENTS_AT_ONCE = 2**21  # of the gathered values of one chunk: they stay in a processor's cache
+ELEMENTS_AT_ONCE = 2**21  # features of the neighbours of the queries that are worked on at a time
 
 
 def flow_attention(
