@@ -23,6 +23,11 @@ dfn-hf bench reversal --results reversal.csv
 dfn-hf bench seq2seq-speed --results seq2seq-speed.csv
 dfn-hf bench scaling --results scaling.csv
 dfn-hf bench million --results million.csv
+dfn-hf bench peers --time-limit 10 --results peers.csv
+dfn-hf bench peers --model dfn --model llama --work decoding --cache dynamic --cache static \
+    --length 1024 --length 16384 --length 200000 --results decoding.csv
+dfn-hf bench operation --results operation.csv
+dfn-hf bench paper --results paper.csv
 dfn-hf bench recall --model dfn --results recall.csv
 dfn-hf bench lm --results lm.csv
 dfn-hf bench ablations --results ablations.csv
