@@ -13,6 +13,7 @@ from dfn_hf.benchmarks.mqar import IGNORED
 from dfn_hf.benchmarks.results import ResultsFile
 from dfn_hf.benchmarks.token_windows import TokenWindows
 from dfn_hf.data import load_tokenizer, token_ids
+from dfn_hf.modeling.flow_search import geometric_cell_sizes
 
 DEPTHS, PAIRS = retrieval.DEPTHS, retrieval.PAIRS_PER_DEPTH
 
@@ -66,6 +67,25 @@ class TestRetrieval:
         assert torch.equal(*answers)
         assert answers[0][:3].tolist() == [answer.item() for answer in expected]
         assert len(set(answers[0].tolist())) > 1
+
+    def test_other_tables_propose_other_neighbours_to_the_same_weights(self, tmp_path):
+        model = small_dfn().eval()
+        cell_sizes = geometric_cell_sizes(24, 2.0, 1.0)
+        other = retrieval.with_tables(model, cell_sizes)
+        assert other.config.num_tables == 24 and other.config.cell_sizes == cell_sizes
+        weights, others = dict(model.named_parameters()), dict(other.named_parameters())
+        assert weights.keys() == others.keys()
+        assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
+        tokens = torch.randint(64, (1, 300))
+        with torch.no_grad():
+            before, after = (one(input_ids=tokens).logits for one in (model, other))
+        assert torch.equal(before[:, :32], after[:, :32]) and not torch.equal(before, after)
+        model.save_pretrained(tmp_path)
+        loaded = DFNForCausalLM.from_pretrained(
+            tmp_path, num_tables=24, cell_sizes=cell_sizes, ignore_mismatched_sizes=True
+        )
+        with torch.no_grad():
+            assert torch.equal(loaded.eval()(input_ids=tokens).logits, after)
 
     def test_the_cache_holds_what_its_tensors_hold(self):
         state = DynamicCache(config=small_dfn().config)

@@ -423,7 +423,7 @@ def retrieval(
     contexts: Annotated[int, typer.Option(min=1, help="Contexts per length, five pairs at each depth of each.")] = 10,
     control_contexts: Annotated[int, typer.Option(min=0, help="Of them read without far neighbours too.")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Training steps on 64 tokens.")] = 600,
-    tuning_steps: Annotated[int, typer.Option(min=0, help="Fine-tuning steps on the middle length.")] = 300,
+    tuning_steps: Annotated[int, typer.Option(min=0, help="Fine-tuning steps on 1,024 tokens.")] = 500,
     chunk_length: Annotated[int, typer.Option(min=1, help="Tokens read at a time.")] = 2**16,
     results: Results = RESULTS_FOLDER / "retrieval.csv",
     threads: Threads = 1,

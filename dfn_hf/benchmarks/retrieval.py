@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache
 
-from dfn_hf import DFNForCausalLM
+from dfn_hf import DFNConfig, DFNForCausalLM
 from dfn_hf.modeling.flow_search import geometric_cell_sizes
 
 from .fitting import fit
@@ -29,23 +29,24 @@ class RetrievalSettings:
     """One context, and the model that reads it; a pair is planted `PAIRS_PER_DEPTH` times at each of `DEPTHS`.
 
     The model learns recall as in `RecallSettings`, then, with cells from `coarsest_cell` to `finest_cell`, from
-    `planted_batch`. `num_neighbors` 0 is the control: the same weights without far neighbours. `context` draws the
-    tokens.
+    `planted_batch`; it reads with `num_tables`. `num_neighbors` 0 is the control: the same weights without far
+    neighbours. `context` draws the tokens.
     """
 
     length: int
     context: int = 0
     num_neighbors: int = 16
+    num_tables: int = 64
     chunk_length: int = 2**16
     seed: int = 0
     vocab_size: int = 64
     steps: int = 600
-    tuning_steps: int = 300
-    tuning_length: int = 512
-    tuning_num_pairs: int = 16
+    tuning_steps: int = 500
+    tuning_length: int = 1024
+    tuning_num_pairs: int = 8
     tuning_batch_size: int = 8
     tuning_learning_rate: float = 1e-3
-    tuning_candidates: int = 8
+    tuning_candidates: int = 4
     coarsest_cell: float = 2.0
     finest_cell: float = 1.0
     threads: int = 1
@@ -169,10 +170,11 @@ def trained_model(settings: RetrievalSettings, report: Callable[[str], None]) ->
     recall = RecallSettings(
         seed=settings.seed, vocab_size=settings.vocab_size, steps=settings.steps, device=settings.device
     )
-    learnt = learn_recall(recall, report)
-    cell_sizes = geometric_cell_sizes(recall.num_tables, settings.coarsest_cell, settings.finest_cell)
-    model = with_cell_sizes(learnt.model, cell_sizes)
-    # Fewer candidates of a cell than the model will have: what hides a pair in a long text does so in a short one.
+    model = learn_recall(recall, report).model
+    model = with_cell_sizes(
+        model, geometric_cell_sizes(recall.num_tables, settings.coarsest_cell, settings.finest_cell)
+    )
+    # Fewer candidates than the model will have: what hides a pair in a long text does so in a short one.
     model.config.candidates_per_table = settings.tuning_candidates
     fit(
         model,
@@ -190,7 +192,19 @@ def trained_model(settings: RetrievalSettings, report: Callable[[str], None]) ->
         evaluate=lambda step: report(f"fine-tuning: step {step} of {settings.tuning_steps}"),
     )
     model.config.candidates_per_table = recall.candidates_per_table
-    return model
+    return with_tables(model, geometric_cell_sizes(settings.num_tables, settings.coarsest_cell, settings.finest_cell))
+
+
+def with_tables(model: DFNForCausalLM, cell_sizes: list[float]) -> DFNForCausalLM:
+    """A model of the same weights that searches in as many tables as there are `cell_sizes`; their grids are new.
+
+    For a saved model, `from_pretrained(folder, num_tables=…, cell_sizes=…, ignore_mismatched_sizes=True)` does it.
+    """
+    changes = {"num_tables": len(cell_sizes), "cell_sizes": cell_sizes}
+    other = torch.nn.Module.to(DFNForCausalLM(DFNConfig.from_dict(model.config.to_dict() | changes)), model.device)
+    grids = {name for name, _ in other.named_buffers()}
+    other.load_state_dict({name: held for name, held in model.state_dict().items() if name not in grids}, strict=False)
+    return other.eval()
 
 
 def run_retrieval(
