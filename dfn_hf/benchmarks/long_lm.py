@@ -160,7 +160,7 @@ def bits_per_byte(losses: torch.Tensor, num_bytes: torch.Tensor) -> float:
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """Bytes of text that each token of a byte-level tokenizer stands for, int64 `[vocab_size]`."""
     # Such a tokenizer writes each byte as one printable character.
-    return torch.tensor([len(token) for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer)))])
+    return torch.tensor([len(token) for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))])
 
 
 @cache

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from dfn_hf import DFNConfig, DFNForCausalLM
 from dfn_hf.modeling.flow_search import geometric_cell_sizes
+from dfn_hf.modeling.state_cache import state_layers
 
 from .fitting import fit
 from .machine import clock, describe_machine, peak_memory_mib, run_isolated, set_up_device
@@ -154,7 +155,8 @@ def ask(model: DFNForCausalLM, state: DynamicCache, keys: torch.Tensor) -> torch
 
 def cache_mib(state: DynamicCache) -> float:
     """What the tensors of a flow model's cache hold."""
-    tensors = [held.data for layer in state.layers for held in layer.states.values()]
+    layers = state_layers(state, len(state.layers))
+    tensors = [held.data for layer in layers for held in layer.states.values()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
 
 
