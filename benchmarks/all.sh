@@ -28,6 +28,7 @@ dfn-hf bench peers --model dfn --model llama --work decoding --cache dynamic --c
     --length 1024 --length 16384 --length 200000 --results decoding.csv
 dfn-hf bench operation --results operation.csv
 dfn-hf bench paper --results paper.csv
+dfn-hf bench long-lm --steps 400 --results long-lm.csv
 dfn-hf bench recall --model dfn --results recall.csv
 dfn-hf bench lm --results lm.csv
 dfn-hf bench ablations --results ablations.csv

@@ -87,6 +87,7 @@ def test_readme_has_its_tables():
         "peers",
         "operation",
         "paper",
+        "long-lm",
         "recall",
         "lm",
         "ablations",
