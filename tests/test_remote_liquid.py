@@ -30,6 +30,7 @@ CODE = {
     "small_maps.py",
     "spectral_frames.py",
     "state_cache.py",
+    "static_state.py",
     "windowed_attention.py",
     "windows.py",
 }

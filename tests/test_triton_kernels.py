@@ -203,9 +203,8 @@ def test_a_model_gives_the_same(launched, monkeypatch):
         return outputs.entities[0].neighbors, [outputs.logits, *continued, *gradients]
 
     neighbors, found = run()
-    assert launched == ["cells_on_gpu", "cells_on_gpu", "search_on_gpu", *ATTENTION] + 2 * [
-        "cells_on_gpu", "cells_on_gpu", "read_on_gpu"
-    ]  # fmt: skip
+    cells, first_search = ["cells_on_gpu", "cells_on_gpu"], ["search_on_gpu"]
+    assert launched == [*cells, *first_search, *ATTENTION, *cells, *first_search, "read_on_gpu", *cells, "read_on_gpu"]
     monkeypatch.setattr(triton_choice, "triton_runs_on", lambda device: False)
     expected_neighbors, expected = run()
     assert torch.equal(neighbors, expected_neighbors) and (neighbors >= 0).any()
