@@ -89,6 +89,7 @@ def test_readme_has_its_tables():
         "paper",
         "long-lm",
         "recall",
+        "retrieval",
         "lm",
         "ablations",
         "quantization",
