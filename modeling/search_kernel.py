@@ -1,8 +1,8 @@
-"""Causal cell lists in C: the walk along the chains that `flow_search.search_cells` describes, entity by entity.
+"""Causal cell lists in C: the lists that `flow_search.search_cells` describes, entity by entity.
 
-What the torch form does with one sort per table is done here as in decoding: an entity that leaves the local window
-becomes the head of its cells' chains, and a query walks w links from the heads of its cells. Both give the same lists,
-bit for bit.
+An entity that leaves the local window is put among the latest of its cells, which lie side by side, and a query reads
+those of its own cells. Where the lists are kept between calls it becomes the head of its cells' chains, too; a short
+call walks these. All give the same lists as the torch form, bit for bit.
 """
 
 import ctypes
@@ -281,7 +281,6 @@ int search(int64_t first, int64_t last, const Search *s) {
 }
 """
 
-LANES = 8  # as in the code
 SIZES = (
     "length",
     "tables",
