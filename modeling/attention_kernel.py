@@ -5,19 +5,26 @@ one order, whatever the number of threads.
 """
 
 import ctypes
-from functools import cache
 
 import torch
 
 from .native_library import in_threads, native_library, switched_on
 
-MOST_READ = 2**14  # entities of a query: the code holds their logits on the stack
 # Only the sums that say so are reassociated to run in vector registers.
 FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd")
 SOURCE = r"""
 #include <math.h>
 #include <stdint.h>
-#include <string.h>
+#include <stdlib.h>
+
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
+#define BLOCK (4 * LANES) /* features that are summed in registers */
+#define QUERIES 256       /* whose keys nearby are turned at a time */
+typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* exp for x <= 0 to 2 units in the last place, in a form that compilers vectorise */
 static inline float exp_of(float x) {
@@ -35,13 +42,38 @@ static inline float exp_of(float x) {
     return y * scale.f;
 }
 
+/* log for x >= 1, likewise: x = 2^whole (1 + r), 1 + r between the roots of 1/2 and 2 */
+static inline float log_of(float x) {
+    union { float f; int32_t i; } bits = {.f = x};
+    int32_t whole = (bits.i - 0x3f3504f3) >> 23;
+    bits.i -= whole * (1 << 23);
+    float r = bits.f - 1.0f, y = 7.0376836292e-2f;
+    y = y * r - 1.1514610310e-1f;
+    y = y * r + 1.1676998740e-1f;
+    y = y * r - 1.2420140846e-1f;
+    y = y * r + 1.4249322787e-1f;
+    y = y * r - 1.6668057665e-1f;
+    y = y * r + 2.0000714765e-1f;
+    y = y * r - 2.4999993993e-1f;
+    y = y * r + 3.3333331174e-1f;
+    y = y * r * r * r - 2.12194440e-4f * whole - 0.5f * r * r + r;
+    return y + 0.693359375f * whole;
+}
+
+static inline float sum_of(Floats x) {
+    float sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int l = 0; l < LANES; l++) sum += x[l];
+    return sum;
+}
+
 /* A tensor [B, H, length, features]: where it starts, and its steps in floats but for the last, which is 1. */
 typedef struct { float *start; int64_t batch, head, entity; } Tensor;
 
 typedef struct {
     int64_t heads, length, features, value_features, num_neighbors, window;
     Tensor query, key, value, y, total, grad_query, grad_key, grad_value, grad_y, grad_total;
-    const float *fading, *fade; /* [H]; log(1 + age) for every age */
+    const float *fading; /* [H] */
     const int64_t *index, *reach; /* [B, M] */
     const int64_t *neighbors; /* [B, H, M, K] */
     float *grad_fading; /* [B, H] */
@@ -49,122 +81,198 @@ typedef struct {
 
 static inline float *row(Tensor x, int64_t b, int64_t h) { return x.start + b * x.batch + h * x.head; }
 
-/* The entities that query m reads, and their logits. Returns how many there are. */
-static inline int64_t logits_of(const Call *c, int64_t b, int64_t h, int64_t m, int64_t *ids, int64_t *ages,
-                                float *out) {
-    const float *query = row(c->query, b, h) + m * c->query.entity, *keys = row(c->key, b, h);
-    int64_t i = c->index[b * c->length + m], reach = c->reach[b * c->length + m], count = 0;
-    int64_t near = reach < c->window - 1 ? reach : c->window - 1;
-    for (int64_t age = near; age >= 0; age--) ages[count] = age, ids[count++] = i - age;
-    const int64_t *far = c->neighbors + ((b * c->heads + h) * c->length + m) * c->num_neighbors;
-    for (int64_t k = 0; k < c->num_neighbors; k++)
-        if (far[k] >= 0) ages[count] = i - far[k], ids[count++] = far[k];
-    for (int64_t n = 0; n < count; n++) {
-        const float *key = keys + ids[n] * c->key.entity;
+/* What one query after the other of a row and head is read in; vectors may end LANES behind what is asked for. */
+typedef struct {
+    int64_t b, h;
+    int64_t count;                  /* of the entities that are read: those nearby from the oldest on, then the others */
+    int64_t *ids;                   /* [count] */
+    float *fades, *weights, *grads; /* [count], log(1 + age), and logits before they are weights */
+    float *near_fades;              /* [window], log(1 + age) from the oldest on */
+    float *turned;                  /* [features, turned_step], the keys nearby from entity `turned_first` on */
+    int64_t turned_step, turned_first;
+} Reading;
+
+/* Without ids if memory ran out; free them. */
+static Reading reading(const Call *c) {
+    int64_t most = c->window + c->num_neighbors + LANES, step = QUERIES + c->window + LANES;
+    Reading r = {.ids = calloc(1, most * (sizeof(int64_t) + 4 * sizeof(float)) + c->features * step * sizeof(float))};
+    if (!r.ids) return r;
+    r.fades = (float *)(r.ids + most), r.weights = r.fades + most, r.grads = r.weights + most;
+    r.near_fades = r.grads + most, r.turned = r.near_fades + most, r.turned_step = step;
+    for (int64_t n = 0; n < c->window; n++) r.near_fades[n] = log_of(c->window - n);
+    return r;
+}
+
+/* The keys that the windows of QUERIES queries from m on reach, a feature of all side by side. */
+static void turn_keys(const Call *c, Reading *r, int64_t m) {
+    const float *keys = row(c->key, r->b, r->h);
+    int64_t begin = c->index[r->b * c->length], first = begin + m - (c->window - 1), last = begin + m + QUERIES;
+    if (last > begin + c->length) last = begin + c->length;
+    for (int64_t j = first < 0 ? 0 : first; j < last; j++)
+        for (int64_t e = 0; e < c->features; e++)
+            r->turned[e * r->turned_step + j - first] = keys[j * c->key.entity + e];
+    r->turned_first = first;
+}
+
+/* The entities that query m reads, and their logits. */
+static inline void read_logits(const Call *c, Reading *r, int64_t m) {
+    if (m % QUERIES == 0) turn_keys(c, r, m);
+    const float *query = row(c->query, r->b, r->h) + m * c->query.entity, *keys = row(c->key, r->b, r->h);
+    int64_t i = c->index[r->b * c->length + m], reach = c->reach[r->b * c->length + m];
+    int64_t near = (reach < c->window - 1 ? reach : c->window - 1) + 1, oldest = i - near + 1, count = near;
+    float fading = c->fading[r->h];
+    const float *turned = r->turned + oldest - r->turned_first, *fades = r->near_fades + c->window - near;
+    for (int64_t n = 0; n < near; n += LANES) {
+        Floats fade = *(Floats *)(fades + n), logits = -fading * fade;
+        for (int64_t e = 0; e < c->features; e++) logits += query[e] * *(Floats *)(turned + e * r->turned_step + n);
+        *(Floats *)(r->weights + n) = logits;
+        *(Floats *)(r->fades + n) = fade;
+    }
+    for (int64_t n = 0; n < near; n++) r->ids[n] = oldest + n;
+    const int64_t *far = c->neighbors + ((r->b * c->heads + r->h) * c->length + m) * c->num_neighbors;
+    for (int64_t k = 0; k < c->num_neighbors; k++) {
+        if (far[k] < 0) continue;
+        const float *key = keys + far[k] * c->key.entity;
         float sum = 0;
         for (int64_t e = 0; e < c->features; e++) sum += query[e] * key[e];
-        out[n] = sum - c->fading[h] * c->fade[ages[n]];
+        r->ids[count] = far[k];
+        r->fades[count] = 1 + i - far[k];
+        r->weights[count++] = sum;
     }
-    return count;
+    for (int64_t n = near; n < count; n++) {
+        r->fades[n] = log_of(r->fades[n]);
+        r->weights[n] -= fading * r->fades[n];
+    }
+    r->count = count;
 }
 
 /* Rows of features that query m reads far away, asked for while the query before it is worked on. */
-static inline void fetch(const Call *c, int64_t b, int64_t h, int64_t m, Tensor x, int64_t features, int write) {
+static inline void fetch(const Call *c, const Reading *r, int64_t m, Tensor x, int64_t features, int write) {
     if (m >= c->length) return;
-    const int64_t *far = c->neighbors + ((b * c->heads + h) * c->length + m) * c->num_neighbors;
-    const float *rows = row(x, b, h);
+    const int64_t *far = c->neighbors + ((r->b * c->heads + r->h) * c->length + m) * c->num_neighbors;
+    const float *rows = row(x, r->b, r->h);
     for (int64_t k = 0; k < c->num_neighbors; k++)
         for (int64_t d = 0; d < features && far[k] >= 0; d += 16)
             if (write) __builtin_prefetch(rows + far[k] * x.entity + d, 1);
             else __builtin_prefetch(rows + far[k] * x.entity + d, 0);
 }
 
-/* y = sum_n weights[n] values[ids[n]], four at a time so that y is loaded and stored a quarter as often */
-static inline void mix(float *restrict y, int64_t features, int64_t count, const float *weights, const int64_t *ids,
-                       const float *values, int64_t step) {
-    int64_t n = 0;
-    memset(y, 0, features * sizeof(float));
-    for (; n + 4 <= count; n += 4) {
-        const float *v0 = values + ids[n] * step, *v1 = values + ids[n + 1] * step;
-        const float *v2 = values + ids[n + 2] * step, *v3 = values + ids[n + 3] * step;
-        float w0 = weights[n], w1 = weights[n + 1], w2 = weights[n + 2], w3 = weights[n + 3];
-        for (int64_t d = 0; d < features; d++) y[d] += (w0 * v0[d] + w1 * v1[d]) + (w2 * v2[d] + w3 * v3[d]);
+/* y = sum_n weights[n] values[ids[n]] */
+static inline void mix(const Reading *r, float *restrict y, int64_t features, const float *values, int64_t step) {
+    int64_t d = 0;
+    for (; d + BLOCK <= features; d += BLOCK) {
+        Floats sums[8] = {0}; /* of every second entity, lest each sum wait for the last */
+        for (int64_t n = 0; n < r->count; n += 2) {
+            const float *even = values + r->ids[n] * step + d;
+            for (int v = 0; v < 4; v++) sums[v] += r->weights[n] * *(Floats *)(even + v * LANES);
+            if (n + 1 == r->count) break;
+            const float *odd = values + r->ids[n + 1] * step + d;
+            for (int v = 0; v < 4; v++) sums[4 + v] += r->weights[n + 1] * *(Floats *)(odd + v * LANES);
+        }
+        for (int v = 0; v < 4; v++) *(Floats *)(y + d + v * LANES) = sums[v] + sums[4 + v];
     }
-    for (; n < count; n++)
-        for (int64_t d = 0; d < features; d++) y[d] += weights[n] * values[ids[n] * step + d];
+    for (int64_t f = d; f < features; f++) y[f] = 0;
+    for (int64_t n = 0; n < r->count && d < features; n++)
+        for (int64_t f = d; f < features; f++) y[f] += r->weights[n] * values[r->ids[n] * step + f];
 }
 
-void forward(int64_t first, int64_t last, const Call *c) {
-    int64_t most = c->window + c->num_neighbors, ids[most], ages[most];
-    float weights[most];
-    for (int64_t g = first; g < last; g++) {
-        int64_t b = g / c->heads, h = g % c->heads;
-        const float *values = row(c->value, b, h);
-        for (int64_t m = 0; m < c->length; m++) {
-            fetch(c, b, h, m + 1, c->key, 1, 0);
-            fetch(c, b, h, m + 1, c->value, c->value_features, 0);
-            int64_t count = logits_of(c, b, h, m, ids, ages, weights);
-            float largest = weights[0], sum = 0;
-#pragma omp simd reduction(max : largest)
-            for (int64_t n = 1; n < count; n++) largest = weights[n] > largest ? weights[n] : largest;
-            for (int64_t n = 0; n < count; n++) weights[n] = exp_of(weights[n] - largest);
-#pragma omp simd reduction(+ : sum)
-            for (int64_t n = 0; n < count; n++) sum += weights[n];
-            row(c->total, b, h)[m * c->total.entity] = largest + logf(sum);
-            for (int64_t n = 0; n < count; n++) weights[n] /= sum;
-            float *y = row(c->y, b, h) + m * c->y.entity;
-            mix(y, c->value_features, count, weights, ids, values, c->value.entity);
+/* grads[n] = given . values[ids[n]], and grad_values[ids[n]] += weights[n] given */
+static inline void unmix(const Reading *r, const float *given, int64_t features, const float *values, int64_t step,
+                         float *grad_values, int64_t grad_step) {
+    float *grads = r->grads;
+    for (int64_t n = 0; n < r->count; n++) grads[n] = 0;
+    int64_t d = 0;
+    for (; d + BLOCK <= features; d += BLOCK) {
+        Floats held[4];
+        for (int v = 0; v < 4; v++) held[v] = *(Floats *)(given + d + v * LANES);
+        for (int64_t n = 0; n < r->count; n++) {
+            const float *value = values + r->ids[n] * step + d;
+            float *grad_value = grad_values + r->ids[n] * grad_step + d;
+            Floats sums = {0};
+            for (int v = 0; v < 4; v++) {
+                sums += held[v] * *(Floats *)(value + v * LANES);
+                *(Floats *)(grad_value + v * LANES) += r->weights[n] * held[v];
+            }
+            grads[n] += sum_of(sums);
         }
     }
+    for (int64_t n = 0; n < r->count && d < features; n++) {
+        const float *value = values + r->ids[n] * step;
+        float *restrict grad_value = grad_values + r->ids[n] * grad_step, sum = 0;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t f = d; f < features; f++) {
+            sum += given[f] * value[f];
+            grad_value[f] += r->weights[n] * given[f];
+        }
+        grads[n] += sum;
+    }
+}
+
+/* Rows first .. last - 1. Returns 1 if memory ran out, as `backward` does. */
+int forward(int64_t first, int64_t last, const Call *c) {
+    Reading r = reading(c);
+    if (!r.ids) return 1;
+    for (int64_t g = first; g < last; g++) {
+        r.b = g / c->heads, r.h = g % c->heads;
+        const float *values = row(c->value, r.b, r.h);
+        for (int64_t m = 0; m < c->length; m++) {
+            fetch(c, &r, m + 1, c->key, 1, 0);
+            fetch(c, &r, m + 1, c->value, c->value_features, 0);
+            read_logits(c, &r, m);
+            float *weights = r.weights, largest = weights[0], sum = 0;
+#pragma omp simd reduction(max : largest)
+            for (int64_t n = 1; n < r.count; n++) largest = weights[n] > largest ? weights[n] : largest;
+            for (int64_t n = 0; n < r.count; n++) weights[n] = exp_of(weights[n] - largest);
+#pragma omp simd reduction(+ : sum)
+            for (int64_t n = 0; n < r.count; n++) sum += weights[n];
+            row(c->total, r.b, r.h)[m * c->total.entity] = largest + logf(sum);
+            for (int64_t n = 0; n < r.count; n++) weights[n] /= sum;
+            mix(&r, row(c->y, r.b, r.h) + m * c->y.entity, c->value_features, values, c->value.entity);
+        }
+    }
+    free(r.ids);
+    return 0;
 }
 
 /* dl_j = p_j (dy . v_j - sum_i p_i (dy . v_i) + d total) */
-void backward(int64_t first, int64_t last, const Call *c) {
-    int64_t most = c->window + c->num_neighbors, ids[most], ages[most];
-    float weights[most], grads[most];
+int backward(int64_t first, int64_t last, const Call *c) {
+    Reading r = reading(c);
+    if (!r.ids) return 1;
     for (int64_t g = first; g < last; g++) {
-        int64_t b = g / c->heads, h = g % c->heads;
-        const float *values = row(c->value, b, h), *keys = row(c->key, b, h);
-        float *grad_values = row(c->grad_value, b, h), *grad_keys = row(c->grad_key, b, h);
+        r.b = g / c->heads, r.h = g % c->heads;
+        const float *values = row(c->value, r.b, r.h), *keys = row(c->key, r.b, r.h), *weights = r.weights, *grads = r.grads;
+        float *grad_values = row(c->grad_value, r.b, r.h), *grad_keys = row(c->grad_key, r.b, r.h);
         double grad_fading = 0;
         for (int64_t m = 0; m < c->length; m++) {
-            fetch(c, b, h, m + 1, c->key, 1, 0);
-            fetch(c, b, h, m + 1, c->grad_key, 1, 1);
-            fetch(c, b, h, m + 1, c->value, c->value_features, 0);
-            fetch(c, b, h, m + 1, c->grad_value, c->value_features, 1);
-            int64_t count = logits_of(c, b, h, m, ids, ages, weights);
-            float total = row(c->total, b, h)[m * c->total.entity];
-            const float *query = row(c->query, b, h) + m * c->query.entity;
-            const float *grad_y = row(c->grad_y, b, h) + m * c->grad_y.entity;
-            float mean = -row(c->grad_total, b, h)[m * c->grad_total.entity], faded = 0;
-            for (int64_t n = 0; n < count; n++) weights[n] = exp_of(weights[n] - total);
-            for (int64_t n = 0; n < count; n++) {
-                const float *value = values + ids[n] * c->value.entity;
-                float *restrict grad_value = grad_values + ids[n] * c->grad_value.entity;
-                float sum = 0;
-#pragma omp simd reduction(+ : sum)
-                for (int64_t d = 0; d < c->value_features; d++) {
-                    sum += grad_y[d] * value[d];
-                    grad_value[d] += weights[n] * grad_y[d];
-                }
-                grads[n] = sum;
-                mean += weights[n] * sum;
-            }
-            float *restrict grad_query = row(c->grad_query, b, h) + m * c->grad_query.entity;
-            for (int64_t n = 0; n < count; n++) {
+            fetch(c, &r, m + 1, c->key, 1, 0);
+            fetch(c, &r, m + 1, c->grad_key, 1, 1);
+            fetch(c, &r, m + 1, c->value, c->value_features, 0);
+            fetch(c, &r, m + 1, c->grad_value, c->value_features, 1);
+            read_logits(c, &r, m);
+            float total = row(c->total, r.b, r.h)[m * c->total.entity];
+            for (int64_t n = 0; n < r.count; n++) r.weights[n] = exp_of(r.weights[n] - total);
+            const float *query = row(c->query, r.b, r.h) + m * c->query.entity;
+            const float *given = row(c->grad_y, r.b, r.h) + m * c->grad_y.entity;
+            unmix(&r, given, c->value_features, values, c->value.entity, grad_values, c->grad_value.entity);
+            float mean = -row(c->grad_total, r.b, r.h)[m * c->grad_total.entity], faded = 0;
+            for (int64_t n = 0; n < r.count; n++) mean += weights[n] * grads[n];
+            float *restrict grad_query = row(c->grad_query, r.b, r.h) + m * c->grad_query.entity;
+            for (int64_t n = 0; n < r.count; n++) {
                 float grad = weights[n] * (grads[n] - mean);
-                const float *key = keys + ids[n] * c->key.entity;
-                float *restrict grad_key = grad_keys + ids[n] * c->grad_key.entity;
+                const float *key = keys + r.ids[n] * c->key.entity;
+                float *restrict grad_key = grad_keys + r.ids[n] * c->grad_key.entity;
                 for (int64_t e = 0; e < c->features; e++) {
                     grad_query[e] += grad * key[e];
                     grad_key[e] += grad * query[e];
                 }
-                faded += grad * c->fade[ages[n]];
+                faded += grad * r.fades[n];
             }
             grad_fading -= faded;
         }
         c->grad_fading[g] = grad_fading;
     }
+    free(r.ids);
+    return 0;
 }
 """
 
@@ -181,7 +289,7 @@ class _Call(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in SIZES),
         *((name, _Tensor) for name in TENSORS),
-        *((name, ctypes.c_void_p) for name in ("fading", "fade", "index", "reach", "neighbors", "grad_fading")),
+        *((name, ctypes.c_void_p) for name in ("fading", "index", "reach", "neighbors", "grad_fading")),
     ]
 
 
@@ -244,13 +352,6 @@ def read_gradients_natively(
     return *grads, grad_fading.sum(dim=0)
 
 
-@cache
-def _fades(bits: int) -> torch.Tensor:
-    """log(1 + age) of every age below 2^bits, float32; kept, so that a step costs the same at every length."""
-    with torch.inference_mode(False):
-        return torch.arange(2**bits, dtype=torch.float64, device="cpu").log1p_().float()
-
-
 def _with_dense_features(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous()
 
@@ -263,11 +364,11 @@ def _run(function, tensors: dict[str, torch.Tensor], window: int, **plain: torch
     plain = {name: tensor.contiguous() for name, tensor in plain.items()}
     for name, tensor in tensors.items():
         setattr(call, name, _Tensor(tensor.data_ptr(), *tensor.stride()[:3]))
-    plain["fade"] = _fades(int(plain["index"].max()).bit_length())
     for name, tensor in plain.items():
         setattr(call, name, tensor.data_ptr())
 
     def work(first: int, last: int) -> None:
-        function(ctypes.c_int64(first), ctypes.c_int64(last), ctypes.byref(call))
+        if function(ctypes.c_int64(first), ctypes.c_int64(last), ctypes.byref(call)):
+            raise MemoryError(f"no memory to read {window} local entities and {neighbors.shape[-1]} others in")
 
     in_threads(work, batch * heads, length)

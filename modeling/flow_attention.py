@@ -16,7 +16,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .attention_kernel import MOST_READ, attention_library, read_gradients_natively, read_natively
+from .attention_kernel import attention_library, read_gradients_natively, read_natively
 from .operators import calls_operators, operator
 from .triton_choice import reads_in_triton
 
@@ -87,7 +87,7 @@ def read(
         from .flow_kernels import read_on_gpu
 
         return read_on_gpu(query, key, value, fading, query_index, reach, neighbors, window)
-    library = _library(query, key, value, fading, neighbors, window, dropout)
+    library = _library(query, key, value, fading, dropout)
     if library is not None:
         return read_natively(library, query, key, value, fading, query_index, reach, neighbors, window)
     with torch.autocast(query.device.type, enabled=False):
@@ -116,16 +116,15 @@ def read_gradients(
         from .flow_kernels import read_gradients_on_gpu
 
         return read_gradients_on_gpu(grad_y, grad_total, *inputs, y, total, window)
-    library = _library(query, key, value, fading, neighbors, window, dropout)
+    library = _library(query, key, value, fading, dropout)
     if library is not None:
         return read_gradients_natively(library, grad_y, grad_total, *inputs, total, window)
     with torch.autocast(query.device.type, enabled=False):
         return _gradients(grad_y, grad_total, *inputs, window, dropout, seed)
 
 
-def _library(query, key, value, fading, neighbors, window, dropout):
-    fits = dropout == 0 and window + neighbors.shape[-1] <= MOST_READ
-    return attention_library(query, key, value, fading) if fits else None
+def _library(query, key, value, fading, dropout):
+    return attention_library(query, key, value, fading) if dropout == 0 else None
 
 
 def _keep_for_backward(ctx, inputs, output):

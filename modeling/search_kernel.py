@@ -26,43 +26,42 @@ SOURCE = r"""
 #endif
 #define NONE INT64_MAX
 
-/* cells [n, L] of positions [n, P] that lie on the grid; see CellGrids.cells. The constants are turned so that the L
-   tables stand side by side, in room for a multiple of LANES. */
+typedef double Doubles __attribute__((vector_size(8 * LANES)));
+typedef int64_t Longs __attribute__((vector_size(8 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+
+/* cells [n, L] of positions [n, P] that lie on the grid; see CellGrids.cells. Tables stand side by side, LANES at a
+   time. What is divided by an edge is a whole number: half a unit more is never rounded to the next cell. */
 void cells(int64_t first, int64_t last, int64_t tables, int64_t axes, int64_t dims, const float *positions,
            double grid, int64_t scale, const int32_t *rotation, const int32_t *shift, const int64_t *edges,
            const int64_t *counts, int32_t *out) {
-    int64_t room = (tables + LANES - 1) / LANES * LANES;
-    double rotations[axes * dims * room], shifts[axes * room], sizes[room], most[room];
-    for (int64_t t = 0; t < room; t++) {
-        int64_t from = t < tables ? t : 0;
-        sizes[t] = edges[from];
-        most[t] = counts[from] - 1;
+    int64_t groups = (tables + LANES - 1) / LANES;
+    Doubles rotations[groups * axes * dims], shifts[groups * axes], per_edge[groups], most[groups];
+    Ints count[groups];
+    for (int64_t t = 0; t < groups * LANES; t++) {
+        int64_t from = t < tables ? t : 0, group = t / LANES, l = t % LANES;
+        per_edge[group][l] = 1.0 / edges[from];
+        most[group][l] = counts[from] - 1;
+        count[group][l] = counts[from];
         for (int64_t a = 0; a < axes; a++) {
-            shifts[a * room + t] = shift[from * axes + a] * edges[from] / scale;
+            shifts[group * axes + a][l] = shift[from * axes + a] * edges[from] / scale + 0.5;
             for (int64_t p = 0; p < dims; p++)
-                rotations[(a * dims + p) * room + t] = rotation[(from * axes + a) * dims + p];
+                rotations[(group * axes + a) * dims + p][l] = rotation[(from * axes + a) * dims + p];
         }
     }
     for (int64_t n = first; n < last; n++)
-        for (int64_t t = 0; t < tables; t += LANES) {
-            double cell[LANES] = {0};
-            for (int64_t a = 0; a < axes; a++) {
-                double along[LANES];
-                for (int64_t l = 0; l < LANES; l++) along[l] = shifts[a * room + t + l];
-                for (int64_t p = 0; p < dims; p++) {
-                    double scaled = positions[n * dims + p] * grid;
-#pragma omp simd
-                    for (int64_t l = 0; l < LANES; l++) along[l] += rotations[(a * dims + p) * room + t + l] * scaled;
-                }
-#pragma omp simd
-                for (int64_t l = 0; l < LANES; l++) {
-                    double place = floor(along[l] / sizes[t + l]) + most[t + l] / 2;
-                    place = place < 0 ? 0 : place;
-                    place = place > most[t + l] ? most[t + l] : place;
-                    cell[l] = cell[l] * (most[t + l] + 1) + place;
-                }
+        for (int64_t group = 0; group < groups; group++) {
+            Ints cell = {0};
+            for (int64_t a = group * axes; a < (group + 1) * axes; a++) {
+                Doubles along = shifts[a];
+                for (int64_t p = 0; p < dims; p++) along += rotations[a * dims + p] * (positions[n * dims + p] * grid);
+                Doubles place = along * per_edge[group] + most[group] / 2; /* its floor, where it is not negative */
+                Longs below = place < 0, beyond = place > most[group];
+                Longs bits = ((Longs)place & ~(below | beyond)) | ((Longs)most[group] & beyond);
+                cell = cell * count[group] + __builtin_convertvector((Doubles)bits, Ints);
             }
-            for (int64_t l = 0; l < LANES && t + l < tables; l++) out[n * tables + t + l] = (int32_t)cell[l];
+            for (int64_t l = 0; l < LANES && group * LANES + l < tables; l++)
+                out[n * tables + group * LANES + l] = cell[l];
         }
 }
 

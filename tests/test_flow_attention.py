@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from dfn_hf.modeling import attention_kernel
 from dfn_hf.modeling import flow_attention as module
 from dfn_hf.modeling.attention_kernel import attention_library
 from dfn_hf.modeling.flow_attention import flow_attention, flow_attention_reference, flow_weights
@@ -11,14 +12,15 @@ STRICT = {"atol": 1e-11, "rtol": 1e-11}
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 
 
-def draw_inputs(seed, *, batch=2, heads=2, length=13, past=(0, 0), window=4, num_neighbors=3, room=0, share=0.7):
+def draw_inputs(
+    seed, *, batch=2, heads=2, length=13, past=(0, 0), window=4, num_neighbors=3, features=3, room=0, share=0.7
+):
     """Arguments of `flow_attention` in float64.
 
-    `past` are the entities before this call, one number per row; `room` is storage behind the last entity; `share` of
+    `past` are the entities before this call, one number per row; `features` are the value's; `room` is storage behind the last entity; `share` of
     the neighbours are present.
     """
     generator = torch.Generator().manual_seed(seed)
-    features, value_features = 5, 3
     past = torch.tensor(past)
     index = past[:, None] + torch.arange(length)
     stored = int(past.max()) + length + room
@@ -37,9 +39,9 @@ def draw_inputs(seed, *, batch=2, heads=2, length=13, past=(0, 0), window=4, num
                 order = torch.randperm(len(far), generator=generator)[: int(share * num_neighbors + 0.5)]
                 neighbors[row, head, a, : len(order)] = torch.tensor([far[j] for j in order], dtype=torch.int64)
     return {
-        "query": randn(batch, heads, length, features),
-        "key": randn(batch, heads, stored, features),
-        "value": randn(batch, heads, stored, value_features),
+        "query": randn(batch, heads, length, 5),
+        "key": randn(batch, heads, stored, 5),
+        "value": randn(batch, heads, stored, features),
         "fading": randn(heads).exp(),
         "query_index": index,
         "reach": reach,
@@ -60,6 +62,8 @@ CASES = {
     "past": {"past": (17, 17), "room": 6},
     "ragged past": {"past": (0, 23), "room": 3, "window": 5},
     "odd sizes": {"batch": 3, "heads": 3, "past": (1, 0, 7), "length": 37, "window": 7, "num_neighbors": 6},
+    "values of several vectors": {"features": 131},
+    "many queries": {"batch": 1, "heads": 1, "past": (3,), "length": 530, "window": 18},
     "several chunks": {"batch": 1, "past": (2,), "length": 150, "window": 3},
     "several chunks, wide window": {"batch": 1, "past": (0,), "length": 131, "window": 70, "num_neighbors": 2},
 }
@@ -98,12 +102,16 @@ def test_equals_the_loop(inputs):
         assert torch.allclose(found[name], expected[name], **STRICT), name
 
 
+NATIVE_FORMS = {"native": (), "plain C": ("-U__AVX512F__",)}
+
+
 @pytest.mark.parametrize("value_dtype", TOLERANCE)
-@pytest.mark.parametrize("native", ["0", "1"])
-def test_equals_the_loop_in_less_precision(inputs, value_dtype, native, monkeypatch):
-    monkeypatch.setenv("DFN_HF_NATIVE", native)
+@pytest.mark.parametrize("form", ["torch", *NATIVE_FORMS])
+def test_equals_the_loop_in_less_precision(inputs, value_dtype, form, monkeypatch):
+    monkeypatch.setenv("DFN_HF_NATIVE", "0" if form == "torch" else "1")
+    monkeypatch.setattr(attention_kernel, "FLAGS", (*attention_kernel.FLAGS, *NATIVE_FORMS.get(form, ())))
     runs_natively = attention_library(torch.ones(1), torch.ones(1, dtype=value_dtype)) is not None
-    assert runs_natively == (native == "1" and value_dtype == torch.float32)
+    assert runs_natively == (form != "torch" and value_dtype == torch.float32)
     dtypes = dict.fromkeys(DIFFERENTIABLE, torch.float32) | {"value": value_dtype}
     rounded = inputs | {name: inputs[name].to(dtypes[name]).double() for name in DIFFERENTIABLE}
     found = outputs_and_gradients(flow_attention, rounded, **dtypes)
