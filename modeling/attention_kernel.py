@@ -84,7 +84,7 @@ static inline float *row(Tensor x, int64_t b, int64_t h) { return x.start + b * 
 /* What one query after the other of a row and head is read in; vectors may end LANES behind what is asked for. */
 typedef struct {
     int64_t b, h;
-    int64_t count;                  /* of the entities that are read: those nearby from the oldest on, then the others */
+    int64_t count;                  /* of entities that are read: those nearby from the oldest on, then the others */
     int64_t *ids;                   /* [count] */
     float *fades, *weights, *grads; /* [count], log(1 + age), and logits before they are weights */
     float *near_fades;              /* [window], log(1 + age) from the oldest on */
@@ -240,7 +240,8 @@ int backward(int64_t first, int64_t last, const Call *c) {
     if (!r.ids) return 1;
     for (int64_t g = first; g < last; g++) {
         r.b = g / c->heads, r.h = g % c->heads;
-        const float *values = row(c->value, r.b, r.h), *keys = row(c->key, r.b, r.h), *weights = r.weights, *grads = r.grads;
+        const float *values = row(c->value, r.b, r.h), *keys = row(c->key, r.b, r.h);
+        const float *weights = r.weights, *grads = r.grads;
         float *grad_values = row(c->grad_value, r.b, r.h), *grad_keys = row(c->grad_key, r.b, r.h);
         double grad_fading = 0;
         for (int64_t m = 0; m < c->length; m++) {

@@ -17,8 +17,8 @@ def draw_inputs(
 ):
     """Arguments of `flow_attention` in float64.
 
-    `past` are the entities before this call, one number per row; `features` are the value's; `room` is storage behind the last entity; `share` of
-    the neighbours are present.
+    `past` are the entities before this call, one number per row; `features` are the value's;
+    `room` is storage behind the last entity; `share` of the neighbours are present.
     """
     generator = torch.Generator().manual_seed(seed)
     past = torch.tensor(past)
