@@ -1,6 +1,7 @@
 """The benchmarks of long contexts: what they ask, of which text, and that what they compute is what they say."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -86,6 +87,27 @@ class TestRetrieval:
         )
         with torch.no_grad():
             assert torch.equal(loaded.eval()(input_ids=tokens).logits, after)
+
+    def test_a_lesson_teaches_with_its_own_search_and_leaves_none_of_it(self, monkeypatch):
+        read = []
+        lesson = retrieval.Lesson(
+            steps=2, batch_size=1, length=80, num_pairs=3, candidates_per_table=2, num_neighbors=5
+        )
+
+        def noted(model, *arguments, **options):
+            read.append((model.config.candidates_per_table, model.config.num_neighbors))
+            return fit(model, *arguments, **options)
+
+        fit = retrieval.fit
+        monkeypatch.setattr(retrieval, "fit", noted)
+        monkeypatch.setattr(retrieval, "LESSONS", (lesson,))
+        settings = retrieval.RetrievalSettings(0, steps=1, lessons=1)
+        taught = retrieval.trained_model(settings, lambda line: None)
+        untaught = retrieval.trained_model(replace(settings, lessons=0), lambda line: None)
+        assert read == [(2, 5)]
+        searches = [(one.config.candidates_per_table, one.config.num_neighbors) for one in (taught, untaught)]
+        assert searches == [(8, 16), (8, 16)]
+        assert not torch.equal(taught.model.embed_tokens.weight, untaught.model.embed_tokens.weight)
 
     def test_the_cache_holds_what_its_tensors_hold(self):
         state = DynamicCache(config=small_dfn().config)

@@ -423,7 +423,9 @@ def retrieval(
     contexts: Annotated[int, typer.Option(min=1, help="Contexts per length, five pairs at each depth of each.")] = 10,
     control_contexts: Annotated[int, typer.Option(min=0, help="Of them read without far neighbours too.")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Training steps on 64 tokens.")] = 600,
-    tuning_steps: Annotated[int, typer.Option(min=0, help="Fine-tuning steps on 1,024 tokens.")] = 500,
+    lessons: Annotated[
+        int, typer.Option(min=0, max=4, help="Of the fine-tuning: on 1,024, 8,192, 16,384 tokens, and again.")
+    ] = 4,
     chunk_length: Annotated[int, typer.Option(min=1, help="Tokens read at a time.")] = 2**16,
     results: Results = RESULTS_FOLDER / "retrieval.csv",
     threads: Threads = 1,
@@ -444,7 +446,7 @@ def retrieval(
             num_neighbors=num_neighbors,
             chunk_length=chunk_length,
             steps=steps,
-            tuning_steps=tuning_steps,
+            lessons=lessons,
             threads=threads,
             device=device,
         )

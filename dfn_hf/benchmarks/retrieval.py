@@ -26,11 +26,35 @@ CONTEXT_SEED = 70_000
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """One part of the fine-tuning: `planted_batch`es, read with what a long text will leave of the search.
+
+    Few candidates or neighbours per token make a short text as hard as a longer one: what hides a pair among a million
+    tokens, or comes nearer to the question by chance, does so among thousands.
+    """
+
+    steps: int
+    batch_size: int
+    length: int
+    num_pairs: int
+    candidates_per_table: int
+    num_neighbors: int
+
+
+LESSONS = (
+    Lesson(steps=500, batch_size=8, length=1024, num_pairs=8, candidates_per_table=4, num_neighbors=16),
+    Lesson(steps=400, batch_size=1, length=8192, num_pairs=24, candidates_per_table=8, num_neighbors=4),
+    Lesson(steps=600, batch_size=1, length=16_384, num_pairs=30, candidates_per_table=8, num_neighbors=4),
+    Lesson(steps=500, batch_size=1, length=16_384, num_pairs=30, candidates_per_table=8, num_neighbors=2),
+)
+
+
+@dataclass(frozen=True)
 class RetrievalSettings:
     """One context, and the model that reads it; a pair is planted `PAIRS_PER_DEPTH` times at each of `DEPTHS`.
 
-    The model learns recall as in `RecallSettings`, then, with cells from `coarsest_cell` to `finest_cell`, from
-    `planted_batch`; it reads with `num_tables`. `num_neighbors` 0 is the control: the same weights without far
+    The model learns recall as in `RecallSettings`, then, with cells from `coarsest_cell` to `finest_cell`, the first
+    `lessons` of `LESSONS`; it reads with `num_tables`. `num_neighbors` 0 is the control: the same weights without far
     neighbours. `context` draws the tokens.
     """
 
@@ -42,12 +66,8 @@ class RetrievalSettings:
     seed: int = 0
     vocab_size: int = 64
     steps: int = 600
-    tuning_steps: int = 500
-    tuning_length: int = 1024
-    tuning_num_pairs: int = 8
-    tuning_batch_size: int = 8
+    lessons: int = len(LESSONS)
     tuning_learning_rate: float = 1e-3
-    tuning_candidates: int = 4
     coarsest_cell: float = 2.0
     finest_cell: float = 1.0
     threads: int = 1
@@ -176,25 +196,33 @@ def trained_model(settings: RetrievalSettings, report: Callable[[str], None]) ->
     model = with_cell_sizes(
         model, geometric_cell_sizes(recall.num_tables, settings.coarsest_cell, settings.finest_cell)
     )
-    # Fewer candidates than the model will have: what hides a pair in a long text does so in a short one.
-    model.config.candidates_per_table = settings.tuning_candidates
+    for number, lesson in enumerate(LESSONS[: settings.lessons], start=1):
+        teach(
+            model, lesson, settings, lambda step, number=number: report(f"fine-tuning: lesson {number}, step {step}")
+        )
+    model.config.candidates_per_table, model.config.num_neighbors = recall.candidates_per_table, settings.num_neighbors
+    return with_tables(model, geometric_cell_sizes(settings.num_tables, settings.coarsest_cell, settings.finest_cell))
+
+
+def teach(model: DFNForCausalLM, lesson: Lesson, settings: RetrievalSettings, evaluate: Callable[[int], None]) -> None:
+    """Fine-tune `model` on one lesson, whose search its configuration keeps."""
+    model.config.candidates_per_table, model.config.num_neighbors = lesson.candidates_per_table, lesson.num_neighbors
+    batches = planted_batches(
+        FINE_TUNING_SEED + settings.seed,
+        batch_size=lesson.batch_size,
+        length=lesson.length,
+        num_pairs=lesson.num_pairs,
+        vocab_size=settings.vocab_size,
+    )
     fit(
         model,
-        planted_batches(
-            FINE_TUNING_SEED + settings.seed,
-            batch_size=settings.tuning_batch_size,
-            length=settings.tuning_length,
-            num_pairs=settings.tuning_num_pairs,
-            vocab_size=settings.vocab_size,
-        ),
-        steps=settings.tuning_steps,
+        batches,
+        steps=lesson.steps,
         learning_rate=settings.tuning_learning_rate,
-        weight_decay=recall.weight_decay,
+        weight_decay=RecallSettings.weight_decay,
         decay_share=DECAY_SHARE,
-        evaluate=lambda step: report(f"fine-tuning: step {step} of {settings.tuning_steps}"),
+        evaluate=evaluate,
     )
-    model.config.candidates_per_table = recall.candidates_per_table
-    return with_tables(model, geometric_cell_sizes(settings.num_tables, settings.coarsest_cell, settings.finest_cell))
 
 
 def with_tables(model: DFNForCausalLM, cell_sizes: list[float]) -> DFNForCausalLM:

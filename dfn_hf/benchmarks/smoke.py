@@ -52,7 +52,7 @@ TABLES = (
         [("one pass",), ("chunks of 500",)],
     ),
     SmokeTable(
-        "retrieval --length 8192 --contexts 1 --control-contexts 1 --steps 1 --tuning-steps 1 --chunk-length 5000",
+        "retrieval --length 8192 --contexts 1 --control-contexts 1 --steps 1 --lessons 0 --chunk-length 5000",
         [("8,192", "16", "5"), ("8,192", "0", "5")],
     ),
     SmokeTable(
