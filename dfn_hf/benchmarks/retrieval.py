@@ -1,6 +1,7 @@
 """Key-value pairs planted in up to a million random tokens and asked for behind them: what a small DFN finds again."""
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -30,7 +31,7 @@ class Lesson:
     """One part of the fine-tuning: `planted_batch`es, read with what a long text will leave of the search.
 
     Few candidates or neighbours per token make a short text as hard as a longer one: what hides a pair among a million
-    tokens, or comes nearer to the question by chance, does so among thousands.
+    tokens, or comes nearer to the question by chance, does so among thousands. `sharpened` multiplies γ beforehand.
     """
 
     steps: int
@@ -39,13 +40,16 @@ class Lesson:
     num_pairs: int
     candidates_per_table: int
     num_neighbors: int
+    sharpened: float = 1.0
 
 
 LESSONS = (
-    Lesson(steps=500, batch_size=8, length=1024, num_pairs=8, candidates_per_table=4, num_neighbors=16),
+    Lesson(steps=250, batch_size=8, length=1024, num_pairs=8, candidates_per_table=4, num_neighbors=16),
     Lesson(steps=400, batch_size=1, length=8192, num_pairs=24, candidates_per_table=8, num_neighbors=4),
     Lesson(steps=600, batch_size=1, length=16_384, num_pairs=30, candidates_per_table=8, num_neighbors=4),
-    Lesson(steps=500, batch_size=1, length=16_384, num_pairs=30, candidates_per_table=8, num_neighbors=2),
+    Lesson(
+        steps=400, batch_size=1, length=16_384, num_pairs=30, candidates_per_table=8, num_neighbors=16, sharpened=4.0
+    ),
 )
 
 
@@ -62,6 +66,7 @@ class RetrievalSettings:
     context: int = 0
     num_neighbors: int = 16
     num_tables: int = 64
+    position_dim: int = 8
     chunk_length: int = 2**16
     seed: int = 0
     vocab_size: int = 64
@@ -192,7 +197,7 @@ def trained_model(settings: RetrievalSettings, report: Callable[[str], None]) ->
     recall = RecallSettings(
         seed=settings.seed, vocab_size=settings.vocab_size, steps=settings.steps, device=settings.device
     )
-    model = learn_recall(recall, report).model
+    model = learn_recall(recall, report, position_dim=settings.position_dim).model
     model = with_cell_sizes(
         model, geometric_cell_sizes(recall.num_tables, settings.coarsest_cell, settings.finest_cell)
     )
@@ -207,6 +212,9 @@ def trained_model(settings: RetrievalSettings, report: Callable[[str], None]) ->
 def teach(model: DFNForCausalLM, lesson: Lesson, settings: RetrievalSettings, evaluate: Callable[[int], None]) -> None:
     """Fine-tune `model` on one lesson, whose search its configuration keeps."""
     model.config.candidates_per_table, model.config.num_neighbors = lesson.candidates_per_table, lesson.num_neighbors
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.attention.log_sharpness += math.log(lesson.sharpened)
     batches = planted_batches(
         FINE_TUNING_SEED + settings.seed,
         batch_size=lesson.batch_size,
