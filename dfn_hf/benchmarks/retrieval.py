@@ -229,7 +229,6 @@ def teach(model: DFNForCausalLM, lesson: Lesson, settings: RetrievalSettings, ev
         learning_rate=settings.tuning_learning_rate,
         weight_decay=RecallSettings.weight_decay,
         decay_share=DECAY_SHARE,
-        evaluate=evaluate,
     )
 
 
