@@ -202,14 +202,13 @@ def trained_model(settings: RetrievalSettings, report: Callable[[str], None]) ->
         model, geometric_cell_sizes(recall.num_tables, settings.coarsest_cell, settings.finest_cell)
     )
     for number, lesson in enumerate(LESSONS[: settings.lessons], start=1):
-        teach(
-            model, lesson, settings, lambda step, number=number: report(f"fine-tuning: lesson {number}, step {step}")
-        )
+        report(f"fine-tuning: lesson {number}, {lesson.steps} steps of {lesson.batch_size} x {lesson.length:,} tokens")
+        teach(model, lesson, settings)
     model.config.candidates_per_table, model.config.num_neighbors = recall.candidates_per_table, settings.num_neighbors
     return with_tables(model, geometric_cell_sizes(settings.num_tables, settings.coarsest_cell, settings.finest_cell))
 
 
-def teach(model: DFNForCausalLM, lesson: Lesson, settings: RetrievalSettings, evaluate: Callable[[int], None]) -> None:
+def teach(model: DFNForCausalLM, lesson: Lesson, settings: RetrievalSettings) -> None:
     """Fine-tune `model` on one lesson, whose search its configuration keeps."""
     model.config.candidates_per_table, model.config.num_neighbors = lesson.candidates_per_table, lesson.num_neighbors
     with torch.no_grad():
