@@ -161,6 +161,15 @@ class TestTurns:
         assert order == ["a", "b"] * 4
         assert [(run.label, timing.seconds) for run, timing in found] == [("a", 2.0), ("b", 6.0)]
 
+    def test_lengths_take_turns_together(self, tmp_path):
+        prepare, order = timed_as(lambda label, length: float(length))
+        results = ResultsFile(tmp_path / "runs.csv", Settings, Timing)
+        runs = [Settings(label, length) for length in (100, 200) for label in ("a", "b")]
+        with without_isolation():
+            found = run_over_lengths(runs, results, prepare, 0.0, together=True)
+        assert order == ["a", "b", "a", "b"] * 4
+        assert [timing.seconds for _, timing in found] == [100, 100, 200, 200]
+
     def test_runs_that_would_take_too_long_are_left_out_and_finished_ones_not_repeated(self, tmp_path):
         prepare, order = timed_as(lambda label, length: (length / 100) ** (2 if label == "slow" else 1))
         results = ResultsFile(tmp_path / "runs.csv", Settings, Timing)

@@ -628,6 +628,9 @@ def peers(
         list[str], typer.Option("--cache", help="Of decoding: dynamic, or static and compiled; repeat it.")
     ] = ["dynamic"],  # noqa: B006
     time_limit: TimeLimit = 15.0,
+    together: Annotated[
+        bool, typer.Option(help="All lengths take turns, too, and none is left out: memory is needed for all at once.")
+    ] = False,
     hidden_size: Annotated[int, typer.Option(min=1)] = 128,
     num_hidden_layers: Annotated[int, typer.Option(min=1)] = 4,
     num_attention_heads: Annotated[int, typer.Option(min=1)] = 4,
@@ -664,7 +667,7 @@ def peers(
         training_lengths=training_lengths,
         caches=caches,
     )
-    finished = run_peers(runs, time_limit, results, _report)
+    finished = run_peers(runs, time_limit, results, _report, together=together)
     plot_lengths(finished, picture := plot or results.with_suffix(".png"))
     _print(peers_table(finished), {timing.machine for _, timing in finished}, results)
     typer.echo(f"picture: {picture}")

@@ -92,10 +92,16 @@ def peer_runs(
 
 
 def run_peers(
-    runs: Iterable[PeerSettings], time_limit: float, path: Path, report: Callable[[str], None] = lambda line: None
+    runs: Iterable[PeerSettings],
+    time_limit: float,
+    path: Path,
+    report: Callable[[str], None] = lambda line: None,
+    *,
+    together: bool = False,
 ) -> list[tuple[PeerSettings, PeerTiming]]:
     """The runs of one work and length take turns; finished ones from the CSV at `path`. See `run_over_lengths`."""
-    return run_over_lengths(runs, ResultsFile(path, PeerSettings, PeerTiming), prepare_peer, time_limit, report)
+    results = ResultsFile(path, PeerSettings, PeerTiming)
+    return run_over_lengths(runs, results, prepare_peer, time_limit, report, together=together)
 
 
 def prepare_peer(settings: PeerSettings) -> Callable[[], PeerTiming]:

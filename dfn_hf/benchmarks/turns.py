@@ -50,6 +50,8 @@ def run_over_lengths(
     prepare: Callable[[RunT], Callable[[], TimingT]],
     time_limit: float,
     report: Callable[[str], None] = lambda line: None,
+    *,
+    together: bool = False,
 ) -> list[tuple[RunT, TimingT]]:
     """What the runs have measured, finished ones taken from `results`.
 
@@ -57,22 +59,29 @@ def run_over_lengths(
         runs: by work, then by length, the shortest first, so that a process's peak is that of its last length.
         prepare: gives what a turn is; it is called in a process of the run's label and work.
         time_limit: seconds; a run is left out where, by the two lengths before, one turn would take longer.
+        together: all lengths of a work take turns, each in a process of its own; none is left out.
     """
     finished: list[tuple[RunT, TimingT]] = []
     known = {run for run, _ in results.rows()}
+
+    def home(run: RunT) -> Hashable:
+        return (run.label, run.length) if together else run.label
+
     for work, of_work in groupby(runs, key=lambda run: run.work):
         with ExitStack() as stack:
-            processes: dict[str, Callable[..., TimingT]] = {}
-            for length, of_length in groupby(of_work, key=lambda run: run.length):
-                due = [run for run in of_length if expected_seconds(finished, run) <= time_limit]
+            processes: dict[Hashable, Callable[..., TimingT]] = {}
+            for _, of_turn in groupby(of_work, key=lambda run: None if together else run.length):
+                due = [run for run in of_turn if expected_seconds(finished, run) <= time_limit]
                 missing = [run for run in due if run not in known]
                 for run in missing:
-                    if run.label not in processes:
-                        processes[run.label] = stack.enter_context(fresh_process())
-                measured = take_turns({run: processes[run.label] for run in missing}, prepare)
+                    if home(run) not in processes:
+                        processes[home(run)] = stack.enter_context(fresh_process())
+                measured = take_turns({run: processes[home(run)] for run in missing}, prepare)
                 for run in due:
                     timing = results.run(run, measured.__getitem__)
-                    report(f"{work} at {length:,}, {run.label}: {timing.seconds:.4g} s, {timing.peak_mib:,.0f} MiB")
+                    report(
+                        f"{work} at {run.length:,}, {run.label}: {timing.seconds:.4g} s, {timing.peak_mib:,.0f} MiB"
+                    )
                     finished.append((run, timing))
     return finished
 
