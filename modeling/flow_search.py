@@ -56,7 +56,14 @@ def geometric_cell_sizes(num_tables: int, coarsest: float = 8.0, finest: float =
     Cells of 8 span the ball: far matches are proposed from the first step of training on. At great length such cells
     hold nothing but the latest entities, and those of 0.35 part what belongs together; tune a trained model further
     with cells from 2 to 1 for it.
+
+    Raises:
+        ValueError: no table, or edges that are not positive or grow.
     """
+    if num_tables < 1:
+        raise ValueError(f"num_tables must be ≥ 1, got {num_tables}.")
+    if not 0 < finest <= coarsest < math.inf:
+        raise ValueError(f"finest must be positive and at most coarsest, got {finest} and {coarsest}.")
     return [coarsest * (finest / coarsest) ** (table / max(num_tables - 1, 1)) for table in range(num_tables)]
 
 

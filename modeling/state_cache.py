@@ -103,8 +103,8 @@ class TailState(FixedState):
         needed = old - new + self.size
         if self.size and bool(((needed > held) & (old > held)).any()):
             raise ValueError(
-                f"crop() would need {int(needed.max())} past inputs and {held} were kept. "
-                "Call activate_past_recording() on the cache before the tokens that may be cropped."
+                f"crop() can take back {max(held - self.size, 0)} tokens here, not {int((old - new).max())}: inputs "
+                "of more were not kept. Call activate_past_recording() on the cache before what may be cropped."
             )
 
     def crop(self, layer: "StateLayer", old: torch.Tensor, new: torch.Tensor) -> None:

@@ -389,6 +389,14 @@ def test_ranking_breaks_ties_by_recency_and_drops_repeats(dtype):
 # Inputs
 
 
+@pytest.mark.parametrize(
+    ("arguments", "name"), [((0,), "num_tables"), ((3, 1.0, 2.0), "finest"), ((3, 1.0, 0.0), "finest")]
+)
+def test_cells_that_cannot_be_are_refused(arguments, name):
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        geometric_cell_sizes(*arguments)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_consumes_no_global_randomness_and_is_repeatable(method):
     queries, keys = draw_positions((1, 2, 50, 4), 13)

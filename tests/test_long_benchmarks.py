@@ -54,6 +54,13 @@ class TestRetrieval:
         with pytest.raises(ValueError, match=f"^{field} is {changes[field]}"):
             retrieval.planted_context(torch.Generator(), **{"length": 8192, "vocab_size": 64, **changes})
 
+    def test_a_context_too_short_is_refused_before_anything_is_trained(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(retrieval, "trained_model", None)
+        runs = [retrieval.RetrievalSettings(length) for length in (8192, 3999)]
+        with pytest.raises(ValueError, match="^length is 3999: .* of 4000 tokens"):
+            retrieval.run_retrieval(runs, tmp_path / "runs.csv")
+        retrieval.planted_context(torch.Generator().manual_seed(0), 4000, 64)
+
     def test_every_question_is_asked_behind_the_context_alone(self):
         model = small_dfn().eval()
         context, keys, _ = retrieval.planted_context(torch.Generator().manual_seed(0), 4096, 64)

@@ -151,6 +151,16 @@ class TestPeers:
         assert len(compiled) == 1
 
 
+@pytest.mark.parametrize("name", ["float99", "int8", "nn"])
+def test_a_dtype_that_is_none_is_refused_in_a_sentence(name):
+    for prepare, settings in (
+        (peers.prepare_peer, PeerSettings(dtype=name, length=8, hidden_size=16, num_hidden_layers=1)),
+        (operation.prepare_operation, OperationSettings(operation=operation.TORCH, dtype=name, length=8)),
+    ):
+        with pytest.raises(ValueError, match=f"^dtype is '{name}': choose"):
+            prepare(settings)
+
+
 class TestTurns:
     def test_runs_take_turns_and_the_median_behind_a_warm_up_counts(self, tmp_path):
         values = {"a": iter([9.0, 3.0, 1.0, 2.0]), "b": iter([8.0, 6.0, 7.0, 5.0])}

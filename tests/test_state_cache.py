@@ -196,7 +196,7 @@ def test_crop_is_refused_whole():
         with pytest.raises(ValueError, match=told):
             recorder.layer.crop(removed)
     # The tail was not recorded: what comes before it in the layer must not have been cropped when it refuses.
-    with pytest.raises(ValueError, match=r"need 4 past inputs and 3 were kept.*activate_past_recording"):
+    with pytest.raises(ValueError, match=r"take back 0 tokens here, not 1: .*activate_past_recording"):
         recorder.layer.crop(-1)
     assert recorder.undone == [] and recorder.layer.columns == 9
     recorder.check()

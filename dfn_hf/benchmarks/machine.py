@@ -40,6 +40,18 @@ def set_up_device(device: str, threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def dtype_named(name: str) -> torch.dtype:
+    """The floating-point dtype of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype is {name!r}: choose float32, bfloat16, float16 or float64")
+    return dtype
+
+
 def synchronize(device: str) -> None:
     """Wait until the device has finished what was asked of it, so that a clock read afterwards is right."""
     if torch.device(device).type == "cuda":

@@ -23,7 +23,7 @@ from dfn_hf.modeling.native_library import SWITCH
 from dfn_hf.modeling.search_kernel import search_library
 from dfn_hf.modeling.triton_choice import triton_runs_on
 
-from .machine import describe_machine, peak_memory_mib, set_up_device
+from .machine import describe_machine, dtype_named, peak_memory_mib, set_up_device
 from .results import ResultsFile
 from .speed import timed
 from .turns import Timing, run_over_lengths
@@ -143,9 +143,7 @@ def _flow_attention(
     # The affinity −γ‖q − k‖² with γ = 0.3 as a product: see `gaussian_key`.
     key = torch.cat([rest, -0.3 * rest.square().sum(dim=-1, keepdim=True)], dim=-1)[None]
     query = torch.cat([0.6 * moved, torch.ones_like(moved[..., :1])], dim=-1)[None]
-    value = torch.randn(1, heads, length, settings.width, generator=generator).to(
-        device, getattr(torch, settings.dtype)
-    )
+    value = torch.randn(1, heads, length, settings.width, generator=generator).to(device, dtype_named(settings.dtype))
     fading = torch.rand(heads, generator=generator).to(device)
 
     def operate() -> torch.Tensor:
@@ -172,7 +170,7 @@ def _attention(
 ) -> tuple[Callable[[], torch.Tensor], Sequence[torch.Tensor]]:
     shape = (1, settings.heads, settings.length, settings.width)
     query, key, value = (
-        torch.randn(shape, generator=generator).to(settings.device, getattr(torch, settings.dtype)) for _ in range(3)
+        torch.randn(shape, generator=generator).to(settings.device, dtype_named(settings.dtype)) for _ in range(3)
     )
     return lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True), (query, key, value)
 

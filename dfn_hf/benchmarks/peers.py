@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache, set_seed
 
 from .byte_text import VOCAB_SIZE
 from .lengths import lengths_table
-from .machine import describe_machine, peak_memory_mib, set_up_device
+from .machine import describe_machine, dtype_named, peak_memory_mib, set_up_device
 from .models import ModelSize, count_parameters
 from .peer_models import build_peer
 from .results import ResultsFile
@@ -116,7 +116,7 @@ def prepare_peer(settings: PeerSettings) -> Callable[[], PeerTiming]:
         intermediate_size=settings.intermediate_size,
     )
     model = build_peer(settings.model, size, length=settings.length, device=settings.device).eval()
-    model = torch.nn.Module.to(model, getattr(torch, settings.dtype))
+    model = torch.nn.Module.to(model, dtype_named(settings.dtype))
     input_ids = corpus_bytes(settings.length).to(settings.device)
     if settings.work == "decoding":
         work = _decoding(model, input_ids, settings)

@@ -1,6 +1,5 @@
 """Key-value pairs planted in up to a million random tokens and asked for behind them: what a small DFN finds again."""
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from .results import ResultsFile, markdown_table
 DEPTHS = (0.01, 0.5, 0.99)
 PAIRS_PER_DEPTH = 5
 GAP = 8  # tokens from one pair to the next of its depth
+LEAST_LENGTH = round(PAIRS_PER_DEPTH * GAP / (1 - max(DEPTHS)))  # for the last pairs to find room
 CONTEXT_SEED = 70_000
 
 
@@ -146,9 +146,8 @@ def planted_context(
     half, num_pairs = vocab_size // 2, len(DEPTHS) * PAIRS_PER_DEPTH
     if num_pairs >= half:
         raise ValueError(f"vocab_size is {vocab_size}: {num_pairs} pairs need more than {2 * num_pairs} tokens")
+    check_length(length)
     starts = [int(depth * length) + GAP * pair for depth in DEPTHS for pair in range(PAIRS_PER_DEPTH)]
-    if starts[-1] + GAP > length or any(later - earlier < GAP for earlier, later in itertools.pairwise(starts)):
-        raise ValueError(f"length is {length}: pairs at depths {DEPTHS} overlap, choose a longer context")
     keys = torch.randperm(half, generator=generator)[:num_pairs]
     values = half + torch.randperm(half, generator=generator)[:num_pairs]
     is_filler = torch.ones(vocab_size).scatter_(0, keys, 0.0)
@@ -156,6 +155,12 @@ def planted_context(
     context[starts] = keys
     context[[start + 1 for start in starts]] = values
     return context, keys.view(len(DEPTHS), -1), values.view(len(DEPTHS), -1)
+
+
+def check_length(length: int) -> None:
+    """Raises: ValueError: a context too short for its pairs."""
+    if length < LEAST_LENGTH:
+        raise ValueError(f"length is {length}: its pairs need a context of {LEAST_LENGTH} tokens or more")
 
 
 @torch.no_grad()
@@ -246,7 +251,14 @@ def with_tables(model: DFNForCausalLM, cell_sizes: list[float]) -> DFNForCausalL
 def run_retrieval(
     runs: Iterable[RetrievalSettings], path: Path, report: Callable[[str], None] = lambda line: None
 ) -> list[tuple[RetrievalSettings, RetrievalMeasures]]:
-    """Every context, those already read taken from the CSV at `path`."""
+    """Every context, those already read taken from the CSV at `path`.
+
+    Raises:
+        ValueError: a context too short for its pairs, before anything is trained.
+    """
+    runs = list(runs)
+    for run in runs:
+        check_length(run.length)
     results = ResultsFile(path, RetrievalSettings, RetrievalMeasures)
 
     def measure(settings: RetrievalSettings) -> RetrievalMeasures:
