@@ -30,7 +30,7 @@ dfn-hf bench operation --results operation.csv
 dfn-hf bench paper --results paper.csv
 dfn-hf bench long-lm --steps 400 --results long-lm.csv
 dfn-hf bench recall --model dfn --results recall.csv
-dfn-hf bench retrieval --contexts 4 --control-contexts 1 --results retrieval.csv
+dfn-hf bench retrieval --contexts 10 --control-contexts 1 --results retrieval.csv
 dfn-hf bench lm --results lm.csv
 dfn-hf bench ablations --results ablations.csv
 dfn-hf bench quantization --results quantization.csv
