@@ -25,7 +25,7 @@ dfn-hf bench scaling --results scaling.csv
 dfn-hf bench million --results million.csv
 dfn-hf bench peers --time-limit 10 --results peers.csv
 dfn-hf bench peers --model dfn --model llama --work decoding --cache dynamic --cache static \
-    --length 1024 --length 16384 --length 200000 --results decoding.csv
+    --length 1024 --length 16384 --length 200000 --together --repeats 9 --results decoding.csv
 dfn-hf bench operation --results operation.csv
 dfn-hf bench paper --results paper.csv
 dfn-hf bench long-lm --steps 400 --results long-lm.csv
