@@ -59,7 +59,7 @@ class DFNConfig(PreTrainedConfig):
         is_causal (`bool`, defaults to `True`): Entities read those before them. If `False` those on both sides, for
             embeddings and classification; fields are always read so.
         entity_sampling (`str`, defaults to `"token"`): What becomes an entity: each `"token"` (of a field, each
-            sample), or spans of samples, short where the flow turns (`"adaptive"`) or all of a length (`"uniform"`).
+            sample), or spans of samples, short where the flow may turn (`"adaptive"`) or of one length (`"uniform"`).
         entity_rate (`float`, defaults to 0.25): Entities per byte of text that spans are to have.
         max_entity_length (`int`, defaults to 64): Most bytes of an entity.
         ratio_coef (`float`, defaults to 0.03): Weight of the loss that holds `entity_rate`.
@@ -87,7 +87,7 @@ class DFNConfig(PreTrainedConfig):
 
     model_type = "dfn"
     keys_to_ignore_at_inference = [
-        "past_key_values", "cache", "entities", "density", "boundaries", "token_loss", "ratio_loss",
+        "past_key_values", "cache", "entities", "density", "boundaries", "token_loss", "ratio_loss", "flow_loss",
     ]  # fmt: skip
 
     vocab_size: int = 4096

@@ -1,8 +1,10 @@
 """Entities sampled from a text of bytes, and the way back (paper §2.1).
 
-A flow over the samples turns where information is dense. Their density is how far it turns,
+A flow over the samples, f = W RMSNorm(h), foretells the next one: ‖x_{t+1} − f_t‖² is a loss, x the samples'
+embeddings at length 1. So it comes to be the mean of what may follow, long where that is certain and short where it
+may turn anywhere, E‖x_{t+1} − f_t‖² = 1 − ‖f_t‖²: where it is short, information is dense. The density of samples is
 
-    d_t = sigmoid(β (θ − cos(f_{t−1}, f_t)))        f = W h; θ, β learnt; 1 at the start of a segment,
+    d_t = sigmoid(β (θ − ‖f_t‖²))        θ, β learnt; 1 at the start of a segment,
 
 and where it reaches 1/2 the span of samples since the entity before is completed as an entity: its state the mean of
 theirs weighted by density, its coordinate the density accumulated so far, its mass their number. It is seen from t on:
@@ -10,8 +12,8 @@ theirs weighted by density, its coordinate the density accumulated so far, its m
     z_e = D_e x_e + (1 − D_e) z_{e−1}        D_e = d at the sample that completes e, x_e what the DFN layers make of it
     h_t ← h_t + z_e(t)                       e(t) the newest entity completed at or before t
 
-As in H-Net (Hwang et al. 2025), the choice gets its gradient straight through; θ and β are added, for
-the rate to be held without turning the flow itself.
+As in H-Net (Hwang et al. 2025), the choice gets its gradient straight through. There a boundary is where one state is
+unlike the next; where the next is uncertain is what Pagnoni et al. (2024) take from a model of its own.
 
 Shape letters: B batch, M samples of this call, E entities completed in it, D features, F coordinate features.
 """
@@ -27,11 +29,14 @@ from transformers import initialization as init
 from .chunk_memory import decay_scan
 from .configuration_dfn import DFNConfig
 from .padding import Rows
+from .pieces import in_pieces
+from .rms_norm import RMSNorm
 from .small_maps import decide
 from .state_cache import StateLayer
 
 BOUNDARY = 0.5  # density from which on an entity is completed
 STEEPNESS = 20.0  # β before training
+THRESHOLD = 0.2  # θ, likewise
 LEAST_WEIGHT = 1e-3  # of a sample in its entity's state
 SMOOTHED_OVER = 64  # entities: those before weigh less than 2^-64
 WAVELENGTHS = tuple(4.0**power for power in range(1, 9))  # of accumulated density, about 1 per entity
@@ -79,6 +84,7 @@ class SampledEntities:
         log_mass: `[B, E]`.
         density: `[B, M]`, of the samples, in at least float32; 1 where all spans are of one length.
         layout: where the entities lie.
+        flow_loss: `[B]`, how far from the flow of a sample the next one lies; None where it is not foretold.
     """
 
     states: torch.Tensor
@@ -86,6 +92,7 @@ class SampledEntities:
     log_mass: torch.Tensor
     density: torch.Tensor
     layout: EntityLayout
+    flow_loss: torch.Tensor | None
 
 
 class EntitySampling(nn.Module):
@@ -104,48 +111,60 @@ class EntitySampling(nn.Module):
         self.longest = config.max_entity_length if self.adaptive else round(1 / config.entity_rate)
         self.flow_map = None
         if self.adaptive:
+            self.norm = RMSNorm(config.hidden_size, config.norm_eps)
             self.flow_map = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-            self.flow_map.starts_as_identity = True  # the flow turns first where one kind of byte follows another
+            self.flow_map.init_std = THRESHOLD**0.5 / config.hidden_size  # ‖f‖² is about θ
             self.turn_threshold = nn.Parameter(torch.empty(1, dtype=torch.float32))
             self.log_turn_steepness = nn.Parameter(torch.empty(1, dtype=torch.float32))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """θ = 0: half of all random turns complete an entity."""
         if self.adaptive:
-            init.zeros_(self.turn_threshold)
+            init.constant_(self.turn_threshold, THRESHOLD)
             init.constant_(self.log_turn_steepness, math.log(STEEPNESS))
 
     def forward(
-        self, states: torch.Tensor, rows: Rows, state: StateLayer | None, entity_state: StateLayer | None
+        self,
+        states: torch.Tensor,
+        rows: Rows,
+        state: StateLayer | None,
+        entity_state: StateLayer | None,
+        embeddings: torch.Tensor | None = None,
     ) -> SampledEntities:
         """
         Args:
-            states: `[B, M, D]`, of the samples.
+            states: `[B, M, D]`, of the samples, each from those before it; or on both sides, without `embeddings`.
             rows: theirs.
             state: of a layer over samples, or None.
             entity_state: of a layer over entities, or None.
+            embeddings: `[B, M, D]` of the samples, to be foretold; they get no gradient. None if they are not.
         """
         starts = rows.reach == 0
-        density = self._density(states, starts, state)
+        flow_loss, density = None, torch.ones_like(starts, dtype=torch.promote_types(states.dtype, torch.float32))
+        if self.adaptive:
+            flow = self._flow(states, density.dtype)
+            density = self._density(flow, starts)
+            flow_loss = None if embeddings is None else self._flow_loss(flow, embeddings, rows)
         turns = starts | (density >= BOUNDARY) if self.adaptive else starts
         accumulated, turned, opened = self._since(density, turns, rows, state)
         completes = ((rows.index - turned) % self.longest == 0) & rows.real()
         layout = lay_entities(completes, rows, entity_state)
         pooled, mass = self._pool(states, density, layout, rows, opened, state)
         coordinates = wave_features(layout.of_samples(accumulated), pooled.dtype)
-        return SampledEntities(pooled, coordinates, mass.clamp(min=1).log(), density, layout)
+        return SampledEntities(pooled, coordinates, mass.clamp(min=1).log(), density, layout, flow_loss)
 
-    def _density(self, states: torch.Tensor, starts: torch.Tensor, state: StateLayer | None) -> torch.Tensor:
-        dtype = torch.promote_types(states.dtype, torch.float32)
-        if not self.adaptive:
-            return torch.ones_like(starts, dtype=dtype)
+    def _flow(self, states: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         with torch.autocast(states.device.type, enabled=False):
-            flow = decide(self.flow_map, states).to(dtype)
-        flows = F.pad(flow, (0, 0, 1, 0)) if state is None else state.tail("flow", flow, 1)
-        cosine = F.cosine_similarity(flows[:, :-1], flow, dim=-1)
-        turn = (self.log_turn_steepness.to(dtype).exp() * (self.turn_threshold.to(dtype) - cosine)).sigmoid()
-        return torch.where(starts, 1, turn)
+            return in_pieces(lambda piece: decide(self.flow_map, self.norm(piece)).to(dtype), states)
+
+    def _density(self, flow: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+        steepness, threshold = self.log_turn_steepness.to(flow.dtype).exp(), self.turn_threshold.to(flow.dtype)
+        return torch.where(starts, 1, (steepness * (threshold - flow.square().sum(dim=-1))).sigmoid())
+
+    def _flow_loss(self, flow: torch.Tensor, embeddings: torch.Tensor, rows: Rows) -> torch.Tensor:
+        follows = (rows.real() & (rows.reach > 0))[:, 1:]
+        missed = in_pieces(_missed, flow[:, :-1], embeddings[:, 1:])
+        return (missed * follows).sum(dim=1) / follows.sum(dim=1).clamp(min=1)
 
     def _since(
         self, density: torch.Tensor, turns: torch.Tensor, rows: Rows, state: StateLayer | None
@@ -219,6 +238,10 @@ class EntitySampling(nn.Module):
         mean = (sampled.density * rows.real()).sum(dim=1) / counts
         wanted = 1 / self.rate
         return wanted / (wanted - 1) * ((wanted - 1) * share * mean + (1 - share) * (1 - mean)) - 1
+
+
+def _missed(flow: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+    return (F.normalize(following.detach().to(flow.dtype), dim=-1) - flow).square().sum(dim=-1)
 
 
 def lay_entities(completes: torch.Tensor, rows: Rows, state: StateLayer | None) -> EntityLayout:

@@ -54,12 +54,14 @@ class DFNModelOutput(BaseModelOutputWithPast):
         density: `[B, M]`, how far the flow turns at a byte, 0 where padded; with `entity_sampling`, as the next two.
         boundaries: int64 `[B, M]`, 1 at bytes that complete an entity.
         ratio_loss: `[B]`, how far each row is from `entity_rate`; with `entity_sampling="adaptive"`.
+        flow_loss: `[B]`, how far from the flow of a byte the next one lies; likewise, where the model is causal.
     """
 
     entities: tuple[Entities, ...] | None = None
     density: torch.Tensor | None = None
     boundaries: torch.Tensor | None = None
     ratio_loss: torch.Tensor | None = None
+    flow_loss: torch.Tensor | None = None
 
 
 @dataclass
@@ -67,13 +69,15 @@ class DFNCausalLMOutput(CausalLMOutputWithPast):
     """
     Attributes:
         loss: scalar, next-token cross-entropy; with `entity_sampling="adaptive"`, and `ratio_coef` times `ratio_loss`.
+            Its gradient is that of `flow_loss`, too.
         logits: `[B, M, vocab_size]`.
-        token_loss, ratio_loss: scalars, the parts of such a loss.
+        token_loss, ratio_loss, flow_loss: scalars, what such a loss is made of.
         past_key_values, hidden_states, attentions, entities, density, boundaries: see `DFNModelOutput`.
     """
 
     token_loss: torch.Tensor | None = None
     ratio_loss: torch.Tensor | None = None
+    flow_loss: torch.Tensor | None = None
     entities: tuple[Entities, ...] | None = None
     density: torch.Tensor | None = None
     boundaries: torch.Tensor | None = None
@@ -97,9 +101,7 @@ class DFNPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         config = self.config
-        if isinstance(module, nn.Linear) and getattr(module, "starts_as_identity", False):
-            init.eye_(module.weight)
-        elif isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear):
             init.normal_(module.weight, std=getattr(module, "init_std", config.initializer_range))
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -256,8 +258,11 @@ class DFNModel(DFNPreTrainedModel):
             )
         sides = len(self.sample_encoder)
         encoder_states, decoder_states, entity_states = states[:sides], states[sides : 2 * sides], states[2 * sides :]
+        # States that have seen both sides have seen what would be foretold.
+        embeddings = hidden_states if self.config.is_causal else None
         hidden_states = self._run_sample_layers(self.sample_encoder, hidden_states, rows, encoder_states, seen)
-        sampled = self.sampling(hidden_states, rows, encoder_states[-1], entity_states[0])
+        sampled = self.sampling(hidden_states, rows, encoder_states[-1], entity_states[0], embeddings)
+        del embeddings
         for state in entity_states:
             if state is not None:
                 state.expect(sampled.layout.rows)
@@ -266,7 +271,8 @@ class DFNModel(DFNPreTrainedModel):
         hidden_states = self._run_sample_layers(self.sample_decoder, hidden_states, rows, decoder_states, seen)
         ratio_loss = self.sampling.ratio_loss(sampled, rows) if self.sampling.adaptive else None
         density, boundaries = rows.scatter(sampled.density * rows.real()), sampled.layout.rows.mask.long()
-        return hidden_states, {"density": density, "boundaries": boundaries, "ratio_loss": ratio_loss}
+        losses = {"ratio_loss": ratio_loss, "flow_loss": sampled.flow_loss}
+        return hidden_states, {"density": density, "boundaries": boundaries, **losses}
 
     def _run_sample_layers(
         self, layers, hidden_states: torch.Tensor, rows: Rows, states, seen: "Seen"
@@ -440,7 +446,7 @@ class DFNForCausalLM(FlowGenerationMixin, DFNPreTrainedModel, GenerationMixin):
         losses = {}
         if labels is not None:
             labels = next_token_labels(labels, segment_ids)
-            losses = self._losses(logits, labels, outputs.ratio_loss, **kwargs)
+            losses = self._losses(logits, labels, outputs, **kwargs)
         return DFNCausalLMOutput(
             logits=logits,
             **losses,
@@ -452,8 +458,8 @@ class DFNForCausalLM(FlowGenerationMixin, DFNPreTrainedModel, GenerationMixin):
             boundaries=outputs.boundaries,
         )
 
-    def _losses(self, logits, labels, ratio_loss, num_items_in_batch=None, **kwargs) -> dict[str, torch.Tensor]:
-        """Next-token loss, and the rows' ratio losses as a mean over rows weighted by their labels."""
+    def _losses(self, logits, labels, outputs, num_items_in_batch=None, **kwargs) -> dict[str, torch.Tensor]:
+        """Next-token loss, and the rows' other losses as means over rows weighted by their labels."""
         loss = self.loss_function(
             logits=logits,
             labels=labels,
@@ -461,12 +467,16 @@ class DFNForCausalLM(FlowGenerationMixin, DFNPreTrainedModel, GenerationMixin):
             num_items_in_batch=num_items_in_batch,
             **kwargs,
         )
-        if ratio_loss is None:
+        if outputs.ratio_loss is None:
             return {"loss": loss}
         scored = (labels[:, 1:] != -100).sum(dim=1)
         total = scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        ratio_loss = (scored * ratio_loss).sum() / total
-        return {"loss": loss + self.config.ratio_coef * ratio_loss, "token_loss": loss, "ratio_loss": ratio_loss}
+        parts = {"token_loss": loss, "ratio_loss": (scored * outputs.ratio_loss).sum() / total}
+        loss = loss + self.config.ratio_coef * parts["ratio_loss"]
+        if outputs.flow_loss is not None:
+            parts["flow_loss"] = (scored * outputs.flow_loss).sum() / total
+            loss = loss + parts["flow_loss"] - parts["flow_loss"].detach()  # losses of models remain comparable
+        return {"loss": loss, **parts}
 
 
 class DFNForSequenceClassification(LastStateClassification, DFNPreTrainedModel):

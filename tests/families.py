@@ -172,9 +172,9 @@ def draw_model(family: str, seed: int, dtype: torch.dtype = torch.float64, **ove
             if parameter.dim() < 2 or parameter.shape[1] == 1:  # norms, scales and filters, which start as constants
                 parameter.add_(0.3 * torch.randn_like(parameter))
         for module in model.modules():
-            if isinstance(module, EntitySampling):  # starts as a flow that may never turn in so small a model
-                module.flow_map.weight.normal_()
-                module.turn_threshold.fill_(0.1)
+            if isinstance(module, EntitySampling):  # starts as a flow about as long everywhere
+                module.flow_map.weight.normal_(std=1 / module.flow_map.in_features)
+                module.turn_threshold.fill_(1.0)
                 module.log_turn_steepness.fill_(1.0)
     return model.to(dtype).eval()
 

@@ -29,8 +29,9 @@ def make_sampling(seed, **options):
     config = DFNConfig(**{"hidden_size": HIDDEN, "entity_sampling": "adaptive", "max_entity_length": 5, **options})
     sampling = EntitySampling(config).double()
     if sampling.adaptive:
-        torch.nn.init.normal_(sampling.flow_map.weight)
-        torch.nn.init.constant_(sampling.turn_threshold, 0.1)
+        torch.nn.init.normal_(sampling.norm.weight)
+        torch.nn.init.normal_(sampling.flow_map.weight, std=1 / HIDDEN)
+        torch.nn.init.constant_(sampling.turn_threshold, 1.0)
         torch.nn.init.constant_(sampling.log_turn_steepness, 1.0)
     return sampling
 
@@ -42,9 +43,8 @@ def reference(sampling, states, entities_of):
         if t == 0 or not sampling.adaptive:
             turn = states.new_ones(())
         else:
-            before, now = sampling.flow_map(states[t - 1]), sampling.flow_map(states[t])
-            cosine = F.cosine_similarity(before, now, dim=0)
-            turn = torch.sigmoid(sampling.log_turn_steepness.exp() * (sampling.turn_threshold - cosine))[0]
+            length = sampling.flow_map(sampling.norm(states[t])).square().sum()
+            turn = torch.sigmoid(sampling.log_turn_steepness.exp() * (sampling.turn_threshold - length))[0]
         density.append(turn)
         if t == 0:
             turned = 0
@@ -105,6 +105,35 @@ def test_sampling_and_the_way_back_are_the_equations(seed, options):
     assert torch.allclose(ours.grad[mask], theirs.grad[mask], **STRICT)
     for gradient, parameter in zip(our_gradients, sampling.parameters(), strict=True):
         assert gradient.any() and torch.allclose(gradient, parameter.grad, **STRICT)
+
+
+def test_the_flow_foretells_the_sample_that_follows_in_its_segment():
+    sampling, embeddings = make_sampling(0), torch.randn(2, 9, HIDDEN, dtype=torch.float64, requires_grad=True)
+    states = torch.randn(2, 9, HIDDEN, dtype=torch.float64)
+    segments = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 0, 0, 0, 0, 0, -1, -1]])
+    rows = lay_rows(2, 9, states.device, segment_ids=segments)
+    found = sampling(states, rows, None, None, embeddings).flow_loss
+    found.sum().backward()
+    assert embeddings.grad is None and sampling.flow_map.weight.grad.any()
+    flow, aims = sampling.flow_map(sampling.norm(states)), F.normalize(embeddings, dim=-1)
+    for row, places in enumerate(([0, 1, 2, 4, 6, 7], range(6))):
+        expected = sum((aims[row, t + 1] - flow[row, t]).square().sum() for t in places) / 6
+        assert torch.allclose(found[row], expected, **STRICT)
+
+
+def test_a_flow_becomes_as_long_as_what_follows_is_certain():
+    torch.manual_seed(0)
+    model = DFNForCausalLM(DFNConfig(vocab_size=16, hidden_size=32, num_hidden_layers=1, entity_sampling="adaptive"))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        ids = torch.randint(8, 16, (8, 60))  # every other token is 8 less than the one before: certain
+        ids[:, 1::2] = ids[:, ::2] - 8
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        density = model(ids).density[:, 2:]
+    assert density[:, 1::2].mean() > density[:, ::2].mean() + 0.3
 
 
 def test_a_long_text_is_smoothed_as_a_short_one():
