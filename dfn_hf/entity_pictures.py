@@ -26,7 +26,7 @@ class EntityReading:
 
     Attributes:
         symbols: the text of each byte, n of them; of a character of several bytes the first has it.
-        density: `[n]`, how far the flow turns.
+        density: `[n]`, how uncertain what follows is.
         boundaries: bool `[n]`, bytes that complete an entity.
         spans: the text of each entity, m of them.
         rest_positions, moved_positions: `[m, position_dim]`, of one head of one layer.

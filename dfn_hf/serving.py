@@ -8,7 +8,7 @@ from huggingface_hub import constants
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_serve_available
 
-from .sources import load_config, resolve_source
+from .sources import check_kind, resolve_source
 
 CLASSES = ("DFNForCausalLM", "FlowNetworkForCausalLM")
 
@@ -28,9 +28,7 @@ def serve(model: str, arguments: Sequence[str] = ()) -> None:
     """
     if not is_serve_available():
         raise ValueError("a server needs more packages: pip install 'transformers[serving]'")
-    config = load_config(model)
-    if config.is_encoder_decoder:
-        raise ValueError(f"{model} is an encoder-decoder ({config.model_type}): only causal models can be served")
+    check_kind(model, encoder_decoder=False)
 
     from transformers.cli.transformers import app
 

@@ -76,6 +76,10 @@ def show_field(
     if array.ndim - 1 != config.coordinate_dim:
         raise ValueError(f"{file} has {array.ndim - 1} axes, and the model's fields {config.coordinate_dim}")
     samples = math.prod(array.shape[:-1])
+    if num_entities is not None and num_entities > samples:
+        raise ValueError(
+            f"num_entities is {num_entities}, and {file} has {samples} samples: ask for no more than those"
+        )
     model.config.num_entities = num_entities or max(1, samples // SAMPLES_PER_ENTITY)
     plot_field(read_field(model, array, layer=layer or 0, head=head or 0), path=path)
 

@@ -50,7 +50,7 @@ class LastStateClassification:
         logits = self.score(last)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+            loss = self._loss(logits, labels, outputs)
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
@@ -58,6 +58,9 @@ class LastStateClassification:
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, outputs) -> torch.Tensor:
+        return self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
 
 
 def last_states(

@@ -96,13 +96,13 @@ class SampledEntities:
 
 
 class EntitySampling(nn.Module):
-    """Spans of samples → entities: where the flow turns, or all of one length.
+    """Spans of samples → entities: short where what follows is uncertain, or all of one length.
 
     Attributes:
         scales: names of the parameters that are learnt scales.
     """
 
-    scales = ("turn_threshold", "log_turn_steepness")
+    scales = ("threshold", "log_steepness")
 
     def __init__(self, config: DFNConfig):
         super().__init__()
@@ -114,14 +114,14 @@ class EntitySampling(nn.Module):
             self.norm = RMSNorm(config.hidden_size, config.norm_eps)
             self.flow_map = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
             self.flow_map.init_std = THRESHOLD**0.5 / config.hidden_size  # ‖f‖² is about θ
-            self.turn_threshold = nn.Parameter(torch.empty(1, dtype=torch.float32))
-            self.log_turn_steepness = nn.Parameter(torch.empty(1, dtype=torch.float32))
+            self.threshold = nn.Parameter(torch.empty(1, dtype=torch.float32))
+            self.log_steepness = nn.Parameter(torch.empty(1, dtype=torch.float32))
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         if self.adaptive:
-            init.constant_(self.turn_threshold, THRESHOLD)
-            init.constant_(self.log_turn_steepness, math.log(STEEPNESS))
+            init.constant_(self.threshold, THRESHOLD)
+            init.constant_(self.log_steepness, math.log(STEEPNESS))
 
     def forward(
         self,
@@ -145,9 +145,9 @@ class EntitySampling(nn.Module):
             flow = self._flow(states, density.dtype)
             density = self._density(flow, starts)
             flow_loss = None if embeddings is None else self._flow_loss(flow, embeddings, rows)
-        turns = starts | (density >= BOUNDARY) if self.adaptive else starts
-        accumulated, turned, opened = self._since(density, turns, rows, state)
-        completes = ((rows.index - turned) % self.longest == 0) & rows.real()
+        dense = starts | (density >= BOUNDARY) if self.adaptive else starts
+        accumulated, last_dense, opened = self._since(density, dense, rows, state)
+        completes = ((rows.index - last_dense) % self.longest == 0) & rows.real()
         layout = lay_entities(completes, rows, entity_state)
         pooled, mass = self._pool(states, density, layout, rows, opened, state)
         coordinates = wave_features(layout.of_samples(accumulated), pooled.dtype)
@@ -158,7 +158,7 @@ class EntitySampling(nn.Module):
             return in_pieces(lambda piece: decide(self.flow_map, self.norm(piece)).to(dtype), states)
 
     def _density(self, flow: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-        steepness, threshold = self.log_turn_steepness.to(flow.dtype).exp(), self.turn_threshold.to(flow.dtype)
+        steepness, threshold = self.log_steepness.to(flow.dtype).exp(), self.threshold.to(flow.dtype)
         return torch.where(starts, 1, (steepness * (threshold - flow.square().sum(dim=-1))).sigmoid())
 
     def _flow_loss(self, flow: torch.Tensor, embeddings: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -167,33 +167,33 @@ class EntitySampling(nn.Module):
         return (missed * follows).sum(dim=1) / follows.sum(dim=1).clamp(min=1)
 
     def _since(
-        self, density: torch.Tensor, turns: torch.Tensor, rows: Rows, state: StateLayer | None
+        self, density: torch.Tensor, dense: torch.Tensor, rows: Rows, state: StateLayer | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """What a sample knows of its past.
 
         Returns:
-            (density accumulated in its segment, float64 `[B, M]`; the last place where the flow turned, int64
+            (density accumulated in its segment, float64 `[B, M]`; the last dense place, int64
             `[B, M]`; the first place of the entity that was open before this call, int64 `[B]`).
         """
         accumulated = (density.detach().double() * rows.real()).cumsum(dim=1)
-        turned = torch.where(turns, rows.index, -1).cummax(dim=1).values
+        last_dense = torch.where(dense, rows.index, -1).cummax(dim=1).values
         opened = rows.index[:, 0]
         if state is None:
             if rows.segment is not None:
-                before = torch.arange(turns.shape[1], device=turns.device) - rows.reach - 1
+                before = torch.arange(dense.shape[1], device=dense.device) - rows.reach - 1
                 accumulated = accumulated - torch.where(before < 0, 0, accumulated.gather(1, before.clamp(min=0)))
-            return accumulated, turned, opened
+            return accumulated, last_dense, opened
         stored = state.data("sampled")
         if stored is not None:
             past = state.lengths > 0
             last = (state.lengths - 1).clamp(min=0).view(-1, 1, 1, 1).expand(-1, 1, 1, 2)
-            accumulated_before, turned_before = stored.gather(2, last)[:, 0, 0].unbind(dim=-1)
+            accumulated_before, dense_before = stored.gather(2, last)[:, 0, 0].unbind(dim=-1)
             accumulated = accumulated + torch.where(past, accumulated_before, 0)[:, None]
-            turned_before = torch.where(past, turned_before.long(), -1)
-            turned = torch.maximum(turned, turned_before[:, None])
-            opened = torch.where(past, opened - (opened - 1 - turned_before) % self.longest, opened)
-        state.append("sampled", torch.stack([accumulated, turned.double()], dim=-1).unsqueeze(1))
-        return accumulated, turned, opened
+            dense_before = torch.where(past, dense_before.long(), -1)
+            last_dense = torch.maximum(last_dense, dense_before[:, None])
+            opened = torch.where(past, opened - (opened - 1 - dense_before) % self.longest, opened)
+        state.append("sampled", torch.stack([accumulated, last_dense.double()], dim=-1).unsqueeze(1))
+        return accumulated, last_dense, opened
 
     def _pool(
         self,

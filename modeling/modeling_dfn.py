@@ -51,7 +51,8 @@ class DFNModelOutput(BaseModelOutputWithPast):
             of the layers over bytes too; an entity's stands at the byte that completed it, with zeros elsewhere.
         attentions: per layer the flow weights among tokens `[B, H, M, N]`; memory takes what is left to 1.
         entities: per layer `Entities`; with `entity_sampling` those completed in this call, left-aligned.
-        density: `[B, M]`, how far the flow turns at a byte, 0 where padded; with `entity_sampling`, as the next two.
+        density: `[B, M]`, how uncertain what follows a byte is, 1/2 and more where it completes an
+            entity, 0 where padded; with `entity_sampling`, as the next two.
         boundaries: int64 `[B, M]`, 1 at bytes that complete an entity.
         ratio_loss: `[B]`, how far each row is from `entity_rate`; with `entity_sampling="adaptive"`.
         flow_loss: `[B]`, how far from the flow of a byte the next one lies; likewise, where the model is causal.
@@ -467,16 +468,9 @@ class DFNForCausalLM(FlowGenerationMixin, DFNPreTrainedModel, GenerationMixin):
             num_items_in_batch=num_items_in_batch,
             **kwargs,
         )
-        if outputs.ratio_loss is None:
-            return {"loss": loss}
         scored = (labels[:, 1:] != -100).sum(dim=1)
         total = scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        parts = {"token_loss": loss, "ratio_loss": (scored * outputs.ratio_loss).sum() / total}
-        loss = loss + self.config.ratio_coef * parts["ratio_loss"]
-        if outputs.flow_loss is not None:
-            parts["flow_loss"] = (scored * outputs.flow_loss).sum() / total
-            loss = loss + parts["flow_loss"] - parts["flow_loss"].detach()  # losses of models remain comparable
-        return {"loss": loss, **parts}
+        return _with_sampling(loss, outputs, scored / total, self.config.ratio_coef)
 
 
 class DFNForSequenceClassification(LastStateClassification, DFNPreTrainedModel):
@@ -488,6 +482,23 @@ class DFNForSequenceClassification(LastStateClassification, DFNPreTrainedModel):
         self.model = DFNModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
+
+    def _loss(self, logits, labels, outputs) -> torch.Tensor:
+        """The labels', and the mean over rows of what trains the sampling of entities."""
+        loss = super()._loss(logits, labels, outputs)
+        return _with_sampling(loss, outputs, 1 / len(logits), self.config.ratio_coef)["loss"]
+
+
+def _with_sampling(loss, outputs: DFNModelOutput, weights, ratio_coef: float) -> dict[str, torch.Tensor]:
+    """A loss of tokens or labels, and those of the sampling of entities, where rows count as `weights`."""
+    if outputs.ratio_loss is None:
+        return {"loss": loss}
+    parts = {"token_loss": loss, "ratio_loss": (weights * outputs.ratio_loss).sum()}
+    loss = loss + ratio_coef * parts["ratio_loss"]
+    if outputs.flow_loss is not None:
+        parts["flow_loss"] = (weights * outputs.flow_loss).sum()
+        loss = loss + parts["flow_loss"] - parts["flow_loss"].detach()  # losses of models remain comparable
+    return {"loss": loss, **parts}
 
 
 __all__ = ["DFNForCausalLM", "DFNForSequenceClassification", "DFNModel", "DFNPreTrainedModel"]

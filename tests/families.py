@@ -174,8 +174,8 @@ def draw_model(family: str, seed: int, dtype: torch.dtype = torch.float64, **ove
         for module in model.modules():
             if isinstance(module, EntitySampling):  # starts as a flow about as long everywhere
                 module.flow_map.weight.normal_(std=1 / module.flow_map.in_features)
-                module.turn_threshold.fill_(1.0)
-                module.log_turn_steepness.fill_(1.0)
+                module.threshold.fill_(1.0)
+                module.log_steepness.fill_(1.0)
     return model.to(dtype).eval()
 
 

@@ -27,7 +27,9 @@ SMALL = ByteEntitySettings(
     num_hidden_layers=5,
     intermediate_size=256,
     num_entity_layers=2,
+    num_sample_layers=1,
     sample_intermediate_size=128,
+    sampling_hidden_size=32,
     evaluation_windows=4,
 )
 

@@ -31,8 +31,8 @@ def make_sampling(seed, **options):
     if sampling.adaptive:
         torch.nn.init.normal_(sampling.norm.weight)
         torch.nn.init.normal_(sampling.flow_map.weight, std=1 / HIDDEN)
-        torch.nn.init.constant_(sampling.turn_threshold, 1.0)
-        torch.nn.init.constant_(sampling.log_turn_steepness, 1.0)
+        torch.nn.init.constant_(sampling.threshold, 1.0)
+        torch.nn.init.constant_(sampling.log_steepness, 1.0)
     return sampling
 
 
@@ -44,7 +44,7 @@ def reference(sampling, states, entities_of):
             turn = states.new_ones(())
         else:
             length = sampling.flow_map(sampling.norm(states[t])).square().sum()
-            turn = torch.sigmoid(sampling.log_turn_steepness.exp() * (sampling.turn_threshold - length))[0]
+            turn = torch.sigmoid(sampling.log_steepness.exp() * (sampling.threshold - length))[0]
         density.append(turn)
         if t == 0:
             turned = 0
@@ -208,6 +208,21 @@ def test_a_model_with_sampling_generates_and_classifies(sampling):
     outputs = model(ids, labels=ids)
     assert (outputs.ratio_loss is None) == (sampling == "uniform")
     assert DFNForSequenceClassification(config)(ids).logits.shape == (2, 3)
+
+
+def test_a_classifier_trains_the_sampling_too():
+    config = draw_adaptive_config(random.Random(0), num_labels=3, pad_token_id=0, ratio_coef=0.3)
+    torch.manual_seed(0)
+    model, ids, labels = DFNForSequenceClassification(config).double(), draw_ids(2, 20, 0), torch.tensor([0, 2])
+    found = model(ids, labels=labels)
+    sampled = model.model(ids)
+    expected = F.cross_entropy(found.logits, labels) + 0.3 * sampled.ratio_loss.mean()
+    assert torch.allclose(found.loss, expected, **STRICT)
+    parameters = list(model.parameters())
+    ours = torch.autograd.grad(found.loss, parameters, retain_graph=True, allow_unused=True)
+    theirs = torch.autograd.grad(expected + sampled.flow_loss.mean(), parameters, allow_unused=True)
+    for gradient, reference in zip(ours, theirs, strict=True):
+        assert (gradient is None and reference is None) or torch.allclose(gradient, reference, **STRICT)
 
 
 def test_both_sides_with_sampling():

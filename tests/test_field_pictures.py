@@ -95,6 +95,7 @@ def test_pictures_are_drawn_from_the_command_line(model, image, tmp_path, monkey
         (["my-field", "a.png", "--field", "cat.png", "--layer", "2"], "layers 0 to 1"),
         (["my-field", "a.png", "--field", "cat.png", "--text", "Out"], "give one"),
         (["my-field", "a.png", "--num-entities", "3"], "--num-entities is for --field"),
+        (["my-field", "a.png", "--field", "cat.png", "--num-entities", "241"], "cat.png has 240 samples"),
         (["dfn-tiny", "a.png", "--field", "cat.png"], "no model of fields"),
     ):
         result = CliRunner().invoke(app, ["show", *arguments])

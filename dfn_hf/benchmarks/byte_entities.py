@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, set_seed
 
 from dfn_hf import DFNConfig, DFNForCausalLM
 
-from .byte_lm import _windows, validate
+from .byte_lm import SEARCH_SEED, _windows, validate
 from .byte_text import VOCAB_SIZE
 from .fitting import fit
 from .machine import describe_machine
@@ -32,7 +32,7 @@ LETTERS = torch.tensor([byte for byte in range(256) if chr(byte).isascii() and c
 class ByteEntitySettings:
     """One training run. The DFN of an entity per byte has the sizes; those of the others follow from its parameters.
 
-    `num_entity_layers` and `sample_intermediate_size` are those of the DFN that samples entities.
+    From `entity_rate` to `sampling_local_window` they are those of the DFNs that sample entities.
     """
 
     model: str = "adaptive"
@@ -45,9 +45,12 @@ class ByteEntitySettings:
     num_hidden_layers: int = 5
     num_attention_heads: int = 4
     intermediate_size: int = 384
-    entity_rate: float = 0.2
-    num_entity_layers: int = 3
-    sample_intermediate_size: int = 256
+    entity_rate: float = 0.18
+    sampling_hidden_size: int = 120
+    num_entity_layers: int = 2
+    num_sample_layers: int = 3
+    sample_intermediate_size: int = 16
+    sampling_local_window: int = 16
     evaluation_windows: int = 128
     device: str = "cpu"
 
@@ -88,7 +91,10 @@ def measure_byte_entities(
     started = time.perf_counter()
 
     def announce(step: int) -> None:
-        report(f"{settings.model}, seed {settings.seed}: step {step}, {time.perf_counter() - started:.0f} s")
+        report(
+            f"{settings.model}, learning rate {settings.learning_rate:g}, seed {settings.seed}: "
+            f"step {step} of {settings.steps}, {time.perf_counter() - started:.0f} s"
+        )
 
     trained = fit(
         model,
@@ -97,16 +103,14 @@ def measure_byte_entities(
         learning_rate=settings.learning_rate,
         evaluate=announce,
     )
-    held_out = _windows("validation", settings.length)
-    validation = validate(model, held_out.even_batches(settings.evaluation_windows, settings.batch_size))
-    placed = [
-        placement(model, batch["input_ids"])
-        for batch in held_out.even_batches(settings.evaluation_windows, settings.batch_size)
-    ]
-    rate, word_starts, word_insides = np.mean(placed, axis=0)
+    windows = _windows("validation", settings.length)
+    held_out = list(windows.even_batches(settings.evaluation_windows, settings.batch_size))
+    validation = validate(model, iter(held_out))
+    rate, word_starts, word_insides = np.mean([placement(model, batch["input_ids"]) for batch in held_out], axis=0)
+    operations = [operations_per_token(model, batch["input_ids"].to(settings.device)) for batch in held_out]
     return ByteEntityMeasures(
         parameters=count_parameters(model),
-        operations=operations_per_token(model, next(held_out.even_batches(16, 16))["input_ids"].to(settings.device)),
+        operations=round(np.mean(operations)),
         loss=validation.loss,
         top1=validation.top1,
         bytes_per_entity=round(1 / rate, 3),
@@ -137,19 +141,24 @@ def build(settings: ByteEntitySettings) -> PreTrainedModel:
         raise ValueError(f"model is {settings.model!r}: choose one of {', '.join(MODELS)}")
     with torch.device("meta"):
         parameters = count_parameters(build_model("dfn", size, device="meta"))
+    sampling = SAMPLINGS.get(settings.model, "uniform")
     options = {
-        "entity_sampling": SAMPLINGS.get(settings.model, "uniform"),  # whose rate the adaptive one is held to
-        "entity_rate": settings.entity_rate,
+        "entity_sampling": sampling,
+        # Spans of whole bytes: no fewer entities, and operations to equal, than the adaptive one is held to.
+        "entity_rate": settings.entity_rate if sampling == "adaptive" else 1 / math.floor(1 / settings.entity_rate),
+        "hidden_size": settings.sampling_hidden_size,
+        "num_hidden_layers": settings.num_entity_layers,
+        "num_sample_layers": settings.num_sample_layers,
         "sample_intermediate_size": settings.sample_intermediate_size,
+        "local_window": settings.sampling_local_window,
     }
 
     def sampling_dfn(width: int) -> PreTrainedModel:
-        sizes = {"num_hidden_layers": settings.num_entity_layers, "intermediate_size": width}
-        return DFNForCausalLM(DFNConfig(**vars(size) | sizes | options))
+        return DFNForCausalLM(DFNConfig(**vars(size) | options | {"intermediate_size": width}))
 
-    sampling = fitted(sampling_dfn, parameters, count_parameters)
+    sampled = fitted(sampling_dfn, parameters, count_parameters)
     if settings.model in SAMPLINGS:
-        return torch.nn.Module.to(sampling, settings.device)
+        return torch.nn.Module.to(sampled, settings.device)
 
     ids = torch.zeros(1, settings.length, dtype=torch.long)
 
@@ -162,7 +171,7 @@ def build(settings: ByteEntitySettings) -> PreTrainedModel:
             return build_llama(narrow)
         return DFNForCausalLM(DFNConfig(**vars(narrow)))
 
-    return torch.nn.Module.to(fitted(cheap, operations(sampling), operations), settings.device)
+    return torch.nn.Module.to(fitted(cheap, operations(sampled), operations), settings.device)
 
 
 def fitted(
@@ -201,17 +210,33 @@ def run_byte_entities(
     *,
     models: Sequence[str],
     seeds: Iterable[int],
+    learning_rates: Sequence[float],
+    search_steps: int,
     path: Path,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[tuple[ByteEntitySettings, ByteEntityMeasures]]:
-    """Every model with every seed on the same batches; finished runs are taken from the CSV at `path`.
+    """Every model with every seed on the same batches, at the learning rate that did best for it in a short run.
+
+    The short runs are of `search_steps` steps with a seed of their own. Finished runs, short ones too, are taken from
+    the CSV at `path`.
 
     Args:
-        settings: what all runs share; its `model` and `seed` are replaced.
+        settings: what all runs share; its `model`, `seed` and `learning_rate` are replaced.
     """
     results = ResultsFile(path, ByteEntitySettings, ByteEntityMeasures)
-    runs = [replace(settings, model=model, seed=seed) for seed in seeds for model in models]
-    return [(run, results.run(run, lambda missing: measure_byte_entities(missing, report))) for run in runs]
+
+    def run(**changes) -> tuple[ByteEntitySettings, ByteEntityMeasures]:
+        changed = replace(settings, **changes)
+        return changed, results.run(changed, lambda missing: measure_byte_entities(missing, report))
+
+    best = {}
+    for model in models:
+        searched = [
+            run(model=model, seed=SEARCH_SEED, steps=search_steps, learning_rate=rate) for rate in learning_rates
+        ]
+        best[model] = min(searched, key=lambda pair: pair[1].loss)[0].learning_rate
+        report(f"{model}: learning rate {best[model]:g}")
+    return [run(model=model, seed=seed, learning_rate=best[model]) for seed in seeds for model in models]
 
 
 def byte_entities_table(results: list[tuple[ByteEntitySettings, ByteEntityMeasures]]) -> str:
@@ -219,6 +244,7 @@ def byte_entities_table(results: list[tuple[ByteEntitySettings, ByteEntityMeasur
     header = (
         "model",
         "parameters",
+        "learning rate",
         "million operations per byte",
         "bytes per entity",
         "seeds",
@@ -237,6 +263,7 @@ def byte_entities_table(results: list[tuple[ByteEntitySettings, ByteEntityMeasur
             (
                 name,
                 f"{found[0].parameters:,}",
+                f"{runs[0][0].learning_rate:g}",
                 mean_with_error([one.operations / 1e6 for one in found]),
                 mean_with_error([one.bytes_per_entity for one in found], digits=2) if sampled else "–",
                 str(len(found)),

@@ -91,13 +91,14 @@ def bytes(
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 800,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows per step.")] = 4,
     length: Annotated[int, typer.Option(min=2, help="Bytes per window.")] = 512,
-    learning_rate: Annotated[float, typer.Option(help="Peak, of all models.")] = 6e-3,
+    search_steps: Annotated[int, typer.Option(min=1, help="Steps of the short runs that pick a learning rate.")] = 400,
+    learning_rates: LearningRates = [3e-3, 6e-3, 1.2e-2, 2.4e-2],  # noqa: B006
     evaluation_windows: Annotated[int, typer.Option(help="Windows of the validation split.")] = 128,
     results: Results = RESULTS_FOLDER / "bytes.csv",
     threads: Threads = 1,
     device: Device = "cpu",
 ) -> None:
-    """Bytes without tokens: entities sampled where the flow turns, beside one per byte, fixed spans and Llamas.
+    """Bytes without tokens: entities where what follows is uncertain, beside one per byte, fixed spans and Llamas.
 
     Example: dfn-hf bench bytes --seeds 1 --model adaptive
     """
@@ -106,14 +107,21 @@ def bytes(
 
     set_up_device(device, threads)
     settings = ByteEntitySettings(
-        learning_rate=learning_rate,
         steps=steps,
         batch_size=batch_size,
         length=length,
         evaluation_windows=evaluation_windows,
         device=device,
     )
-    finished = run_byte_entities(settings, models=models or MODELS, seeds=range(seeds), path=results, report=_report)
+    finished = run_byte_entities(
+        settings,
+        models=models or MODELS,
+        seeds=range(seeds),
+        learning_rates=learning_rates,
+        search_steps=search_steps,
+        path=results,
+        report=_report,
+    )
     _print(byte_entities_table(finished), {measures.machine for _, measures in finished}, results)
 
 

@@ -61,7 +61,8 @@ TABLES = (
         [("dfn", "nats per token"), ("llama", "bits per byte"), ("dfn", "nats per token, K = 0")],
     ),
     SmokeTable(
-        "bytes --seeds 1 --steps 2 --length 64 --batch-size 2 --evaluation-windows 4",
+        "bytes --seeds 1 --steps 2 --search-steps 1 --learning-rate 6e-3 --length 64 --batch-size 2 "
+        "--evaluation-windows 4",
         [(model,) for model in BYTE_MODELS],
     ),
     SmokeTable(
