@@ -41,7 +41,10 @@ def test_photographs_are_reconstructed_from_a_quarter():
     settings = replace(TINY, side=64, method="pre-trained", pretraining_steps=1)
     measures = measure_field(settings)
     assert 900 < measures.samples < 1150 and measures.decibels > 10
-    assert "1 + 1" in fields_table([(settings, measures)])
+    again = replace(settings, seed=1), replace(measures, decibels=measures.decibels + 2)
+    (line,) = fields_table([(settings, measures), again]).splitlines()[2:]
+    assert "| 1 + 1 " in line and "| 2     |" in line and f"{measures.decibels + 1:.1f} ± 1.0" in line
+    assert {run.seed for run in field_runs(TINY, ["camera"]) if run.method == "pre-trained"} == {0, 1, 2}
 
 
 def test_a_clip_moves_before_a_still_background():

@@ -82,5 +82,5 @@ def test_the_list_of_models_is_empty(server):
 
 
 def test_an_encoder_decoder_is_refused():
-    with pytest.raises(ValueError, match="liquid-tiny is an encoder-decoder"):
+    with pytest.raises(ValueError, match="liquid-tiny is a liquid, an encoder-decoder"):
         serve("liquid-tiny")

@@ -21,11 +21,12 @@ from dfn_hf.modeling.modeling_dfn_field import DFNForFieldReconstruction
 from .fitting import fit
 from .machine import describe_machine
 from .models import count_parameters
-from .results import ResultsFile, markdown_table
+from .results import ResultsFile, markdown_table, mean_with_error
 
 FIELDS = ("camera", "elevation", "speech", "clip")
 METHODS = ("adaptive", "uniform", "frames", "siren", "resampling")
 PRETRAINING = ("pre-trained", "from scratch")
+PRETRAINING_SEEDS = 3
 SIREN_LAYERS = 3
 SIREN_RATES = (3e-4, 1e-3)
 SIREN_FIRST_FREQUENCY = {1: 3000.0, 2: 30.0, 3: 30.0}  # of Sitzmann et al. 2020, §4 and supplement: sound and images
@@ -343,17 +344,19 @@ def field_runs(settings: FieldSettings, fields: Sequence[str]) -> list[FieldSett
     if "camera" in fields:
         quarter = replace(settings, steps=settings.steps // 3, learning_rate=2 * settings.learning_rate)
         runs += [
-            replace(quarter, method="pre-trained", pretraining_steps=3 * settings.steps),
-            replace(quarter, method="from scratch"),
+            replace(quarter, method=method, seed=seed, pretraining_steps=pretraining_steps)
+            for method, pretraining_steps in zip(PRETRAINING, (3 * settings.steps, 0), strict=True)
+            for seed in range(PRETRAINING_SEEDS)
         ]
     return runs
 
 
 def fields_table(finished: list[tuple[FieldSettings, FieldMeasures]]) -> str:
-    """One line per run."""
+    """One line per method and field, mean ± standard error where there are several seeds."""
     header = (
         "field",
         "method",
+        "seeds",
         "samples",
         "entities",
         "parameters",
@@ -363,21 +366,24 @@ def fields_table(finished: list[tuple[FieldSettings, FieldMeasures]]) -> str:
         "correlation",
         "s",
     )
-    lines = [
-        (
-            Path(settings.field).name + (", a quarter given" if settings.method in PRETRAINING else ""),
-            settings.method,
-            f"{measures.samples:,}",
-            "–" if measures.entities is None else f"{measures.entities:,}",
-            f"{measures.parameters:,}",
-            _steps(settings),
-            _number(measures.first_decibels, 1),
-            f"{measures.decibels:.1f}",
-            _number(measures.correlation, 2),
-            f"{measures.seconds:.0f}",
+    lines = []
+    for run in dict.fromkeys(replace(settings, seed=0) for settings, _ in finished):
+        found = [measures for settings, measures in finished if replace(settings, seed=0) == run]
+        lines.append(
+            (
+                Path(run.field).name + (", a quarter given" if run.method in PRETRAINING else ""),
+                run.method,
+                str(len(found)),
+                f"{round(np.mean([measures.samples for measures in found])):,}",
+                "–" if found[0].entities is None else f"{found[0].entities:,}",
+                f"{found[0].parameters:,}",
+                _steps(run),
+                mean_with_error([measures.first_decibels for measures in found], 1),
+                mean_with_error([measures.decibels for measures in found], 1),
+                mean_with_error([measures.correlation for measures in found], 2),
+                mean_with_error([measures.seconds for measures in found], 0),
+            )
         )
-        for settings, measures in finished
-    ]
     return markdown_table(header, lines)
 
 
@@ -386,7 +392,3 @@ def _steps(settings: FieldSettings) -> str:
         return "0"
     before = f"{settings.pretraining_steps} + " if settings.method == "pre-trained" else ""
     return f"{before}{settings.steps}"
-
-
-def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
