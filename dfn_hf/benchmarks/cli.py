@@ -92,7 +92,7 @@ def bytes(
     batch_size: Annotated[int, typer.Option(min=1, help="Windows per step.")] = 4,
     length: Annotated[int, typer.Option(min=2, help="Bytes per window.")] = 512,
     search_steps: Annotated[int, typer.Option(min=1, help="Steps of the short runs that pick a learning rate.")] = 400,
-    learning_rates: LearningRates = [3e-3, 6e-3, 1.2e-2, 2.4e-2],  # noqa: B006
+    learning_rates: LearningRates = [1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2],  # noqa: B006
     evaluation_windows: Annotated[int, typer.Option(help="Windows of the validation split.")] = 128,
     results: Results = RESULTS_FOLDER / "bytes.csv",
     threads: Threads = 1,
