@@ -59,7 +59,8 @@ class DFNConfig(PreTrainedConfig):
         is_causal (`bool`, defaults to `True`): Entities read those before them. If `False` those on both sides, for
             embeddings and classification; fields are always read so.
         entity_sampling (`str`, defaults to `"token"`): What becomes an entity: each `"token"` (of a field, each
-            sample), or spans of samples, short where the flow may turn (`"adaptive"`) or of one length (`"uniform"`).
+            sample), or spans of samples, short where information is dense (`"adaptive"`) or of one length
+            (`"uniform"`).
         entity_rate (`float`, defaults to 0.25): Entities per byte of text that spans are to have.
         max_entity_length (`int`, defaults to 64): Most bytes of an entity.
         ratio_coef (`float`, defaults to 0.03): Weight of the loss that holds `entity_rate`.
@@ -116,7 +117,7 @@ class DFNConfig(PreTrainedConfig):
     readout_window: int = 1
     is_causal: bool = True
     entity_sampling: str = "token"
-    entity_rate: float = 0.25
+    entity_rate: float | int = 0.25
     max_entity_length: int = 64
     ratio_coef: float | int = 0.03
     num_sample_layers: int = 1

@@ -84,7 +84,8 @@ class SampledEntities:
         log_mass: `[B, E]`.
         density: `[B, M]`, of the samples, in at least float32; 1 where all spans are of one length.
         layout: where the entities lie.
-        flow_loss: `[B]`, how far from the flow of a sample the next one lies; None where it is not foretold.
+        flow_loss: `[B]`, how far from the flow of a sample the next one of this call lies; None where nothing is
+            foretold.
     """
 
     states: torch.Tensor

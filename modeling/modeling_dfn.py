@@ -51,11 +51,12 @@ class DFNModelOutput(BaseModelOutputWithPast):
             of the layers over bytes too; an entity's stands at the byte that completed it, with zeros elsewhere.
         attentions: per layer the flow weights among tokens `[B, H, M, N]`; memory takes what is left to 1.
         entities: per layer `Entities`; with `entity_sampling` those completed in this call, left-aligned.
-        density: `[B, M]`, how uncertain what follows a byte is, 1/2 and more where it completes an
-            entity, 0 where padded; with `entity_sampling`, as the next two.
+        density: `[B, M]`, how uncertain what follows a byte is; from 1/2 on it completes an entity. 0 where padded.
+            With `entity_sampling`, as the next two.
         boundaries: int64 `[B, M]`, 1 at bytes that complete an entity.
         ratio_loss: `[B]`, how far each row is from `entity_rate`; with `entity_sampling="adaptive"`.
-        flow_loss: `[B]`, how far from the flow of a byte the next one lies; likewise, where the model is causal.
+        flow_loss: `[B]`, how far from the flow of a byte the next one lies; likewise, where the model is causal. Bytes
+            of this call count alone, not one that follows in the next.
     """
 
     entities: tuple[Entities, ...] | None = None
@@ -474,7 +475,11 @@ class DFNForCausalLM(FlowGenerationMixin, DFNPreTrainedModel, GenerationMixin):
 
 
 class DFNForSequenceClassification(LastStateClassification, DFNPreTrainedModel):
-    """DFN with a linear head on the last real entity of each row."""
+    """DFN with a linear head on the last real entity of each row.
+
+    With `entity_sampling="adaptive"` its loss holds `ratio_coef` times the rows' mean `ratio_loss` too, and its
+    gradient that of their `flow_loss`.
+    """
 
     def __init__(self, config: DFNConfig):
         super().__init__(config)

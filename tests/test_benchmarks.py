@@ -305,6 +305,7 @@ def test_without_far_neighbours_the_configuration_is_restored(monkeypatch):
     assert seen == [0] and model.config.num_neighbors == 16
 
 
+@pytest.mark.slow
 def test_translation_is_measured_beside_a_t5_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(dfn_hf.seq2seq_sizes, "SIZES", {"tiny": {"hidden_size": 16, "num_hidden_layers": 1}})
     models = ["liquid", "no frequency attention", "no LSTM", "t5"]
@@ -333,7 +334,12 @@ def test_translation_is_measured_beside_a_t5_and_resumes(tmp_path, monkeypatch):
     ("command", "models", "works"),
     [
         ("speed", ["flownetwork", "llama"], ["forward", "training", "decoding"]),
-        ("seq2seq-speed", ["liquid", "liquid-no-lstm", "t5"], ["encoder", "decoder", "joint", "training", "decoding"]),
+        pytest.param(
+            "seq2seq-speed",
+            ["liquid", "liquid-no-lstm", "t5"],
+            ["encoder", "decoder", "joint", "training", "decoding"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_speed_has_every_line_and_does_not_measure_twice(command, models, works, tmp_path, monkeypatch):

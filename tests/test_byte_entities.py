@@ -80,9 +80,18 @@ def test_placement_counts_where_entities_begin():
 
 def test_runs_are_kept_and_printed(tmp_path):
     path = tmp_path / "bytes.csv"
-    finished = run_byte_entities(SMALL, models=["adaptive", "dfn"], seeds=[0], path=path)
-    assert finished == run_byte_entities(SMALL, models=["adaptive", "dfn"], seeds=[0], path=path, report=pytest.fail)
-    (_, adaptive), (_, dfn) = finished
+    asked = {
+        "models": ["adaptive", "dfn"],
+        "seeds": [0],
+        "learning_rates": [6e-3, 1e-9],
+        "search_steps": 1,
+        "path": path,
+    }
+    finished = run_byte_entities(SMALL, **asked)
+    before = path.read_text()
+    assert finished == run_byte_entities(SMALL, **asked) and path.read_text() == before
+    (settings, adaptive), (_, dfn) = finished
+    assert settings.learning_rate == 6e-3
     assert adaptive.bytes_per_entity > 1 and dfn.bytes_per_entity == 1 and adaptive.loss > 0
     table = byte_entities_table(finished)
     assert "| adaptive" in table and "| dfn" in table

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from dfn_hf import blocks, corpus, demo
 from dfn_hf.cli import app
 from dfn_hf.data import load_tokenizer
+from tests.marks import first_quickly
 
 SMALL = ["--tokenizer", "byte", "--block-size", "48", "--batch-size", "4", "--steps", "4", "--save-every", "2"]
 TINY = [
@@ -193,7 +194,7 @@ def test_traceback_on_request():
 PICTURES = {"dfn": ("loss_curves.png", "flow_map.png"), "flownetwork": ("loss_curves.png", "flow_matrix.png")}
 
 
-@pytest.mark.parametrize("architecture", PICTURES)
+@pytest.mark.parametrize("architecture", first_quickly(PICTURES))
 def test_demo_trains_compares_reloads_and_draws(architecture, tmp_path, monkeypatch, capfd):
     documents = {split: corpus.load_corpus(split).select(range(1)) for split in ("train", "validation")}
     short = {split: rows.map(lambda row: {"text": row["text"][:6000]}) for split, rows in documents.items()}

@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 import dfn_hf
+from tests.marks import first_quickly
 
 CHAT = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-checkpoints = pytest.mark.parametrize("checkpoint", ["dfn-tiny", "flownetwork-tiny"])
+checkpoints = pytest.mark.parametrize("checkpoint", first_quickly(["dfn-tiny", "flownetwork-tiny"]))
 
 
 def texts() -> list[dict]:

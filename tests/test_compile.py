@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from tests.marks import first_quickly
 from tests.small_models import make_small_model
 
-FAMILIES = ["dfn", pytest.param("dfn-adaptive", marks=pytest.mark.slow), "flownetwork", "liquid"]
-BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]  # the second compiles C++
+FAMILIES = first_quickly(["dfn", "flownetwork", "dfn-adaptive", "liquid"], 2)
+BACKENDS = first_quickly(["aot_eager", "inductor"])  # the second compiles C++
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

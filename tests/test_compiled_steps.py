@@ -7,6 +7,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 
 from dfn_hf import DFNConfig, DFNForCausalLM
 from tests.families import draw_ids
+from tests.marks import first_quickly
 from tests.small_models import make_small_model
 from tests.test_static_cache import MASKS, STRICT, logits_of, run
 
@@ -17,9 +18,9 @@ def fresh_compiler():
     torch._dynamo.utils.counters.clear()
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", first_quickly(["aot_eager", "inductor"]))
 @pytest.mark.parametrize("mask", ["none", "left"])
-@pytest.mark.parametrize("search", ["cells", "exact"])
+@pytest.mark.parametrize("search", first_quickly(["cells", "exact"]))
 def test_steps_are_one_graph(search, mask, backend):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     config = DFNConfig(

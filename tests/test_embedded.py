@@ -55,7 +55,8 @@ def test_nothing_long_is_copied(samples, training_text):
 
 
 @pytest.mark.parametrize(
-    ("name", "context_length"), [("dfn-tiny", 256), ("flownetwork-tiny", 256), ("dfn-bytes", 512)]
+    ("name", "context_length"),
+    [("dfn-tiny", 256), ("dfn-bytes", 512), pytest.param("flownetwork-tiny", 256, marks=pytest.mark.slow)],
 )
 def test_card_states_what_it_reaches_on_held_out_text(name, context_length):
     folder = dfn_hf.checkpoint_path(name)

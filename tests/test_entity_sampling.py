@@ -41,16 +41,16 @@ def reference(sampling, states, entities_of):
     density, spans, opened = [], [], 0
     for t in range(len(states)):
         if t == 0 or not sampling.adaptive:
-            turn = states.new_ones(())
+            dense = states.new_ones(())
         else:
             length = sampling.flow_map(sampling.norm(states[t])).square().sum()
-            turn = torch.sigmoid(sampling.log_steepness.exp() * (sampling.threshold - length))[0]
-        density.append(turn)
+            dense = torch.sigmoid(sampling.log_steepness.exp() * (sampling.threshold - length))[0]
+        density.append(dense)
         if t == 0:
-            turned = 0
-        elif sampling.adaptive and turn >= 0.5:
-            turned = t
-        if (t - turned) % sampling.longest == 0:
+            last_dense = 0
+        elif sampling.adaptive and dense >= 0.5:
+            last_dense = t
+        if (t - last_dense) % sampling.longest == 0:
             spans.append((opened, t))
             opened = t + 1
     density = torch.stack(density)
@@ -256,6 +256,7 @@ def test_contradictions_name_their_fields():
     for options, name in (
         ({"entity_sampling": "words"}, "entity_sampling"),
         ({"entity_rate": 1.0}, "entity_rate"),
+        ({"entity_rate": 5}, "entity_rate"),
         ({"entity_rate": 0.01, "max_entity_length": 64}, "max_entity_length"),
         ({"entity_sampling": "adaptive", "local_window": 1}, "local_window"),
         ({"entity_sampling": "adaptive", "readout_window": 2}, "readout_window"),

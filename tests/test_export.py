@@ -4,6 +4,7 @@ import onnxruntime
 import pytest
 import torch
 
+from tests.marks import first_quickly
 from tests.small_models import make_small_model
 
 LENGTH = 70  # more than DFN's window
@@ -30,7 +31,7 @@ def test_an_exported_program_gives_the_same_logits(family):
         assert torch.allclose(program(**other).logits, model(**other).logits, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["flownetwork", "liquid"])
+@pytest.mark.parametrize("family", first_quickly(["flownetwork", "liquid"]))
 def test_onnx_gives_the_same_logits(family, tmp_path):
     model, other = make_model(family, num_hidden_layers=1), draw_inputs(family, 1)
     program = torch.onnx.export(model, (), kwargs=draw_inputs(family, 0), dynamo=True, verbose=False)

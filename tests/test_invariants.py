@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from tests.families import FAMILIES, VOCABULARY, draw_ids, draw_model
+from tests.marks import first_quickly
 
 SEEDS = range(10)
 LENGTH = 45
@@ -15,7 +16,12 @@ STRICT = {"atol": 1e-9, "rtol": 0}
 FP32_CLOSE, FP32_RARE = 1e-4, 1e-3
 
 
-cases = pytest.mark.parametrize(("family", "seed"), [(family, seed) for family in FAMILIES for seed in SEEDS])
+seeds = pytest.mark.parametrize("seed", first_quickly(SEEDS, 6))
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+def cases(test):
+    return families(seeds(test))
 
 
 def logits_of(model, ids, **inputs):

@@ -15,6 +15,7 @@ from dfn_hf.data import load_corpus, load_tokenizer, pack, tokenize
 from dfn_hf.seq2seq_sizes import new_seq2seq_lm
 from dfn_hf.sizes import new_causal_lm
 from dfn_hf.training import TrainingSettings, last_checkpoint, train_model
+from tests.marks import first_quickly
 
 TINY = {
     "hidden_size": 16,
@@ -69,7 +70,7 @@ class KillInAStep(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("family", OPTIONS)
+@pytest.mark.parametrize("family", first_quickly(OPTIONS))
 def test_resumed_with_the_same_losses(family, tmp_path):
     root = Path(__file__).parent.parent
     call = f"train({family!r}, Path({str(tmp_path / 'broken')!r}), killed=True)"

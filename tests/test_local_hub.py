@@ -8,6 +8,7 @@ import textwrap
 import pytest
 
 from tests.hub_server import TOKEN, serve
+from tests.marks import first_quickly
 
 SIZES = (
     "vocab_size=4096, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48, "
@@ -49,7 +50,7 @@ def run(code: str, address: str, folder, token: str | None = TOKEN) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", first_quickly(FAMILIES))
 def test_pushed_with_its_code_and_loaded_without_the_package(family, address, tmp_path):
     auto_class, tokenizer, make = FAMILIES[family]
     repository = f"tester/{family}"
