@@ -13,12 +13,13 @@ from transformers import PreTrainedModel, set_seed
 
 from dfn_hf import DFNConfig, DFNForCausalLM
 
-from .byte_lm import SEARCH_SEED, _windows, validate
+from .byte_lm import _windows, validate
 from .byte_text import VOCAB_SIZE
 from .fitting import fit
 from .machine import describe_machine
 from .models import ModelSize, build_llama, build_model, count_parameters
 from .operations import operations_per_token
+from .rate_search import run_at_best_rates
 from .results import ResultsFile, markdown_table, mean_with_error
 
 SAMPLINGS = {"adaptive": "adaptive", "fixed spans": "uniform"}
@@ -223,20 +224,16 @@ def run_byte_entities(
     Args:
         settings: what all runs share; its `model`, `seed` and `learning_rate` are replaced.
     """
-    results = ResultsFile(path, ByteEntitySettings, ByteEntityMeasures)
-
-    def run(**changes) -> tuple[ByteEntitySettings, ByteEntityMeasures]:
-        changed = replace(settings, **changes)
-        return changed, results.run(changed, lambda missing: measure_byte_entities(missing, report))
-
-    best = {}
-    for model in models:
-        searched = [
-            run(model=model, seed=SEARCH_SEED, steps=search_steps, learning_rate=rate) for rate in learning_rates
-        ]
-        best[model] = min(searched, key=lambda pair: pair[1].loss)[0].learning_rate
-        report(f"{model}: learning rate {best[model]:g}")
-    return [run(model=model, seed=seed, learning_rate=best[model]) for seed in seeds for model in models]
+    return run_at_best_rates(
+        ResultsFile(path, ByteEntitySettings, ByteEntityMeasures),
+        settings,
+        measure_byte_entities,
+        models=models,
+        seeds=seeds,
+        learning_rates=learning_rates,
+        search_steps=search_steps,
+        report=report,
+    )
 
 
 def byte_entities_table(results: list[tuple[ByteEntitySettings, ByteEntityMeasures]]) -> str:

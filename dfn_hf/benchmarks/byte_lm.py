@@ -15,9 +15,9 @@ from .byte_text import VOCAB_SIZE, ByteWindows
 from .fitting import fit
 from .machine import describe_machine
 from .models import ModelSize, build_model, count_parameters
+from .rate_search import SEARCH_SEED
 from .results import ResultsFile, markdown_table, mean_with_error
 
-SEARCH_SEED = 1000
 INITIALIZER_RANGES = (0.02, None)  # Llama's default and DFN's, 1/sqrt(hidden_size)
 
 

@@ -4,7 +4,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -14,10 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from dfn_hf.data import load_corpus, load_text, load_tokenizer, token_ids
 
-from .byte_lm import SEARCH_SEED
 from .fitting import fit
 from .machine import describe_machine
 from .models import ModelSize, build_model, count_parameters
+from .rate_search import run_at_best_rates
 from .results import ResultsFile, markdown_table, mean_with_error
 from .token_windows import TokenWindows
 
@@ -208,20 +208,16 @@ def run_long_lm(
     Args:
         settings: what all runs share; its `model`, `seed` and `learning_rate` are replaced.
     """
-    results = ResultsFile(path, LongLMSettings, LongLMMeasures)
-
-    def run(**changes) -> tuple[LongLMSettings, LongLMMeasures]:
-        changed = replace(settings, **changes)
-        return changed, results.run(changed, lambda missing: measure_long_lm(missing, report))
-
-    best = {}
-    for model in models:
-        searched = [
-            run(model=model, seed=SEARCH_SEED, steps=search_steps, learning_rate=rate) for rate in learning_rates
-        ]
-        best[model] = min(searched, key=lambda pair: pair[1].loss)[0].learning_rate
-        report(f"{model}: learning rate {best[model]:g}")
-    return [run(model=model, seed=seed, learning_rate=best[model]) for seed in seeds for model in models]
+    return run_at_best_rates(
+        ResultsFile(path, LongLMSettings, LongLMMeasures),
+        settings,
+        measure_long_lm,
+        models=models,
+        seeds=seeds,
+        learning_rates=learning_rates,
+        search_steps=search_steps,
+        report=report,
+    )
 
 
 def long_lm_table(results: list[tuple[LongLMSettings, LongLMMeasures]]) -> str:

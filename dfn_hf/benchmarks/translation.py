@@ -18,10 +18,10 @@ from dfn_hf.translation import SIDES, score_translations, shuffle_sources, train
 
 from .fitting import fit
 from .machine import describe_machine
+from .rate_search import SEARCH_SEED
 from .results import ResultsFile, markdown_table, mean_with_error
 from .without_frequency import remove_frequency_attention
 
-SEARCH_SEED = 1000
 TOKENIZER = "bpe-en-es"
 WITHOUT_FREQUENCY = "no frequency attention"
 VARIANTS: dict[str, dict[str, Any]] = {
