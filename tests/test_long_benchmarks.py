@@ -198,7 +198,7 @@ class TestLongLM:
         monkeypatch.setattr(
             long_lm,
             "measure_long_lm",
-            lambda settings, report: long_lm.replace(measures, loss=losses[settings.learning_rate]),
+            lambda settings, report: replace(measures, loss=losses[settings.learning_rate]),
         )
         path = tmp_path / "long-lm.csv"
         ((run, _),) = long_lm.run_long_lm(
