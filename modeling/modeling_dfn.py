@@ -471,7 +471,7 @@ class DFNForCausalLM(FlowGenerationMixin, DFNPreTrainedModel, GenerationMixin):
         )
         scored = (labels[:, 1:] != -100).sum(dim=1)
         total = scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return _with_sampling(loss, outputs, scored / total, self.config.ratio_coef)
+        return _with_sampling(loss, outputs, scored, total, self.config.ratio_coef)
 
 
 class DFNForSequenceClassification(LastStateClassification, DFNPreTrainedModel):
@@ -491,17 +491,17 @@ class DFNForSequenceClassification(LastStateClassification, DFNPreTrainedModel):
     def _loss(self, logits, labels, outputs) -> torch.Tensor:
         """The labels', and the mean over rows of what trains the sampling of entities."""
         loss = super()._loss(logits, labels, outputs)
-        return _with_sampling(loss, outputs, 1 / len(logits), self.config.ratio_coef)["loss"]
+        return _with_sampling(loss, outputs, 1, len(logits), self.config.ratio_coef)["loss"]
 
 
-def _with_sampling(loss, outputs: DFNModelOutput, weights, ratio_coef: float) -> dict[str, torch.Tensor]:
-    """A loss of tokens or labels, and those of the sampling of entities, where rows count as `weights`."""
+def _with_sampling(loss, outputs: DFNModelOutput, scored, total, ratio_coef: float) -> dict[str, torch.Tensor]:
+    """A loss of tokens or labels, and those of the sampling of entities, where rows count as `scored` of `total`."""
     if outputs.ratio_loss is None:
         return {"loss": loss}
-    parts = {"token_loss": loss, "ratio_loss": (weights * outputs.ratio_loss).sum()}
+    parts = {"token_loss": loss, "ratio_loss": (scored * outputs.ratio_loss).sum() / total}
     loss = loss + ratio_coef * parts["ratio_loss"]
     if outputs.flow_loss is not None:
-        parts["flow_loss"] = (weights * outputs.flow_loss).sum()
+        parts["flow_loss"] = (scored * outputs.flow_loss).sum() / total
         loss = loss + parts["flow_loss"] - parts["flow_loss"].detach()  # losses of models remain comparable
     return {"loss": loss, **parts}
 

@@ -121,6 +121,20 @@ def test_the_flow_foretells_the_sample_that_follows_in_its_segment():
         assert torch.allclose(found[row], expected, **STRICT)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_losses_of_a_padded_row_are_those_of_the_row_alone(side):
+    model, ids = draw_model("dfn-adaptive", 0), draw_ids(3, 20, 0)
+    mask = torch.ones_like(ids)
+    for row, pads in enumerate((0, 4, 13)):
+        mask[row, slice(0, pads) if side == "left" else slice(20 - pads, 20)] = 0
+    with torch.no_grad():
+        outputs = model.model(ids, attention_mask=mask, use_cache=False)
+        for row in range(3):
+            alone = model.model(ids[row : row + 1, mask[row].bool()], use_cache=False)
+            for name in ("ratio_loss", "flow_loss"):
+                assert torch.allclose(outputs[name][row], alone[name][0], **STRICT), name
+
+
 def test_a_flow_becomes_as_long_as_what_follows_is_certain():
     torch.manual_seed(0)
     model = DFNForCausalLM(DFNConfig(vocab_size=16, hidden_size=32, num_hidden_layers=1, entity_sampling="adaptive"))

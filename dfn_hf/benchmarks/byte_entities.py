@@ -145,7 +145,7 @@ def build(settings: ByteEntitySettings) -> PreTrainedModel:
     sampling = SAMPLINGS.get(settings.model, "uniform")
     options = {
         "entity_sampling": sampling,
-        # Spans of whole bytes: no fewer entities, and operations to equal, than the adaptive one is held to.
+        # Spans of whole bytes: no fewer entities than the adaptive one is held to.
         "entity_rate": settings.entity_rate if sampling == "adaptive" else 1 / math.floor(1 / settings.entity_rate),
         "hidden_size": settings.sampling_hidden_size,
         "num_hidden_layers": settings.num_entity_layers,
