@@ -11,8 +11,8 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from ..modeling.configuration_dfn import DFNConfig
-from ..modeling.modeling_dfn import DFNForCausalLM
+from ..modeling.dfn.configuration_dfn import DFNConfig
+from ..modeling.dfn.modeling_dfn import DFNForCausalLM
 from .key_table import Dropped, Table, compare_keys, expand, target_names
 from .report import ConversionReport
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .output_folder import whole_folder
+from .hub.output_folder import whole_folder
 
 MOST_CHARACTERS = 600  # of a page's text, whole paragraphs
 TEST_SHARE = 0.1

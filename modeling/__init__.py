@@ -1,1 +1,1 @@
-"""Model code: what travels to the Hub with a model. Flat files that import torch, transformers and each other."""
+"""Model code. `ops` and `modules` are shared; each family has a folder; `hub_code` writes what travels to the Hub."""

@@ -6,15 +6,15 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from native_checkpoints import save_those_in_docs
 from nbclient import NotebookClient
 from typer.testing import CliRunner
 
-from dfn_hf.benchmarks.results import ResultsFile
-from dfn_hf.cli import app
-from tests import hub_server
+from dfn_hf.benchmarks.harness.results import ResultsFile
+from dfn_hf.cli.app import app
+from tests.support import hub_server
+from tests.support.native_checkpoints import save_those_in_docs
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.compile(r"```python\n(.*?)```", flags=re.DOTALL)
 SNIPPETS = PYTHON.findall(README)

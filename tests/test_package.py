@@ -12,18 +12,18 @@ import pytest
 
 import dfn_hf
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 NOT_SOURCE = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "demo", "notebooks", "tests")
 
 # Every module of the mapped folders comes from the place that the test expects, and no second copy of it is imported.
 PROBE = """
 import sys
 {setup}
-import dfn_hf.conversion, dfn_hf.corpus, dfn_hf.modeling.flow_search
-from dfn_hf.data import load_corpus, load_tokenizer
+import dfn_hf.conversion, dfn_hf.assets.corpus, dfn_hf.modeling.ops.neighbor_search
+from dfn_hf.data.packing import load_corpus, load_tokenizer
 assert len(load_corpus("validation")) and len(load_tokenizer("bpe")) == 4096
 assert "modeling" not in sys.modules and "conversion" not in sys.modules
-print(dfn_hf.__file__, dfn_hf.modeling.flow_search.__file__, dfn_hf.conversion.__file__, sep="\\n")
+print(dfn_hf.__file__, dfn_hf.modeling.ops.neighbor_search.__file__, dfn_hf.conversion.__file__, sep="\\n")
 """
 
 
@@ -37,7 +37,7 @@ def run(*command: str | Path, cwd: Path, python_path: Path | None = None) -> str
 
 
 def probe(cwd: Path, python_path: Path | None = None, setup: str = "") -> list[Path]:
-    """The files of dfn_hf, dfn_hf.modeling.flow_search and dfn_hf.conversion, as a new process finds them."""
+    """The files of dfn_hf, dfn_hf.modeling.ops.neighbor_search and dfn_hf.conversion, as a new process finds them."""
     output = run(sys.executable, "-c", PROBE.format(setup=setup), cwd=cwd, python_path=python_path)
     return [Path(line) for line in output.splitlines()[-3:]]
 

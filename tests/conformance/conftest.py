@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from dfn_hf.benchmarks.results import markdown_table
+from dfn_hf.benchmarks.harness.results import markdown_table
 
 FAMILIES = {
     "TestDFN": "DFN",

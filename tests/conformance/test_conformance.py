@@ -7,9 +7,6 @@ import importlib
 import sys
 import unittest
 
-from common_tests import fetch_common_tests, package_name
-from configs import adaptive_dfn_config, dfn_config, flownetwork_config, liquid_config
-from testers import DecoderTester, EncoderTester, Seq2SeqTester
 from transformers.models.auto import modeling_auto
 
 from dfn_hf import (
@@ -26,6 +23,9 @@ from dfn_hf import (
     LiquidForSequenceClassification,
     LiquidModel,
 )
+from tests.conformance.common_tests import fetch_common_tests, package_name
+from tests.conformance.configs import adaptive_dfn_config, dfn_config, flownetwork_config, liquid_config
+from tests.conformance.testers import DecoderTester, EncoderTester, Seq2SeqTester
 
 sys.path.insert(0, str(fetch_common_tests()))
 common = importlib.import_module(f"{package_name()}.test_modeling_common")

@@ -4,11 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-from configs import adaptive_dfn_config, dfn_config, flownetwork_config, liquid_config
-from testers import BATCH, LENGTH, draw_ids
 from torch import nn
 
 from dfn_hf import DFNModel, FlowNetworkModel, LiquidModel
+from tests.conformance.configs import adaptive_dfn_config, dfn_config, flownetwork_config, liquid_config
+from tests.conformance.testers import BATCH, LENGTH, draw_ids
 
 scales = pytest.mark.parametrize("scale", [None, 0.2, 0.5])
 

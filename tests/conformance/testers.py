@@ -4,8 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from configs import VOCABULARY
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from tests.conformance.configs import VOCABULARY
 
 BATCH, LENGTH = 2, 24
 

@@ -3,15 +3,11 @@
 import pytest
 import torch
 
-from dfn_hf.modeling.flow_attention import flow_attention
-from dfn_hf.modeling.flow_search import (
-    CellGrids,
-    ball_cells_per_axis,
-    geometric_cell_sizes,
-    grid_constants,
-    search_cells,
-)
-from tests.test_flow_search import assert_same, draw_positions
+from dfn_hf.modeling.ops.cell_grid import ball_cells_per_axis, geometric_cell_sizes
+from dfn_hf.modeling.ops.cell_lists import CellGrids, grid_constants
+from dfn_hf.modeling.ops.flow_attention import flow_attention
+from dfn_hf.modeling.ops.neighbor_search import search_cells
+from tests.modeling.ops.test_neighbor_search import assert_same, draw_positions
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels' interpreter takes hours for these")
 

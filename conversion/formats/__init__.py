@@ -1,0 +1,1 @@
+"""One literal table of weight names for each format of original checkpoints."""

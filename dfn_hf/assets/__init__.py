@@ -1,0 +1,1 @@
+"""Bundled checkpoints, tokenizers, corpus and verses."""

@@ -1,0 +1,77 @@
+"""Make the splits again from what `mod2imp` prints of the two Bibles: `python -m dfn_hf.assets.verses.build WEB RV1909`."""
+
+import html
+import json
+import lzma
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+VALIDATION = ("Song of Solomon", "Lamentations", "Jonah", "Philippians", "Titus")
+TEST = ("Ruth", "Esther", "Ecclesiastes", "I Thessalonians", "James")
+MOST_RATIO = 3  # of the lengths of a pair: beyond it the two Bibles count verses differently, or a glossary follows
+
+VERSE = re.compile(r"\$\$\$((?:[IV]+ )?[A-Z][A-Za-z ]*) (\d+):(\d+)$")
+NOTE = re.compile(r"<note\b.*?</note>", re.DOTALL)
+TITLE = re.compile(r"<title\b.*?</title>", re.DOTALL)
+TAG = re.compile(r"<[^>]*>")
+SPACE = re.compile(r"\s+")
+BEFORE_MARK = re.compile(r" ([,.;:?!’”»)])")
+
+
+def read_verses(path: Path) -> dict[tuple[str, int, int], str]:
+    """Plain text of each verse, by book, chapter and number; those of number 0 are headings and left out.
+
+    Raises:
+        ValueError: the file holds no verse.
+    """
+    verses: dict[tuple[str, int, int], str] = {}
+    key = None
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("$$$"):
+            found = VERSE.match(line)
+            key = (found[1], int(found[2]), int(found[3])) if found else None
+        elif key is not None and key[1] and key[2]:
+            verses[key] = f"{verses[key]} {line}" if key in verses else line
+    if not verses:
+        raise ValueError(f"{path} holds no verse: give a file that mod2imp has printed")
+    return {key: plain(text) for key, text in verses.items()}
+
+
+def plain(text: str) -> str:
+    """The words of a verse without notes, headings, tags and pilcrows."""
+    text = NOTE.sub(" ", text)
+    text = TITLE.sub(" ", text)
+    text = html.unescape(TAG.sub("", text)).replace("¶", " ")
+    return BEFORE_MARK.sub(r"\1", SPACE.sub(" ", text)).strip()
+
+
+def split_of(book: str) -> str:
+    """The split that a book belongs to."""
+    return "test" if book in TEST else "validation" if book in VALIDATION else "train"
+
+
+def build(
+    english: Annotated[Path, typer.Argument(help="What `mod2imp engWEB2015eb` printed.")],
+    spanish: Annotated[Path, typer.Argument(help="What `mod2imp spaRV1909eb` printed.")],
+    folder: Annotated[Path, typer.Option(help="Where the splits go.")] = Path(__file__).parent,
+) -> None:
+    """Pair the verses that both Bibles have, but for those of very unlike length, and write the three splits."""
+    sources, targets = read_verses(english), read_verses(spanish)
+    lines: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
+    for key, source in sources.items():
+        target = targets.get(key)
+        if source and target and 1 / MOST_RATIO <= len(source) / len(target) <= MOST_RATIO:
+            book, chapter, number = key
+            pair = {"source": source, "target": target, "verse": f"{book} {chapter}:{number}"}
+            lines[split_of(book)].append(json.dumps(pair, ensure_ascii=False))
+    for split, pairs in lines.items():
+        data = "".join(f"{pair}\n" for pair in pairs).encode()
+        (folder / f"{split}.jsonl.xz").write_bytes(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
+        typer.echo(f"{split}: {len(pairs):,} pairs, {len(data):,} bytes")
+
+
+if __name__ == "__main__":
+    typer.run(build)

@@ -1,0 +1,123 @@
+"""Fields with a word for each: digits spoken in English, and digits written by hand (scikit-learn's, 8 × 8 pixels)."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import interpolate
+
+from dfn_hf.data.audio import HOP_SECONDS, spectrum_field
+from dfn_hf.data.contrastive import ContrastiveCollator, Row, pair_views
+
+from .spoken_digits import WORDS, spoken_digits
+
+TRAINED_IMAGES = 1347  # of 1,797
+SIDE = 8
+MOMENTS = 16
+
+
+@dataclass(frozen=True)
+class LabelledFields:
+    """A set of fields.
+
+    Attributes:
+        fields: first views (`coordinates`, `values`).
+        labels: of each, its place in `captions`.
+        captions: the ten texts there are.
+        distort: gives another field of the same caption each time; None where there is no such change.
+        vector: all that a field holds as one vector of fixed length, for classifiers.
+    """
+
+    fields: list[Row]
+    labels: list[int]
+    captions: tuple[str, ...]
+    distort: Callable[[Row, np.random.Generator], Row] | None
+    vector: Callable[[Row], np.ndarray]
+
+    def batches(
+        self, captions: list[Row], collator: ContrastiveCollator, seed: int
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """Endless batches of one field for each caption, distorted if that can be, whose tokens are `captions`."""
+        generator = np.random.default_rng(seed)
+        of_label = [np.flatnonzero(np.equal(self.labels, label)) for label in range(len(captions))]
+        while True:
+            fields = [self.fields[generator.choice(numbers)] for numbers in of_label]
+            if self.distort is not None:
+                fields = [self.distort(field, generator) for field in fields]
+            yield collator(pair_views(fields, captions))
+
+    def distorted(self, copies: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Vectors `[fields · (copies + 1), …]` of all fields as they are and distorted, and their labels."""
+        generator = np.random.default_rng(seed)
+        fields = list(self.fields)
+        if self.distort is not None:
+            fields += [self.distort(field, generator) for _ in range(copies) for field in self.fields]
+        return np.stack([self.vector(field) for field in fields]), np.tile(
+            self.labels, len(fields) // len(self.fields)
+        )
+
+
+def spoken_fields(folder: str | Path) -> tuple[LabelledFields, LabelledFields]:
+    """Takes to train on and held-out ones, of other recordings of the same speaker; see `spoken_digits`."""
+    train, held_out = (
+        LabelledFields(
+            fields=[spectrum_field(take.samples, take.rate) for take in takes],
+            labels=[WORDS.index(take.word) for take in takes],
+            captions=WORDS,
+            distort=distort_sound,
+            vector=lambda field: stretched(field["values"], MOMENTS).flatten().numpy(),
+        )
+        for takes in spoken_digits(folder)
+    )
+    return train, held_out
+
+
+def written_fields() -> tuple[LabelledFields, LabelledFields]:
+    """The first 1,347 images to train on, and the last 450: the set is in the order of its writers, so by others."""
+    from sklearn.datasets import load_digits
+
+    images, digits = load_digits(return_X_y=True)
+    axis = torch.linspace(-1, 1, SIDE)
+    coordinates = torch.cartesian_prod(axis, axis)
+    fields = [
+        {"coordinates": coordinates, "values": torch.from_numpy(image).float().unsqueeze(1) / 8 - 1}
+        for image in images
+    ]
+    train, held_out = (
+        LabelledFields(
+            fields=fields[part],
+            labels=digits[part].tolist(),
+            captions=tuple(f"a handwritten {word}" for word in WORDS),
+            distort=None,
+            vector=lambda field: field["values"].flatten().numpy(),
+        )
+        for part in (slice(TRAINED_IMAGES), slice(TRAINED_IMAGES, None))
+    )
+    return train, held_out
+
+
+def stretched(values: torch.Tensor, moments: int) -> torch.Tensor:
+    """Values `[moments before, bands]` at other moments, evenly over the same time."""
+    return interpolate(values.T[None], size=moments, mode="linear")[0].T
+
+
+def distort_sound(field: Row, generator: np.random.Generator) -> Row:
+    """Slower or faster, higher or lower, with ends cut off, noise, and a band and a moment left out."""
+    values = field["values"]
+    bands = values.shape[1]
+    values = stretched(values, max(MOMENTS, round(len(values) * generator.uniform(0.75, 1.3))))
+    places = torch.arange(bands) + generator.uniform(-1.5, 1.5)
+    lower = places.floor().long()
+    share = (places - lower).float()
+    low, high = (values[:, number.clamp(0, bands - 1)] for number in (lower, lower + 1))
+    values = low * (1 - share) + high * share
+    first, last = generator.integers(0, max(1, len(values) // 8), 2)
+    values = values[first : len(values) - last]
+    values = values + 0.2 * torch.from_numpy(generator.standard_normal(values.shape)).float()
+    band, moment = generator.integers(bands), generator.integers(len(values))
+    values[:, band : band + generator.integers(5)] = 0
+    values[moment : moment + generator.integers(8)] = 0
+    seconds = HOP_SECONDS * torch.arange(len(values), dtype=torch.float32)
+    return {"coordinates": (seconds - seconds.mean()).unsqueeze(1), "values": values}

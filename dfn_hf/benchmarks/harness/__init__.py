@@ -1,0 +1,1 @@
+"""What every benchmark needs: timing, training loops, results as CSV."""

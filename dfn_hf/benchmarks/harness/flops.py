@@ -1,0 +1,81 @@
+"""Counted floating-point operations of a forward pass: two for each product of a weight, a query or a probability."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from dfn_hf.modeling.dfn.layers import DynamicFlowAttention
+from dfn_hf.modeling.ops.cell_grid import grid_axes
+
+
+@torch.no_grad()
+def operations_per_token(model: PreTrainedModel, input_ids: torch.Tensor) -> float:
+    """Operations of a forward pass over `input_ids` `[batch, length]`, per token of it.
+
+    Counted are linear maps, convolutions, attention (a Llama's over all tokens before, a DFN's over the entities it
+    reads) and the distances of DFN's search, where they are run: a layer over entities counts for entities. Norms,
+    activations, sorting and what moves data are not, for any model.
+    """
+    was_training = model.training
+    with counting(model.eval()) as counted:
+        model(input_ids=input_ids, use_cache=False)
+    model.train(was_training)
+    return sum(counted) / input_ids.numel()
+
+
+@contextmanager
+def counting(model: nn.Module) -> Iterator[list[int]]:
+    """A list to which every module that counts adds its operations when it runs."""
+    counted: list[int] = []
+
+    def record(module, args, kwargs, output):
+        for kind, count in COUNTS.items():
+            if isinstance(module, kind):
+                counted.append(count(module, args, kwargs, output))
+
+    hooks = [module.register_forward_hook(record, with_kwargs=True) for module in model.modules()]
+    try:
+        yield counted
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def of_linear(module, args, kwargs, output) -> int:
+    return 2 * module.weight.numel() * (output.numel() // output.shape[-1])
+
+
+def of_convolution(module, args, kwargs, output) -> int:
+    return 2 * module.weight[0].numel() * output.numel()
+
+
+def of_attention(module, args, kwargs, output) -> int:
+    states = args[0] if args else kwargs["hidden_states"]
+    batch, length, _ = states.shape
+    pairs = batch * module.config.num_attention_heads * length * (length + 1) // 2
+    return 2 * pairs * 2 * module.head_dim
+
+
+def of_flow_attention(module, args, kwargs, output) -> int:
+    config, states = module.config, args[0]
+    sides = 1 if config.is_causal else 2
+    places = states.shape[0] * states.shape[1] * config.num_attention_heads * sides
+    read = config.local_window + config.num_neighbors
+    operations = read * 2 * (config.position_dim + 1 + states.shape[-1] // config.num_attention_heads)
+    if config.num_neighbors:
+        cells = 2 * grid_axes(config.position_dim) * config.position_dim
+        distances = 3 * config.position_dim * config.candidates_per_table
+        operations += config.num_tables * (cells + distances)
+    return places * operations
+
+
+COUNTS = {
+    nn.Linear: of_linear,
+    nn.Conv1d: of_convolution,
+    LlamaAttention: of_attention,
+    DynamicFlowAttention: of_flow_attention,
+}

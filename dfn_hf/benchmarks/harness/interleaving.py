@@ -1,0 +1,124 @@
+"""Runs that are compared take turns, each in a process of its own: the same machine for all, and memory apart."""
+
+import math
+import statistics
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Protocol, TypeVar
+
+from .environment import fresh_process
+from .results import Dataclass, ResultsFile
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one turn, and the most MiB that its process has held so far."""
+
+    seconds: float
+    peak_mib: float
+    machine: str
+
+
+class Run(Dataclass, Hashable, Protocol):
+    """Settings of a run: who works, at what, over how many tokens, and how many turns count.
+
+    Attributes:
+        tokens: what the seconds of a turn are divided by.
+    """
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def work(self) -> str: ...
+    @property
+    def length(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def repeats(self) -> int: ...
+
+
+RunT = TypeVar("RunT", bound=Run)
+TimingT = TypeVar("TimingT", bound=Timing)
+
+
+def run_over_lengths(
+    runs: Iterable[RunT],
+    results: ResultsFile[RunT, TimingT],
+    prepare: Callable[[RunT], Callable[[], TimingT]],
+    time_limit: float,
+    report: Callable[[str], None] = lambda line: None,
+    *,
+    together: bool = False,
+) -> list[tuple[RunT, TimingT]]:
+    """What the runs have measured, finished ones taken from `results`.
+
+    Args:
+        runs: by work, then by length, the shortest first, so that a process's peak is that of its last length.
+        prepare: gives what a turn is; it is called in a process of the run's label and work.
+        time_limit: seconds; a run is left out where, by the two lengths before, one turn would take longer.
+        together: all lengths of a work take turns, each in a process of its own; none is left out.
+    """
+    finished: list[tuple[RunT, TimingT]] = []
+    known = {run for run, _ in results.rows()}
+
+    def home(run: RunT) -> Hashable:
+        return (run.label, run.length) if together else run.label
+
+    for work, of_work in groupby(runs, key=lambda run: run.work):
+        with ExitStack() as stack:
+            processes: dict[Hashable, Callable[..., TimingT]] = {}
+            for _, of_turn in groupby(of_work, key=lambda run: None if together else run.length):
+                due = [run for run in of_turn if expected_seconds(finished, run) <= time_limit]
+                missing = [run for run in due if run not in known]
+                for run in missing:
+                    if home(run) not in processes:
+                        processes[home(run)] = stack.enter_context(fresh_process())
+                measured = take_turns({run: processes[home(run)] for run in missing}, prepare)
+                for run in due:
+                    timing = results.run(run, measured.__getitem__)
+                    report(
+                        f"{work} at {run.length:,}, {run.label}: {timing.seconds:.4g} s, {timing.peak_mib:,.0f} MiB"
+                    )
+                    finished.append((run, timing))
+    return finished
+
+
+def take_turns(
+    processes: Mapping[RunT, Callable[..., TimingT]], prepare: Callable[[RunT], Callable[[], TimingT]]
+) -> dict[RunT, TimingT]:
+    """A warm-up of each run, then `repeats` turns of each by turns: its last timing, with the seconds' median."""
+    turns: dict[RunT, list[TimingT]] = {run: [] for run in processes}
+    for _ in range(1 + max((run.repeats for run in processes), default=0)):
+        for run, call in processes.items():
+            turns[run].append(call(_turn, prepare, run))
+    return {
+        run: replace(timings[-1], seconds=float(f"{statistics.median(one.seconds for one in timings[1:]):.4g}"))
+        for run, timings in turns.items()
+    }
+
+
+_prepared: dict[Run, Callable[[], Timing]] = {}  # of this process: the last run's
+
+
+def _turn(prepare: Callable[[RunT], Callable[[], TimingT]], run: RunT) -> Timing:
+    if run not in _prepared:
+        _prepared.clear()  # before its memory is needed again
+        _prepared[run] = prepare(run)
+    return _prepared[run]()
+
+
+def expected_seconds(finished: Sequence[tuple[RunT, TimingT]], run: RunT) -> float:
+    """Of a turn, by a power law through the two last lengths of the same label and work; linear behind one, else 0."""
+    before = [
+        (past.length, timing.seconds)
+        for past, timing in finished
+        if (past.label, past.work) == (run.label, run.work) and past.length < run.length
+    ][-2:]
+    if not before:
+        return 0.0
+    (first, first_seconds), (last, last_seconds) = before[0], before[-1]
+    slope = 1.0 if first == last else math.log(last_seconds / first_seconds) / math.log(last / first)
+    return last_seconds * (run.length / last) ** slope

@@ -1,0 +1,1 @@
+"""Benchmarks of quality: language modelling, translation, fields, pairs, quantization."""

@@ -1,0 +1,274 @@
+"""Bytes without tokens: a DFN that samples entities beside one with an entity per byte, and Llamas."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import pad
+from transformers import PreTrainedModel, set_seed
+
+from dfn_hf import DFNConfig, DFNForCausalLM
+
+from ..baselines.models import ModelSize, build_llama, build_model, count_parameters
+from ..datasets.byte_windows import VOCAB_SIZE
+from ..harness.environment import describe_machine
+from ..harness.flops import operations_per_token
+from ..harness.lr_search import run_at_best_rates
+from ..harness.results import ResultsFile, markdown_table, mean_with_error
+from ..harness.training_loop import fit
+from .byte_lm import _windows, validate
+
+SAMPLINGS = {"adaptive": "adaptive", "fixed spans": "uniform"}
+EQUAL_COMPUTE = {"dfn of equal compute": "dfn", "llama of equal compute": "llama"}
+MODELS = (*SAMPLINGS, "dfn", "llama", *EQUAL_COMPUTE)
+CHEAP_LAYERS = 3  # of the models of equal compute
+LETTERS = torch.tensor([byte for byte in range(256) if chr(byte).isascii() and chr(byte).isalpha()])
+
+
+@dataclass(frozen=True)
+class ByteEntitySettings:
+    """One training run. The DFN of an entity per byte has the sizes; those of the others follow from its parameters.
+
+    From `entity_rate` to `sampling_local_window` they are those of the DFNs that sample entities.
+    """
+
+    model: str = "adaptive"
+    seed: int = 0
+    learning_rate: float = 6e-3
+    steps: int = 800
+    batch_size: int = 4
+    length: int = 512
+    hidden_size: int = 128
+    num_hidden_layers: int = 5
+    num_attention_heads: int = 4
+    intermediate_size: int = 384
+    entity_rate: float = 0.18
+    sampling_hidden_size: int = 120
+    num_entity_layers: int = 2
+    num_sample_layers: int = 3
+    sample_intermediate_size: int = 16
+    sampling_local_window: int = 16
+    evaluation_windows: int = 128
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class ByteEntityMeasures:
+    """What a run found on even windows of the validation split.
+
+    Attributes:
+        parameters: trainable ones.
+        operations: of a forward pass, per byte; see `operations_per_token`.
+        loss: nats per byte.
+        top1: share of bytes that were the first choice.
+        bytes_per_entity: 1 where a byte is an entity.
+        word_starts, word_insides: share of words' first bytes, and of their others, that begin an entity.
+        training_seconds: of processor time.
+        wall_seconds: of training.
+    """
+
+    parameters: int
+    operations: float
+    loss: float
+    top1: float
+    bytes_per_entity: float
+    word_starts: float
+    word_insides: float
+    training_seconds: float
+    wall_seconds: float
+    machine: str
+
+
+def measure_byte_entities(
+    settings: ByteEntitySettings, report: Callable[[str], None] = lambda line: None
+) -> ByteEntityMeasures:
+    """Train a fresh model on random windows of the train split; measure it on the validation split."""
+    set_seed(settings.seed)
+    model = build(settings)
+    started = time.perf_counter()
+
+    def announce(step: int) -> None:
+        report(
+            f"{settings.model}, learning rate {settings.learning_rate:g}, seed {settings.seed}: "
+            f"step {step} of {settings.steps}, {time.perf_counter() - started:.0f} s"
+        )
+
+    trained = fit(
+        model,
+        _windows("train", settings.length).random_batches(settings.batch_size, settings.seed),
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        evaluate=announce,
+    )
+    windows = _windows("validation", settings.length)
+    held_out = list(windows.even_batches(settings.evaluation_windows, settings.batch_size))
+    validation = validate(model, iter(held_out))
+    rate, word_starts, word_insides = np.mean([placement(model, batch["input_ids"]) for batch in held_out], axis=0)
+    operations = [operations_per_token(model, batch["input_ids"].to(settings.device)) for batch in held_out]
+    return ByteEntityMeasures(
+        parameters=count_parameters(model),
+        operations=round(np.mean(operations)),
+        loss=validation.loss,
+        top1=validation.top1,
+        bytes_per_entity=round(1 / rate, 3),
+        word_starts=round(word_starts, 4),
+        word_insides=round(word_insides, 4),
+        training_seconds=round(trained.seconds, 1),
+        wall_seconds=round(trained.wall_seconds, 1),
+        machine=describe_machine(settings.device),
+    )
+
+
+def build(settings: ByteEntitySettings) -> PreTrainedModel:
+    """A freshly initialised model of these settings; seed torch before.
+
+    Raises:
+        ValueError: an unknown model, or sizes that leave no parameters or operations for the compared one.
+    """
+    size = ModelSize(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=settings.hidden_size,
+        num_hidden_layers=settings.num_hidden_layers,
+        num_attention_heads=settings.num_attention_heads,
+        intermediate_size=settings.intermediate_size,
+    )
+    if settings.model in ("dfn", "llama"):
+        return build_model(settings.model, size, device=settings.device)
+    if settings.model not in MODELS:
+        raise ValueError(f"model is {settings.model!r}: choose one of {', '.join(MODELS)}")
+    with torch.device("meta"):
+        parameters = count_parameters(build_model("dfn", size, device="meta"))
+    sampling = SAMPLINGS.get(settings.model, "uniform")
+    options = {
+        "entity_sampling": sampling,
+        # Spans of whole bytes: no fewer entities than the adaptive one is held to.
+        "entity_rate": settings.entity_rate if sampling == "adaptive" else 1 / math.floor(1 / settings.entity_rate),
+        "hidden_size": settings.sampling_hidden_size,
+        "num_hidden_layers": settings.num_entity_layers,
+        "num_sample_layers": settings.num_sample_layers,
+        "sample_intermediate_size": settings.sample_intermediate_size,
+        "local_window": settings.sampling_local_window,
+    }
+
+    def sampling_dfn(width: int) -> PreTrainedModel:
+        return DFNForCausalLM(DFNConfig(**vars(size) | options | {"intermediate_size": width}))
+
+    sampled = fitted(sampling_dfn, parameters, count_parameters)
+    if settings.model in SAMPLINGS:
+        return torch.nn.Module.to(sampled, settings.device)
+
+    ids = torch.zeros(1, settings.length, dtype=torch.long)
+
+    def operations(model: PreTrainedModel) -> float:
+        return operations_per_token(model, ids)
+
+    def cheap(width: int) -> PreTrainedModel:
+        narrow = replace(size, num_hidden_layers=CHEAP_LAYERS, intermediate_size=width)
+        if EQUAL_COMPUTE[settings.model] == "llama":
+            return build_llama(narrow)
+        return DFNForCausalLM(DFNConfig(**vars(narrow)))
+
+    return torch.nn.Module.to(fitted(cheap, operations(sampled), operations), settings.device)
+
+
+def fitted(
+    make: Callable[[int], PreTrainedModel], wanted: float, measure: Callable[[PreTrainedModel], float]
+) -> PreTrainedModel:
+    """The model of that width whose measure, which grows linearly with the width, comes nearest to what is wanted.
+
+    Raises:
+        ValueError: the narrowest has more.
+    """
+    least, next_least = (measure(make(width)) for width in (1, 2))
+    width = 1 + round((wanted - least) / (next_least - least))
+    if width < 1:
+        raise ValueError(f"the narrowest model has {least:,.0f} and {wanted:,.0f} are wanted: choose larger sizes")
+    return make(width)
+
+
+@torch.no_grad()
+def placement(model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[float, float, float]:
+    """Entities per byte; shares of words' first bytes, and of their other bytes, that begin an entity."""
+    outputs = model(input_ids.to(model.device), use_cache=False)
+    boundaries = getattr(outputs, "boundaries", None)
+    if boundaries is None:
+        return 1.0, 1.0, 1.0
+    boundaries = boundaries.bool().cpu()
+    begins = pad(boundaries, (1, 0), value=True)[:, :-1]
+    letters = torch.isin(input_ids, LETTERS)
+    inside = letters & pad(letters, (1, 0))[:, :-1]
+    starts = letters & ~inside
+    shares = (boundaries.float().mean(), begins[starts].float().mean(), begins[inside].float().mean())
+    return shares[0].item(), shares[1].item(), shares[2].item()
+
+
+def run_byte_entities(
+    settings: ByteEntitySettings,
+    *,
+    models: Sequence[str],
+    seeds: Iterable[int],
+    learning_rates: Sequence[float],
+    search_steps: int,
+    path: Path,
+    report: Callable[[str], None] = lambda line: None,
+) -> list[tuple[ByteEntitySettings, ByteEntityMeasures]]:
+    """Every model with every seed on the same batches, at the learning rate that did best for it in a short run.
+
+    The short runs are of `search_steps` steps with a seed of their own. Finished runs, short ones too, are taken from
+    the CSV at `path`.
+
+    Args:
+        settings: what all runs share; its `model`, `seed` and `learning_rate` are replaced.
+    """
+    return run_at_best_rates(
+        ResultsFile(path, ByteEntitySettings, ByteEntityMeasures),
+        settings,
+        measure_byte_entities,
+        models=models,
+        seeds=seeds,
+        learning_rates=learning_rates,
+        search_steps=search_steps,
+        report=report,
+    )
+
+
+def byte_entities_table(results: list[tuple[ByteEntitySettings, ByteEntityMeasures]]) -> str:
+    """One line per model, mean ± standard error over seeds."""
+    header = (
+        "model",
+        "parameters",
+        "learning rate",
+        "million operations per byte",
+        "bytes per entity",
+        "seeds",
+        "bits per byte",
+        "top-1",
+        "entities begin at words' starts",
+        "inside words",
+        "processor, ms per step",
+    )
+    lines = []
+    for name in dict.fromkeys(run.model for run, _ in results):
+        runs = [(run, measures) for run, measures in results if run.model == name]
+        found = [measures for _, measures in runs]
+        sampled = name in SAMPLINGS
+        lines.append(
+            (
+                name,
+                f"{found[0].parameters:,}",
+                f"{runs[0][0].learning_rate:g}",
+                mean_with_error([one.operations / 1e6 for one in found]),
+                mean_with_error([one.bytes_per_entity for one in found], digits=2) if sampled else "–",
+                str(len(found)),
+                mean_with_error([one.loss / math.log(2) for one in found]),
+                mean_with_error([one.top1 for one in found]),
+                mean_with_error([one.word_starts for one in found]) if sampled else "–",
+                mean_with_error([one.word_insides for one in found]) if sampled else "–",
+                mean_with_error([1000 * one.training_seconds / run.steps for run, one in runs], digits=0),
+            )
+        )
+    return markdown_table(header, lines)

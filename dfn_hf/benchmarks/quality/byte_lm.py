@@ -1,0 +1,210 @@
+"""Byte language modelling on the embedded corpus: DFN, Llama, and Llama with DFN's convolution and gate."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, set_seed
+
+from dfn_hf.assets.corpus import load_corpus
+
+from ..baselines.models import ModelSize, build_model, count_parameters
+from ..datasets.byte_windows import VOCAB_SIZE, ByteWindows
+from ..harness.environment import describe_machine
+from ..harness.lr_search import SEARCH_SEED
+from ..harness.results import ResultsFile, markdown_table, mean_with_error
+from ..harness.training_loop import fit
+
+INITIALIZER_RANGES = (0.02, None)  # Llama's default and DFN's, 1/sqrt(hidden_size)
+
+
+@dataclass(frozen=True)
+class ByteLMSettings:
+    """One training run; `intermediate_size` is the DFN's, the Llamas' follows from the equal parameter count.
+
+    `initializer_range` None is 1/sqrt(hidden_size).
+    """
+
+    model: str = "dfn"
+    seed: int = 0
+    learning_rate: float = 3e-3
+    initializer_range: float | None = None
+    steps: int = 800
+    batch_size: int = 8
+    length: int = 256
+    hidden_size: int = 128
+    num_hidden_layers: int = 5
+    num_attention_heads: int = 4
+    intermediate_size: int = 384
+    evaluation_windows: int = 256
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class ByteLMMeasures:
+    """Validation loss in nats per byte, top-1 and top-5 accuracy there, and what the training took."""
+
+    parameters: int
+    loss: float
+    top1: float
+    top5: float
+    largest_gradient_norm: float
+    training_seconds: float
+    wall_seconds: float
+    machine: str
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Mean over all predicted bytes of the validation windows."""
+
+    loss: float
+    top1: float
+    top5: float
+
+
+def measure_byte_lm(
+    settings: ByteLMSettings, report: Callable[[str], None] = lambda line: None, **dfn_options
+) -> ByteLMMeasures:
+    """Train a fresh model on random windows of the train split; measure it on even windows of the validation split."""
+    set_seed(settings.seed)
+    size = ModelSize(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=settings.hidden_size,
+        num_hidden_layers=settings.num_hidden_layers,
+        num_attention_heads=settings.num_attention_heads,
+        intermediate_size=settings.intermediate_size,
+        initializer_range=settings.initializer_range,
+    )
+    model = build_model(settings.model, size, device=settings.device, **dfn_options)
+    started = time.perf_counter()
+
+    def announce(step: int) -> None:
+        report(
+            f"{settings.model}, learning rate {settings.learning_rate:g}, seed {settings.seed}: "
+            f"step {step} of {settings.steps}, {time.perf_counter() - started:.0f} s"
+        )
+
+    trained = fit(
+        model,
+        _windows("train", settings.length).random_batches(settings.batch_size, settings.seed),
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        evaluate=announce,
+    )
+    validation = validate(
+        model, _windows("validation", settings.length).even_batches(settings.evaluation_windows, settings.batch_size)
+    )
+    return ByteLMMeasures(
+        parameters=count_parameters(model),
+        **vars(validation),
+        largest_gradient_norm=round(trained.largest_gradient_norm, 3),
+        training_seconds=round(trained.seconds, 1),
+        wall_seconds=round(trained.wall_seconds, 1),
+        machine=describe_machine(settings.device),
+    )
+
+
+@torch.no_grad()
+def validate(model: PreTrainedModel, batches: Iterator[dict[str, torch.Tensor]]) -> Validation:
+    """Loss, top-1 and top-5 over batches of `input_ids` `[batch, length]`; a window's first byte is not predicted."""
+    loss = top1 = top5 = 0.0
+    count = 0
+    for batch in batches:
+        input_ids = batch["input_ids"].to(model.device)
+        targets = input_ids[:, 1:].flatten()
+        logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
+        loss += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item()
+        hits = logits.topk(5).indices == targets[:, None]
+        top1 += hits[:, 0].sum().item()
+        top5 += hits.sum().item()
+        count += targets.numel()
+    return Validation(loss=loss / count, top1=top1 / count, top5=top5 / count)
+
+
+def run_byte_lm(
+    settings: ByteLMSettings,
+    *,
+    models: Sequence[str],
+    seeds: Iterable[int],
+    learning_rates: Sequence[float],
+    search_steps: int,
+    path: Path,
+    report: Callable[[str], None] = lambda line: None,
+) -> list[tuple[ByteLMSettings, ByteLMMeasures]]:
+    """Every model with every seed, at the learning rate and initialisation that did best for it in a short run.
+
+    The short runs, `search_steps` steps with a seed of their own, try each of `learning_rates` with each of
+    `INITIALIZER_RANGES`. Finished runs, short ones too, are taken from the CSV at `path`. Batches depend on the seed
+    alone, so models meet the same ones.
+
+    Args:
+        settings: what all runs share; its `model`, `seed`, `learning_rate` and `initializer_range` are replaced.
+    """
+    results = ResultsFile(path, ByteLMSettings, ByteLMMeasures)
+
+    def run(**changes) -> tuple[ByteLMSettings, ByteLMMeasures]:
+        changed = replace(settings, **changes)
+        return changed, results.run(changed, lambda missing: measure_byte_lm(missing, report))
+
+    best = {}
+    for model in models:
+        searched = [
+            run(model=model, seed=SEARCH_SEED, steps=search_steps, learning_rate=rate, initializer_range=initial)
+            for rate in learning_rates
+            for initial in INITIALIZER_RANGES
+        ]
+        chosen = min(searched, key=lambda pair: pair[1].loss)[0]
+        best[model] = {"learning_rate": chosen.learning_rate, "initializer_range": chosen.initializer_range}
+        report(
+            f"{model}: learning rate {chosen.learning_rate:g}, initial standard deviation {_initial_std(chosen):.3f}"
+        )
+    # All models of a seed before the next seed: a table cut short compares like with like.
+    return [run(model=model, seed=seed, **best[model]) for seed in seeds for model in models]
+
+
+def byte_lm_table(results: list[tuple[ByteLMSettings, ByteLMMeasures]]) -> str:
+    """One line per model, mean ± standard error over seeds."""
+    header = (
+        "model",
+        "parameters",
+        "learning rate",
+        "initial std",
+        "seeds",
+        "validation loss, nats per byte",
+        "top-1",
+        "top-5",
+        "wall clock, s",
+        "processor, ms per step",
+    )
+    lines = []
+    for name in dict.fromkeys(run.model for run, _ in results):
+        runs = [run for run, _ in results if run.model == name]
+        found = [measures for run, measures in results if run.model == name]
+        lines.append(
+            (
+                name,
+                f"{found[0].parameters:,}",
+                f"{runs[0].learning_rate:g}",
+                f"{_initial_std(runs[0]):.3f}",
+                str(len(found)),
+                mean_with_error([one.loss for one in found]),
+                mean_with_error([one.top1 for one in found]),
+                mean_with_error([one.top5 for one in found]),
+                mean_with_error([one.wall_seconds for one in found], digits=0),
+                mean_with_error([1000 * one.training_seconds / runs[0].steps for one in found], digits=0),
+            )
+        )
+    return markdown_table(header, lines)
+
+
+def _initial_std(settings: ByteLMSettings) -> float:
+    return settings.hidden_size**-0.5 if settings.initializer_range is None else settings.initializer_range
+
+
+@cache
+def _windows(split: str, length: int) -> ByteWindows:
+    return ByteWindows(load_corpus(split)["text"], length)

@@ -1,0 +1,1 @@
+"""Benchmarks of recall: associative recall, retrieval at length, memory."""

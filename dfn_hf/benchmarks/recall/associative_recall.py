@@ -1,0 +1,269 @@
+"""Associative recall: learn it on 64 tokens, read it at thousands, with and without far neighbours, then fine-tune."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, set_seed
+
+from dfn_hf import DFNConfig, DFNForCausalLM
+from dfn_hf.modeling.ops.cell_grid import geometric_cell_sizes
+
+from ..baselines.models import ModelSize, build_model, count_parameters
+from ..datasets.mqar import recall_accuracy, recall_batches
+from ..harness.environment import describe_machine
+from ..harness.results import ResultsFile, markdown_table, mean_with_error
+from ..harness.training_loop import fit
+
+LEARNT = 0.99
+DECAY_SHARE = 0.2
+FINE_TUNING_SEED = 20_000
+
+
+@dataclass(frozen=True)
+class RecallSettings:
+    """One run: the model, the short task it learns, the long ones it is asked, and the fine-tuning in between.
+
+    `tuning_coarsest_cell` and `tuning_finest_cell` are the edges of DFN's largest and smallest cells from the
+    fine-tuning on: before it the largest span the ball. Accuracies are of sequences drawn with `evaluation_seed`.
+    """
+
+    model: str = "dfn"
+    seed: int = 0
+    vocab_size: int = 256
+    hidden_size: int = 64
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    intermediate_size: int = 128
+    length: int = 64
+    num_pairs: int = 8
+    batch_size: int = 32
+    steps: int = 1000
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.01
+    num_tables: int = 16
+    candidates_per_table: int = 8
+    long_length: int = 2048
+    long_num_pairs: int = 120
+    tuning_length: int = 512
+    tuning_num_pairs: int = 60
+    tuning_batch_size: int = 8
+    tuning_steps: int = 400
+    tuning_learning_rate: float = 1e-3
+    tuning_coarsest_cell: float = 2.0
+    tuning_finest_cell: float = 1.0
+    longest_length: int = 8192
+    longest_num_pairs: int = 120
+    long_batches: int = 16
+    evaluation_seed: int = 50_000
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class RecallMeasures:
+    """Accuracies on query tokens.
+
+    `steps_to_learn` is the first evaluation at 0.99 (None: never); `long_without_far` is the same checkpoint with
+    `num_neighbors` 0 (None: the model has no such neighbours); `longest` was measured after fine-tuning.
+    """
+
+    parameters: int
+    steps_to_learn: int | None
+    short: float
+    long: float
+    long_without_far: float | None
+    longest_before_tuning: float
+    longest: float
+    seconds: float
+    machine: str
+
+
+@dataclass(frozen=True)
+class LearntRecall:
+    """A model trained on the short task, its accuracy there, and when it first reached `LEARNT`."""
+
+    model: PreTrainedModel
+    accuracy: float
+    steps_to_learn: int | None
+    largest_gradient_norm: float
+
+
+def learn_recall(
+    settings: RecallSettings, report: Callable[[str], None] = lambda line: None, **dfn_options
+) -> LearntRecall:
+    """Train a fresh model on the short task, with the search it will be used with in the loop from the first step."""
+    set_seed(settings.seed)
+    size = ModelSize(
+        vocab_size=settings.vocab_size,
+        hidden_size=settings.hidden_size,
+        num_hidden_layers=settings.num_hidden_layers,
+        num_attention_heads=settings.num_attention_heads,
+        intermediate_size=settings.intermediate_size,
+    )
+    if settings.model == "dfn":
+        search = {"num_tables": settings.num_tables, "candidates_per_table": settings.candidates_per_table}
+        dfn_options = search | dfn_options
+    model = build_model(settings.model, size, device=settings.device, **dfn_options)
+    task = {"length": settings.length, "num_pairs": settings.num_pairs, "vocab_size": settings.vocab_size}
+    accuracies: dict[int, float] = {}
+
+    def evaluate(step: int) -> None:
+        accuracies[step] = recall_accuracy(model, seed=settings.evaluation_seed, num_batches=8, batch_size=32, **task)
+        report(f"{settings.model}, seed {settings.seed}: step {step}, accuracy {accuracies[step]:.3f}")
+
+    trained = fit(
+        model,
+        recall_batches(settings.seed, batch_size=settings.batch_size, **task),
+        steps=settings.steps,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        decay_share=DECAY_SHARE,
+        evaluate=evaluate,
+    )
+    return LearntRecall(
+        model=model,
+        accuracy=accuracies[settings.steps],
+        steps_to_learn=next((step for step, accuracy in accuracies.items() if accuracy >= LEARNT), None),
+        largest_gradient_norm=trained.largest_gradient_norm,
+    )
+
+
+def long_recall(model: PreTrainedModel, settings: RecallSettings) -> float:
+    """Accuracy at `long_length`, with the model as it is."""
+    return recall_accuracy(
+        model,
+        seed=settings.evaluation_seed,
+        num_batches=settings.long_batches,
+        batch_size=1,
+        length=settings.long_length,
+        num_pairs=settings.long_num_pairs,
+        vocab_size=settings.vocab_size,
+    )
+
+
+def measure_recall(settings: RecallSettings, report: Callable[[str], None] = lambda line: None) -> RecallMeasures:
+    """Train on the short task, ask the long one, fine-tune in between, ask the longest one."""
+    started = time.perf_counter()
+    learnt = learn_recall(settings, report)
+    model = learnt.model
+    long = long_recall(model, settings)
+    long_without_far = _long_recall_without_far(model, settings)
+    longest_before_tuning = _longest_recall(model, settings)
+    report(
+        f"{settings.model}, seed {settings.seed}: {settings.long_length} tokens {long:.3f}, "
+        f"{settings.longest_length} tokens {longest_before_tuning:.3f}; fine-tuning"
+    )
+    if isinstance(model, DFNForCausalLM):
+        model = with_cell_sizes(
+            model,
+            geometric_cell_sizes(settings.num_tables, settings.tuning_coarsest_cell, settings.tuning_finest_cell),
+        )
+    _fine_tune(model, settings)
+    return RecallMeasures(
+        parameters=count_parameters(model),
+        steps_to_learn=learnt.steps_to_learn,
+        short=learnt.accuracy,
+        long=long,
+        long_without_far=long_without_far,
+        longest_before_tuning=longest_before_tuning,
+        longest=_longest_recall(model, settings),
+        seconds=round(time.perf_counter() - started, 1),
+        machine=describe_machine(settings.device),
+    )
+
+
+def run_recall(
+    runs: Iterable[RecallSettings], path: Path, report: Callable[[str], None] = lambda line: None
+) -> list[tuple[RecallSettings, RecallMeasures]]:
+    """Every run, finished ones taken from the CSV at `path`."""
+    results = ResultsFile(path, RecallSettings, RecallMeasures)
+    return [(run, results.run(run, lambda settings: measure_recall(settings, report))) for run in runs]
+
+
+def recall_table(results: list[tuple[RecallSettings, RecallMeasures]]) -> str:
+    """One line per model, mean ± standard error over seeds."""
+    settings = results[0][0]
+    header = (
+        "model",
+        "seeds",
+        f"{settings.length} tokens, {settings.num_pairs} pairs",
+        f"steps to {LEARNT}",
+        f"{settings.long_length} / {settings.long_num_pairs}, zero-shot",
+        "the same, K = 0",
+        f"{settings.longest_length} / {settings.longest_num_pairs}, zero-shot",
+        f"the same, after {settings.tuning_steps} steps at {settings.tuning_length}, "
+        f"cells from {settings.tuning_coarsest_cell:g} to {settings.tuning_finest_cell:g}",
+        "minutes",
+    )
+    lines = []
+    for name in dict.fromkeys(run.model for run, _ in results):
+        found = [measures for run, measures in results if run.model == name]
+        lines.append(
+            (
+                name,
+                str(len(found)),
+                mean_with_error([one.short for one in found]),
+                mean_with_error([one.steps_to_learn for one in found], digits=0),
+                mean_with_error([one.long for one in found]),
+                mean_with_error([one.long_without_far for one in found]),
+                mean_with_error([one.longest_before_tuning for one in found]),
+                mean_with_error([one.longest for one in found]),
+                mean_with_error([one.seconds / 60 for one in found], digits=1),
+            )
+        )
+    return markdown_table(header, lines)
+
+
+def with_cell_sizes(model: DFNForCausalLM, cell_sizes: list[float]) -> DFNForCausalLM:
+    """A model of the same weights that searches in cells of other sizes; their grids keep rotation and shift.
+
+    For a saved model, `from_pretrained(folder, cell_sizes=…)` does the same.
+    """
+    config = DFNConfig.from_dict({**model.config.to_dict(), "cell_sizes": cell_sizes})
+    resized = torch.nn.Module.to(DFNForCausalLM(config), model.device)
+    resized.load_state_dict(model.state_dict())
+    return resized
+
+
+def _long_recall_without_far(model: PreTrainedModel, settings: RecallSettings) -> float | None:
+    if not hasattr(model.config, "num_neighbors"):
+        return None
+    trained_with = model.config.num_neighbors
+    model.config.num_neighbors = 0
+    try:
+        return long_recall(model, settings)
+    finally:
+        model.config.num_neighbors = trained_with
+
+
+def _longest_recall(model: PreTrainedModel, settings: RecallSettings) -> float:
+    return recall_accuracy(
+        model,
+        seed=settings.evaluation_seed,
+        num_batches=settings.long_batches,
+        batch_size=1,
+        length=settings.longest_length,
+        num_pairs=settings.longest_num_pairs,
+        vocab_size=settings.vocab_size,
+    )
+
+
+def _fine_tune(model: PreTrainedModel, settings: RecallSettings) -> None:
+    if settings.tuning_steps == 0:
+        return
+    fit(
+        model,
+        recall_batches(
+            FINE_TUNING_SEED + settings.seed,
+            batch_size=settings.tuning_batch_size,
+            length=settings.tuning_length,
+            num_pairs=settings.tuning_num_pairs,
+            vocab_size=settings.vocab_size,
+        ),
+        steps=settings.tuning_steps,
+        learning_rate=settings.tuning_learning_rate,
+        weight_decay=settings.weight_decay,
+        decay_share=DECAY_SHARE,
+    )

@@ -1,0 +1,320 @@
+"""Key-value pairs planted in up to a million random tokens and asked for behind them: what a small DFN finds again."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache
+
+from dfn_hf import DFNConfig, DFNForCausalLM
+from dfn_hf.modeling.modules.cache import state_layers
+from dfn_hf.modeling.ops.cell_grid import geometric_cell_sizes
+
+from ..datasets.mqar import IGNORED
+from ..harness.environment import clock, describe_machine, peak_memory_mib, run_isolated, set_up_device
+from ..harness.results import ResultsFile, markdown_table
+from ..harness.training_loop import fit
+from .associative_recall import DECAY_SHARE, FINE_TUNING_SEED, RecallSettings, learn_recall, with_cell_sizes
+
+DEPTHS = (0.01, 0.5, 0.99)
+PAIRS_PER_DEPTH = 5
+GAP = 8  # tokens from one pair to the next of its depth
+LEAST_LENGTH = round(PAIRS_PER_DEPTH * GAP / (1 - max(DEPTHS)))  # for the last pairs to find room
+CONTEXT_SEED = 70_000
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """One part of the fine-tuning: `planted_batch`es, read with what a long text will leave of the search.
+
+    Few candidates or neighbours per token make a short text as hard as a longer one: what hides a pair among a million
+    tokens, or comes nearer to the question by chance, does so among thousands. `sharpened` multiplies γ beforehand.
+    """
+
+    steps: int
+    batch_size: int
+    length: int
+    num_pairs: int
+    candidates_per_table: int
+    num_neighbors: int
+    sharpened: float = 1.0
+
+
+LESSONS = (
+    Lesson(steps=250, batch_size=8, length=1024, num_pairs=8, candidates_per_table=4, num_neighbors=16),
+    Lesson(steps=400, batch_size=1, length=8192, num_pairs=24, candidates_per_table=8, num_neighbors=4),
+    Lesson(steps=600, batch_size=1, length=16_384, num_pairs=30, candidates_per_table=8, num_neighbors=4),
+    Lesson(
+        steps=400, batch_size=1, length=16_384, num_pairs=30, candidates_per_table=8, num_neighbors=16, sharpened=4.0
+    ),
+)
+
+
+@dataclass(frozen=True)
+class RetrievalSettings:
+    """One context, and the model that reads it; a pair is planted `PAIRS_PER_DEPTH` times at each of `DEPTHS`.
+
+    The model learns recall as in `RecallSettings`, then, with cells from `coarsest_cell` to `finest_cell`, the first
+    `lessons` of `LESSONS`; it reads with `num_tables`. `num_neighbors` 0 is the control: the same weights without far
+    neighbours. `context` draws the tokens.
+    """
+
+    length: int
+    context: int = 0
+    num_neighbors: int = 16
+    num_tables: int = 64
+    position_dim: int = 8
+    chunk_length: int = 2**16
+    seed: int = 0
+    vocab_size: int = 64
+    steps: int = 600
+    lessons: int = len(LESSONS)
+    tuning_learning_rate: float = 1e-3
+    coarsest_cell: float = 2.0
+    finest_cell: float = 1.0
+    threads: int = 1
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class RetrievalMeasures:
+    """What was found in one context.
+
+    Attributes:
+        found: values right at each of `DEPTHS`, of `PAIRS_PER_DEPTH`.
+        seconds: of the context's chunks; the questions are not counted.
+        peak_mib: most memory held while the context was read and asked.
+        cache_mib: what the state for continuation holds behind the context.
+    """
+
+    found: list[int]
+    seconds: float
+    peak_mib: float
+    cache_mib: float
+    machine: str
+
+
+def planted_batch(
+    generator: torch.Generator, *, batch_size: int, length: int, num_pairs: int, vocab_size: int
+) -> dict[str, torch.Tensor]:
+    """`mqar.recall_batch` with every pair anywhere, and its query anywhere behind it.
+
+    There the pairs stand side by side, by which a model learns to tell them from filler: in a long text none does.
+
+    Returns:
+        `input_ids` and `labels`, `[batch_size, length]` int64, as there.
+    """
+    half = vocab_size // 2
+
+    def draw(count: int, chosen: int) -> torch.Tensor:
+        return torch.rand(batch_size, count, generator=generator).argsort(dim=1)[:, :chosen]
+
+    keys, values = draw(half, num_pairs), half + draw(half, num_pairs)
+    places = 2 * draw(length // 2, 2 * num_pairs).view(batch_size, num_pairs, 2)
+    pairs, queries = places.amin(dim=2), places.amax(dim=2)
+    is_filler = torch.ones(batch_size, vocab_size).scatter_(1, keys, 0.0)
+    input_ids = is_filler.multinomial(length, replacement=True, generator=generator)
+    input_ids.scatter_(1, pairs, keys).scatter_(1, pairs + 1, values).scatter_(1, queries, keys)
+    labels = torch.full_like(input_ids, IGNORED).scatter_(1, queries + 1, values)
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def planted_batches(seed: int, **task: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Endless batches of one seed; `task` as in `planted_batch`."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield planted_batch(generator, **task)
+
+
+def planted_context(
+    generator: torch.Generator, length: int, vocab_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random tokens with `PAIRS_PER_DEPTH` pairs at each of `DEPTHS`: as `mqar.recall_batch`, but for where they are.
+
+    Keys are of the lower half of the vocabulary, values of the upper; none of the context's keys is among its filler,
+    all other tokens are.
+
+    Returns:
+        The context, int64 `[length]`; keys and values, `[depths, PAIRS_PER_DEPTH]`.
+
+    Raises:
+        ValueError: a vocabulary of too few keys, or a context too short for its pairs.
+    """
+    half, num_pairs = vocab_size // 2, len(DEPTHS) * PAIRS_PER_DEPTH
+    if num_pairs >= half:
+        raise ValueError(f"vocab_size is {vocab_size}: {num_pairs} pairs need more than {2 * num_pairs} tokens")
+    check_length(length)
+    starts = [int(depth * length) + GAP * pair for depth in DEPTHS for pair in range(PAIRS_PER_DEPTH)]
+    keys = torch.randperm(half, generator=generator)[:num_pairs]
+    values = half + torch.randperm(half, generator=generator)[:num_pairs]
+    is_filler = torch.ones(vocab_size).scatter_(0, keys, 0.0)
+    context = is_filler.multinomial(length, replacement=True, generator=generator)
+    context[starts] = keys
+    context[[start + 1 for start in starts]] = values
+    return context, keys.view(len(DEPTHS), -1), values.view(len(DEPTHS), -1)
+
+
+def check_length(length: int) -> None:
+    """Raises: ValueError: a context too short for its pairs."""
+    if length < LEAST_LENGTH:
+        raise ValueError(f"length is {length}: its pairs need a context of {LEAST_LENGTH} tokens or more")
+
+
+@torch.no_grad()
+def read_context(model: DFNForCausalLM, context: torch.Tensor, chunk_length: int) -> DynamicCache:
+    """The state behind `context` `[length]`, read in chunks."""
+    state = DynamicCache(config=model.config)
+    for chunk in context[None].split(chunk_length, dim=1):
+        model(input_ids=chunk, past_key_values=state, logits_to_keep=1)
+    return state
+
+
+@torch.no_grad()
+def ask(model: DFNForCausalLM, state: DynamicCache, keys: torch.Tensor) -> torch.Tensor:
+    """The model's first choice behind each of `keys` `[num_keys]`; none sees another, and `state` stays as it is."""
+    state.activate_past_recording()
+    answers = []
+    for key in keys.view(-1, 1, 1):
+        answers.append(model(input_ids=key, past_key_values=state).logits[0, -1].argmax())
+        state.crop(-1)
+    return torch.stack(answers)
+
+
+def cache_mib(state: DynamicCache) -> float:
+    """What the tensors of a flow model's cache hold."""
+    layers = state_layers(state, len(state.layers))
+    tensors = [held.data for layer in layers for held in layer.states.values()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
+
+
+def measure_retrieval(settings: RetrievalSettings, report: Callable[[str], None]) -> RetrievalMeasures:
+    """Train the model, where the process has not yet, and read one context in a fresh process."""
+    unread = replace(settings, length=0, context=0, num_neighbors=RetrievalSettings.num_neighbors)
+    return run_isolated(_read_and_ask, trained_model(unread, report), settings)
+
+
+@cache
+def trained_model(settings: RetrievalSettings, report: Callable[[str], None]) -> DFNForCausalLM:
+    """The model of these settings, whatever they say of the context."""
+    recall = RecallSettings(
+        seed=settings.seed, vocab_size=settings.vocab_size, steps=settings.steps, device=settings.device
+    )
+    model = learn_recall(recall, report, position_dim=settings.position_dim).model
+    model = with_cell_sizes(
+        model, geometric_cell_sizes(recall.num_tables, settings.coarsest_cell, settings.finest_cell)
+    )
+    for number, lesson in enumerate(LESSONS[: settings.lessons], start=1):
+        report(f"fine-tuning: lesson {number}, {lesson.steps} steps of {lesson.batch_size} x {lesson.length:,} tokens")
+        teach(model, lesson, settings)
+    model.config.candidates_per_table, model.config.num_neighbors = recall.candidates_per_table, settings.num_neighbors
+    return with_tables(model, geometric_cell_sizes(settings.num_tables, settings.coarsest_cell, settings.finest_cell))
+
+
+def teach(model: DFNForCausalLM, lesson: Lesson, settings: RetrievalSettings) -> None:
+    """Fine-tune `model` on one lesson, whose search its configuration keeps."""
+    model.config.candidates_per_table, model.config.num_neighbors = lesson.candidates_per_table, lesson.num_neighbors
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.attention.log_sharpness += math.log(lesson.sharpened)
+    batches = planted_batches(
+        FINE_TUNING_SEED + settings.seed,
+        batch_size=lesson.batch_size,
+        length=lesson.length,
+        num_pairs=lesson.num_pairs,
+        vocab_size=settings.vocab_size,
+    )
+    fit(
+        model,
+        batches,
+        steps=lesson.steps,
+        learning_rate=settings.tuning_learning_rate,
+        weight_decay=RecallSettings.weight_decay,
+        decay_share=DECAY_SHARE,
+    )
+
+
+def with_tables(model: DFNForCausalLM, cell_sizes: list[float]) -> DFNForCausalLM:
+    """A model of the same weights that searches in as many tables as there are `cell_sizes`; their grids are new.
+
+    For a saved model, `from_pretrained(folder, num_tables=…, cell_sizes=…, ignore_mismatched_sizes=True)` does it.
+    """
+    changes = {"num_tables": len(cell_sizes), "cell_sizes": cell_sizes}
+    other = torch.nn.Module.to(DFNForCausalLM(DFNConfig.from_dict(model.config.to_dict() | changes)), model.device)
+    grids = {name for name, _ in other.named_buffers()}
+    other.load_state_dict({name: held for name, held in model.state_dict().items() if name not in grids}, strict=False)
+    return other.eval()
+
+
+def run_retrieval(
+    runs: Iterable[RetrievalSettings], path: Path, report: Callable[[str], None] = lambda line: None
+) -> list[tuple[RetrievalSettings, RetrievalMeasures]]:
+    """Every context, those already read taken from the CSV at `path`.
+
+    Raises:
+        ValueError: a context too short for its pairs, before anything is trained.
+    """
+    runs = list(runs)
+    for run in runs:
+        check_length(run.length)
+    results = ResultsFile(path, RetrievalSettings, RetrievalMeasures)
+
+    def measure(settings: RetrievalSettings) -> RetrievalMeasures:
+        measures = measure_retrieval(settings, report)
+        report(
+            f"{settings.length:,} tokens, K = {settings.num_neighbors}, context {settings.context}: "
+            f"{measures.found} of {PAIRS_PER_DEPTH}, {measures.seconds:.0f} s"
+        )
+        return measures
+
+    return [(run, results.run(run, measure)) for run in runs]
+
+
+def retrieval_table(results: list[tuple[RetrievalSettings, RetrievalMeasures]]) -> str:
+    """One line per length and number of neighbours: accuracy per depth, time and memory of a context."""
+    header = (
+        "tokens",
+        "K",
+        "trials per depth",
+        *(f"{depth:.0%} deep" for depth in DEPTHS),
+        "s per context",
+        "peak MiB",
+        "of it cache",
+    )
+    lines = []
+    for length, num_neighbors in dict.fromkeys((run.length, run.num_neighbors) for run, _ in results):
+        found = [one for run, one in results if (run.length, run.num_neighbors) == (length, num_neighbors)]
+        trials = PAIRS_PER_DEPTH * len(found)
+        right = [sum(one.found[depth] for one in found) / trials for depth in range(len(DEPTHS))]
+        lines.append(
+            (
+                f"{length:,}",
+                str(num_neighbors),
+                str(trials),
+                *(f"{share:.2f}" for share in right),
+                f"{sum(one.seconds for one in found) / len(found):.1f}",
+                f"{max(one.peak_mib for one in found):,.0f}",
+                f"{max(one.cache_mib for one in found):,.0f}",
+            )
+        )
+    return markdown_table(header, lines)
+
+
+def _read_and_ask(model: DFNForCausalLM, settings: RetrievalSettings) -> RetrievalMeasures:
+    set_up_device(settings.device, settings.threads)
+    model.config.num_neighbors = settings.num_neighbors
+    generator = torch.Generator().manual_seed(CONTEXT_SEED + settings.context)
+    context, keys, values = planted_context(generator, settings.length, settings.vocab_size)
+    started = clock(settings.device)
+    state = read_context(model, context.to(model.device), settings.chunk_length)
+    seconds = clock(settings.device) - started
+    answers = ask(model, state, keys.flatten().to(model.device)).cpu()
+    return RetrievalMeasures(
+        found=(answers.view_as(values) == values).sum(dim=1).tolist(),
+        seconds=round(seconds, 1),
+        peak_mib=round(peak_memory_mib(settings.device), 1),
+        cache_mib=round(cache_mib(state), 1),
+        machine=describe_machine(settings.device),
+    )

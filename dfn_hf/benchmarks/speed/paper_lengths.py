@@ -1,0 +1,36 @@
+"""The lengths that the paper's repository reports, 32 to 768,000, in one forward pass each."""
+
+from collections.abc import Sequence
+
+from ..harness.results import markdown_table
+from .scaling import ScalingMeasures, ScalingSettings
+
+# Seconds and MB of GPU memory in use, by length: the table in the README of the paper's repository, on a GPU that it
+# does not name. What was timed there is an MLP per token and attention among the 64 tokens of largest norm.
+REPORTED = {
+    32: (0.034, 59.0),
+    512: (0.025, 59.9),
+    204800: (0.296, 458.9),
+    256000: (0.429, 558.9),
+    512000: (13.663, 1058.9),
+    768000: (21.351, 1558.9),
+}
+LENGTHS = (32, 512, 8192, 65536, 204800, 256000, 512000, 768000)
+
+
+def paper_table(results: Sequence[tuple[ScalingSettings, ScalingMeasures]]) -> str:
+    """One line per length; "–" where the paper's repository reports none."""
+    lines = []
+    for run, measures in results:
+        reported = REPORTED.get(run.length)
+        lines.append(
+            (
+                f"{run.length:,}",
+                f"{measures.seconds:.3f}",
+                f"{1e6 * measures.seconds / run.length:.1f}",
+                f"{measures.peak_mib:,.0f}",
+                *(("–", "–") if reported is None else (f"{reported[0]:.3f}", f"{reported[1]:,.1f}")),
+            )
+        )
+    header = ("tokens", "s", "µs per token", "peak MiB", "paper's repository, s", "MB of its GPU")
+    return markdown_table(header, lines)

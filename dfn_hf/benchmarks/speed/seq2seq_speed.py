@@ -1,0 +1,147 @@
+"""Time and peak memory of encoder-decoders of equal size: Liquid, Liquid without its LSTM, and T5."""
+
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, T5ForConditionalGeneration, set_seed
+
+from dfn_hf import LiquidConfig, LiquidForSeq2SeqLM
+from dfn_hf.seq2seq_presets import matching_t5
+
+from ..baselines.models import count_parameters
+from ..datasets.byte_windows import VOCAB_SIZE
+from ..harness.environment import describe_machine, peak_memory_mib, run_isolated, set_up_device
+from ..harness.results import ResultsFile
+from .scaling import corpus_bytes
+from .throughput import DECODED, WARM_UP_LENGTH, SpeedMeasures, timed
+
+WORKS = ("encoder", "decoder", "joint", "training", "decoding")
+MODELS = ("liquid", "liquid-no-lstm", "t5")
+
+
+@dataclass(frozen=True)
+class Seq2SeqSpeedSettings:
+    """One model, one kind of work, one length; the median of `repeats` after a warm-up counts.
+
+    Attributes:
+        work: "encoder" reads a source of the length; "decoder" a target of the length, given a source of
+            `source_length`; "joint" and "training" (with its backward pass) both of the length; "decoding" is one
+            token behind a target of the length, given a source of `source_length`.
+        num_hidden_layers: of the encoder, and as many of the decoder.
+    """
+
+    model: str = "liquid"
+    work: str = "encoder"
+    length: int = 8192
+    source_length: int = 512
+    hidden_size: int = 128
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    intermediate_size: int = 256
+    repeats: int = 3
+    threads: int = 1
+    device: str = "cpu"
+
+
+def measure_seq2seq_speed(settings: Seq2SeqSpeedSettings) -> SpeedMeasures:
+    """Time the work on the corpus' bytes, one row; only in a fresh process is the peak its own.
+
+    Raises:
+        ValueError: an unknown model or kind of work.
+    """
+    if settings.model not in MODELS:
+        raise ValueError(f"model is {settings.model!r}: choose one of {', '.join(MODELS)}")
+    if settings.work not in WORKS:
+        raise ValueError(f"work is {settings.work!r}: choose one of {', '.join(WORKS)}")
+    set_up_device(settings.device, settings.threads)
+    set_seed(0)
+    model = torch.nn.Module.to(build(settings), settings.device).eval()
+    tokens = corpus_bytes(max(settings.length, WARM_UP_LENGTH)).to(settings.device)
+    work = {"encoder": encode, "decoder": decode, "joint": joint, "training": train, "decoding": decode_token}
+    source = tokens[:, : settings.source_length]
+
+    def run(length: int) -> float:
+        return work[settings.work](model, source, tokens[:, :length], settings.device)
+
+    run(min(settings.length, WARM_UP_LENGTH))
+    seconds = [run(settings.length) for _ in range(settings.repeats)]
+    return SpeedMeasures(
+        parameters=count_parameters(model),
+        seconds=round(statistics.median(seconds), 5),
+        peak_mib=round(peak_memory_mib(settings.device), 1),
+        machine=describe_machine(settings.device),
+    )
+
+
+def build(settings: Seq2SeqSpeedSettings) -> PreTrainedModel:
+    """The model; the T5 has as many parameters as the Liquid with its LSTM."""
+    tokens = {"vocab_size": VOCAB_SIZE, "pad_token_id": 0, "decoder_start_token_id": 0}
+    liquid = LiquidConfig(
+        hidden_size=settings.hidden_size,
+        num_hidden_layers=settings.num_hidden_layers,
+        num_attention_heads=settings.num_attention_heads,
+        intermediate_size=settings.intermediate_size,
+        memory_hidden_size=0 if settings.model == "liquid-no-lstm" else settings.hidden_size,
+        **tokens,
+    )
+    if settings.model == "t5":
+        return T5ForConditionalGeneration(matching_t5(liquid, tokens))
+    return LiquidForSeq2SeqLM(liquid)
+
+
+@torch.no_grad()
+def encode(model: PreTrainedModel, source: torch.Tensor, tokens: torch.Tensor, device: str) -> float:
+    """Seconds of the encoder on `tokens`."""
+    return timed(lambda: model.get_encoder()(tokens), device)
+
+
+@torch.no_grad()
+def decode(model: PreTrainedModel, source: torch.Tensor, tokens: torch.Tensor, device: str) -> float:
+    """Seconds of the decoder on `tokens`, logits included."""
+    encoded = model.get_encoder()(source)
+    return timed(lambda: model(encoder_outputs=encoded, decoder_input_ids=tokens, use_cache=False), device)
+
+
+@torch.no_grad()
+def joint(model: PreTrainedModel, source: torch.Tensor, tokens: torch.Tensor, device: str) -> float:
+    """Seconds of both on `tokens`."""
+    return timed(lambda: model(input_ids=tokens, decoder_input_ids=tokens, use_cache=False), device)
+
+
+def train(model: PreTrainedModel, source: torch.Tensor, tokens: torch.Tensor, device: str) -> float:
+    """Seconds of one forward and backward pass of both on `tokens`."""
+    model.train().zero_grad()
+    return timed(lambda: model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward(), device)
+
+
+@torch.no_grad()
+def decode_token(model: PreTrainedModel, source: torch.Tensor, tokens: torch.Tensor, device: str) -> float:
+    """Seconds per token behind a target of `tokens`."""
+    cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
+    inputs = {"encoder_outputs": model.get_encoder()(source), "past_key_values": cache, "use_cache": True}
+    model(decoder_input_ids=tokens, **inputs)
+    token = tokens[:, :1]
+    model(decoder_input_ids=token, **inputs)
+
+    def steps() -> None:
+        for _ in range(DECODED):
+            model(decoder_input_ids=token, **inputs)
+
+    return timed(steps, device) / DECODED
+
+
+def run_seq2seq_speed(
+    runs: Iterable[Seq2SeqSpeedSettings], path: Path, report: Callable[[str], None] = lambda line: None
+) -> list[tuple[Seq2SeqSpeedSettings, SpeedMeasures]]:
+    """Every run in a fresh process, finished ones taken from the CSV at `path`."""
+    results = ResultsFile(path, Seq2SeqSpeedSettings, SpeedMeasures)
+    finished = []
+    for run in runs:
+        measures = results.run(run, partial(run_isolated, measure_seq2seq_speed))
+        report(f"{run.model}, {run.work} at {run.length:,}: {measures.seconds:.4f} s, {measures.peak_mib:,.0f} MiB")
+        finished.append((run, measures))
+    return finished

@@ -1,0 +1,186 @@
+"""Flow attention as an operation, search and attention, beside torch's causal attention over all tokens."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from dfn_hf.modeling.dfn.layers import ball
+from dfn_hf.modeling.ops.cell_grid import GRID, ball_cells_per_axis, geometric_cell_sizes
+from dfn_hf.modeling.ops.cell_lists import CellGrids, grid_constants
+from dfn_hf.modeling.ops.dispatch import triton_runs_on
+from dfn_hf.modeling.ops.flow_attention import flow_attention
+from dfn_hf.modeling.ops.kernels.c_compiler import SWITCH
+from dfn_hf.modeling.ops.kernels.neighbor_search_cpu import search_library
+from dfn_hf.modeling.ops.neighbor_search import search_cells
+
+from ..harness.environment import describe_machine, dtype_named, peak_memory_mib, set_up_device
+from ..harness.interleaving import Timing, run_over_lengths
+from ..harness.results import ResultsFile
+from .throughput import timed
+
+WORKS = ("forward", "forward and backward")
+NATIVE = {"cpu": "flow attention (C)", "cuda": "flow attention (Triton)"}
+TORCH = "flow attention (torch)"
+SDPA = "causal attention"
+NUM_CLUSTERS = 2000
+
+
+@dataclass(frozen=True)
+class OperationSettings:
+    """One operation over one row; the defaults are a DFN's but for tables, of which it has twice as many half as deep.
+
+    `dtype` is that of values, and of all that `SDPA` reads.
+    """
+
+    operation: str = NATIVE["cpu"]
+    work: str = "forward"
+    length: int = 1024
+    heads: int = 1
+    width: int = 64
+    position_dim: int = 4
+    num_neighbors: int = 16
+    window: int = 32
+    num_tables: int = 8
+    candidates_per_table: int = 16
+    dtype: str = "float32"
+    repeats: int = 3
+    threads: int = 1
+    device: str = "cpu"
+
+    @property
+    def label(self) -> str:
+        return self.operation
+
+    @property
+    def tokens(self) -> int:
+        return self.length * self.heads
+
+
+def operations(device: str) -> tuple[str, ...]:
+    """What is measured on a device, the compiled form first."""
+    return (NATIVE[torch.device(device).type], TORCH, SDPA)
+
+
+def run_operations(
+    runs: Iterable[OperationSettings], time_limit: float, path: Path, report: Callable[[str], None] = lambda line: None
+) -> list[tuple[OperationSettings, Timing]]:
+    """The operations take turns; finished runs from the CSV at `path`. See `run_over_lengths`."""
+    return run_over_lengths(runs, ResultsFile(path, OperationSettings, Timing), prepare_operation, time_limit, report)
+
+
+def prepare_operation(settings: OperationSettings) -> Callable[[], Timing]:
+    """A turn: the operation, once, on inputs that are drawn before.
+
+    Raises:
+        ValueError: an operation or a kind of work that is unknown, or that cannot be had here.
+    """
+    set_up_device(settings.device, settings.threads)
+    known = operations(settings.device)
+    if settings.operation not in known:
+        raise ValueError(f"operation is {settings.operation!r}: choose one of {', '.join(known)}")
+    if settings.work not in WORKS:
+        raise ValueError(f"work is {settings.work!r}: choose one of {', '.join(WORKS)}")
+    with_gradients = settings.work != "forward"
+    make = _attention if settings.operation == SDPA else _flow_attention
+    operate, inputs = make(settings, torch.Generator().manual_seed(0))
+    for tensor in inputs:
+        tensor.requires_grad_(with_gradients)
+
+    def work() -> None:
+        for tensor in inputs:
+            tensor.grad = None
+        y = operate()
+        if with_gradients:
+            y.backward(torch.ones_like(y))
+
+    def turn() -> Timing:
+        with torch_alone() if settings.operation == TORCH else nullcontext():
+            seconds = timed(work, settings.device)
+        return Timing(seconds, round(peak_memory_mib(settings.device), 1), describe_machine(settings.device))
+
+    return turn
+
+
+@contextmanager
+def torch_alone() -> Iterator[None]:
+    """Without code of this package's own."""
+    before = os.environ.get(SWITCH)
+    os.environ[SWITCH] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(SWITCH)
+        if before is not None:
+            os.environ[SWITCH] = before
+
+
+def _flow_attention(
+    settings: OperationSettings, generator: torch.Generator
+) -> tuple[Callable[[], torch.Tensor], Sequence[torch.Tensor]]:
+    heads, length, device = settings.heads, settings.length, settings.device
+    moved, rest = clustered_positions(settings, generator)
+    if settings.operation != TORCH and search_library(rest) is None and not triton_runs_on(rest.device):
+        raise ValueError(
+            f"operation is {settings.operation!r}, which needs a C compiler, or on a GPU Triton, and {SWITCH} not 0"
+        )
+    rotation, shift = (
+        constant.to(device) for constant in grid_constants(settings.position_dim, settings.num_tables, 0)
+    )
+    sizes = geometric_cell_sizes(settings.num_tables)
+    grids = CellGrids(rotation, shift, sizes, ball_cells_per_axis(settings.position_dim, sizes))
+    index = torch.arange(length, device=device)[None]
+    rows = index.expand(heads, -1)
+    # The affinity −γ‖q − k‖² with γ = 0.3 as a product: see `gaussian_key`.
+    key = torch.cat([rest, -0.3 * rest.square().sum(dim=-1, keepdim=True)], dim=-1)[None]
+    query = torch.cat([0.6 * moved, torch.ones_like(moved[..., :1])], dim=-1)[None]
+    value = torch.randn(1, heads, length, settings.width, generator=generator).to(device, dtype_named(settings.dtype))
+    fading = torch.rand(heads, generator=generator).to(device)
+
+    def operate() -> torch.Tensor:
+        with torch.no_grad():
+            cells, key_cells = (grids.cells(positions, on_grid=True) for positions in (moved, rest))
+            neighbors, _ = search_cells(
+                moved,
+                cells,
+                rows,
+                rest,
+                key_cells,
+                settings.num_neighbors,
+                settings.window,
+                settings.candidates_per_table,
+                table_offsets=grids.table_offsets,
+            )
+        return flow_attention(query, key, value, fading, index, index, neighbors[None], settings.window)[0]
+
+    return operate, (query, key, value, fading)
+
+
+def _attention(
+    settings: OperationSettings, generator: torch.Generator
+) -> tuple[Callable[[], torch.Tensor], Sequence[torch.Tensor]]:
+    shape = (1, settings.heads, settings.length, settings.width)
+    query, key, value = (
+        torch.randn(shape, generator=generator).to(settings.device, dtype_named(settings.dtype)) for _ in range(3)
+    )
+    return lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True), (query, key, value)
+
+
+def clustered_positions(settings: OperationSettings, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Moved and rest positions `[heads, length, position_dim]` as tokens have: few places often, many seldom, blurred.
+
+    On the ball and on the grid of the search, float32.
+    """
+    places = torch.randn(settings.heads, NUM_CLUSTERS, settings.position_dim, generator=generator)
+    kinds = (torch.rand(settings.length, generator=generator).pow(3) * NUM_CLUSTERS).long()
+
+    def positions() -> torch.Tensor:
+        blur = torch.randn(settings.heads, settings.length, settings.position_dim, generator=generator)
+        drawn = ball(1.2 * places[:, kinds] + 0.15 * blur)
+        return ((drawn * GRID).round() / GRID).to(settings.device)
+
+    return positions(), positions()

@@ -1,0 +1,161 @@
+"""Throughput and peak memory of models of equal size: forward pass, training step, and decoding behind a context."""
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel, set_seed
+
+from ..baselines.models import ModelSize, build_model, count_parameters
+from ..datasets.byte_windows import VOCAB_SIZE
+from ..harness.environment import clock, describe_machine, peak_memory_mib, run_isolated, set_up_device, synchronize
+from ..harness.results import ResultsFile, markdown_table
+from .scaling import corpus_bytes, log_log_slope
+
+WORKS = ("forward", "training", "decoding")
+WARM_UP_LENGTH = 512
+DECODED = 32  # tokens that are timed behind the context
+
+
+@dataclass(frozen=True)
+class SpeedSettings:
+    """One model, one kind of work, one length; the median of `repeats` after a warm-up counts."""
+
+    model: str = "flownetwork"
+    work: str = "forward"
+    length: int = 8192
+    hidden_size: int = 128
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    intermediate_size: int = 384
+    repeats: int = 3
+    threads: int = 1
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class SpeedMeasures:
+    """Seconds of a forward pass over the length, of a training step on it, or of one token behind it."""
+
+    parameters: int
+    seconds: float
+    peak_mib: float
+    machine: str
+
+
+def measure_speed(settings: SpeedSettings) -> SpeedMeasures:
+    """Time the work on the corpus' bytes, one row; only in a fresh process is the peak its own.
+
+    Raises:
+        ValueError: an unknown kind of work.
+    """
+    if settings.work not in WORKS:
+        raise ValueError(f"work is {settings.work!r}: choose one of {', '.join(WORKS)}")
+    set_up_device(settings.device, settings.threads)
+    set_seed(0)
+    size = ModelSize(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=settings.hidden_size,
+        num_hidden_layers=settings.num_hidden_layers,
+        num_attention_heads=settings.num_attention_heads,
+        intermediate_size=settings.intermediate_size,
+    )
+    model = build_model(settings.model, size, device=settings.device).eval()
+    input_ids = corpus_bytes(settings.length).to(settings.device)
+    work = {"forward": forward, "training": train, "decoding": decode}[settings.work]
+    work(model, input_ids[:, :WARM_UP_LENGTH], settings.device)
+    seconds = [work(model, input_ids, settings.device) for _ in range(settings.repeats)]
+    return SpeedMeasures(
+        parameters=count_parameters(model),
+        seconds=round(statistics.median(seconds), 5),
+        peak_mib=round(peak_memory_mib(settings.device), 1),
+        machine=describe_machine(settings.device),
+    )
+
+
+@torch.no_grad()
+def forward(model: PreTrainedModel, input_ids: torch.Tensor, device: str) -> float:
+    """Seconds of one pass, last logits only."""
+    return timed(lambda: model(input_ids, use_cache=False, logits_to_keep=1), device)
+
+
+def train(model: PreTrainedModel, input_ids: torch.Tensor, device: str) -> float:
+    """Seconds of one forward and backward pass."""
+    model.train().zero_grad()
+    return timed(lambda: model(input_ids, labels=input_ids, use_cache=False).loss.backward(), device)
+
+
+@torch.no_grad()
+def decode(model: PreTrainedModel, input_ids: torch.Tensor, device: str) -> float:
+    """Seconds per token behind a context of `input_ids`."""
+    cache = DynamicCache(config=model.config)
+    model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    token = input_ids[:, :1]
+    model(token, past_key_values=cache, use_cache=True)
+
+    def steps() -> None:
+        for _ in range(DECODED):
+            model(token, past_key_values=cache, use_cache=True)
+
+    return timed(steps, device) / DECODED
+
+
+def timed(work: Callable[[], object], device: str) -> float:
+    """Seconds that `work` takes."""
+    synchronize(device)
+    started = clock(device)
+    work()
+    synchronize(device)
+    return clock(device) - started
+
+
+def run_speed(
+    runs: Iterable[SpeedSettings], path: Path, report: Callable[[str], None] = lambda line: None
+) -> list[tuple[SpeedSettings, SpeedMeasures]]:
+    """Every run in a fresh process, finished ones taken from the CSV at `path`."""
+    results = ResultsFile(path, SpeedSettings, SpeedMeasures)
+    finished = []
+    for run in runs:
+        measures = results.run(run, partial(run_isolated, measure_speed))
+        report(f"{run.model}, {run.work} at {run.length:,}: {measures.seconds:.4f} s, {measures.peak_mib:,.0f} MiB")
+        finished.append((run, measures))
+    return finished
+
+
+def speed_table(results: Sequence[tuple[Any, SpeedMeasures]]) -> str:
+    """One line per work and length; times relative to the first model; below, slopes of time over length.
+
+    Args:
+        results: settings that have `model`, `work` and `length`, with what was measured.
+    """
+    models = list(dict.fromkeys(run.model for run, _ in results))
+    found = {(run.work, run.length, run.model): measures for run, measures in results}
+    header = ["work", "tokens"]
+    for model in models:
+        header += [f"{model}, ms", f"{model}, peak MiB"]
+    header += [f"{model} / {models[0]}, time" for model in models[1:]]
+    lines, slopes = [], []
+    for work in dict.fromkeys(run.work for run, _ in results):
+        lengths = sorted({run.length for run, _ in results if run.work == work})
+        for length in lengths:
+            cells, first = [work, f"{length:,}"], found.get((work, length, models[0]))
+            measured = [found.get((work, length, model)) for model in models]
+            for one in measured:
+                cells += ["–", "–"] if one is None else [f"{1000 * one.seconds:,.1f}", f"{one.peak_mib:,.0f}"]
+            cells += ["–" if not (one and first) else f"{one.seconds / first.seconds:.2f}" for one in measured[1:]]
+            lines.append(cells)
+        for model in models:
+            points = [
+                (length, found[work, length, model].seconds) for length in lengths if (work, length, model) in found
+            ]
+            slope = log_log_slope(*map(list, zip(*points, strict=True))) if len(points) > 1 else None
+            if slope is not None:
+                slopes.append(f"log-log slope of {work}, {model}, {points[0][0]:,} to {points[-1][0]:,}: {slope:.2f}")
+    parameters = ", ".join(
+        f"{name} {next(m.parameters for run, m in results if run.model == name):,}" for name in models
+    )
+    return "\n".join([markdown_table(header, lines), "", f"parameters: {parameters}", *slopes])

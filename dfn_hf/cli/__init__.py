@@ -1,0 +1,5 @@
+"""The `dfn-hf` command."""
+
+from .app import app
+
+__all__ = ["app"]

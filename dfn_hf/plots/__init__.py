@@ -1,0 +1,1 @@
+"""Pictures of models, texts, fields and training runs."""

@@ -1,0 +1,156 @@
+"""Where a DFN placed entities over a text, and where they flow."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .flow_map import FAINT, INK, MUTED, SERIES, SMALL, chosen, in_the_plane, plain, write_words
+from .flows import colour_bar, finished, one_line, to_numpy
+
+DENSITY = LinearSegmentedColormap.from_list("density", ["#ffffff", "#f3c98b", SERIES[0]])
+LINE_LENGTH = 72  # bytes of a line of the picture
+
+
+@dataclass(frozen=True)
+class EntityReading:
+    """What a DFN that samples entities made of one text of n bytes.
+
+    Attributes:
+        symbols: the text of each byte, n of them; of a character of several bytes the first has it.
+        density: `[n]`, how uncertain what follows is.
+        boundaries: bool `[n]`, bytes that complete an entity.
+        spans: the text of each entity, m of them.
+        rest_positions, moved_positions: `[m, position_dim]`, of one head of one layer.
+        title: which layer and head, in words.
+    """
+
+    symbols: Sequence[str]
+    density: np.ndarray
+    boundaries: np.ndarray
+    spans: Sequence[str]
+    rest_positions: np.ndarray
+    moved_positions: np.ndarray
+    title: str
+
+    @property
+    def rate(self) -> float:
+        """Entities per byte."""
+        return float(self.boundaries.mean())
+
+
+@torch.no_grad()
+def read_entities(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, *, layer: int = 0, head: int = 0
+) -> EntityReading:
+    """Run a DFN over `text` and take what it sampled.
+
+    Args:
+        model: a DFN whose `entity_sampling` is not "token".
+        tokenizer: one whose tokens are bytes.
+        layer, head: of the positions, from 0.
+
+    Raises:
+        ValueError: an empty text, a model that samples no entities, tokens that are not bytes, or a layer or head that
+            the model does not have.
+    """
+    config = model.config
+    if getattr(config, "entity_sampling", "token") == "token":
+        raise ValueError('the model makes every token an entity: train one with `entity_sampling` "adaptive"')
+    for name, number, available in (
+        ("layer", layer, config.num_hidden_layers),
+        ("head", head, config.num_attention_heads),
+    ):
+        chosen(name, number, available)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError("text is empty: give a text to show")
+    data = text.encode()
+    if len(ids) != len(data):
+        raise ValueError(
+            f"the text has {len(data)} bytes and {len(ids)} tokens: use a tokenizer whose tokens are bytes"
+        )
+    outputs = model(torch.tensor([ids], device=model.device), output_entities=True, use_cache=False)
+    boundaries = outputs.boundaries[0].bool().cpu().numpy()
+    starts = [0, *(np.flatnonzero(boundaries) + 1)]
+    entities = outputs.entities[layer]
+    return EntityReading(
+        symbols=byte_symbols(text),
+        density=to_numpy(outputs.density[0]),
+        boundaries=boundaries,
+        spans=[data[start:stop].decode(errors="replace") for start, stop in zip(starts, starts[1:], strict=False)],
+        rest_positions=to_numpy(entities.rest_positions[0, head]),
+        moved_positions=to_numpy(entities.moved_positions[0, head]),
+        title=f"layer {layer + 1} of {config.num_hidden_layers}, head {head + 1} of {config.num_attention_heads}",
+    )
+
+
+def byte_symbols(text: str) -> list[str]:
+    """A label for every byte of `text`: its character, visible; nothing for a character's further bytes."""
+    symbols = []
+    for character in text:
+        shown = {"\n": "↵", "\t": "→"}.get(character, character)
+        symbols += [shown, *[""] * (len(character.encode()) - 1)]
+    return symbols
+
+
+def plot_entities(reading: EntityReading, *, path: str | None = None) -> Figure:
+    """Draw the text, its bytes coloured by density, a bar behind those that complete an entity; below, the flows."""
+    lines = -(-len(reading.symbols) // LINE_LENGTH)
+    text_height = 0.35 * lines + 0.6
+    figure = Figure(figsize=(11, text_height + 6), layout="constrained", dpi=150)
+    above, below = figure.subplots(2, 1, height_ratios=[text_height, 6])
+    draw_bytes(above, reading)
+    above.set_title(
+        f"{len(reading.spans)} entities of {len(reading.symbols)} bytes ({reading.rate:.2f} per byte)",
+        color=INK,
+        loc="left",
+    )
+    colour_bar(figure, ScalarMappable(Normalize(0, 1), DENSITY), [above], "density")
+    draw_flows(below, reading.rest_positions, reading.moved_positions, [one_line(span) for span in reading.spans])
+    below.set_title(f"Where entities rest and where they flow to read: {reading.title}", color=INK, loc="left")
+    return finished(figure, path)
+
+
+def draw_bytes(axes: Axes, reading: EntityReading) -> None:
+    """One cell per byte, line by line."""
+    for place, (symbol, density, boundary) in enumerate(
+        zip(reading.symbols, reading.density, reading.boundaries, strict=True)
+    ):
+        line, column = divmod(place, LINE_LENGTH)
+        axes.add_patch(Rectangle((column, line), 1, 1, color=DENSITY(float(density)), lw=0))
+        axes.text(
+            column + 0.5, line + 0.55, symbol, ha="center", va="center", fontsize=8, color=INK, family="monospace",
+            parse_math=False,
+        )  # fmt: skip
+        if boundary:
+            axes.plot([column + 1, column + 1], [line + 0.05, line + 0.95], color=INK, lw=1.1)
+    axes.set_xlim(0, LINE_LENGTH)
+    axes.set_ylim(-(-len(reading.symbols) // LINE_LENGTH), 0)
+    axes.set_axis_off()
+
+
+def draw_flows(axes: Axes, rest: np.ndarray, moved: np.ndarray, labels: Sequence[str] = ()) -> None:
+    """Entities as dots, darker the later, with arrows to where they have moved to read."""
+    rest, moved, names = in_the_plane(rest, moved, None)
+    axes.update_datalim(moved)
+    arrows: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.0015}
+    axes.quiver(*rest.T, *(moved - rest).T, color=SERIES[1], alpha=0.45, zorder=1, **arrows)
+    age = np.linspace(0, 1, len(rest))
+    axes.scatter(rest[:, 0], rest[:, 1], c=age, cmap="Greys", vmin=-0.6, vmax=1.4, s=16, lw=0, zorder=2)
+    axes.set_xlabel(names[0], color=MUTED)
+    axes.set_ylabel(names[1], color=MUTED)
+    axes.grid(color=FAINT, lw=0.4)
+    axes.margins(0.05)
+    plain(axes)
+    if labels:
+        cast(Figure, axes.get_figure(root=True)).draw_without_rendering()
+    write_words(axes, rest, labels, [(index, MUTED, SMALL) for index in range(len(labels) - 1, -1, -1)])

@@ -1,0 +1,15 @@
+"""Training: language models, encoder-decoders, fields, contrastive pairs and distillation."""
+
+from ..lazy import lazy_exports
+
+__getattr__, __dir__, __all__ = lazy_exports(
+    __name__,
+    {
+        "contrastive": ["train_contrastive"],
+        "distillation": ["DistillationSettings", "distill_model"],
+        "field": ["load_arrays", "new_field_model", "train_fields"],
+        "lora": ["add_lora"],
+        "trainer": ["MatrixDecayTrainer", "TrainingResult", "TrainingSettings", "train_model"],
+        "recipes": ["learn_fields", "learn_pairs"],
+    },
+)

@@ -1,0 +1,1 @@
+"""Dynamic Flow Networks."""

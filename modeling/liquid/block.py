@@ -1,0 +1,114 @@
+"""A block of Liquid (§3.8). For the states s of a row:
+
+s += Attention(LayerNorm(s))               over a sliding window: two-sided in the encoder, causal in the decoder
+s += CrossAttention(LayerNorm(s), source)  in the decoder
+s += OptimizedGatedConvolution(LayerNorm(s))
+s += MoELayer(LayerNorm(s))
+s += feed-forward(LayerNorm(s))
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..modules.cache import StateLayer
+from ..modules.row_layout import Rows
+from ..ops.chunking import in_pieces
+from .attention import CrossAttention, EnhancedLocalAttentionWithGQA
+from .configuration_liquid import LiquidConfig
+from .deformable_conv import OptimizedGatedConvolution
+from .finite_check import check_finite
+from .mixture_of_experts import MoELayer, Routing
+
+STATE_LIMIT = 100.0  # of what the feed-forward network adds
+
+
+class FeedForward(nn.Module):
+    """clamp(W₂ Dropout(GELU(LayerNorm(W₁ s))), ±100)."""
+
+    def __init__(self, config: LiquidConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.norm = nn.LayerNorm(config.intermediate_size, config.norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        inner = self.dropout(F.gelu(self.norm(self.up_proj(states))))
+        return self.down_proj(inner).clamp(-STATE_LIMIT, STATE_LIMIT)
+
+
+class ImprovedTransformerBlock(GradientCheckpointingLayer):
+    """Attention, cross-attention in a decoder, gated convolution, experts and feed-forward network, each a residual.
+
+    Args:
+        config: `LiquidConfig`; decoder: causal and with cross-attention; name: for `finite_check`.
+    """
+
+    def __init__(self, config: LiquidConfig, decoder: bool, name: str):
+        super().__init__()
+        size, eps = config.hidden_size, config.norm_eps
+        self.finite_check, self.name = config.finite_check, name
+        self.attention_norm = nn.LayerNorm(size, eps)
+        self.attention = EnhancedLocalAttentionWithGQA(config, two_sided=not decoder)
+        self.cross_norm = nn.LayerNorm(size, eps) if decoder else None
+        self.cross_attention = CrossAttention(config) if decoder else None
+        self.conv_norm = nn.LayerNorm(size, eps)
+        self.gated_conv = OptimizedGatedConvolution(
+            size, config.conv_kernel, config.conv_dilation, config.max_offset, decoder, norm_eps=eps
+        )
+        self.moe_norm = nn.LayerNorm(size, eps)
+        self.moe = MoELayer(config)
+        self.mlp_norm = nn.LayerNorm(size, eps)
+        self.mlp = FeedForward(config)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor],
+        rows: Rows,
+        source: torch.Tensor | None = None,
+        source_rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        source_mask: torch.Tensor | None = None,
+        past_key_values: StateLayer | None = None,
+        cross_state: StateLayer | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor, Routing]:
+        """Args: hidden_states `[B, M, hidden_size]`; source, source_rotary, source_mask: as for
+                `CrossAttention`.
+
+        Returns:
+            (states; weights of the self-attention and of the cross-attention, or None; router loss `[B]`; routing).
+        """
+        y, weights = self.attention(
+            in_pieces(self.attention_norm, hidden_states), rotary, rows, past_key_values, output_attentions
+        )
+        hidden_states = hidden_states + self.dropout(self._checked(y, "attention"))
+        cross_weights = None
+        if self.cross_attention is not None:
+            y, cross_weights = self.cross_attention(
+                in_pieces(self.cross_norm, hidden_states),
+                rotary,
+                source,
+                source_rotary,
+                source_mask,
+                rows,
+                cross_state,
+                output_attentions,
+            )
+            hidden_states = hidden_states + self.dropout(self._checked(y, "cross-attention"))
+        y = self.gated_conv(in_pieces(self.conv_norm, hidden_states), rows, past_key_values)
+        hidden_states = hidden_states + self.dropout(self._checked(y, "gated convolution"))
+        y, router_loss, routing = self.moe(in_pieces(self.moe_norm, hidden_states), rows)
+        hidden_states = hidden_states + self.dropout(self._checked(y, "experts"))
+        hidden_states = in_pieces(self._fed_forward, hidden_states)
+        return hidden_states, weights, cross_weights, router_loss, routing
+
+    def _fed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        y = self.mlp(self.mlp_norm(hidden_states))
+        return hidden_states + self.dropout(self._checked(y, "feed-forward network"))
+
+    def _checked(self, y: torch.Tensor, part: str) -> torch.Tensor:
+        return check_finite(y, self.finite_check, f"{self.name}, {part}")

@@ -1,0 +1,1 @@
+"""Modules, caches and input handling that the families share."""

@@ -1,0 +1,183 @@
+"""State of fixed shape: what `StaticCache(config=model.config, max_cache_len=...)` holds of a flow model's layer.
+
+A compiled step, or one captured in a CUDA graph, finds every tensor where it was, in the shape it had. So each is made
+whole on first use and only ever written in place; how far a row has come is read from tensors, never from numbers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
+from transformers.utils import is_torchdynamo_compiling
+
+from .cache import AppendState, StateLayer, TableState, TailState, last_inputs
+
+
+class StaticStateLayer(StateLayer, StaticLayer):
+    """A `StateLayer` for at most `max_cache_len` columns; it can be reordered and reset, not cropped or widened.
+
+    Attributes:
+        lengths: int64 `[batch]`, entities of each row; None before the first call.
+        aligned: None: no row's length is known as a number.
+        longest: `max_cache_len`.
+        seen: int64 scalar, columns so far; None before the first call.
+    """
+
+    is_croppable = False
+
+    def __init__(self, max_cache_len: int, **kwargs):
+        CacheLayerMixin.__init__(self)
+        self.max_cache_len = self.longest = max_cache_len
+        self.states: dict[str, AppendState | TailState | TableState] = {}
+        self.constants: dict[str, Any] = {}
+        self.makers: dict[str, Callable[[], torch.Tensor]] = {}
+        self.lengths: torch.Tensor | None = None
+        self.seen: torch.Tensor | None = None
+        self.real: torch.Tensor | None = None  # bool `[batch, max_cache_len]`, once any column was not
+        self.aligned = None
+        self._rows = None
+
+    @property
+    def columns(self) -> int:
+        return 0 if self.seen is None else int(self.seen)
+
+    def known_columns(self) -> int | None:
+        """Columns so far, where that costs no wait for the device and no break of a graph."""
+        if is_torchdynamo_compiling() or (self.seen is not None and self.seen.device.type != "cpu"):
+            return None
+        return self.columns
+
+    @property
+    def mask(self) -> torch.Tensor | None:
+        return None if self.real is None else self.real[:, : self.columns]
+
+    # one call of the model
+
+    def begin(self, batch: int, length: int, device: torch.device) -> None:
+        if (self.known_columns() or 0) + length > self.max_cache_len:
+            raise ValueError(
+                f"max_cache_len is {self.max_cache_len}: the cache holds {self.columns} tokens and {length} more do "
+                "not fit. Make a StaticCache with a larger max_cache_len."
+            )
+        if self.lengths is None:
+            self.lengths = fixed(torch.zeros(batch, dtype=torch.int64, device=device))
+            self.seen = fixed(torch.zeros((), dtype=torch.int64, device=device))
+            self.device = device
+            self.is_initialized = True
+        self.check_batch(batch)
+
+    def commit(self) -> None:
+        rows, self._rows = self._rows, None
+        length = rows.index.shape[1]
+        if rows.mask is not None and self.real is None:
+            self.real = fixed(rows.mask.new_ones(rows.mask.shape[0], self.max_cache_len))
+        if rows.mask is not None:
+            self.real.index_copy_(1, self.seen + torch.arange(length, device=self.device), rows.mask)
+        self.lengths.add_(length if rows.counts is None else rows.counts)
+        self.seen.add_(length)
+
+    # the kinds of state
+
+    def append(self, name: str, new: torch.Tensor) -> torch.Tensor:
+        return write_in_place(self.room(name, new), new, self.lengths)
+
+    def room(self, name: str, new: torch.Tensor) -> torch.Tensor:
+        return self._storage(name, new, self.max_cache_len)
+
+    def write_entries(self, name: str, new: torch.Tensor, at: torch.Tensor, every: int) -> None:
+        # Chunks that only another row has come to are written too, behind a row's own.
+        write_in_place(self._storage(name, new, self.max_cache_len // every + 3), new.detach(), at)
+
+    def _storage(self, name: str, new: torch.Tensor, capacity: int) -> torch.Tensor:
+        if name not in self.states:
+            shape = (*new.shape[:2], capacity, new.shape[3])
+            self.states[name] = AppendState(fixed(torch.zeros(shape, dtype=new.dtype, device=new.device)))
+        return self.states[name].data
+
+    def tail(self, name: str, new: torch.Tensor, size: int) -> torch.Tensor:
+        if name not in self.states:
+            shape = (new.shape[0], size, new.shape[2])
+            self.states[name] = TailState(fixed(torch.zeros(shape, dtype=new.dtype, device=new.device)), size)
+        kept = self.states[name].data
+        history = torch.cat([kept, new], dim=1)
+        kept.copy_(last_inputs(history.detach(), size, new.shape[1], self._rows.counts))
+        return history
+
+    def table(self, name: str, make: Callable[[], torch.Tensor], undo) -> torch.Tensor:
+        if name not in self.states:
+            self.states[name], self.makers[name] = TableState(fixed(make()), undo), make
+        return self.states[name].data
+
+    # what transformers asks of a cache layer
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.max_cache_len, 0
+
+    def get_seq_length(self) -> int | torch.Tensor:
+        return 0 if self.seen is None else self.seen
+
+    def get_max_length(self) -> int:
+        return self.max_cache_len
+
+    def reset(self) -> None:
+        if self.lengths is None:
+            return
+        for name, state in self.states.items():
+            state.data.copy_(self.makers[name]()) if name in self.makers else state.data.zero_()
+        self.lengths.zero_()
+        self.seen.zero_()
+        if self.real is not None:
+            self.real.fill_(True)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        if self.lengths is None:
+            return
+        beam_idx = beam_idx.to(self.device)
+        kept = [state.data for state in self.states.values()] + [self.lengths]
+        for tensor in kept if self.real is None else [*kept, self.real]:
+            tensor.copy_(tensor.index_select(0, beam_idx))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        raise self._refusal("keeps its rows")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        raise self._refusal("keeps its rows")
+
+    def offload(self) -> None:
+        raise self._refusal("stays on its device")
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise self._refusal("cannot be cropped")
+
+    def _refusal(self, what: str) -> ValueError:
+        return ValueError(f"A cache of fixed shape {what}: use DynamicCache(config=model.config).")
+
+
+def write_in_place(storage: torch.Tensor, new: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Put `new` `[batch, groups, length, features]` into the storage, each row from its place `at` `[batch]` on.
+
+    Returns the storage; a copy where gradients are taken, which flow through `new`.
+    """
+    batch, groups, length, _ = new.shape
+    row, group, step = (torch.arange(size, device=new.device) for size in (batch, groups, length))
+    # Unlike scatter_, compilers do index_put_ in place.
+    entries = (row[:, None, None], group[:, None], (at[:, None] + step)[:, None])
+    storage.index_put_(entries, new.detach())
+    return storage.clone().index_put(entries, new) if torch.is_grad_enabled() else storage
+
+
+def fixed(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, which compiled code may expect to find in its place; so StaticLayer does, for the same reason."""
+    if not is_torchdynamo_compiling():
+        torch._dynamo.mark_static_address(tensor)
+    return tensor
+
+
+def check_shape(model, cache: Cache) -> None:
+    """Raise a ValueError if the cache is of fixed shape and the model's state is not."""
+    if cache.is_compileable and not model._can_compile_fullgraph:
+        raise ValueError(
+            "This model's state grows as its input asks for, which no StaticCache can hold: "
+            "use DynamicCache(config=model.config)."
+        )

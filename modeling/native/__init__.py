@@ -1,0 +1,1 @@
+"""The functions of original checkpoints, for `convert --native`."""

@@ -1,0 +1,100 @@
+"""Configuration of the original Liquid, for converted checkpoints."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+from ..hub_code import HubCodeMixin
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_liquid_native.LiquidNativeConfig",
+    "AutoModel": "modeling_liquid_native.LiquidNativeModel",
+}
+
+LAYOUTS = ("L3", "L6")
+
+
+@strict
+class LiquidNativeConfig(HubCodeMixin, PreTrainedConfig):
+    r"""
+    Configuration of a converted `LiquidFoundationModelOptimized`: the arguments of the original's constructor that its
+    logits depend on, under its names, but for `max_length`, which transformers has another meaning for.
+
+    Args:
+        layout (`str`, defaults to `"L6"`): Version of the original: `"L3"`, the last with one projection for queries,
+            keys and values, or `"L6"`, with differential attention.
+        vocab_size (`int`, defaults to 50265): Tokens of the vocabulary.
+        embed_dim (`int`, defaults to 512): Width of a token's state.
+        num_encoder_layers (`int`, defaults to 12): Layers of the encoder, which no logits depend on.
+        num_decoder_layers (`int`, defaults to 12): Layers of the decoder.
+        num_heads (`int`, defaults to 8): Heads of every attention.
+        num_kv_groups (`int`, defaults to 2): Heads of keys and values in `"L6"`.
+        ff_hidden_dim (`int`, defaults to 1024): Inner width of the feed-forward networks.
+        num_experts (`int`, defaults to 8): Experts of a layer, which no logits depend on.
+        max_position_embeddings (`int`, defaults to 8192): The original's `max_length`.
+        window_size (`int`, defaults to 512): Tokens of a window of attention.
+        lstm_hidden_size (`int`, defaults to 256): Width of the LSTM.
+        lstm_num_layers (`int`, defaults to 2): Layers of the LSTM.
+
+    Raises:
+        ValueError: a field out of range, or fields that contradict each other; the message names them.
+    """
+
+    model_type = "liquid_native"
+
+    layout: str = "L6"
+    vocab_size: int = 50265
+    embed_dim: int = 512
+    num_encoder_layers: int = 12
+    num_decoder_layers: int = 12
+    num_heads: int = 8
+    num_kv_groups: int = 2
+    ff_hidden_dim: int = 1024
+    num_experts: int = 8
+    max_position_embeddings: int = 8192
+    window_size: int = 512
+    lstm_hidden_size: int = 256
+    lstm_num_layers: int = 2
+    auto_map: dict[str, str] | None = None
+
+    def __post_init__(self, **kwargs):
+        self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
+        self.validate_architecture()  # here too, where its ValueError reaches the user as it is
+        super().__post_init__(**kwargs)
+
+    @property
+    def hidden_size(self) -> int:
+        """`embed_dim`, under transformers' name."""
+        return self.embed_dim
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """`num_decoder_layers`, under transformers' name."""
+        return self.num_decoder_layers
+
+    @property
+    def head_dim(self) -> int:
+        """Features of an attention head."""
+        return self.embed_dim // self.num_heads
+
+    def validate_architecture(self):
+        """Reject values out of range and fields that contradict each other."""
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"`layout` must be one of {LAYOUTS}, got {self.layout!r}.")
+        for field in (
+            "vocab_size", "embed_dim", "num_encoder_layers", "num_decoder_layers", "num_heads", "num_kv_groups",
+            "ff_hidden_dim", "num_experts", "max_position_embeddings", "lstm_hidden_size", "lstm_num_layers",
+        ):  # fmt: skip
+            if getattr(self, field) < 1:
+                raise ValueError(f"`{field}` must be at least 1, got {getattr(self, field)}.")
+        if self.window_size < 2:
+            raise ValueError(f"`window_size` must be at least 2, got {self.window_size}: windows overlap by half.")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(f"`embed_dim` ({self.embed_dim}) must be a multiple of `num_heads` ({self.num_heads}).")
+        if self.layout == "L6" and (self.head_dim % 2 or self.num_heads % self.num_kv_groups):
+            raise ValueError(
+                f"`num_kv_groups` ({self.num_kv_groups}) must divide `num_heads` ({self.num_heads}), and the features "
+                f"of a head ({self.head_dim}, `embed_dim` / `num_heads`) must be even."
+            )
+
+
+__all__ = ["LiquidNativeConfig"]

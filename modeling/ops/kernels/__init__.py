@@ -1,0 +1,1 @@
+"""Compiled forms of the ops: C for CPUs, Triton for GPUs."""

@@ -1,0 +1,151 @@
+"""Causal cell lists in C: the lists that `neighbor_search.search_cells` describes, entity by entity.
+
+An entity that leaves the local window is put among the latest of its cells, which lie side by side, and a query reads
+those of its own cells. Where the lists are kept between calls it becomes the head of its cells' chains, too; a short
+call walks these. All give the same lists as the torch form, bit for bit.
+"""
+
+import ctypes
+
+import torch
+
+from .c_compiler import in_threads, native_library, pointer, switched_on
+from .c_source import c_source
+
+MAX_NEIGHBORS = MAX_CANDIDATES = 2**14  # the code holds them on the stack
+# Distances without fused multiply-adds: the same bits as torch's.
+SEARCH_FLAGS = ("-ffp-contract=off", "-fno-math-errno", "-fopenmp-simd")
+SEARCH_SOURCE = c_source("neighbor_search_cpu.c")
+
+SEARCH_SIZES = (
+    "length",
+    "tables",
+    "dims",
+    "wanted",
+    "window",
+    "candidates",
+    "stored",
+    "cells_stored",
+    "slots",
+    "link_capacity",
+)
+SEARCH_TENSORS = (
+    "queries",
+    "keys",
+    "query_cells",
+    "key_cells",
+    "query_index",
+    "reach",
+    "counts",
+    "offsets",
+    "heads",
+    "links",
+)
+
+
+class _Search(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in SEARCH_SIZES),
+        *((name, ctypes.c_void_p) for name in (*SEARCH_TENSORS, "indices", "distances")),
+    ]
+
+
+def search_library(positions: torch.Tensor) -> ctypes.CDLL | None:
+    """The library if it can be used for these positions: float32 on the CPU."""
+    if positions.device.type != "cpu" or positions.dtype != torch.float32 or not switched_on():
+        return None
+    return native_library(SEARCH_SOURCE, *SEARCH_FLAGS)
+
+
+def cells_natively(
+    library: ctypes.CDLL,
+    positions: torch.Tensor,
+    grid: int,
+    scale: int,
+    rotation: torch.Tensor,
+    shift: torch.Tensor,
+    edges: list[int],
+    cells_per_axis: list[int],
+) -> torch.Tensor:
+    """`cell_lists.CellGrids.cells` of positions on the grid: `[..., P]` → int32 `[..., L]`.
+
+    Args:
+        grid: grid points per unit; rotation: int32 `[L, A, P]`, in 1/scale; shift: int32 `[L, A]`, in 1/scale of an
+            edge; edges: one per table, in the units that the rotation gives.
+    """
+    num_tables, axes, dims = rotation.shape
+    positions, rotation, shift = positions.contiguous(), rotation.contiguous(), shift.contiguous()
+    out = rotation.new_empty(*positions.shape[:-1], num_tables)
+    edges, counts = ((ctypes.c_int64 * num_tables)(*values) for values in (edges, cells_per_axis))
+
+    def work(first: int, last: int) -> None:
+        sizes = (ctypes.c_int64(size) for size in (first, last, num_tables, axes, dims))
+        tensors = (pointer(tensor) for tensor in (rotation, shift))
+        library.cells(
+            *sizes,
+            pointer(positions),
+            ctypes.c_double(grid),
+            ctypes.c_int64(scale),
+            *tensors,
+            edges,
+            counts,
+            pointer(out),
+        )
+
+    in_threads(work, positions.numel() // dims if dims else 0, 1)
+    return out
+
+
+def search_natively(
+    library: ctypes.CDLL,
+    query_positions: torch.Tensor,
+    query_cells: torch.Tensor,
+    query_index: torch.Tensor,
+    key_positions: torch.Tensor,
+    key_cells: torch.Tensor,
+    num_neighbors: int,
+    window: int,
+    candidates_per_table: int,
+    table_offsets: list[int],
+    reach: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    heads: torch.Tensor | None,
+    links: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`neighbor_search.search_cells` for queries and neighbours that are there at all; updates `heads` and `links`.
+
+    Raises:
+        MemoryError: there is none left for the chains.
+    """
+    rows, length, num_tables = query_cells.shape
+    assert heads is None or (heads.is_contiguous() and links.is_contiguous())
+    inputs = (query_positions, query_cells, query_index, key_positions, key_cells, reach, counts)
+    inputs = [None if tensor is None else tensor.contiguous() for tensor in inputs]
+    query_positions, query_cells, query_index, key_positions, key_cells, reach, counts = inputs
+    stored = key_positions.shape[1]
+    offsets = query_index.new_tensor(table_offsets[:-1])
+    indices = query_index.new_empty(rows, length, num_neighbors)
+    distances = query_positions.new_empty(rows, length, num_neighbors)
+    sizes = (length, num_tables, query_positions.shape[-1], num_neighbors, window, candidates_per_table, stored)
+    call = _Search(*sizes, key_cells.shape[1], table_offsets[-1], 0 if links is None else links.shape[1])
+    tensors = (
+        query_positions,
+        key_positions,
+        query_cells,
+        key_cells,
+        query_index,
+        reach,
+        counts,
+        offsets,
+        heads,
+        links,
+    )
+    for name, tensor in zip((*SEARCH_TENSORS, "indices", "distances"), (*tensors, indices, distances), strict=True):
+        setattr(call, name, pointer(tensor))
+
+    def work(first: int, last: int) -> None:
+        if library.search(ctypes.c_int64(first), ctypes.c_int64(last), ctypes.byref(call)):
+            raise MemoryError(f"no memory for the cell lists of {stored} entities")
+
+    in_threads(work, rows, length)
+    return indices, distances

@@ -1,0 +1,216 @@
+"""The benchmarks of long contexts: what they ask, of which text, and that what they compute is what they say."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache
+
+from dfn_hf import DFNConfig, DFNForCausalLM
+from dfn_hf.assets.tokenizers import load_tokenizer
+from dfn_hf.benchmarks.datasets.mqar import IGNORED
+from dfn_hf.benchmarks.datasets.token_windows import TokenWindows
+from dfn_hf.benchmarks.harness.results import ResultsFile
+from dfn_hf.benchmarks.quality import long_lm
+from dfn_hf.benchmarks.recall import retrieval
+from dfn_hf.data.packing import token_ids
+from dfn_hf.modeling.ops.cell_grid import geometric_cell_sizes
+
+DEPTHS, PAIRS = retrieval.DEPTHS, retrieval.PAIRS_PER_DEPTH
+
+
+def small_dfn(vocab_size=64):
+    torch.manual_seed(0)
+    return DFNForCausalLM(DFNConfig(vocab_size=vocab_size, hidden_size=16, num_hidden_layers=2, num_attention_heads=2))
+
+
+class TestRetrieval:
+    def test_a_planted_pair_alone_tells_its_answer(self):
+        batch = retrieval.planted_batch(
+            torch.Generator().manual_seed(0), batch_size=3, length=128, num_pairs=8, vocab_size=64
+        )
+        for tokens, labels in zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+            answered = [column for column, label in enumerate(labels) if label != IGNORED]
+            assert len(answered) == len({labels[column] for column in answered}) == 8
+            for column in answered:
+                key = tokens[column - 1]
+                assert key < 32 and tokens.count(key) == 2
+                assert tokens[tokens.index(key) + 1] == labels[column] and tokens.index(key) < column - 1
+
+    def test_a_pair_stands_once_and_where_it_is_said_to(self):
+        length = 8192
+        context, keys, values = retrieval.planted_context(torch.Generator().manual_seed(0), length, 64)
+        assert context.shape == (length,) and keys.shape == values.shape == (len(DEPTHS), PAIRS)
+        assert (keys < 32).all() and (values >= 32).all() and len(set(values.flatten().tolist())) == values.numel()
+        for depth, depth_keys, depth_values in zip(DEPTHS, keys, values, strict=True):
+            for key, value in zip(depth_keys, depth_values, strict=True):
+                (place,) = (context == key).nonzero()
+                assert context[place + 1] == value
+                assert abs(place.item() / length - depth) < 0.005
+        assert set(context.tolist()) == set(range(64))
+
+    @pytest.mark.parametrize(("changes", "field"), [({"length": 256}, "length"), ({"vocab_size": 30}, "vocab_size")])
+    def test_impossible_contexts_are_refused(self, changes, field):
+        with pytest.raises(ValueError, match=f"^{field} is {changes[field]}"):
+            retrieval.planted_context(torch.Generator(), **{"length": 8192, "vocab_size": 64, **changes})
+
+    def test_a_context_too_short_is_refused_before_anything_is_trained(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(retrieval, "trained_model", None)
+        runs = [retrieval.RetrievalSettings(length) for length in (8192, 3999)]
+        with pytest.raises(ValueError, match="^length is 3999: .* of 4000 tokens"):
+            retrieval.run_retrieval(runs, tmp_path / "runs.csv")
+        retrieval.planted_context(torch.Generator().manual_seed(0), 4000, 64)
+
+    def test_every_question_is_asked_behind_the_context_alone(self):
+        model = small_dfn().eval()
+        context, keys, _ = retrieval.planted_context(torch.Generator().manual_seed(0), 4096, 64)
+        state = retrieval.read_context(model, context, chunk_length=1000)
+        answers = [retrieval.ask(model, state, keys.flatten()) for _ in range(2)]
+        with torch.no_grad():
+            expected = [
+                model(input_ids=torch.cat([context, key[None]])[None], logits_to_keep=1).logits[0, -1].argmax()
+                for key in keys.flatten()[:3]
+            ]
+        assert state.get_seq_length() == 4096
+        assert torch.equal(*answers)
+        assert answers[0][:3].tolist() == [answer.item() for answer in expected]
+        assert len(set(answers[0].tolist())) > 1
+
+    def test_other_tables_propose_other_neighbours_to_the_same_weights(self, tmp_path):
+        model = small_dfn().eval()
+        cell_sizes = geometric_cell_sizes(24, 2.0, 1.0)
+        other = retrieval.with_tables(model, cell_sizes)
+        assert other.config.num_tables == 24 and other.config.cell_sizes == cell_sizes
+        weights, others = dict(model.named_parameters()), dict(other.named_parameters())
+        assert weights.keys() == others.keys()
+        assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
+        tokens = torch.randint(64, (1, 300))
+        with torch.no_grad():
+            before, after = (one(input_ids=tokens).logits for one in (model, other))
+        assert torch.equal(before[:, :32], after[:, :32]) and not torch.equal(before, after)
+        model.save_pretrained(tmp_path)
+        loaded = DFNForCausalLM.from_pretrained(
+            tmp_path, num_tables=24, cell_sizes=cell_sizes, ignore_mismatched_sizes=True
+        )
+        with torch.no_grad():
+            assert torch.equal(loaded.eval()(input_ids=tokens).logits, after)
+
+    def test_a_lesson_teaches_with_its_own_search_and_leaves_none_of_it(self, monkeypatch):
+        read = []
+        lesson = retrieval.Lesson(
+            steps=2, batch_size=1, length=80, num_pairs=3, candidates_per_table=2, num_neighbors=5
+        )
+
+        def noted(model, *arguments, **options):
+            read.append((model.config.candidates_per_table, model.config.num_neighbors))
+            return fit(model, *arguments, **options)
+
+        fit = retrieval.fit
+        monkeypatch.setattr(retrieval, "fit", noted)
+        monkeypatch.setattr(retrieval, "LESSONS", (lesson,))
+        settings = retrieval.RetrievalSettings(0, steps=1, lessons=1)
+        taught = retrieval.trained_model(settings, lambda line: None)
+        untaught = retrieval.trained_model(replace(settings, lessons=0), lambda line: None)
+        assert read == [(2, 5)]
+        searches = [(one.config.candidates_per_table, one.config.num_neighbors) for one in (taught, untaught)]
+        assert searches == [(8, 16), (8, 16)]
+        assert not torch.equal(taught.model.embed_tokens.weight, untaught.model.embed_tokens.weight)
+
+    def test_the_cache_holds_what_its_tensors_hold(self):
+        state = DynamicCache(config=small_dfn().config)
+        assert retrieval.cache_mib(state) == 0
+        state = retrieval.read_context(small_dfn().eval(), torch.zeros(64, dtype=torch.long), 64)
+        held = [held.data for layer in state.layers for held in layer.states.values()]
+        assert retrieval.cache_mib(state) * 2**20 == sum(data.untyped_storage().nbytes() for data in held) > 0
+
+    def test_the_table_counts_what_was_found(self):
+        measures = [
+            retrieval.RetrievalMeasures(found=found, seconds=2.0, peak_mib=500, cache_mib=30, machine="m")
+            for found in ([5, 4, 5], [3, 5, 5], [0, 0, 1])
+        ]
+        runs = [retrieval.RetrievalSettings(2**14, context) for context in (0, 1)]
+        runs.append(retrieval.RetrievalSettings(2**14, num_neighbors=0))
+        lines = retrieval.retrieval_table(list(zip(runs, measures, strict=True))).splitlines()
+        cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+        assert cells[2][:6] == ["16,384", "16", "10", "0.80", "0.90", "1.00"]
+        assert cells[3][:6] == ["16,384", "0", "5", "0.00", "0.00", "0.20"]
+
+
+class TestTokenWindows:
+    def test_consecutive_windows_follow_each_other_within_documents(self):
+        documents = [np.arange(10), np.arange(3), np.arange(100, 108)]
+        windows = TokenWindows(documents, 4)
+
+        def rows(at_most):
+            batches = windows.consecutive_batches(at_most, 2)
+            return torch.cat([batch["input_ids"] for batch in batches]).tolist()
+
+        expected = [[0, 1, 2, 3], [4, 5, 6, 7], [100, 101, 102, 103], [104, 105, 106, 107]]
+        assert rows(9) == expected
+        assert rows(2) == expected[::2]
+
+
+class TestLongLM:
+    @pytest.mark.parametrize(
+        ("length", "firsts"), [(200, [1]), (256, [1]), (257, [1, 256]), (4096, [1, 256, 512, 1024, 2048])]
+    )
+    def test_buckets_are_of_positions_and_leave_none_out(self, length, firsts):
+        positions = torch.arange(1, length)
+        buckets = [positions[bucket].tolist() for bucket in long_lm.position_buckets(length)]
+        assert [bucket[0] for bucket in buckets] == firsts
+        assert sum(buckets, []) == positions.tolist()
+
+    @pytest.mark.parametrize("name", long_lm.TOKENIZERS)
+    def test_bytes_of_tokens(self, name):
+        tokenizer = load_tokenizer(name)
+        text = "“Où?” says he:\nnowhere  – at all"
+        assert long_lm.token_bytes(tokenizer)[token_ids(text, tokenizer)].sum() == len(text.encode())
+
+    def test_losses_are_the_models(self):
+        model = small_dfn().eval()
+        windows = torch.randint(64, (3, 20))
+        batches = ({"input_ids": rows} for rows in windows.split(2))
+        losses, targets = long_lm.held_out_losses(model, batches)
+        assert losses.shape == (3, 19) and torch.equal(targets, windows[:, 1:])
+        with torch.no_grad():
+            expected = model(input_ids=windows, labels=windows).loss.item()
+        assert losses.mean().item() == pytest.approx(expected, rel=1e-5)
+        assert long_lm.bits_per_byte(losses, torch.full((3, 19), 2)) == pytest.approx(expected / math.log(4), rel=1e-5)
+
+    def test_the_last_documents_are_held_out(self, tmp_path):
+        texts = {f"{number}.txt": chr(97 + number) * size for number, size in enumerate((800, 150, 30, 30))}
+        for name, text in texts.items():
+            (tmp_path / name).write_text(text)
+        train, held_out = long_lm.token_documents(str(tmp_path), "byte")
+        assert [len(document) for document in train] == [800, 150]
+        assert [len(document) for document in held_out] == [30, 30]
+
+    def test_text_that_cannot_be_held_out_and_unknown_tokenizers_are_refused(self, tmp_path):
+        (tmp_path / "one.txt").write_text("alone")
+        with pytest.raises(ValueError, match="holds one document"):
+            long_lm.token_documents(str(tmp_path), "byte")
+        with pytest.raises(ValueError, match="tokenizer is 'words': choose one of bpe, byte"):
+            long_lm.token_documents("corpus", "words")
+
+    def test_the_rate_of_the_best_short_run_is_taken(self, tmp_path, monkeypatch):
+        measures = long_lm.LongLMMeasures(1, 2.0, 1.0, [2.0], [1.0], None, 1, 1.0, 1.0, 1.0, "m")
+        losses = {1e-3: 3.0, 2e-3: 1.0, 4e-3: 2.0}
+        monkeypatch.setattr(
+            long_lm,
+            "measure_long_lm",
+            lambda settings, report: replace(measures, loss=losses[settings.learning_rate]),
+        )
+        path = tmp_path / "long-lm.csv"
+        ((run, _),) = long_lm.run_long_lm(
+            long_lm.LongLMSettings(steps=9),
+            models=["llama"],
+            seeds=[0],
+            learning_rates=list(losses),
+            search_steps=3,
+            path=path,
+        )
+        assert (run.learning_rate, run.steps, run.model) == (2e-3, 9, "llama")
+        rows = ResultsFile(path, long_lm.LongLMSettings, long_lm.LongLMMeasures).rows()
+        assert [settings.steps for settings, _ in rows] == [3, 3, 3, 9]

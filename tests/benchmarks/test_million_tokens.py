@@ -1,0 +1,39 @@
+"""A million tokens, read in chunks and continued: the recipe of `docs/long-context.md` at its full length."""
+
+import pytest
+import torch
+
+from dfn_hf import DFNConfig, DFNForCausalLM
+from dfn_hf.benchmarks.harness.environment import peak_memory_mib, run_isolated
+from dfn_hf.modeling.ops.cell_grid import geometric_cell_sizes
+
+LENGTH = 2**20
+SHORT = 2**12
+
+
+def generate_behind(length, chunk_length):
+    """Five tokens generated behind random ones, and the process' peak memory in MiB."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = DFNConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        cell_sizes=geometric_cell_sizes(16, coarsest=2.0, finest=1.0),
+    )
+    model = DFNForCausalLM(config).eval()
+    context = torch.randint(64, (1, length))
+    continued = model.generate(context, prefill_chunk_size=chunk_length, max_new_tokens=5, do_sample=False)
+    return continued[0, length:].tolist(), peak_memory_mib("cpu")
+
+
+@pytest.mark.slow
+def test_a_million_tokens_are_read_in_chunks_and_continued():
+    tokens, peak = run_isolated(generate_behind, LENGTH, 2**16)
+    _, idle = run_isolated(generate_behind, SHORT, SHORT)
+    others, _ = run_isolated(generate_behind, LENGTH, 100_000)
+    assert tokens == others and len(tokens) == 5
+    # A layer of one head and 16 tables keeps 36 bytes of an entity's place and key, 8 per table, and 4 of each value.
+    state = 2 * (36 + 8 * 16 + 4 * 16) * LENGTH
+    assert peak - idle < 3 * state / 2**20

@@ -1,0 +1,300 @@
+"""DFN beside models of other families and beside torch's attention, over the length."""
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from dfn_hf.benchmarks.baselines.models import ModelSize, build_model, count_parameters
+from dfn_hf.benchmarks.baselines.peer_models import build_peer
+from dfn_hf.benchmarks.cli.app import app
+from dfn_hf.benchmarks.cli.smoke import TABLES
+from dfn_hf.benchmarks.harness import interleaving as turns
+from dfn_hf.benchmarks.harness.environment import without_isolation
+from dfn_hf.benchmarks.harness.interleaving import Timing, expected_seconds, run_over_lengths
+from dfn_hf.benchmarks.harness.length_plots import break_even, lengths_table
+from dfn_hf.benchmarks.harness.results import ResultsFile
+from dfn_hf.benchmarks.speed import peers
+from dfn_hf.benchmarks.speed import single_head as operation
+from dfn_hf.benchmarks.speed.paper_lengths import LENGTHS, REPORTED
+from dfn_hf.benchmarks.speed.peers import PeerSettings, peer_runs
+from dfn_hf.benchmarks.speed.single_head import NATIVE, SDPA, TORCH, OperationSettings
+
+FAMILIES = ("lfm2", "mamba2", "reformer")
+SIZE = ModelSize(vocab_size=256, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    label: str
+    length: int
+    work: str = "forward"
+    repeats: int = 3
+
+    @property
+    def tokens(self):
+        return self.length
+
+
+def timed_as(seconds):
+    """`prepare` whose turns take what `seconds(label, length)` gives, and the order in which they are taken."""
+    order = []
+
+    def prepare(run):
+        def turn():
+            order.append(run.label)
+            value = seconds(run.label, run.length)
+            return Timing(value if isinstance(value, float) else next(value), 100.0, "m")
+
+        return turn
+
+    return prepare, order
+
+
+class TestPeers:
+    @pytest.mark.parametrize("name", FAMILIES)
+    @pytest.mark.parametrize("hidden_size", [64, 128])
+    @pytest.mark.parametrize("length", [1024, 65536])
+    def test_parameter_counts_are_equal_within_two_percent(self, name, hidden_size, length):
+        size = dataclasses.replace(SIZE, hidden_size=hidden_size, intermediate_size=4 * hidden_size)
+        wanted = count_parameters(build_model("dfn", size))
+        assert abs(count_parameters(build_peer(name, size, length=length)) / wanted - 1) < 0.02
+
+    @pytest.mark.parametrize("name", FAMILIES)
+    def test_no_token_reads_one_behind_it(self, name):
+        torch.manual_seed(0)
+        model = build_peer(name, SIZE, length=256).train()
+        embeds = model.get_input_embeddings()(torch.randint(256, (1, 256))).detach().requires_grad_()
+        model(inputs_embeds=embeds, use_cache=False).logits[:, :150].square().sum().backward()
+        assert embeds.grad[:, 150:].abs().max() == 0 < embeds.grad[:, :150].abs().amax(dim=-1).min()
+
+    @pytest.mark.parametrize(("name", "changes"), [("lfm2", False), ("mamba2", False), ("reformer", True)])
+    def test_whether_a_last_token_changes_what_is_predicted_before_it(self, name, changes):
+        torch.manual_seed(0)
+        model = build_peer(name, SIZE, length=512).eval()
+        tokens = torch.randint(256, (1, 512))
+        changed = tokens.clone()
+        changed[0, -1] = (tokens[0, -1] + 1) % 256
+        with torch.no_grad():
+            torch.manual_seed(1)
+            before = model(tokens, use_cache=False).logits[:, :-1]
+            torch.manual_seed(1)
+            after = model(changed, use_cache=False).logits[:, :-1]
+        assert bool((before - after).abs().max() > 1e-4) == changes
+
+    @pytest.mark.parametrize("length", [1, 64, 100, 192, 1000])
+    def test_a_reformer_reads_rows_of_every_length(self, length):
+        with torch.no_grad():
+            model = build_peer("reformer", SIZE, length=length).eval()
+            logits = model(torch.randint(1, 256, (1, length)), use_cache=False).logits
+        assert logits.shape == (1, length, 256) and logits.isfinite().all()
+
+    @pytest.mark.parametrize("name", ["dfn", "llama", "lfm2", "mamba2"])
+    def test_steps_behind_a_context_are_those_of_a_full_pass(self, name):
+        torch.manual_seed(0)
+        model = build_peer(name, SIZE, length=64).eval()
+        tokens = torch.randint(256, (1, 64))
+        with torch.no_grad():
+            state = None
+            for chunk in (tokens[:, :60], *tokens[:, 60:63].split(1, dim=1)):
+                state = peers._read(model, model, chunk, state)
+            names = {"cache_params", "past_key_values"} & set(model.forward.__annotations__)
+            step = model(tokens[:, 63:], use_cache=True, **dict.fromkeys(names, state)).logits[:, -1]
+            whole = model(tokens, use_cache=False).logits[:, -1]
+        assert torch.allclose(step, whole, rtol=0, atol=1e-4)
+
+    def test_what_is_missing_or_unknown_is_said(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "fla", None)
+        monkeypatch.setitem(sys.modules, "fla.models", None)
+        with pytest.raises(ValueError, match="pip install flash-linear-attention"):
+            build_peer("gla", SIZE, length=64)
+        with pytest.raises(ValueError, match="choose one of dfn, .*lfm2, mamba2, reformer, gla"):
+            build_peer("rwkv", SIZE, length=64)
+        for changed, field in (({"works": ["sleep"]}, "work"), ({"caches": ["paged"]}, "cache")):
+            options = {"models": ["dfn"], "works": ["forward"], "lengths": [8], "training_lengths": [8], **changed}
+            with pytest.raises(ValueError, match=f"^{field} is "):
+                peer_runs(PeerSettings(), **options)
+
+    def test_runs_are_those_that_a_model_can_do(self):
+        runs = peer_runs(
+            PeerSettings(),
+            models=["dfn", "reformer"],
+            works=peers.WORKS,
+            lengths=[128, 64],
+            training_lengths=[32],
+            caches=["dynamic", "static"],
+        )
+        short = [(run.work, run.label) for run in runs if run.length == 64]
+        assert [run.length for run in runs if run.work == "training"] == [32, 32]
+        assert short == [
+            ("forward", "dfn"),
+            ("forward", "reformer"),
+            ("prefill", "dfn"),
+            ("decoding", "dfn"),
+            ("decoding", "dfn, static cache"),
+        ]
+
+    def test_a_static_cache_is_decoded_with_a_compiled_step(self, monkeypatch):
+        compiled = []
+
+        def as_it_is(model, config):
+            compiled.append(model)
+            return model
+
+        monkeypatch.setattr("transformers.PreTrainedModel.get_compiled_call", as_it_is)
+        settings = PeerSettings(
+            model="llama", work="decoding", cache="static", length=40, hidden_size=64, num_hidden_layers=1, repeats=1
+        )
+        turn = peers.prepare_peer(settings)
+        for _ in range(1 + settings.repeats):  # as many as the cache has room for
+            assert turn().seconds > 0
+        assert len(compiled) == 1
+
+
+@pytest.mark.parametrize("name", ["float99", "int8", "nn"])
+def test_a_dtype_that_is_none_is_refused_in_a_sentence(name):
+    for prepare, settings in (
+        (peers.prepare_peer, PeerSettings(dtype=name, length=8, hidden_size=16, num_hidden_layers=1)),
+        (operation.prepare_operation, OperationSettings(operation=operation.TORCH, dtype=name, length=8)),
+    ):
+        with pytest.raises(ValueError, match=f"^dtype is '{name}': choose"):
+            prepare(settings)
+
+
+class TestTurns:
+    def test_runs_take_turns_and_the_median_behind_a_warm_up_counts(self, tmp_path):
+        values = {"a": iter([9.0, 3.0, 1.0, 2.0]), "b": iter([8.0, 6.0, 7.0, 5.0])}
+        prepare, order = timed_as(lambda label, length: values[label])
+        results = ResultsFile(tmp_path / "runs.csv", Settings, Timing)
+        with without_isolation():
+            found = run_over_lengths([Settings("a", 10), Settings("b", 10)], results, prepare, 100)
+        assert order == ["a", "b"] * 4
+        assert [(run.label, timing.seconds) for run, timing in found] == [("a", 2.0), ("b", 6.0)]
+
+    def test_lengths_take_turns_together(self, tmp_path):
+        prepare, order = timed_as(lambda label, length: float(length))
+        results = ResultsFile(tmp_path / "runs.csv", Settings, Timing)
+        runs = [Settings(label, length) for length in (100, 200) for label in ("a", "b")]
+        with without_isolation():
+            found = run_over_lengths(runs, results, prepare, 0.0, together=True)
+        assert order == ["a", "b", "a", "b"] * 4
+        assert [timing.seconds for _, timing in found] == [100, 100, 200, 200]
+
+    def test_runs_that_would_take_too_long_are_left_out_and_finished_ones_not_repeated(self, tmp_path):
+        prepare, order = timed_as(lambda label, length: (length / 100) ** (2 if label == "slow" else 1))
+        results = ResultsFile(tmp_path / "runs.csv", Settings, Timing)
+        runs = [Settings(label, length) for length in (100, 200, 400, 800) for label in ("fast", "slow")]
+        with without_isolation():
+            found = run_over_lengths(runs, results, prepare, 17)
+            assert [run.length for run, _ in found if run.label == "slow"] == [100, 200, 400]
+            assert [run.length for run, _ in found if run.label == "fast"] == [100, 200, 400, 800]
+            taken = len(order)
+            assert run_over_lengths(runs, results, prepare, 17) == found and len(order) == taken
+
+    def test_expected_seconds(self):
+        run = Settings("a", 400)
+
+        def past(length, seconds, label="a"):
+            return Settings(label, length), Timing(seconds, 0.0, "m")
+
+        assert expected_seconds([past(100, 1.0, "b")], run) == 0
+        assert expected_seconds([past(100, 1.0)], run) == pytest.approx(4.0)
+        assert expected_seconds([past(50, 9.0), past(100, 1.0), past(200, 8.0)], run) == pytest.approx(64.0)
+
+    def test_another_run_is_prepared_when_the_one_before_has_left(self, monkeypatch):
+        monkeypatch.setattr(turns, "_prepared", {})
+        held = []
+
+        def prepare(run):
+            held.append(len(turns._prepared))
+            return lambda: run
+
+        assert [turns._turn(prepare, run) for run in ("a", "a", "b")] == ["a", "a", "b"]
+        assert held == [0, 0]
+
+
+class TestLengths:
+    def test_break_even_is_interpolated(self):
+        lengths = [100, 200, 400]
+        assert break_even(lengths, [4.0, 8.0, 16.0], [1.0, 4.0, 16.0 * 4]) == pytest.approx(200 * 2 ** (1 / 3))
+        assert break_even(lengths, [1.0, 1.0, 1.0], [2.0, 2.0, 2.0]) == 0
+        assert break_even(lengths, [2.0, 2.0, 2.0], [3.0, 3.0, 1.0]) is None
+
+    def test_table(self):
+        times = {("a", 100): 1.0, ("a", 200): 2.0, ("a", 400): 4.0, ("b", 100): 0.5, ("b", 200): 4.0}
+        table = lengths_table(
+            [(Settings(label, length), Timing(seconds, length, "m")) for (label, length), seconds in times.items()]
+        )
+        cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line[:1] == "|"]
+        assert cells[2:] == [
+            ["forward", "100", "10,000", "5,000", "0.50", "100", "100"],
+            ["forward", "200", "10,000", "20,000", "2.00", "200", "200"],
+            ["forward", "400", "10,000", "–", "–", "400", "–"],
+        ]
+        assert "forward, a: log-log slope 1.00 from 100 to 400 tokens" in table
+        assert "forward: a is quicker than b from 141 tokens on" in table
+
+
+class TestOperation:
+    @pytest.mark.parametrize("length", [33, 300])
+    def test_all_forms_of_flow_attention_give_the_same(self, length):
+        found = []
+        for name in (NATIVE["cpu"], TORCH):
+            settings = OperationSettings(operation=name, length=length, heads=2, width=8)
+            operate, inputs = operation._flow_attention(settings, torch.Generator().manual_seed(0))
+            for tensor in inputs:
+                tensor.requires_grad_()
+            with operation.torch_alone() if name == TORCH else torch.enable_grad():
+                y = operate()
+                y.square().sum().backward()
+            found.append([y, *(tensor.grad for tensor in inputs)])
+        for native, plain in zip(*found, strict=True):
+            assert plain.abs().max() > 0
+            assert torch.allclose(native, plain, rtol=1e-4, atol=1e-4)
+
+    def test_torch_alone_ends(self, monkeypatch):
+        for before in (None, "0", "1"):
+            monkeypatch.delenv(operation.SWITCH, raising=False)
+            if before is not None:
+                monkeypatch.setenv(operation.SWITCH, before)
+            with operation.torch_alone():
+                assert operation.os.environ[operation.SWITCH] == "0"
+            assert operation.os.environ.get(operation.SWITCH) == before
+
+    @pytest.mark.parametrize("name", [NATIVE["cpu"], TORCH, SDPA])
+    def test_backward_gives_gradients_and_takes_longer(self, name):
+        settings = OperationSettings(operation=name, length=512)
+        times = {}
+        for work in operation.WORKS:
+            turn = operation.prepare_operation(dataclasses.replace(settings, work=work))
+            turn()
+            times[work] = min(turn().seconds for _ in range(5))
+        assert times["forward and backward"] > 1.2 * times["forward"] > 0
+
+    def test_what_cannot_be_had_is_said(self, monkeypatch):
+        with pytest.raises(ValueError, match="^operation is 'flow attention .Triton.'"):
+            operation.prepare_operation(OperationSettings(operation=NATIVE["cuda"]))
+        with pytest.raises(ValueError, match="^work is 'backward'"):
+            operation.prepare_operation(OperationSettings(work="backward"))
+        monkeypatch.setenv(operation.SWITCH, "0")
+        with pytest.raises(ValueError, match="needs a C compiler"):
+            operation.prepare_operation(OperationSettings())
+
+
+def test_the_papers_lengths_are_measured():
+    assert set(REPORTED) < set(LENGTHS)
+
+
+@pytest.mark.parametrize("name", ["peers", "operation", "paper"])
+def test_tables_are_complete_and_not_measured_twice(name, tmp_path, monkeypatch):
+    arguments = next(table.command for table in TABLES if table.command.split()[0] == name).split()
+    arguments += ["--model", "dfn", "--model", "llama"] if name == "peers" else []
+    arguments += ["--results", str(tmp_path / "results.csv")]
+    with without_isolation():
+        first = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert first.exit_code == 0 and "machine: " in first.stdout
+        assert name == "paper" or (tmp_path / "results.png").stat().st_size > 1000
+        monkeypatch.setattr(ResultsFile, "_append", lambda *_: pytest.fail("a finished run was run again"))
+        assert CliRunner().invoke(app, arguments, catch_exceptions=False).stdout == first.stdout

@@ -1,0 +1,298 @@
+"""`dfn-hf convert`: what it reads, what it refuses and what it leaves behind."""
+
+import json
+import os
+import pickle
+import re
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from dfn_hf.cli.app import app
+from dfn_hf.cli.convert_command import convert
+from dfn_hf.conversion import writer as writing
+from dfn_hf.conversion.checkpoint_file import read_checkpoint
+from dfn_hf.conversion.formats.dfn import DFN
+from dfn_hf.conversion.report import read_report
+from tests.support.native_checkpoints import (
+    SIZES,
+    random_checkpoint,
+    random_weights,
+    save_checkpoint,
+    save_those_in_docs,
+)
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return random_weights(DFN.table, SIZES["dfn"], {"layer": 2})
+
+
+@pytest.fixture
+def checkpoint(weights, tmp_path):
+    return save_checkpoint(tmp_path / "dfn.pt", weights)
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, ["convert", *map(str, arguments)])
+
+
+def refused(source, output, *options) -> str:
+    """The one line that a refused conversion prints; nothing else is left of it."""
+    before = set(output.parent.iterdir())
+    result = command(source, output, *options)
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
+    assert set(output.parent.iterdir()) == before
+    assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def test_command_writes_a_model_its_report_and_its_card(checkpoint, weights, tmp_path):
+    result = command(checkpoint, tmp_path / "out", "--native", "--set", "num_entities=16")
+    assert result.exit_code == 0
+    report = read_report(tmp_path / "out")
+    assert (
+        f"{len(weights)} keys: {len(weights)} mapped to {len(weights)} weights, 0 dropped; 0 weights newly"
+        in result.stdout
+    )
+    assert set(report.mapped) == set(weights)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'AutoModel.from_pretrained("out")' in card and "It is not causal and no language model." in card
+    assert AutoModel.from_pretrained(tmp_path / "out").config.num_entities == 16
+
+
+def test_report_counts_add_up(checkpoint, weights, tmp_path):
+    report = convert(checkpoint, tmp_path / "out")
+    assert report == read_report(tmp_path / "out")
+    assert sorted([*report.mapped, *report.dropped]) == sorted(weights)
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    filled = [name for names in report.mapped.values() for name in names]
+    assert sorted([*filled, *report.new]) == sorted(saved)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_wrappers_prefixes_are_taken_off(weights, tmp_path, prefix):
+    torch.save({prefix + key: tensor for key, tensor in weights.items()}, tmp_path / "wrapped.pt")
+    report = convert(tmp_path / "wrapped.pt", tmp_path / "out")
+    assert sorted([*report.mapped, *report.dropped]) == sorted(prefix + key for key in weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_source_dtype_stays(weights, tmp_path, dtype):
+    source = tmp_path / "dfn.safetensors"
+    save_file({key: tensor.to(dtype) for key, tensor in weights.items()}, source)
+    convert(source, tmp_path / "out")
+    assert {
+        tensor.dtype
+        for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items()
+        if "grid" not in name
+    } == {dtype}
+    assert AutoModel.from_pretrained(tmp_path / "out").dtype == dtype
+
+
+def test_files_of_old_torch_and_bare_weights_are_read(weights, tmp_path):
+    torch.save(weights, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    read = read_checkpoint(tmp_path / "old.pth").tensors
+    assert all(torch.equal(read[key], tensor) for key, tensor in weights.items())
+
+
+def test_shards_are_as_one_file(checkpoint, tmp_path, monkeypatch):
+    convert(checkpoint, tmp_path / "one", native=True)
+    monkeypatch.setattr(writing, "SHARD_BYTES", 4000)
+    convert(checkpoint, tmp_path / "many", native=True)
+    assert not (tmp_path / "many" / "model.safetensors").exists()
+    assert len(list((tmp_path / "many").glob("model-*-of-*.safetensors"))) > 3
+    one, many = (AutoModel.from_pretrained(tmp_path / name).state_dict() for name in ("one", "many"))
+    assert all(torch.equal(many[name], tensor) for name, tensor in one.items())
+
+
+def test_new_weights_are_those_of_a_fresh_model(checkpoint, tmp_path):
+    report = convert(checkpoint, tmp_path / "out")
+    converted = AutoModel.from_pretrained(tmp_path / "out")
+    fresh = type(converted)(converted.config).state_dict()
+    for name in report.new:
+        ours, theirs = converted.state_dict()[name], fresh[name]
+        assert torch.isfinite(ours).all()
+        if theirs.unique().numel() == 1 or not theirs.is_floating_point():
+            assert torch.equal(ours, theirs)
+        elif theirs.numel() > 100:
+            assert abs(ours.std() / theirs.std() - 1) < 5 / theirs.numel() ** 0.5  # five standard deviations
+
+
+def test_loads_where_this_package_is_not_installed(checkpoint, tmp_path):
+    for options in ({"native": True}, {}):
+        folder = tmp_path / ("native" if options else "causal")
+        convert(checkpoint, folder, **options)
+        program = f"""
+import sys
+sys.modules["dfn_hf"] = None
+import torch
+from transformers import AutoModel
+model = AutoModel.from_pretrained({str(folder)!r}, trust_remote_code=True)
+name, width = ("values", 10) if "Native" in type(model).__name__ else ("inputs_embeds", 12)
+assert torch.isfinite(model(**{{name: torch.ones(1, 20, width)}})[0]).all()
+"""
+        environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+
+
+class Touch:
+    """A pickle that would make a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("old_format", [False, True])
+def test_no_code_runs(weights, tmp_path, old_format):
+    source = tmp_path / "evil.pt"
+    content = {"model_state_dict": weights, "config": Touch(tmp_path / "touched")}
+    torch.save(content, source, _use_new_zipfile_serialization=not old_format)
+    message = refused(source, tmp_path / "out")
+    assert "posix.mkdir" in message and "could run code" in message
+    source.write_bytes(pickle.dumps(Touch(tmp_path / "touched"), protocol=2))
+    assert "could run code" in refused(source, tmp_path / "out")
+    assert not (tmp_path / "touched").exists()
+
+
+def test_damaged_files_are_refused(checkpoint, tmp_path):
+    whole = checkpoint.read_bytes()
+    for content in (b"", b"PK", whole[: len(whole) // 2], whole[:-10], b"# Notes\n"):
+        checkpoint.write_bytes(content)
+        assert f"{checkpoint} is damaged or no checkpoint" in refused(checkpoint, tmp_path / "out")
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(whole[:1000])
+    assert "is damaged or no checkpoint (Error while deserializing header" in refused(broken, tmp_path / "out")
+    assert "is no file" in refused(tmp_path / "none.pt", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda w: w.pop("dfn_layers.1.memory.memory"), "lacks 'dfn_layers.1.memory.memory', which dfn has"),
+        (lambda w: w.update({"extra.weight": torch.ones(2)}), "'extra.weight' in the checkpoint is no key of dfn"),
+        (lambda w: w.update({"dfn_layers.9999999999.memory.memory": torch.ones(2)}), "is no key of dfn"),
+        (
+            lambda w: w.update({"dfn_layers.0.field_mlp.mlp.0.weight": torch.ones(48, 12)}),
+            "mlp.0.weight' has shape (48, 12), but beside the other weights it must be (48, 24)",
+        ),
+        (lambda w: w.update({"dfn_layers.0.memory.memory": torch.ones(5)}), "has shape (5,)"),
+        (lambda w: w.update({"dfn_layers.0.memory.memory": torch.ones(5, 12).long()}), "dense floats are wanted"),
+        (lambda w: w.update({"dfn_layers.0.memory.memory": "text"}), "is a str, no tensor"),
+        (lambda w: [w.pop(key) for key in list(w)[3:]], "unknown layout (a key is"),
+        (lambda w: w.clear(), "holds no weights"),
+    ],
+)
+def test_wrong_keys_and_shapes_are_named(weights, tmp_path, change, message):
+    weights = dict(weights)
+    change(weights)
+    assert message in refused(save_checkpoint(tmp_path / "wrong.pt", weights), tmp_path / "out")
+
+
+def test_settings_are_checked(checkpoint, tmp_path):
+    assert "num_heads has no meaning" in refused(checkpoint, tmp_path / "out", "--num-heads", 4)
+    assert "k is 'many': it must be of type int" in refused(checkpoint, tmp_path / "out", "--set", "k=many")
+    assert "`k` (99) must be below `num_entities`" in refused(
+        checkpoint, tmp_path / "out", "--native", "--set", "k=99"
+    )
+
+
+def test_what_stands_in_the_way_stays(checkpoint, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "mine.txt").write_text("mine")
+    assert "exists already" in refused(checkpoint, output)
+    assert [path.name for path in output.iterdir()] == ["mine.txt"]
+
+
+def test_full_disk_leaves_nothing(weights, tmp_path):
+    checkpoint = save_checkpoint(tmp_path / "dfn.pt", weights)
+    done = subprocess.run(
+        [sys.executable, "-m", "dfn_hf.cli", "convert", checkpoint, tmp_path / "out"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (16000, 16000)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "No space left on device while saving" in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["dfn.pt"]
+
+
+def test_commands_of_the_page_run(tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "conversion.md").read_text(encoding="utf-8")
+    save_those_in_docs(tmp_path, page)
+    monkeypatch.chdir(tmp_path)
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    commands = [line.split("#")[0].split()[2:] for line in lines if line.startswith("dfn-hf convert ")]
+    assert len(commands) >= 5
+    for arguments in commands:
+        result = command(*arguments)
+        assert result.exit_code == 0, result.output
+
+
+def test_a_converted_language_model_continues_a_prompt(tmp_path):
+    convert(random_checkpoint(tmp_path / "flow.pt", "flownetwork-F5"), tmp_path / "out")
+    result = CliRunner().invoke(app, ["generate", str(tmp_path / "out"), "--prompt", "abc", "--max-new-tokens", "5"])
+    assert result.exit_code == 0 and result.stdout.startswith("abc")
+    result = CliRunner().invoke(app, ["generate", str(tmp_path / "out")])
+    assert result.exit_code == 1 and "or give a prompt" in result.stderr
+
+
+def test_a_native_model_is_described_and_not_taken_for_a_language_model(tmp_path):
+    convert(random_checkpoint(tmp_path / "flow.pt", "flownetwork-F5"), tmp_path / "out", native=True)
+    result = CliRunner().invoke(app, ["info", str(tmp_path / "out")])
+    assert result.exit_code == 0 and "flownetwork_native" in result.stdout
+    result = CliRunner().invoke(app, ["generate", str(tmp_path / "out"), "--prompt", "abc"])
+    assert result.exit_code == 1 and "is no language model" in result.stderr
+
+
+def test_a_llama_without_a_tokenizer_is_refused(tmp_path):
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
+    ).save_pretrained(tmp_path / "llama")
+    assert "holds no tokenizer" in refused(tmp_path / "llama", tmp_path / "out", "--from", "llama")
+    assert "is a folder" in refused(tmp_path / "llama", tmp_path / "out")
+
+
+def test_report_is_wanted_where_one_is_read(tmp_path):
+    with pytest.raises(ValueError, match="holds no conversion_report.json"):
+        read_report(tmp_path)
+
+
+@pytest.mark.slow  # writes and reads four gigabytes
+def test_two_gigabytes_pass_through_little_memory(tmp_path):
+    sizes = {"D": 1152, "F": 64, "I": 64, "M": 8, "R": 50}
+    weights = random_weights(DFN.table, sizes, {"layer": 31})
+    checkpoint = save_checkpoint(tmp_path / "large.pt", weights)
+    size = checkpoint.stat().st_size
+    assert size > 2e9
+    del weights
+    for options in ({"native": True}, {}):
+        program = f"""
+from dfn_hf.benchmarks.harness.environment import peak_memory_mib
+from dfn_hf.cli.convert_command import convert
+convert({str(checkpoint)!r}, {str(tmp_path / "-".join(["out", *options]))!r}, **{options!r})
+print(peak_memory_mib("cpu") * 2**20)
+"""
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert float(done.stdout.split()[-1]) < 1.3 * size
+
+
+def test_saved_json_is_plain(checkpoint, tmp_path):
+    convert(checkpoint, tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "conversion_report.json").read_text())
+    assert content["layout"] == "dfn" and content["mapped"] and content["dropped"] and content["new"]

@@ -1,0 +1,84 @@
+"""The embedded verse pairs: what they hold, that nothing leaks between splits, and how they were made."""
+
+import re
+
+import pytest
+
+from dfn_hf.assets.tokenizers import load_tokenizer
+from dfn_hf.assets.verses import SPLITS, load_verses
+from dfn_hf.assets.verses.build import MOST_RATIO, build, plain, read_verses
+
+
+def runs_of_eight_words(text):
+    words = text.lower().split()
+    return {" ".join(words[start : start + 8]) for start in range(len(words) - 7)}
+
+
+def book_of(verse):
+    return verse.rsplit(" ", 1)[0]
+
+
+def test_splits_are_by_book_and_pairs_are_clean():
+    books = {split: set(map(book_of, load_verses(split)["verse"])) for split in SPLITS}
+    assert [len(books[split]) for split in SPLITS] == [56, 5, 5]
+    assert len(set.union(*books.values())) == 66
+    assert [len(load_verses(split)) for split in SPLITS] == [29_919, 468, 671]
+    for split in SPLITS:
+        for pair in load_verses(split):
+            for text in (pair["source"], pair["target"]):
+                assert text == plain(text)
+                assert not re.search("[<>¶]", text)
+            assert 1 / MOST_RATIO <= len(pair["source"]) / len(pair["target"]) <= MOST_RATIO
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_held_out_books_repeat_almost_nothing(side):
+    seen = set().union(*map(runs_of_eight_words, load_verses("train")[side]))
+    for split in ("validation", "test"):
+        runs = [run for text in load_verses(split)[side] for run in runs_of_eight_words(text)]
+        assert sum(run in seen for run in runs) / len(runs) <= 0.0035
+
+
+def test_their_tokenizer_gives_both_languages_back_and_ends_them():
+    tokenizer = load_tokenizer("bpe-en-es")
+    assert len(tokenizer) == 8000
+    for pair in load_verses("test").select(range(40)):
+        for text in (pair["source"], pair["target"]):
+            ids = tokenizer(text)["input_ids"]
+            assert ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id not in ids[:-1]
+            assert tokenizer.decode(ids, skip_special_tokens=True) == text
+    lengths = [len(ids) for ids in tokenizer(list(load_verses("test")["target"]))["input_ids"]]
+    assert sum(lengths) / len(lengths) < 50
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(ValueError, match="no split 'dev'"):
+        load_verses("dev")
+
+
+MADE_OF = """$$$[ Module Heading ]
+
+$$$Genesis 1:0
+<chapter n="1"/>
+$$$Genesis 1:1
+<title>Of the beginning</title><w lemma="strong:H0430">In</w> the beginning<note>A <i>note</i>.</note>, God ¶
+created.
+$$$I Samuel 1:1
+{}
+$$$Ruth 1:2
+&lt;A short one
+"""
+
+
+def test_building_takes_words_alone_and_leaves_out_what_does_not_match(tmp_path):
+    english, spanish = tmp_path / "web.imp", tmp_path / "rv.imp"
+    english.write_text(MADE_OF.format("A verse"))
+    spanish.write_text(MADE_OF.format("A verse more than three times as long"))
+    assert read_verses(english)["Genesis", 1, 1] == "In the beginning, God created."
+    assert read_verses(english)["Ruth", 1, 2] == "<A short one"
+    build(english, spanish, tmp_path)
+    assert {path.name for path in tmp_path.glob("*.xz")} == {f"{split}.jsonl.xz" for split in SPLITS}
+    with pytest.raises(ValueError, match="holds no verse"):
+        empty = tmp_path / "empty.imp"
+        empty.write_text("")
+        read_verses(empty)

@@ -1,0 +1,150 @@
+"""PEFT's methods on small models of every family, as its documentation has them, and what is refused."""
+
+import copy
+
+import peft.utils.constants
+import pytest
+import torch
+from peft import (
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from transformers import PreTrainedModel
+
+from dfn_hf.hub.peft_defaults import LINEAR_MAPS, LOW_RANK_METHODS
+from tests.support.small_models import MODELS, make_small_model
+
+EXACT = {"rtol": 0, "atol": 1e-10}
+FP32 = {"rtol": 0, "atol": 1e-5}
+families = pytest.mark.parametrize("family", MODELS)
+
+
+def make_model(family: str) -> PreTrainedModel:
+    return make_small_model(family).double()
+
+
+def task_of(family: str) -> str:
+    return "SEQ_2_SEQ_LM" if family == "liquid" else "CAUSAL_LM"
+
+
+def draw_ids() -> torch.Tensor:
+    return torch.randint(1, 50, (2, 19), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def logits_of(model) -> torch.Tensor:
+    return model.eval()(input_ids=draw_ids(), labels=draw_ids()).logits
+
+
+def adapt(family: str, config) -> PeftModel:
+    """A model with that adapter after three steps, every weight of which has moved."""
+    torch.manual_seed(1)
+    adapted = get_peft_model(make_model(family), config).double().train()
+    before = {name: weight.detach().clone() for name, weight in adapted.named_parameters()}
+    optimizer = torch.optim.SGD([weight for weight in adapted.parameters() if weight.requires_grad], lr=1.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        adapted(input_ids=draw_ids(), labels=draw_ids()).loss.backward()
+        optimizer.step()
+    for name, weight in adapted.named_parameters():
+        assert torch.equal(weight, before[name]) != weight.requires_grad, name
+    return adapted
+
+
+@families
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"target_modules": "all-linear"},
+        {"use_dora": True},
+        {"use_rslora": True, "modules_to_save": ["embed_tokens"]},
+    ],
+    ids=["default", "all-linear", "dora", "with embedding"],
+)
+def test_lora_learns_merges_and_loads(family, options, tmp_path):
+    if "modules_to_save" in options:
+        options = options | {"ensure_weight_tying": True}
+    adapted = adapt(family, LoraConfig(r=2, task_type=task_of(family), **options))
+    expected = logits_of(adapted)
+    assert not torch.allclose(expected, logits_of(make_model(family)), **EXACT)
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model(family), tmp_path).double()
+    assert torch.allclose(logits_of(loaded), expected, **EXACT)
+    assert torch.allclose(logits_of(adapted.merge_and_unload()), expected, **EXACT)
+
+
+@families
+def test_default_targets_are_linear_maps_of_every_layer(family):
+    adapted = get_peft_model(make_model(family), LoraConfig(r=2))
+    linear_maps = LINEAR_MAPS[adapted.config.model_type]
+    assert adapted.peft_config["default"].target_modules == set(linear_maps)
+    trained = [name for name, weight in adapted.named_parameters() if weight.requires_grad]
+    for target in linear_maps:
+        assert any(f".{target}.lora_A" in name for name in trained), target
+    assert not any("lm_head" in name for name in trained)
+
+
+@pytest.mark.parametrize("method", LOW_RANK_METHODS)
+def test_every_low_rank_method_knows_the_families(method):
+    mapping = getattr(peft.utils.constants, f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING")
+    assert all(mapping[family] == targets for family, targets in LINEAR_MAPS.items())
+
+
+@families
+def test_ia3(family):
+    adapted = adapt(family, IA3Config(task_type=task_of(family)))
+    assert torch.allclose(logits_of(copy.deepcopy(adapted).merge_and_unload()), logits_of(adapted), **EXACT)
+
+
+@families
+@pytest.mark.parametrize(
+    "config",
+    [PromptTuningConfig(num_virtual_tokens=3), PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8)],
+    ids=["prompt tuning", "p-tuning"],
+)
+def test_virtual_tokens(family, config, tmp_path):
+    config = copy.deepcopy(config)
+    config.task_type = task_of(family)
+    adapted = adapt(family, config)
+    expected = logits_of(adapted)
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model(family), tmp_path).double()
+    assert torch.allclose(logits_of(loaded), expected, **FP32)  # PEFT loads virtual tokens as float32
+    written = adapted.generate(input_ids=draw_ids(), max_new_tokens=3, do_sample=False)
+    # Virtual tokens are no part of what is written; an encoder-decoder's starts with one of its own.
+    assert written.shape == (2, 4 if family == "liquid" else draw_ids().shape[1] + 3)
+
+
+def test_experts_as_parameters():
+    targets = ["experts.up_proj", "experts.down_proj"]
+    config = LoraConfig(r=2, target_modules=[], target_parameters=targets, task_type="SEQ_2_SEQ_LM")
+    adapted = adapt("liquid", config)
+    expected = logits_of(adapted)
+    assert not torch.allclose(expected, logits_of(make_model("liquid")), **EXACT)
+    assert torch.allclose(logits_of(adapted.merge_and_unload()), expected, **EXACT)
+
+
+@families
+def test_adapters_of_transformers_own(family, tmp_path):
+    adapted = adapt(family, LoraConfig(r=2, task_type=task_of(family)))
+    expected = logits_of(adapted)
+    adapted.save_pretrained(tmp_path)
+    model = make_model(family)
+    plain = logits_of(model)
+    model.load_adapter(str(tmp_path))
+    assert torch.allclose(logits_of(model.double()), expected, **EXACT)
+    model.disable_adapters()
+    assert torch.allclose(logits_of(model), plain, **EXACT)
+
+
+@families
+def test_prefix_tuning_is_refused_in_a_sentence(family):
+    adapted = get_peft_model(make_model(family), PrefixTuningConfig(num_virtual_tokens=3, task_type=task_of(family)))
+    with pytest.raises(ValueError, match="prompt tuning"):
+        adapted(input_ids=draw_ids(), labels=draw_ids())

@@ -1,0 +1,350 @@
+"""The state of a layer: every kind of tensor through growth, padding, crop, selection and offload."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, EncoderDecoderCache, LlamaConfig
+
+from dfn_hf import DFNConfig
+from dfn_hf.modeling.modules.cache import AppendState, FixedState, StateLayer, state_layers
+from dfn_hf.modeling.modules.row_layout import lay_rows
+
+CPU = torch.device("cpu")
+TAIL = 3
+
+
+class Recorder:
+    """A layer fed with numbered entities; `rows[b]` is what row b should hold."""
+
+    def __init__(self, batch):
+        self.layer = StateLayer()
+        self.rows = [[] for _ in range(batch)]
+        self.undone = []
+
+    def call(self, mask):
+        """One call with a column mask `[batch][length]`; returns what `append` and `tail` return."""
+        layer, mask = self.layer, torch.tensor(mask).bool()
+        batch, length = mask.shape
+        layer.begin(batch, length, CPU)
+        rows = lay_rows(batch, length, CPU, mask=mask, past=layer.lengths, aligned_past=layer.aligned)
+        layer.expect(rows)
+        new = torch.zeros(batch, length, 2)
+        for row, held in enumerate(self.rows):
+            for step in range(int(mask[row].sum())):
+                new[row, step] = 100.0 * (row + 1) + len(held)
+                held.append(100.0 * (row + 1) + len(held))
+        layer.table("index", lambda: torch.zeros(batch, 4), self.undo).add_(1)
+        appended, tail = layer.append("entities", new[:, None]), layer.tail("tail", new, TAIL)
+        layer.commit()
+        return appended, tail
+
+    def undo(self, layer, old, new):
+        assert layer is self.layer
+        self.undone.append((old.tolist(), new.tolist()))
+
+    def crop(self, columns):
+        before = self.layer.lengths
+        self.layer.crop(-columns)
+        for held, count in zip(self.rows, (before - self.layer.lengths).tolist(), strict=True):
+            del held[len(held) - count :]
+
+    def check(self):
+        layer = self.layer
+        assert layer.lengths.tolist() == [len(held) for held in self.rows]
+        assert layer.get_seq_length() == layer.columns
+        tail = layer.data("tail")
+        for row, held in enumerate(self.rows):
+            assert layer.data("entities")[row, 0, : len(held), 0].tolist() == held
+            expected = ([0.0] * TAIL + held)[-TAIL:]
+            assert tail[row, tail.shape[1] - TAIL :, 0].tolist() == expected
+
+
+def ones(batch, length):
+    return [[1] * length] * batch
+
+
+CALLS = {
+    "aligned": [ones(2, 4), ones(2, 1), ones(2, 1), ones(2, 7)],
+    "left": [[[0, 0, 0, 1, 1], [1, 1, 1, 1, 1]], ones(2, 1), ones(2, 3)],
+    "right, then on": [[[1, 1, 0, 0], [1, 1, 1, 1]], ones(2, 2), [[1, 0, 0], [0, 0, 1]]],
+    "a row of nothing": [[[0, 0], [1, 1]], [[0], [1]], [[1], [1]]],
+}
+
+
+@pytest.mark.parametrize("record", [False, True])
+@pytest.mark.parametrize("name", CALLS)
+def test_every_row_holds_its_own_entities(name, record):
+    recorder = Recorder(2)
+    if record:
+        recorder.layer.activate_past_recording()
+    for mask in CALLS[name]:
+        before = [list(held) for held in recorder.rows]
+        appended, tail = recorder.call(mask)
+        recorder.check()
+        assert appended.shape[2] >= max(len(held) for held in recorder.rows)
+        assert tail.shape[1] == TAIL + len(mask[0])
+        for row, held in enumerate(before):
+            assert tail[row, :TAIL, 0].tolist() == ([0.0] * TAIL + held)[-TAIL:]
+            new = recorder.rows[row][len(held) :]
+            assert tail[row, TAIL : TAIL + len(new), 0].tolist() == new
+    assert recorder.layer.data("index")[0, 0] == len(CALLS[name])
+    held = recorder.layer.data("tail").shape[1]
+    assert held == (TAIL + recorder.layer.columns if record else TAIL)
+
+
+def test_get_mask_sizes_counts_columns():
+    recorder = Recorder(2)
+    for mask in CALLS["left"]:
+        recorder.call(mask)
+    assert recorder.layer.get_seq_length() == 9
+    assert recorder.layer.get_mask_sizes(4) == (13, 0)
+    assert recorder.layer.batch_size == 2
+
+
+@pytest.mark.parametrize("lengths", [[[1, 1]] * 2000, [[1, 0], [0, 1]] * 1000])
+def test_growth_copies_each_entry_a_bounded_number_of_times(lengths, monkeypatch):
+    copied = []
+    reserve = AppendState.reserve
+
+    def counted(self, capacity):
+        held = self.data.shape[2]
+        reserve(self, capacity)
+        if self.data.shape[2] != held:
+            copied.append(held)
+
+    monkeypatch.setattr(AppendState, "reserve", counted)
+    layer = StateLayer()
+    for step, counts in enumerate(lengths):
+        layer.begin(2, 1, CPU)
+        mask = torch.tensor(counts)[:, None].bool()
+        layer.expect(lay_rows(2, 1, CPU, mask=mask, past=layer.lengths, aligned_past=layer.aligned))
+        layer.append("entities", torch.full((2, 1, 1, 1), float(step)))
+        layer.commit()
+    assert sum(copied) <= 2 * len(lengths) and len(copied) <= 14
+    held = [step for step, counts in enumerate(lengths) if counts[0]]
+    assert layer.data("entities")[0, 0, : len(held), 0].tolist() == held
+
+
+def test_append_keeps_the_gradient_of_what_is_new():
+    layer = StateLayer()
+    pieces = [torch.randn(2, 1, 3, 2, requires_grad=True) for _ in range(2)]
+    for piece in pieces:
+        layer.begin(2, 3, CPU)
+        layer.expect(lay_rows(2, 3, CPU, aligned_past=layer.aligned))
+        held = layer.append("entities", piece)
+        tail = layer.tail("tail", piece[:, 0], 2)
+        layer.commit()
+    (held.sum() + tail.sum()).backward()
+    assert pieces[0].grad is None
+    assert torch.equal(pieces[1].grad, torch.full((2, 1, 3, 2), 2.0))
+    assert not layer.data("entities").requires_grad and not layer.data("tail").requires_grad
+
+
+# Crop
+
+
+@pytest.mark.parametrize("removed", [0, 1, 2, 5, 9])
+@pytest.mark.parametrize("name", CALLS)
+def test_crop_takes_the_right_number_from_each_row(name, removed):
+    recorder = Recorder(2)
+    recorder.layer.activate_past_recording()
+    for mask in CALLS[name]:
+        recorder.call(mask)
+    columns = recorder.layer.columns
+    if removed > columns:
+        with pytest.raises(ValueError, match=rf"crop\(-{removed}\).*{columns} tokens"):
+            recorder.layer.crop(-removed)
+        recorder.check()
+        return
+    lengths = recorder.layer.lengths.tolist()
+    recorder.crop(removed)
+    recorder.check()
+    assert recorder.layer.columns == columns - removed
+    real = torch.cat([torch.tensor(mask) for mask in CALLS[name]], dim=1)[:, : columns - removed].sum(dim=1).tolist()
+    assert recorder.layer.lengths.tolist() == real
+    assert recorder.undone == ([(lengths, real)] if removed else [])
+    # What was recorded for the crop is gone, and what comes is recorded again.
+    assert recorder.layer.data("tail").shape[1] == TAIL
+    recorder.call(ones(2, 3))
+    recorder.crop(2)
+    recorder.call([[1, 0], [1, 1]])
+    recorder.check()
+
+
+@pytest.mark.parametrize("removed", [torch.tensor(-2), torch.tensor([-2])])
+def test_crop_takes_a_tensor_of_one_number(removed):
+    recorder = Recorder(1)
+    recorder.layer.activate_past_recording()
+    recorder.call(ones(1, 6))
+    recorder.layer.crop(removed)
+    assert recorder.layer.get_seq_length() == recorder.layer.aligned == 4
+    assert type(recorder.layer.aligned) is type(recorder.layer.get_seq_length()) is int
+
+
+def test_crop_of_an_unused_layer_does_nothing():
+    layer = StateLayer()
+    layer.crop(0)
+    layer.crop(-3)
+    assert layer.get_seq_length() == 0
+
+
+def test_crop_is_refused_whole():
+    recorder = Recorder(2)
+    recorder.call(ones(2, 9))
+    for removed, told in ((3, r"takes minus the number of tokens to remove, got 3"), (-10, r"crop\(-10\).*9 tokens")):
+        with pytest.raises(ValueError, match=told):
+            recorder.layer.crop(removed)
+    # The tail was not recorded: what comes before it in the layer must not have been cropped when it refuses.
+    with pytest.raises(ValueError, match=r"take back 0 tokens here, not 1: .*activate_past_recording"):
+        recorder.layer.crop(-1)
+    assert recorder.undone == [] and recorder.layer.columns == 9
+    recorder.check()
+    recorder.call(ones(2, 1))
+    recorder.check()
+
+
+def test_a_short_row_needs_no_recording():
+    recorder = Recorder(2)
+    recorder.call([[1, 1, 1], [0, 1, 0]])
+    recorder.crop(2)
+    recorder.check()
+    assert recorder.layer.lengths.tolist() == [1, 0]
+
+
+def test_a_tail_of_nothing_needs_no_recording():
+    layer = StateLayer()
+    layer.begin(1, 5, CPU)
+    layer.expect(lay_rows(1, 5, CPU))
+    history = layer.tail("tail", torch.ones(1, 5, 2), 0)
+    assert history.shape == (1, 5, 2)
+    layer.commit()
+    layer.crop(-3)
+    assert layer.get_seq_length() == 2 and layer.data("tail").shape == (1, 0, 2)
+
+
+def test_fixed_state_is_selected_and_cannot_be_cropped():
+    recorder = Recorder(2)
+    recorder.layer.activate_past_recording()
+    recorder.call(ones(2, 3))
+    recorder.layer.states["fixed"] = FixedState(torch.tensor([[1.0], [2.0]]))
+    with pytest.raises(ValueError, match="cannot be taken back"):
+        recorder.layer.crop(-1)
+    recorder.check()
+    recorder.layer.batch_select_indices(torch.tensor([1]))
+    assert recorder.layer.data("fixed").tolist() == [[2.0]]
+
+
+# Rows and devices
+
+
+def ragged():
+    recorder = Recorder(2)
+    for mask in CALLS["left"]:
+        recorder.call(mask)
+    return recorder
+
+
+@pytest.mark.parametrize(
+    ("change", "rows"),
+    [
+        (lambda layer: layer.reorder_cache(torch.tensor([1, 0])), [1, 0]),
+        (lambda layer: layer.batch_select_indices(torch.tensor([1, 1, 0])), [1, 1, 0]),
+        (lambda layer: layer.batch_repeat_interleave(2), [0, 0, 1, 1]),
+    ],
+)
+def test_rows_move_with_all_their_state(change, rows):
+    recorder = ragged()
+    recorder.layer.data("index").copy_(torch.tensor([[1.0], [2.0]]).expand(2, 4))
+    mask = recorder.layer.mask
+    change(recorder.layer)
+    recorder.rows = [list(recorder.rows[row]) for row in rows]
+    recorder.check()
+    assert recorder.layer.data("index")[:, 0].tolist() == [row + 1 for row in rows]
+    assert torch.equal(recorder.layer.mask, mask[rows])
+    assert recorder.layer.batch_size == len(rows)
+
+
+def test_changes_to_an_unused_layer_do_nothing():
+    layer = StateLayer()
+    layer.reorder_cache(torch.tensor([0]))
+    layer.batch_repeat_interleave(3)
+    layer.offload()
+    layer.prefetch()
+    assert layer.get_seq_length() == 0
+
+
+def test_reset_forgets_everything_but_recording():
+    recorder = ragged()
+    recorder.layer.activate_past_recording()
+    recorder.layer.reset()
+    assert recorder.layer.get_seq_length() == 0 and recorder.layer.states == {} and recorder.layer.mask is None
+    recorder.rows = [[], [], []]
+    recorder.call(ones(3, 5))
+    recorder.crop(4)
+    recorder.check()
+
+
+def test_offload_and_prefetch_move_every_tensor():
+    layer = ragged().layer
+    layer.device = torch.device("meta")
+    layer.prefetch()
+    assert all(state.data.device.type == "meta" for state in layer.states.values())
+    recorder = ragged()
+    recorder.layer.offload()
+    recorder.layer.prefetch()
+    recorder.check()
+
+
+def test_a_copy_is_independent():
+    recorder = ragged()
+    copied = copy.deepcopy(recorder.layer)
+    recorder.call(ones(2, 4))
+    assert copied.get_seq_length() == 9
+    recorder.layer, recorder.rows = copied, [held[:-4] for held in recorder.rows]
+    recorder.check()
+
+
+# Errors
+
+
+def test_another_batch_is_refused():
+    recorder = ragged()
+    with pytest.raises(ValueError, match=r"holds 2 rows and the input has 3.*batch_repeat_interleave"):
+        recorder.layer.begin(3, 1, CPU)
+    recorder.check()
+
+
+def test_the_batch_of_an_unused_layer_is_unknown():
+    with pytest.raises(AttributeError, match="first call"):
+        _ = StateLayer().batch_size
+
+
+def test_other_models_cannot_store_in_it():
+    key = torch.zeros(1, 1, 1, 1)
+    for store in (StateLayer().update, StateLayer().lazy_initialization):
+        with pytest.raises(ValueError, match="flow model"):
+            store(key, key)
+
+
+LLAMA = LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2)
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        DynamicCache(),
+        DynamicCache(config=LLAMA),
+        EncoderDecoderCache(DynamicCache(), DynamicCache()),
+        ((torch.zeros(1), torch.zeros(1)),),
+        DynamicCache(config=DFNConfig(num_hidden_layers=1)),
+    ],
+)
+def test_what_cannot_hold_the_state_is_refused(cache):
+    with pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"):
+        state_layers(cache, 2)
+
+
+def test_the_layers_of_a_cache_made_for_the_model():
+    cache = DynamicCache(config=DFNConfig(num_hidden_layers=2))
+    assert state_layers(cache, 2) == cache.layers

@@ -1,0 +1,90 @@
+"""What compiled models call as it is: search and attention as operators of torch.library."""
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dfn_hf.modeling.ops import custom_ops as operators
+from dfn_hf.modeling.ops import flow_attention
+from dfn_hf.modeling.ops import neighbor_search as flow_search
+from dfn_hf.modeling.ops.cell_grid import ball_cells_per_axis, geometric_cell_sizes
+from dfn_hf.modeling.ops.cell_lists import CellGrids, grid_constants
+from tests.modeling.ops.test_flow_attention import draw_inputs
+from tests.support.small_models import make_small_model
+
+DIFFERENTIABLE = ("query", "key", "value", "fading")
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # C, torch
+def test_attention_is_what_its_registration_says(dropout, dtype):
+    inputs = draw_inputs(3, window=4)
+    for name in DIFFERENTIABLE:
+        inputs[name] = inputs[name].to(dtype).requires_grad_()
+    arguments = (*inputs.values(), dropout, torch.tensor(7))
+    torch.library.opcheck(flow_attention._read_operator, arguments)
+
+
+@pytest.mark.parametrize("with_past", [False, True])
+def test_search_is_what_its_registration_says(with_past):
+    generator = torch.Generator().manual_seed(0)
+    queries, keys = (torch.randn(2, 30, 3, generator=generator).mul(8).round() / 8 for _ in range(2))
+    sizes = geometric_cell_sizes(4)
+    grids = CellGrids(*grid_constants(3, 4, 0), sizes, ball_cells_per_axis(3, sizes))
+    index = torch.arange(30).expand(2, -1).contiguous()
+    arguments = [queries, grids.cells(queries), index, keys, grids.cells(keys), 5, 3, 2, None, None, None]
+    arguments.append(grids.table_offsets)
+    if with_past:
+        heads = torch.full((2, grids.table_offsets[-1]), -1, dtype=torch.int32)
+        arguments += [heads, torch.full((2, 30, 4), -1, dtype=torch.int32), grids.table_offsets]
+    torch.library.opcheck(flow_search._search_operator, tuple(arguments))
+
+
+def test_a_model_compiles_into_one_graph():
+    torch._dynamo.reset()
+    model = make_small_model("dfn")
+    ids = torch.randint(3, 50, (2, 21))
+
+    def loss(ids):
+        return model(input_ids=ids, labels=ids, use_cache=False).loss
+
+    expected = loss(ids)
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(ids)
+    compiled.backward()
+    assert torch.allclose(compiled, expected, rtol=0, atol=1e-5)
+    for name, parameter in model.named_parameters():
+        bound = 1e-4 * max(1, float(gradients[name].abs().max()))
+        assert torch.allclose(parameter.grad, gradients[name], rtol=0, atol=bound), name
+
+
+def copy_of_the_code(folder: Path, changed: bool):
+    """The modules' folder imported under another name, as transformers does with code from the Hub."""
+    shutil.copytree(Path(operators.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    if changed:
+        with (folder / "chunking.py").open("a") as file:
+            file.write("\n# another revision\n")
+    spec = importlib.util.spec_from_file_location(
+        f"copy_{folder.name}", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    package = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = package
+    spec.loader.exec_module(package)
+    return importlib.import_module(f"{spec.name}.flow_attention")
+
+
+def test_copies_of_the_code_live_side_by_side(tmp_path):
+    inputs = draw_inputs(3, window=4)
+    arguments = (*inputs.values(), 0.0, torch.tensor(0))
+    expected, _ = flow_attention._read_operator(*arguments)
+    same, other = (copy_of_the_code(tmp_path / name, name == "other") for name in ("same", "other"))
+    for module in (flow_attention, same, other):
+        assert torch.equal(module._read_operator(*arguments)[0], expected)
+    assert str(same._read_operator) == str(flow_attention.operator(flow_attention.read, None))
+    assert str(other._read_operator) != str(same._read_operator)

@@ -1,0 +1,188 @@
+"""Random small models of every causal family, with every mechanism in motion: what the invariants are tested on."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from transformers import PreTrainedModel
+
+from dfn_hf import DFNConfig, DFNForCausalLM, FlowNetworkConfig, FlowNetworkForCausalLM
+from dfn_hf.modeling.dfn.dynamic_chunking import EntitySampling
+
+VOCABULARY = 40
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to draw a model.
+
+    Attributes:
+        model_class: the `ForCausalLM` class.
+        draw_config: a random small configuration.
+        assert_in_motion: fails unless every mechanism of a drawn model fires on ids `[batch, length]`.
+        longest_reach: entities after which every mechanism, memories included, has been in use at least twice.
+        shapes_depend_on_content: later tokens change the shapes, and so the rounding, of what comes before them.
+        has_attentions: it returns flow weights between tokens.
+    """
+
+    model_class: type[PreTrainedModel]
+    draw_config: Callable
+    assert_in_motion: Callable
+    longest_reach: int
+    shapes_depend_on_content: bool = False
+    has_attentions: bool = True
+
+
+def draw_dfn_config(rng: random.Random, **overrides) -> DFNConfig:
+    heads = rng.choice([1, 2, 3])
+    options = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": heads * rng.choice([8, 12]),
+        "num_hidden_layers": rng.choice([2, 3]),
+        "num_attention_heads": heads,
+        "intermediate_size": rng.choice([20, 33]),
+        "position_dim": rng.choice([1, 2, 4, 5]),
+        "num_neighbors": rng.choice([1, 3, 5]),
+        "local_window": rng.choice([1, 2, 5]),
+        "num_tables": rng.choice([1, 3, 4]),
+        "candidates_per_table": rng.choice([1, 3, 6]),
+        "moved_query": rng.random() < 0.7,
+        "flow_norm": rng.choice(["entity", "running", "rms"]),
+        "flow_step": rng.choice([0.3, 1.0]),
+        "conv_kernel": rng.choice([1, 3, 4]),
+        "search_implementation": rng.choice(["cells", "exact"]),
+        "search_seed": rng.randrange(100),
+        "carry_positions": rng.random() < 0.3,
+        "memory_slots": rng.choice([0, 2, 3]),
+        "memory_chunk": rng.choice([2, 4, 7]),
+        "readout_window": rng.choice([1, 3]),
+        "tie_word_embeddings": rng.random() < 0.5,
+        "pad_token_id": rng.choice([None, 0]),
+        "initializer_range": 0.5,
+        "gated_mlp": rng.random() < 0.5,
+        "output_gate": rng.random() < 0.6,
+    }
+    return DFNConfig(**{**options, **overrides})
+
+
+def draw_adaptive_config(rng: random.Random, **overrides) -> DFNConfig:
+    options = {
+        "entity_sampling": "adaptive",
+        "entity_rate": rng.choice([0.25, 0.4]),
+        "max_entity_length": rng.choice([4, 6, 9]),
+        "num_sample_layers": rng.choice([1, 2]),
+        "sample_intermediate_size": rng.choice([None, 17]),
+        "ratio_coef": 0.3,
+        "local_window": rng.choice([2, 5]),
+        "readout_window": 1,
+    }
+    return draw_dfn_config(rng, **{**options, **overrides})
+
+
+def draw_flownetwork_config(rng: random.Random, **overrides) -> FlowNetworkConfig:
+    heads = rng.choice([1, 2, 4])
+    hidden_size = heads * rng.choice([8, 9, 12])
+    min_flow_window = rng.choice([1, 2])
+    options = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": rng.choice([2, 3]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": rng.choice([1, heads]),
+        "intermediate_size": rng.choice([20, 33]),
+        "block_type": rng.choice(["enhanced_flow", "flow_transformer"]),
+        "num_patterns": rng.choice([2, 3, 6]),
+        "base_sparsity": rng.choice([0.1, 0.3, 0.7, 1.0]),
+        "flow_window": rng.choice([3, 5, 12, 64]),
+        "min_flow_window": min_flow_window,
+        "memory_size": rng.choice([0, 2, 3]),
+        "num_memory_heads": heads,
+        "memory_chunk": rng.choice([2, 4, 7]),
+        "tie_word_embeddings": rng.random() < 0.5,
+        "pad_token_id": rng.choice([None, 0]),
+        "initializer_range": 0.5,
+    }
+    return FlowNetworkConfig(**{**options, **overrides})
+
+
+def assert_dfn_in_motion(model: DFNForCausalLM, ids: torch.Tensor) -> None:
+    """Every layer finds neighbours beyond its local window."""
+    assert all((layer.neighbors >= 0).any() for layer in model(ids, output_entities=True).entities)
+
+
+def assert_adaptive_in_motion(model: DFNForCausalLM, ids: torch.Tensor) -> None:
+    """Entities are of several lengths, some as long as they may be, and every layer finds far ones."""
+    outputs = model(ids, output_entities=True)
+    lengths = [place.diff() for place in (row.nonzero()[:, 0] for row in outputs.boundaries)]
+    assert len(torch.cat(lengths).unique()) > 1
+    assert (outputs.density[outputs.boundaries.bool()] >= 0.5).any()
+    assert all((layer.neighbors >= 0).any() for layer in outputs.entities)
+
+
+def record_output(seen: dict, module, args, output) -> None:
+    seen["output"] = output
+
+
+def assert_flownetwork_in_motion(model: FlowNetworkForCausalLM, ids: torch.Tensor) -> None:
+    """Every layer leaves reachable tokens out, routes tokens differently, and reads a memory that tokens changed."""
+    config = model.config
+    outputs = model(ids, output_flows=True)
+    for flows in outputs.flows:
+        assert flows.window.std() > 0.01
+        assert config.base_sparsity == 1 or flows.share.std() > 0.001
+        assert flows.matrix.triu(1).abs().max() == 0
+        reachable = torch.arange(1, ids.shape[1] + 1).clamp(max=config.flow_window)
+        kept = (flows.matrix > 0).sum(dim=-1)
+        assert (kept < reachable).any() or config.base_sparsity == 1
+        assert (kept > 0).all()
+    for layer in model.model.layers if config.memory_size else ():
+        seen = {}
+        hook = layer.sequence_memory.register_forward_hook(partial(record_output, seen))
+        model(ids)
+        hook.remove()
+        slots = seen["output"][0]
+        assert (slots[:, 1:] - slots[:, :1]).abs().max() > 1e-3
+
+
+FAMILIES = {
+    "dfn": Family(DFNForCausalLM, draw_dfn_config, assert_dfn_in_motion, longest_reach=24),
+    "dfn-adaptive": Family(
+        DFNForCausalLM,
+        draw_adaptive_config,
+        assert_adaptive_in_motion,
+        longest_reach=96,
+        shapes_depend_on_content=True,
+        has_attentions=False,
+    ),
+    "flownetwork": Family(
+        FlowNetworkForCausalLM, draw_flownetwork_config, assert_flownetwork_in_motion, longest_reach=64
+    ),
+}
+
+
+def draw_model(family: str, seed: int, dtype: torch.dtype = torch.float64, **overrides) -> PreTrainedModel:
+    """A model of random configuration and weights, in eval mode; weights large enough for every block to matter."""
+    config = FAMILIES[family].draw_config(random.Random(seed), **overrides)
+    torch.manual_seed(seed)
+    model = FAMILIES[family].model_class(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() < 2 or parameter.shape[1] == 1:  # norms, scales and filters, which start as constants
+                parameter.add_(0.3 * torch.randn_like(parameter))
+        for module in model.modules():
+            if isinstance(module, EntitySampling):  # starts as a flow about as long everywhere
+                module.flow_map.weight.normal_(std=1 / module.flow_map.in_features)
+                module.threshold.fill_(1.0)
+                module.log_steepness.fill_(1.0)
+    return model.to(dtype).eval()
+
+
+def draw_ids(batch: int, length: int, seed: int) -> torch.Tensor:
+    """Token ids `[batch, length]` with repeated stretches, so that far neighbours and ties occur."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, VOCABULARY, (batch, length), generator=generator)
+    half = length // 3
+    ids[:, length - half :] = ids[:, :half]
+    return ids
