@@ -11,7 +11,7 @@ import typer
 
 from .hub.output_folder import whole_folder
 
-MOST_CHARACTERS = 600  # of a page's text, whole paragraphs
+MAX_CHARACTERS = 600  # of a page's text, whole paragraphs
 TEST_SHARE = 0.1
 
 
@@ -65,10 +65,10 @@ def read_pairs(folder: Path) -> list[dict[str, str]]:
         page = Page(path.read_text(encoding="utf-8"))
         source = page.paragraphs[0] if page.paragraphs else ""
         for paragraph in page.paragraphs[1:]:
-            if len(source) + 1 + len(paragraph) > MOST_CHARACTERS:
+            if len(source) + 1 + len(paragraph) > MAX_CHARACTERS:
                 break
             source += " " + paragraph
-        if source and page.title and len(source) <= MOST_CHARACTERS:
+        if source and page.title and len(source) <= MAX_CHARACTERS:
             pairs.setdefault(source, {"source": source, "target": page.title})
     if not pairs:
         raise ValueError(f"{folder} holds no .html page with a heading and a paragraph: give a folder of pages")

@@ -10,7 +10,7 @@ from ...modeling.native.modeling_liquid_native import LiquidNativeModel
 from ..format import Destination, Layout, Settings, Sizes
 from . import liquid_tables as tables
 
-LEAST_RATIO = 0.1  # of compression, in all originals that adapt it
+MIN_RATIO = 0.1  # of compression, in all originals that adapt it
 
 FIRST_SETTINGS = {"num_heads": 8, "window_size": 256, "compression_ratio": 0.5}
 CREATE_SETTINGS = {**FIRST_SETTINGS, "top_k": 2, "dynamic_k": False, "dropout": 0.12}
@@ -54,7 +54,7 @@ def config(sizes: Sizes, settings: Settings) -> LiquidConfig:
         num_experts_per_tok=min(settings["top_k"], sizes["X"]),
         dynamic_experts=settings["dynamic_k"],
         base_compression_ratio=base,
-        min_compression_ratio=min(LEAST_RATIO, base),
+        min_compression_ratio=min(MIN_RATIO, base),
         hidden_dropout=settings["dropout"],
         attention_dropout=settings["dropout"],
     )
@@ -88,8 +88,8 @@ def shared_fields(sizes: Sizes, settings: Settings) -> dict[str, Any]:
         "num_experts": sizes["X"],
         "conv_kernel": 3,
         "conv_dilation": 2,
-        "memory_hidden_size": sizes.get("Q", 0),
-        "memory_layers": sizes.get("lstm_layer", 1),
+        "lstm_hidden_size": sizes.get("Q", 0),
+        "num_lstm_layers": sizes.get("lstm_layer", 1),
         "norm_eps": 1e-5,
         "tie_word_embeddings": False,
         "decoder_start_token_id": None,

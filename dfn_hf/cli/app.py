@@ -172,10 +172,10 @@ def train(
         batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
         learning_rate=usual_rate if learning_rate is None else learning_rate,
-        warmup_share=warmup,
+        warmup_ratio=warmup,
         weight_decay=weight_decay,
-        save_interval=save_every,
-        exact_search_share=exact_search,
+        save_steps=save_every,
+        exact_search_ratio=exact_search,
         seed=seed,
     )
     check_output_folder(output, resume=resume, overwrite=overwrite)
@@ -404,10 +404,10 @@ def distill(
         batch_size=batch_size,
         gradient_accumulation_steps=accumulation,
         learning_rate=learning_rate,
-        warmup_share=warmup,
+        warmup_ratio=warmup,
         weight_decay=weight_decay,
-        save_interval=save_every,
-        layerwise_share=layerwise,
+        save_steps=save_every,
+        layerwise_ratio=layerwise,
         seed=seed,
     )
     check_output_folder(output, resume=resume, overwrite=overwrite)

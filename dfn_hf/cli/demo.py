@@ -63,7 +63,7 @@ def run_demo(output: Path, architecture: str = "dfn", *, steps: int = STEPS) -> 
                 max_steps=steps,
                 batch_size=BATCH_SIZE,
                 learning_rate=LEARNING_RATE,
-                save_interval=max(1, steps // 6),
+                save_steps=max(1, steps // 6),
             ),
             provenance="The demonstration: trained from scratch on the embedded corpus of Shakespeare and the King "
             f"James Bible, in blocks of {BLOCK_SIZE} tokens.",

@@ -8,7 +8,7 @@ from .packing import pack, tokenize
 from .text import load_text
 
 NUM_VALIDATION = 128
-HELD_OUT_SHARE = 0.05
+HELD_OUT_FRACTION = 0.05
 HELD_OUT_OF_STREAM = 64
 SHUFFLE_BUFFER = 1024
 
@@ -79,7 +79,7 @@ def text_blocks(
                 f"{data} fills no more than one block of {block_size} tokens, so none can be held out: "
                 "lower block_size, or give validation data"
             )
-        first_held_out = len(train) - max(1, round(HELD_OUT_SHARE * len(train)))
+        first_held_out = len(train) - max(1, round(HELD_OUT_FRACTION * len(train)))
         train, validation = train.select(range(first_held_out)), train.select(range(first_held_out, len(train)))
     if isinstance(train, IterableDataset):
         train = train.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)

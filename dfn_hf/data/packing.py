@@ -24,9 +24,9 @@ IDS = Sequence(Value("int32"))
 IGNORED_LABEL = -100
 
 # Documents per group: few for the memory that tokenizing takes, many for the little that padding costs.
-TOKENIZED_AT_ONCE = 16
-PACKED_AT_ONCE = 256
-CHARACTERS_AT_ONCE = 1 << 20
+TOKENIZING_BATCH = 16
+PACKING_BATCH = 256
+CHARACTER_CHUNK = 1 << 20
 
 
 def tokenize(dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase) -> AnyDataset:
@@ -62,7 +62,7 @@ def tokenize(dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase) -> AnyData
     return dataset.select_columns("text").map(
         encode,
         batched=True,
-        batch_size=TOKENIZED_AT_ONCE,
+        batch_size=TOKENIZING_BATCH,
         remove_columns=["text"],
         features=Features({"input_ids": IDS, "num_bytes": Value("int64")}),
     )
@@ -79,8 +79,8 @@ def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def split_text(text: str) -> Iterator[str]:
     """Parts of bounded length that end where a word does before a line break: a byte-level BPE never merges across."""
     start = 0
-    while len(text) - start > CHARACTERS_AT_ONCE:
-        limit = start + CHARACTERS_AT_ONCE
+    while len(text) - start > CHARACTER_CHUNK:
+        limit = start + CHARACTER_CHUNK
         before_break = text[start : text.rfind("\n", start, limit) + 1].rstrip()
         stop = start + len(before_break) if before_break else limit
         yield text[start:stop]
@@ -132,7 +132,7 @@ def pack(dataset: AnyDataset, block_size: int, *, pad_token_id: int = 0) -> AnyD
     return packed.map(
         pack_documents,
         batched=True,
-        batch_size=PACKED_AT_ONCE,
+        batch_size=PACKING_BATCH,
         remove_columns=["input_ids"],
         features=Features({"input_ids": IDS, "labels": IDS, "segment_ids": IDS}),
     ).with_format(None)

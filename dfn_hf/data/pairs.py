@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from ..assets.verses import load_verses
 from .text import json_records, text_files
 
-HELD_OUT_SHARE = 0.05
-MOST_HELD_OUT = 1000
+HELD_OUT_FRACTION = 0.05
+MAX_HELD_OUT = 1000
 
 SIDES = ["source", "target"]
 FEATURES = Features({side: Value("string") for side in SIDES})
@@ -87,7 +87,7 @@ def training_pairs(
         tokenizer: of the model to train.
         max_length: tokens of a side, at most.
         pairs: to train on; None for the embedded verses, which have a validation split of their own.
-        held_out: to validate on; None for `HELD_OUT_SHARE` of `pairs`, at most `MOST_HELD_OUT`, drawn at random.
+        held_out: to validate on; None for `HELD_OUT_FRACTION` of `pairs`, at most `MAX_HELD_OUT`, drawn at random.
         seed: of the drawing.
 
     Raises:
@@ -99,7 +99,7 @@ def training_pairs(
     if held_out is None:
         if len(pairs) < 2:
             raise ValueError("one pair is too few to train and to validate on: give more")
-        split = pairs.train_test_split(min(MOST_HELD_OUT, max(1, round(HELD_OUT_SHARE * len(pairs)))), seed=seed)
+        split = pairs.train_test_split(min(MAX_HELD_OUT, max(1, round(HELD_OUT_FRACTION * len(pairs)))), seed=seed)
         pairs, held_out = split["train"], split["test"]
     train, validation = (encode_pairs(given, tokenizer, max_length) for given in (pairs, held_out))
     return train, validation, len(pairs) + len(held_out) - len(train) - len(validation)

@@ -58,7 +58,7 @@ SUMMARY_FIELDS = (
     "min_compression_ratio",
     "num_experts",
     "num_experts_per_tok",
-    "memory_hidden_size",
+    "lstm_hidden_size",
     "num_key_value_heads",
     "max_position_embeddings",
     "tie_word_embeddings",

@@ -26,16 +26,16 @@ class EntityReading:
 
     Attributes:
         symbols: the text of each byte, n of them; of a character of several bytes the first has it.
-        density: `[n]`, how uncertain what follows is.
-        boundaries: bool `[n]`, bytes that complete an entity.
+        boundary_probs: `[n]`, how uncertain what follows is.
+        boundary_mask: bool `[n]`, bytes that complete an entity.
         spans: the text of each entity, m of them.
         rest_positions, moved_positions: `[m, position_dim]`, of one head of one layer.
         title: which layer and head, in words.
     """
 
     symbols: Sequence[str]
-    density: np.ndarray
-    boundaries: np.ndarray
+    boundary_probs: np.ndarray
+    boundary_mask: np.ndarray
     spans: Sequence[str]
     rest_positions: np.ndarray
     moved_positions: np.ndarray
@@ -44,7 +44,7 @@ class EntityReading:
     @property
     def rate(self) -> float:
         """Entities per byte."""
-        return float(self.boundaries.mean())
+        return float(self.boundary_mask.mean())
 
 
 @torch.no_grad()
@@ -79,13 +79,13 @@ def read_entities(
             f"the text has {len(data)} bytes and {len(ids)} tokens: use a tokenizer whose tokens are bytes"
         )
     outputs = model(torch.tensor([ids], device=model.device), output_entities=True, use_cache=False)
-    boundaries = outputs.boundaries[0].bool().cpu().numpy()
-    starts = [0, *(np.flatnonzero(boundaries) + 1)]
+    boundary_mask = outputs.boundary_mask[0].bool().cpu().numpy()
+    starts = [0, *(np.flatnonzero(boundary_mask) + 1)]
     entities = outputs.entities[layer]
     return EntityReading(
         symbols=byte_symbols(text),
-        density=to_numpy(outputs.density[0]),
-        boundaries=boundaries,
+        boundary_probs=to_numpy(outputs.boundary_probs[0]),
+        boundary_mask=boundary_mask,
         spans=[data[start:stop].decode(errors="replace") for start, stop in zip(starts, starts[1:], strict=False)],
         rest_positions=to_numpy(entities.rest_positions[0, head]),
         moved_positions=to_numpy(entities.moved_positions[0, head]),
@@ -103,7 +103,7 @@ def byte_symbols(text: str) -> list[str]:
 
 
 def plot_entities(reading: EntityReading, *, path: str | None = None) -> Figure:
-    """Draw the text, its bytes coloured by density, a bar behind those that complete an entity; below, the flows."""
+    """Draw the text, each byte coloured by its boundary probability, a bar after those that complete an entity; below, the flows."""
     lines = -(-len(reading.symbols) // LINE_LENGTH)
     text_height = 0.35 * lines + 0.6
     figure = Figure(figsize=(11, text_height + 6), layout="constrained", dpi=150)
@@ -122,11 +122,11 @@ def plot_entities(reading: EntityReading, *, path: str | None = None) -> Figure:
 
 def draw_bytes(axes: Axes, reading: EntityReading) -> None:
     """One cell per byte, line by line."""
-    for place, (symbol, density, boundary) in enumerate(
-        zip(reading.symbols, reading.density, reading.boundaries, strict=True)
+    for place, (symbol, probability, boundary) in enumerate(
+        zip(reading.symbols, reading.boundary_probs, reading.boundary_mask, strict=True)
     ):
         line, column = divmod(place, LINE_LENGTH)
-        axes.add_patch(Rectangle((column, line), 1, 1, color=DENSITY(float(density)), lw=0))
+        axes.add_patch(Rectangle((column, line), 1, 1, color=DENSITY(float(probability)), lw=0))
         axes.text(
             column + 0.5, line + 0.55, symbol, ha="center", va="center", fontsize=8, color=INK, family="monospace",
             parse_math=False,

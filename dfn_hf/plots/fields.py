@@ -14,7 +14,7 @@ from .entities import DENSITY, draw_flows
 from .flow_map import FAINT, INK, MUTED, SERIES, chosen, plain
 from .flows import colour_bar, finished, to_numpy
 
-MOST_ARROWS = 300
+MAX_ARROWS = 300
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def _plot_waveform(reading: FieldReading, path: str | None) -> Figure:
 
 def _draw_positions(axes: Axes, reading: FieldReading) -> None:
     """Every entity, or every n-th where there are many."""
-    step = -(-len(reading.entities) // MOST_ARROWS)
+    step = -(-len(reading.entities) // MAX_ARROWS)
     draw_flows(axes, reading.rest_positions[::step], reading.moved_positions[::step])
     which = "entities" if step == 1 else f"1 in {step} entities"
     axes.set_title(f"Where {which} rest and where they flow to read: {reading.title}", color=INK, loc="left")

@@ -19,7 +19,7 @@ from ..modeling.flownetwork.memory import BANK_SHARPNESS
 from .flow_map import FAINT, INK, MUTED, SERIES, SMALL, chosen, plain
 
 DASHES = ("-", "--", ":")  # tell lines apart once the colours are used up
-MOST_WORDS = 80  # with more tokens, axes count them instead of naming them
+MAX_WORDS = 80  # with more tokens, axes count them instead of naming them
 FAVOURITES = 4  # tokens named per slot of the bank
 
 
@@ -296,7 +296,7 @@ def one_line(word: str) -> str:
 def name_tokens(axes: Axes, words: Sequence[str], name: str = "", *, vertical: bool = False) -> None:
     """Write each token beside its place on an axis, or count them where they are many."""
     axis = axes.yaxis if vertical else axes.xaxis
-    if len(words) > MOST_WORDS:
+    if len(words) > MAX_WORDS:
         axis.set_label_text(f"{name} token".strip(), color=MUTED)
         return
     rotation = 0 if vertical else 90

@@ -29,20 +29,20 @@ class DistillationSettings(TrainingSettings):
     """What a distillation does: many small steps, which go further on as many tokens than few large ones.
 
     Attributes:
-        layerwise_share: share of the steps, from the first, that fit each layer alone.
+        layerwise_ratio: share of the steps, from the first, that fit each layer alone.
 
     The others are those of `TrainingSettings`.
     """
 
     max_steps: int = 400
     batch_size: int = 1
-    save_interval: int = 100
-    layerwise_share: float = 0.15
+    save_steps: int = 100
+    layerwise_ratio: float = 0.15
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.layerwise_share <= 1:
-            raise ValueError(f"layerwise_share must lie between 0 and 1, got {self.layerwise_share}")
+        if not 0 <= self.layerwise_ratio <= 1:
+            raise ValueError(f"layerwise_ratio must lie between 0 and 1, got {self.layerwise_ratio}")
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,15 @@ class DistillationTrainer(MatrixDecayTrainer):
 
     Args:
         teacher: a causal language model; it is frozen.
-        layerwise_share: see `DistillationSettings`.
+        layerwise_ratio: see `DistillationSettings`.
         options: those of `Trainer`, but for the collator: batches are packed blocks as the teacher takes them, which
             a DFN does too.
     """
 
-    def __init__(self, *, teacher: PreTrainedModel, layerwise_share: float, **options: Any) -> None:
+    def __init__(self, *, teacher: PreTrainedModel, layerwise_ratio: float, **options: Any) -> None:
         super().__init__(**options | {"data_collator": PackedBlockCollator(teacher)})
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
-        self.layerwise_share = layerwise_share
+        self.layerwise_ratio = layerwise_ratio
         self.model_accepts_loss_kwargs = False  # losses are means over the tokens of a forward pass
 
     def compute_loss(
@@ -86,7 +86,7 @@ class DistillationTrainer(MatrixDecayTrainer):
         inputs = dict(inputs)
         labels = inputs.pop("labels")[:, 1:]
         scored = labels != IGNORED_LABEL
-        layerwise = self.state.global_step < self.layerwise_share * self.state.max_steps
+        layerwise = self.state.global_step < self.layerwise_ratio * self.state.max_steps
         with torch.no_grad():
             taught = self.teacher(**inputs, use_cache=False, output_hidden_states=layerwise)
         if layerwise:
@@ -144,7 +144,7 @@ def distill_model(
         validation_blocks,
         output_folder,
         settings,
-        make_trainer=partial(DistillationTrainer, teacher=teacher, layerwise_share=settings.layerwise_share),
+        make_trainer=partial(DistillationTrainer, teacher=teacher, layerwise_ratio=settings.layerwise_ratio),
         **options,
     )
     operations = result.history[-1]["total_flos"]

@@ -20,7 +20,7 @@ from .field import KINDS, FieldPieces, load_arrays, new_field_model, read_array,
 from .trainer import TrainingResult, TrainingSettings
 
 HELD_OUT_PIECES = 64
-HELD_OUT_SHARE = 0.05
+HELD_OUT_FRACTION = 0.05
 VERSES = "the verses of the World English Bible and the Reina-Valera"
 
 
@@ -45,7 +45,7 @@ def learn_fields(
     """
     arrays = load_arrays(data)
     model = new_field_model(arrays, num_samples=num_samples, size=size, seed=settings.seed, **options)
-    count = max(1, round(HELD_OUT_SHARE * len(arrays))) if len(arrays) > 1 else 0
+    count = max(1, round(HELD_OUT_FRACTION * len(arrays))) if len(arrays) > 1 else 0
     pieces = settings.max_steps * settings.batch_size * settings.gradient_accumulation_steps
     return train_fields(
         model,
@@ -100,7 +100,7 @@ def learn_pairs(
         pairs, held_out = load_verses("train"), load_verses("validation")
     else:
         split = load_pairs(data, source_field=source_field, target_field=target_field)
-        parts = split.train_test_split(HELD_OUT_SHARE, seed=settings.seed)
+        parts = split.train_test_split(HELD_OUT_FRACTION, seed=settings.seed)
         pairs, held_out = parts["train"], parts["test"]
     folder = Path("." if data is None else data)
     folder = folder if folder.is_dir() else folder.parent

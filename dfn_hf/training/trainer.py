@@ -52,10 +52,10 @@ class TrainingSettings:
         batch_size: blocks per device and forward pass.
         gradient_accumulation_steps: forward passes per optimizer step.
         learning_rate: its peak, reached after warm-up; the cosine ends at 0.
-        warmup_share: share of the steps over which the learning rate rises linearly from 0.
+        warmup_ratio: share of the steps over which the learning rate rises linearly from 0.
         weight_decay: decay of matrices; biases, scales and decays (parameters of fewer than two dimensions) have none.
-        save_interval: steps from one evaluation to the next; each is followed by a checkpoint to resume from.
-        exact_search_share: share of the steps with exact neighbour search before cell lists take over; see
+        save_steps: steps from one evaluation to the next; each is followed by a checkpoint to resume from.
+        exact_search_ratio: share of the steps with exact neighbour search before cell lists take over; see
             `SearchSwitchCallback`. Means something for DFN only.
         seed: of the order of blocks and of dropout.
     """
@@ -64,24 +64,24 @@ class TrainingSettings:
     batch_size: int = 16
     gradient_accumulation_steps: int = 1
     learning_rate: float = 3e-3
-    warmup_share: float = 0.1
+    warmup_ratio: float = 0.1
     weight_decay: float = 0.1
-    save_interval: int = 200
-    exact_search_share: float = 0.0
+    save_steps: int = 200
+    exact_search_ratio: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "save_interval"):
+        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "save_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
-        if not 0 <= self.warmup_share < 1:
-            raise ValueError(f"warmup_share must be at least 0 and below 1, got {self.warmup_share}")
-        if not 0 <= self.exact_search_share <= 1:
-            raise ValueError(f"exact_search_share must lie between 0 and 1, got {self.exact_search_share}")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio must be at least 0 and below 1, got {self.warmup_ratio}")
+        if not 0 <= self.exact_search_ratio <= 1:
+            raise ValueError(f"exact_search_ratio must lie between 0 and 1, got {self.exact_search_ratio}")
 
 
 @dataclass(frozen=True)
@@ -194,9 +194,9 @@ def train_model(
             f"the tokenizer has {len(tokenizer)} tokens but the model's vocab_size is {base_model.config.vocab_size}: "
             "use the tokenizer the model was made for"
         )
-    if settings.exact_search_share and base_model.config.model_type != "dfn":
+    if settings.exact_search_ratio and base_model.config.model_type != "dfn":
         raise ValueError(
-            f"exact_search_share is {settings.exact_search_share:g} and a {base_model.config.model_type} searches for "
+            f"exact_search_ratio is {settings.exact_search_ratio:g} and a {base_model.config.model_type} searches for "
             "nothing: leave it out (--exact-search)"
         )
     use_cache = base_model.config.use_cache
@@ -218,8 +218,8 @@ def train_model(
         callbacks=[FlowMemoryCallback(), *callbacks, *([progress_bar] if progress else [])],
     )
     trainer.remove_callback(PrinterCallback)
-    if settings.exact_search_share > 0:
-        trainer.add_callback(SearchSwitchCallback(settings.exact_search_share))
+    if settings.exact_search_ratio > 0:
+        trainer.add_callback(SearchSwitchCallback(settings.exact_search_ratio))
 
     with clear_disk_errors(output_folder):
         if trainer.is_world_process_zero():
@@ -263,7 +263,7 @@ def training_arguments(
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=settings.warmup_share,
+        warmup_steps=settings.warmup_ratio,
         weight_decay=settings.weight_decay,
         adam_beta2=0.95,
         max_grad_norm=1.0,
@@ -271,8 +271,8 @@ def training_arguments(
         dataloader_pin_memory=on_gpu,
         eval_strategy="steps",
         save_strategy="steps",
-        eval_steps=settings.save_interval,
-        save_steps=settings.save_interval,
+        eval_steps=settings.save_steps,
+        save_steps=settings.save_steps,
         eval_on_start=True,
         prediction_loss_only=True,
         save_total_limit=2,

@@ -66,7 +66,7 @@ class DFNConfig(HubCodeMixin, PreTrainedConfig):
             (`"uniform"`).
         entity_rate (`float`, defaults to 0.25): Entities per byte of text that spans are to have.
         max_entity_length (`int`, defaults to 64): Most bytes of an entity.
-        ratio_coef (`float`, defaults to 0.03): Weight of the loss that holds `entity_rate`.
+        ratio_loss_coef (`float`, defaults to 0.03): Weight of the loss that holds `entity_rate`.
         num_sample_layers (`int`, defaults to 1): DFN layers over samples (bytes, pixels) on each side of the
             entities; they read their local window.
         sample_intermediate_size (`int`, *optional*): Inner width of their MLP; `hidden_size` if not given.
@@ -91,7 +91,7 @@ class DFNConfig(HubCodeMixin, PreTrainedConfig):
 
     model_type = "dfn"
     keys_to_ignore_at_inference = [
-        "past_key_values", "cache", "entities", "density", "boundaries", "token_loss", "ratio_loss", "flow_loss",
+        "past_key_values", "cache", "entities", "density", "boundary_probs", "boundary_mask", "token_loss", "ratio_loss", "prediction_loss",
     ]  # fmt: skip
 
     vocab_size: int = 4096
@@ -122,7 +122,7 @@ class DFNConfig(HubCodeMixin, PreTrainedConfig):
     entity_sampling: str = "token"
     entity_rate: float | int = 0.25
     max_entity_length: int = 64
-    ratio_coef: float | int = 0.03
+    ratio_loss_coef: float | int = 0.03
     num_sample_layers: int = 1
     sample_intermediate_size: int | None = None
     coordinate_dim: int = 2
@@ -150,7 +150,7 @@ class DFNConfig(HubCodeMixin, PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """Every layer keeps its state in a `state_cache.StateLayer`; those over samples come first."""
+        """Every layer keeps its state in a `cache.FlowCacheLayer`; those over samples come first."""
         return ["flow_state"] * (2 * self.causal_sample_layers + self.num_hidden_layers)
 
     @property
@@ -186,7 +186,7 @@ class DFNConfig(HubCodeMixin, PreTrainedConfig):
         ):  # fmt: skip
             if getattr(self, field) < 1:
                 raise ValueError(f"`{field}` must be at least 1, got {getattr(self, field)}.")
-        for field in ("num_neighbors", "memory_slots", "flow_step", "initializer_range", "ratio_coef"):
+        for field in ("num_neighbors", "memory_slots", "flow_step", "initializer_range", "ratio_loss_coef"):
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"`{field}` must be finite and not negative, got {getattr(self, field)}.")
         if not 0 < self.norm_eps < math.inf:

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
-from ..modules.linear import decide
-from ..ops.chunking import in_pieces
+from ..modules.linear import linear_in_weight_dtype
+from ..ops.chunking import apply_chunked
 from ..ops.hilbert_curve import CURVE_SHIFTS, LAST_KEY, Box
 from .configuration_dfn import DFNConfig
 
@@ -79,7 +79,7 @@ def take(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     return taken.view(*places.shape, x.shape[-1])
 
 
-class LocalWaves(nn.Module):
+class FourierBasis(nn.Module):
     """cos and sin of learnt waves over offsets, in units of an entity's scale; their squares sum to 1."""
 
     def __init__(self, config: DFNConfig):
@@ -89,7 +89,7 @@ class LocalWaves(nn.Module):
 
     def forward(self, offsets: torch.Tensor) -> torch.Tensor:
         """`[..., c]` → `[..., 2 NUM_WAVES]`."""
-        angles = decide(self.frequency, offsets).to(offsets.dtype)
+        angles = linear_in_weight_dtype(self.frequency, offsets).to(offsets.dtype)
         return torch.cat([angles.cos(), angles.sin()], dim=-1) * NUM_WAVES**-0.5
 
 
@@ -109,11 +109,11 @@ class Basis:
 
     def values(self, amplitudes: torch.Tensor) -> torch.Tensor:
         """Amplitudes `[B, E, M, v]` → values `[B, Q, v]`."""
-        return in_pieces(lambda *basis: _mix(amplitudes, *basis), self.found, self.weights, self.functions)
+        return apply_chunked(lambda *basis: _mix(amplitudes, *basis), self.found, self.weights, self.functions)
 
     def gather_back(self, values: torch.Tensor, num_entities: int) -> torch.Tensor:
         """Values `[B, Q, v]` → `[B, E, M, v]`, the transpose of `values` over the sums of weights."""
-        parts = in_pieces(_spread, self.weights, self.functions, values)
+        parts = apply_chunked(_spread, self.weights, self.functions, values)
         both = torch.cat([parts.flatten(3), self.weights.unsqueeze(-1)], dim=-1).flatten(0, 2)
         sums = both.new_zeros(values.shape[0] * num_entities, both.shape[-1])
         sums = sums.index_add(0, flat_places(self.found, num_entities), both)
@@ -141,7 +141,7 @@ class GaussianInterpolation(nn.Module):
     def __init__(self, config: DFNConfig):
         super().__init__()
         self.value_dim = config.value_dim
-        self.waves = LocalWaves(config)
+        self.waves = FourierBasis(config)
         self.amplitude_proj = nn.Linear(config.hidden_size, config.value_dim * 2 * NUM_WAVES, bias=False)
         self.amplitude_proj.init_std = 0.1 * config.hidden_size**-0.5
         self.shape_proj = nn.Linear(config.hidden_size, 2)  # log γ and w
@@ -175,8 +175,8 @@ class GaussianInterpolation(nn.Module):
         """
         nearest = NearestEntities(coordinates, scale, real)
         with torch.autocast(states.device.type, enabled=False):
-            shape = torch.cat([coordinates, scale, decide(self.shape_proj, states)], dim=-1)
-            waves = decide(self.amplitude_proj, states).unflatten(-1, (-1, self.value_dim))
+            shape = torch.cat([coordinates, scale, linear_in_weight_dtype(self.shape_proj, states)], dim=-1)
+            waves = linear_in_weight_dtype(self.amplitude_proj, states).unflatten(-1, (-1, self.value_dim))
             amplitudes = torch.cat([mean.unsqueeze(2), waves], dim=2).to(shape.dtype)
             of_samples = self._basis(samples, nearest, shape)
             given = of_samples.masked(mask)
@@ -195,4 +195,4 @@ class GaussianInterpolation(nn.Module):
             weights = logits.masked_fill(found < 0, -torch.inf).softmax(dim=-1)
             return found, weights, torch.cat([torch.ones_like(scale), self.waves(offsets)], dim=-1)
 
-        return Basis(*in_pieces(functions, places))
+        return Basis(*apply_chunked(functions, places))

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from ..modules.linear import decide
+from ..modules.linear import linear_in_weight_dtype
 from ..ops.hilbert_curve import CURVE_SHIFTS, LAST_KEY, Box
 from .configuration_dfn import DFNConfig
 
@@ -52,7 +52,7 @@ class FlowDensity(nn.Module):
             `[B, N]`, positive, in float32 or float64.
         """
         with torch.autocast(states.device.type, enabled=False):
-            flow = decide(self.flow_map, states.detach())
+            flow = linear_in_weight_dtype(self.flow_map, states.detach())
             flow = F.normalize(flow.to(torch.promote_types(flow.dtype, torch.float32)), dim=-1)
             turning = sum(self._along(flow, coordinates, real, box, shift) for shift in CURVE_SHIFTS)
             turning = turning / len(CURVE_SHIFTS)
@@ -60,13 +60,13 @@ class FlowDensity(nn.Module):
 
     def _along(self, flow, coordinates, real, box: Box, shift: float) -> torch.Tensor:
         if not shift:
-            return smooth(turning_to_neighbors(flow, real), real)
+            return smooth(direction_change(flow, real), real)
         order = box.keys(coordinates, shift).masked_fill(~real, LAST_KEY).argsort(dim=1, stable=True)
-        turning = turning_to_neighbors(flow.gather(1, order.unsqueeze(-1).expand_as(flow)), real)
+        turning = direction_change(flow.gather(1, order.unsqueeze(-1).expand_as(flow)), real)
         return torch.empty_like(turning).scatter(1, order, smooth(turning, real))
 
 
-def turning_to_neighbors(flow: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+def direction_change(flow: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """Mean of (1 − cos)/2 to the one before and the one behind, of unit vectors `[B, N, F]` → `[B, N]`."""
     pairs = real[:, 1:]
     # ‖f − g‖²/4 is (1 − cos)/2 of unit vectors, and exact where they are almost the same.

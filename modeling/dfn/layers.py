@@ -22,15 +22,15 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..modules.cache import StateLayer
+from ..modules.cache import FlowCacheLayer
 from ..modules.causal_conv import CausalConv
 from ..modules.chunk_memory import ChunkMemory, mix_slots
-from ..modules.linear import decide
+from ..modules.linear import linear_in_weight_dtype
 from ..modules.rms_norm import RMSNorm
-from ..modules.row_layout import Rows, observe_weights
+from ..modules.row_layout import RowLayout, pad_attention_with_grad
 from ..ops.cell_grid import GRID, ball_cells_per_axis, geometric_cell_sizes, grid_axes
 from ..ops.cell_lists import CellChains, CellGrids, grid_constants
-from ..ops.chunking import in_pieces
+from ..ops.chunking import apply_chunked
 from ..ops.flow_attention import flow_attention, flow_weights
 from ..ops.flow_attention_decode import attention_step
 from ..ops.neighbor_search import search_cells, search_exact
@@ -55,12 +55,12 @@ class Entities:
     neighbors: torch.Tensor
 
 
-def ball(x: torch.Tensor) -> torch.Tensor:
+def squash_to_ball(x: torch.Tensor) -> torch.Tensor:
     """2 x / sqrt(mean(x²) + 1): into the ball of radius 2 sqrt(P), smooth at 0, the range fixed whatever the data."""
     return 2 * x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1)
 
 
-def unit_linear(in_features: int, out_features: int) -> nn.Linear:
+def unit_variance_linear(in_features: int, out_features: int) -> nn.Linear:
     """A map whose outputs start as large as its inputs, whatever `initializer_range`: positions then fill the ball."""
     linear = nn.Linear(in_features, out_features, bias=False)
     linear.init_std = in_features**-0.5
@@ -80,25 +80,25 @@ class FlowNorm(nn.Module):
         self.name = name
         self.running = config.flow_norm == "running"
         self.is_causal = config.is_causal
-        self.flow_map = unit_linear(config.hidden_size, config.num_attention_heads * config.position_dim)
+        self.flow_map = unit_variance_linear(config.hidden_size, config.num_attention_heads * config.position_dim)
         self.weight = nn.Parameter(torch.empty(config.hidden_size))
         self.eps = config.norm_eps
 
-    def forward(self, states: torch.Tensor, rows: Rows, state: StateLayer | None) -> torch.Tensor:
-        energy = in_pieces(self._energy, states)
+    def forward(self, states: torch.Tensor, rows: RowLayout, state: FlowCacheLayer | None) -> torch.Tensor:
+        energy = apply_chunked(self._energy, states)
         if self.running:
             energy = self._running_mean(energy, rows, state) if self.is_causal else rows.segment_mean(energy)
-        return in_pieces(self._scaled, states, energy)
+        return apply_chunked(self._scaled, states, energy)
 
     def _energy(self, states: torch.Tensor) -> torch.Tensor:
         wide = states.to(torch.promote_types(states.dtype, torch.float32))
-        flow = decide(self.flow_map, states).to(wide.dtype)
+        flow = linear_in_weight_dtype(self.flow_map, states).to(wide.dtype)
         return flow.square().mean(dim=-1, keepdim=True) + 1e-2 * wide.square().mean(dim=-1, keepdim=True)
 
     def _scaled(self, states: torch.Tensor, energy: torch.Tensor) -> torch.Tensor:
         return (self.weight * (states.to(energy.dtype) * torch.rsqrt(energy + self.eps))).to(states.dtype)
 
-    def _running_mean(self, energy: torch.Tensor, rows: Rows, state: StateLayer | None) -> torch.Tensor:
+    def _running_mean(self, energy: torch.Tensor, rows: RowLayout, state: FlowCacheLayer | None) -> torch.Tensor:
         # Sums in float64: float32 sums would depend on how the sequence was split into calls.
         sums = energy.double().cumsum(dim=1)
         if state is not None:
@@ -110,25 +110,25 @@ class FlowNorm(nn.Module):
             state.append(self.name, sums.unsqueeze(1))
         elif rows.segment is not None:
             place = torch.arange(sums.shape[1], device=sums.device)
-            before = (place - rows.reach - 1)[..., None]
+            before = (place - rows.segment_positions - 1)[..., None]
             sums = sums - torch.where(before < 0, 0, sums.gather(1, before.clamp(min=0)))
-        return (sums / (rows.reach + 1)[..., None]).to(energy.dtype)
+        return (sums / (rows.segment_positions + 1)[..., None]).to(energy.dtype)
 
 
-class PlainNorm(nn.Module):
+class BaselineNorm(nn.Module):
     """RMSNorm or no norm at all in the place of FlowNorm, for ablations."""
 
     def __init__(self, config: DFNConfig):
         super().__init__()
         self.norm = RMSNorm(config.hidden_size, config.norm_eps) if config.flow_norm == "rms" else nn.Identity()
 
-    def forward(self, states: torch.Tensor, rows: Rows, state: StateLayer | None) -> torch.Tensor:
+    def forward(self, states: torch.Tensor, rows: RowLayout, state: FlowCacheLayer | None) -> torch.Tensor:
         return self.norm(states)
 
 
-def make_norm(config: DFNConfig, name: str) -> FlowNorm | PlainNorm:
+def make_norm(config: DFNConfig, name: str) -> FlowNorm | BaselineNorm:
     """The norm before a block; `name` is that of its sums in the cache."""
-    return FlowNorm(config, name) if config.flow_norm in ("entity", "running") else PlainNorm(config)
+    return FlowNorm(config, name) if config.flow_norm in ("entity", "running") else BaselineNorm(config)
 
 
 class ContinuousEntities(nn.Module):
@@ -144,10 +144,10 @@ class ContinuousEntities(nn.Module):
         self.flow_step = config.flow_step
         self.moved_query = config.moved_query
         size = self.num_heads * self.position_dim
-        self.position_proj = unit_linear(config.hidden_size, size)
-        self.flow_proj = unit_linear(config.hidden_size, size)
+        self.position_proj = unit_variance_linear(config.hidden_size, size)
+        self.flow_proj = unit_variance_linear(config.hidden_size, size)
         self.influence_proj = nn.Linear(config.hidden_size, self.num_heads, bias=False)
-        self.coordinate_proj = unit_linear(coordinate_features, size) if coordinate_features else None
+        self.coordinate_proj = unit_variance_linear(coordinate_features, size) if coordinate_features else None
 
     def forward(
         self,
@@ -169,9 +169,13 @@ class ContinuousEntities(nn.Module):
         """
         # Positions decide who is found: half precision would leave them a few places each.
         with torch.autocast(u.device.type, enabled=False):
-            rest, flow = (self._heads(decide(project, u)) for project in (self.position_proj, self.flow_proj))
-            influence = decide(self.influence_proj, u)
-            placed = None if coordinates is None else self._heads(decide(self.coordinate_proj, coordinates))
+            rest, flow = (
+                self._heads(linear_in_weight_dtype(project, u)) for project in (self.position_proj, self.flow_proj)
+            )
+            influence = linear_in_weight_dtype(self.influence_proj, u)
+            placed = (
+                None if coordinates is None else self._heads(linear_in_weight_dtype(self.coordinate_proj, coordinates))
+            )
         dtype = torch.promote_types(u.dtype, torch.float32)
         rest, flow, influence = rest.to(dtype), flow.to(dtype), influence.to(dtype).transpose(1, 2)
         if origin is not None:
@@ -181,7 +185,7 @@ class ContinuousEntities(nn.Module):
         if log_mass is not None:
             influence = influence + log_mass.to(dtype).unsqueeze(1)
         moved = rest + self.flow_step * flow
-        return ball(rest if self.moved_query else moved), ball(moved), influence, moved
+        return squash_to_ball(rest if self.moved_query else moved), squash_to_ball(moved), influence, moved
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.num_heads, self.position_dim)).transpose(1, 2)
@@ -209,8 +213,8 @@ class PersistentFieldMemory(nn.Module):
         total: torch.Tensor,
         query: torch.Tensor,
         sharpness: torch.Tensor,
-        rows: Rows,
-        state: StateLayer | None,
+        rows: RowLayout,
+        state: FlowCacheLayer | None,
         state_dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Join the slots to the softmax.
@@ -227,14 +231,14 @@ class PersistentFieldMemory(nn.Module):
         values = self.value_proj(slots.to(state_dtype).flatten(0, 1)).unflatten(0, slots.shape[:2])
         values = values.unflatten(-1, (self.num_heads, -1))
         values = values.permute(0, 3, 1, 2, 4).to(query.dtype)
-        key = gaussian_key(ball(self.position.to(query.dtype)), self.influence.to(query.dtype), sharpness)
+        key = augment_key(squash_to_ball(self.position.to(query.dtype)), self.influence.to(query.dtype), sharpness)
         logits = query @ key.transpose(-1, -2)
         joint = torch.cat([total.unsqueeze(-1), logits], dim=-1).softmax(dim=-1)
         share = joint[..., 0]
         return (y * share.unsqueeze(-1) + mix_slots(joint[..., 1:], values, layout)).to(y.dtype), share
 
 
-def is_step(state: StateLayer | None, x: torch.Tensor) -> bool:
+def is_decode_step(state: FlowCacheLayer | None, x: torch.Tensor) -> bool:
     """Whether a call of `[B, H, M, features]` is a step of fixed shape, and torch operations are best for it.
 
     They are compiled into a third less time than operators in C take to be called, and do not wait for a GPU.
@@ -243,7 +247,7 @@ def is_step(state: StateLayer | None, x: torch.Tensor) -> bool:
     return in_fixed_shape and (torch.compiler.is_compiling() or x.device.type != "cpu")
 
 
-def gaussian_key(positions: torch.Tensor, influence: torch.Tensor, sharpness: torch.Tensor) -> torch.Tensor:
+def augment_key(positions: torch.Tensor, influence: torch.Tensor, sharpness: torch.Tensor) -> torch.Tensor:
     """[k, w − γ‖k‖²]: with [2γ q, 1] its product is −γ‖q − k‖² + w, but for −γ‖q‖², which no softmax sees.
 
     `[..., H, N, P]`, `[..., H, N]`, `[H]` → `[..., H, N, P + 1]`.
@@ -283,8 +287,8 @@ class DynamicFlowAttention(nn.Module):
     def forward(
         self,
         u: torch.Tensor,
-        rows: Rows,
-        state: StateLayer | None,
+        rows: RowLayout,
+        state: FlowCacheLayer | None,
         origin: torch.Tensor | None,
         output_attentions: bool,
         coordinates: torch.Tensor | None = None,
@@ -299,9 +303,9 @@ class DynamicFlowAttention(nn.Module):
         rest, moved_on_ball, influence, moved = self.entities(u, origin, coordinates, log_mass)
         value = self.value_proj(u).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         sharpness, fading = self.log_sharpness.to(rest.dtype).exp(), self.log_fading.to(rest.dtype).exp()
-        key = gaussian_key(rest, influence, sharpness)
+        key = augment_key(rest, influence, sharpness)
         query = torch.cat([2 * sharpness[:, None, None] * moved_on_ball, torch.ones_like(key[..., :1])], dim=-1)
-        index, first = rows.index, 0
+        index, first = rows.positions, 0
         if self.config.is_causal:
             neighbors = self.find(moved_on_ball.detach(), rest.detach(), rows, state)
             if state is not None and self.config.num_neighbors == 0:
@@ -313,11 +317,11 @@ class DynamicFlowAttention(nn.Module):
                 )
             elif state is not None:
                 key, value = state.append("key", key), state.append("value", value)
-            if is_step(state, query) and not (self.training and self.config.attention_dropout):
+            if is_decode_step(state, query) and not (self.training and self.config.attention_dropout):
                 window = self.config.local_window
-                y, total = attention_step(query, key, value, fading, index, rows.reach, neighbors, window)
+                y, total = attention_step(query, key, value, fading, index, rows.segment_positions, neighbors, window)
             else:
-                y, total = self._read(query, key, value, fading, index, rows.reach, neighbors)
+                y, total = self._read(query, key, value, fading, index, rows.segment_positions, neighbors)
         else:
             y, total, neighbors = self._read_both_sides(query, key, value, fading, rows, moved_on_ball, rest)
 
@@ -332,17 +336,17 @@ class DynamicFlowAttention(nn.Module):
             weights = self._weights(query, key, fading, index, rows, neighbors)
             weights = weights if share is None else weights * share.unsqueeze(-1)
             places = first + torch.arange(num_entities, device=weights.device)[None]
-            observed, weights_again = observe_weights(weights, places, rows, state)
+            observed, weights_again = pad_attention_with_grad(weights, places, rows, state)
             # Adds zero, and a gradient to what is returned.
             y = y + ((weights_again - weights) @ value).to(y.dtype)
             weights = observed
         entities = Entities(rest, moved_on_ball, influence, neighbors)
         return y.transpose(1, 2).flatten(2), moved, entities, weights
 
-    def _tail(self, state: StateLayer, name: str, x: torch.Tensor, before: int) -> torch.Tensor:
+    def _tail(self, state: FlowCacheLayer, name: str, x: torch.Tensor, before: int) -> torch.Tensor:
         """`[B, H, M, features]` behind what a window reaches before it: `[B, H, before + M, features]`."""
         heads = x.shape[1]
-        return state.tail(name, x.transpose(1, 2).flatten(2), before).unflatten(-1, (heads, -1)).transpose(1, 2)
+        return state.roll(name, x.transpose(1, 2).flatten(2), before).unflatten(-1, (heads, -1)).transpose(1, 2)
 
     def _read(self, query, key, value, fading, index, reach, neighbors) -> tuple[torch.Tensor, torch.Tensor]:
         """y `[B, H, M, D]` and log Σ exp of its logits."""
@@ -350,19 +354,19 @@ class DynamicFlowAttention(nn.Module):
         window = self.config.local_window
         return flow_attention(query, key, value, fading, index, reach, neighbors, window, dropout)
 
-    def _read_both_sides(self, query, key, value, fading, rows: Rows, moved, rest) -> tuple[torch.Tensor, ...]:
+    def _read_both_sides(self, query, key, value, fading, rows: RowLayout, moved, rest) -> tuple[torch.Tensor, ...]:
         """(y, log Σ exp of its logits, neighbours on both sides): the causal read, once from each end of the rows.
 
         Each reads the entity itself, which has fading 0 in both, so it is taken out once:
         Z = Z_before + Z_after − e^ℓ_ii, and y likewise.
         """
         before = self.find(moved.detach(), rest.detach(), rows, None)
-        y_before, total_before = self._read(query, key, value, fading, rows.index, rows.reach, before)
-        turned = rows.turned()
-        moved, rest, *ends = (rows.turn(x, dim=2) for x in (moved.detach(), rest.detach(), query, key, value))
+        y_before, total_before = self._read(query, key, value, fading, rows.positions, rows.segment_positions, before)
+        turned = rows.flipped()
+        moved, rest, *ends = (rows.flip(x, dim=2) for x in (moved.detach(), rest.detach(), query, key, value))
         after = self.find(moved, rest, turned, None)
-        read_after = self._read(*ends, fading, turned.index, turned.reach, after)
-        y_after, total_after = (rows.turn(x, dim=2) for x in read_after)
+        read_after = self._read(*ends, fading, turned.index, turned.segment_positions, after)
+        y_after, total_after = (rows.flip(x, dim=2) for x in read_after)
         own = (query * key).sum(dim=-1)
         top = torch.maximum(total_before, total_after)
         parts = [(x - top).exp() for x in (total_before, total_after, own)]
@@ -371,17 +375,19 @@ class DynamicFlowAttention(nn.Module):
             (part / scale).unsqueeze(-1) * x
             for part, x in zip((*parts[:2], -parts[2]), (y_before, y_after, value), strict=True)
         )
-        neighbors = torch.cat([before, rows.turn(rows.turn_places(after), dim=2)], dim=-1)
+        neighbors = torch.cat([before, rows.flip(rows.flip_positions(after), dim=2)], dim=-1)
         return y.to(value.dtype), top + scale.log(), neighbors
 
-    def _weights(self, query, key, fading, index, rows: Rows, neighbors) -> torch.Tensor:
+    def _weights(self, query, key, fading, index, rows: RowLayout, neighbors) -> torch.Tensor:
         """Dense flow weights `[B, H, M, N]` of what `forward` has read."""
         window = self.config.local_window
-        ahead = torch.zeros_like(rows.index) if self.config.is_causal else rows.turn(rows.turned().reach)
-        return flow_weights(query, key, fading, index, rows.reach, ahead, neighbors, window)
+        ahead = torch.zeros_like(rows.positions) if self.config.is_causal else rows.flip(rows.flipped().reach)
+        return flow_weights(query, key, fading, index, rows.segment_positions, ahead, neighbors, window)
 
     @torch.no_grad()
-    def find(self, query: torch.Tensor, key: torch.Tensor, rows: Rows, state: StateLayer | None) -> torch.Tensor:
+    def find(
+        self, query: torch.Tensor, key: torch.Tensor, rows: RowLayout, state: FlowCacheLayer | None
+    ) -> torch.Tensor:
         """Indices of the neighbours beyond the local window, int64 `[B, H, M, K]`, −1 for none.
 
         Positions `[B, H, M, P]` are rounded to a grid first: a product over one entity and one over many differ in
@@ -393,7 +399,7 @@ class DynamicFlowAttention(nn.Module):
             return torch.empty(batch, heads, length, 0, dtype=torch.int64, device=query.device)
         # Cells are integers: a diverged model's NaN would be an index anywhere.
         query, key = ((x * GRID).round().nan_to_num().float() / GRID for x in (query, key))
-        index, reach = (x.repeat_interleave(heads, dim=0) for x in (rows.index, rows.reach))
+        index, reach = (x.repeat_interleave(heads, dim=0) for x in (rows.positions, rows.segment_positions))
         if config.search_implementation == "exact":
             if state is not None:
                 key = state.append("place", key)
@@ -406,10 +412,10 @@ class DynamicFlowAttention(nn.Module):
             if state is not None:
                 key, cells = state.append("place", key), state.append("cell", cells)
                 chains = self._chains(state, grids, batch, length)
-            counts = None if rows.counts is None else rows.counts.repeat_interleave(heads)
+            counts = None if rows.lengths is None else rows.lengths.repeat_interleave(heads)
             asked = (query.flatten(0, 1), query_cells.flatten(0, 1), index, key.flatten(0, 1), cells.flatten(0, 1))
             sizes = (config.num_neighbors, config.local_window, config.candidates_per_table)
-            if is_step(state, query):
+            if is_decode_step(state, query):
                 first_slots = grids.constants[-1]
                 found, _ = search_step(
                     *asked, *sizes, chains.heads, chains.links, first_slots, reach=reach, counts=counts
@@ -421,22 +427,22 @@ class DynamicFlowAttention(nn.Module):
                 )
         return found.view(batch, heads, length, -1)
 
-    def _grids(self, state: StateLayer | None) -> CellGrids:
+    def _grids(self, state: FlowCacheLayer | None) -> CellGrids:
         if state is not None:
             return state.constant("grids", lambda: self._grids(None).with_constants())
         cells_per_axis = ball_cells_per_axis(self.config.position_dim, self.cell_sizes)
         return CellGrids(self.grid_rotation, self.grid_shift, self.cell_sizes, cells_per_axis)
 
-    def _chains(self, state: StateLayer, grids: CellGrids, batch: int, length: int) -> CellChains:
+    def _chains(self, state: FlowCacheLayer, grids: CellGrids, batch: int, length: int) -> CellChains:
         offsets = grids.table_offsets
         device = self.grid_rotation.device
-        heads = state.table(
+        heads = state.index_state(
             "head",
             lambda: torch.full((batch, self.num_heads, offsets[-1]), -1, dtype=torch.int32, device=device),
             UndoChains(offsets, self.config.local_window),
         )
         new = torch.empty(batch, self.num_heads, length, len(offsets) - 1, dtype=torch.int32, device=device)
-        links = state.room("link", new)
+        links = state.reserve("link", new)
         return CellChains(heads.flatten(0, 1), links.flatten(0, 1), offsets)
 
 
@@ -447,7 +453,7 @@ class UndoChains:
     table_offsets: list[int]
     window: int
 
-    def __call__(self, state: StateLayer, old: torch.Tensor, new: torch.Tensor) -> None:
+    def __call__(self, state: FlowCacheLayer, old: torch.Tensor, new: torch.Tensor) -> None:
         heads, links, cells = (state.data(name).flatten(0, 1) for name in ("head", "link", "cell"))
         old, new = (length.repeat_interleave(heads.shape[0] // length.shape[0]) for length in (old, new))
         entered = ((length - self.window).clamp(min=0) for length in (new, old))
@@ -492,10 +498,10 @@ class DFNLayer(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         origin: torch.Tensor | None,
-        rows: Rows,
+        rows: RowLayout,
         coordinates: torch.Tensor | None = None,
         log_mass: torch.Tensor | None = None,
-        past_key_values: StateLayer | None = None,
+        past_key_values: FlowCacheLayer | None = None,
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, Entities, torch.Tensor | None]:
         """
@@ -515,9 +521,9 @@ class DFNLayer(GradientCheckpointingLayer):
         y, moved, entities, weights = self.attention(
             u, rows, past_key_values, origin, output_attentions, coordinates, log_mass
         )
-        hidden_states = in_pieces(self._add_flow, hidden_states, u, y)
+        hidden_states = apply_chunked(self._add_flow, hidden_states, u, y)
         normed = self.mlp_norm(hidden_states, rows, past_key_values)
-        hidden_states = in_pieces(self._add_field, hidden_states, normed, y)
+        hidden_states = apply_chunked(self._add_field, hidden_states, normed, y)
         return hidden_states, moved if self.carry_positions else None, entities.influence, entities, weights
 
     def _add_flow(self, states: torch.Tensor, u: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -528,7 +534,7 @@ class DFNLayer(GradientCheckpointingLayer):
         return states + self.dropout(self.mlp(normed, y.to(states.dtype)))
 
 
-def near_identity(weight: torch.Tensor, ahead: int = 0) -> torch.Tensor:
+def identity_conv_init(weight: torch.Tensor, ahead: int = 0) -> torch.Tensor:
     """A filter like `weight` `[channels, 1, taps]` that passes the current input, and a little of those around it.
 
     `ahead` of its taps are for inputs after the current one, the others for those before.

@@ -1,6 +1,6 @@
 """Dynamic Flow Networks: entities that flow to a place and read what is near, layer upon layer (`dfn_layer.py`).
 
-Rows are left-aligned behind the model's boundary (`padding.py`); state lives in `state_cache.StateLayer`.
+Rows are left-aligned behind the model's boundary (`row_layout.py`); state lives in `cache.FlowCacheLayer`.
 
 Shape letters: B batch, M entities of this call, N stored entities, H heads, P position_dim, D value features per head,
 K neighbours, C memory chunks, S memory slots.
@@ -22,13 +22,19 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
-from ..modules.cache import CACHE_NAME, StateLayer, given_cache
+from ..modules.cache import CACHE_NAME, FlowCacheLayer, resolve_cache_argument
 from ..modules.chunk_memory import ChunkMemory
-from ..modules.classification import LastStateClassification
-from ..modules.forward_utils import FlowGenerationMixin, begin_call, embed, end_call, next_token_labels
+from ..modules.classification import LastTokenClassificationMixin
+from ..modules.forward_utils import (
+    FlowGenerationMixin,
+    embed_inputs,
+    finish_forward,
+    next_token_labels,
+    prepare_forward,
+)
 from ..modules.rms_norm import RMSNorm
-from ..modules.row_layout import Rows, row_columns
-from ..ops.chunking import in_pieces
+from ..modules.row_layout import RowLayout, pad_index
+from ..ops.chunking import apply_chunked
 from .configuration_dfn import SEARCHES, DFNConfig
 from .dynamic_chunking import (
     COORDINATE_FEATURES,
@@ -36,9 +42,9 @@ from .dynamic_chunking import (
     EntitySampling,
     PackedEntities,
     SampledEntities,
-    worth_packing,
+    should_pack,
 )
-from .layers import DFNLayer, DynamicFlowAttention, Entities, FlowNorm, PersistentFieldMemory, near_identity
+from .layers import DFNLayer, DynamicFlowAttention, Entities, FlowNorm, PersistentFieldMemory, identity_conv_init
 
 
 @dataclass
@@ -51,38 +57,38 @@ class DFNModelOutput(BaseModelOutputWithPast):
             of the layers over bytes too; an entity's stands at the byte that completed it, with zeros elsewhere.
         attentions: per layer the flow weights among tokens `[B, H, M, N]`; memory takes what is left to 1.
         entities: per layer `Entities`; with `entity_sampling` those completed in this call, left-aligned.
-        density: `[B, M]`, how uncertain what follows a byte is; from 1/2 on it completes an entity. 0 where padded.
+        boundary_probs: `[B, M]`, how uncertain what follows a byte is; from 1/2 on it completes an entity. 0 where padded.
             With `entity_sampling`, as the next two.
-        boundaries: int64 `[B, M]`, 1 at bytes that complete an entity.
+        boundary_mask: int64 `[B, M]`, 1 at bytes that complete an entity.
         ratio_loss: `[B]`, how far each row is from `entity_rate`; with `entity_sampling="adaptive"`.
-        flow_loss: `[B]`, how far from the flow of a byte the next one lies; likewise, where the model is causal. Bytes
+        prediction_loss: `[B]`, how far from the flow of a byte the next one lies; likewise, where the model is causal. Bytes
             of this call count alone, not one that follows in the next.
     """
 
     entities: tuple[Entities, ...] | None = None
-    density: torch.Tensor | None = None
-    boundaries: torch.Tensor | None = None
+    boundary_probs: torch.Tensor | None = None
+    boundary_mask: torch.Tensor | None = None
     ratio_loss: torch.Tensor | None = None
-    flow_loss: torch.Tensor | None = None
+    prediction_loss: torch.Tensor | None = None
 
 
 @dataclass
 class DFNCausalLMOutput(CausalLMOutputWithPast):
     """
     Attributes:
-        loss: scalar, next-token cross-entropy; with `entity_sampling="adaptive"`, and `ratio_coef` times `ratio_loss`.
-            Its gradient is that of `flow_loss`, too.
+        loss: scalar, next-token cross-entropy; with `entity_sampling="adaptive"`, and `ratio_loss_coef` times `ratio_loss`.
+            Its gradient is that of `prediction_loss`, too.
         logits: `[B, M, vocab_size]`.
-        token_loss, ratio_loss, flow_loss: scalars, what such a loss is made of.
-        past_key_values, hidden_states, attentions, entities, density, boundaries: see `DFNModelOutput`.
+        token_loss, ratio_loss, prediction_loss: scalars, what such a loss is made of.
+        past_key_values, hidden_states, attentions, entities, boundary_probs, boundary_mask: see `DFNModelOutput`.
     """
 
     token_loss: torch.Tensor | None = None
     ratio_loss: torch.Tensor | None = None
-    flow_loss: torch.Tensor | None = None
+    prediction_loss: torch.Tensor | None = None
     entities: tuple[Entities, ...] | None = None
-    density: torch.Tensor | None = None
-    boundaries: torch.Tensor | None = None
+    boundary_probs: torch.Tensor | None = None
+    boundary_mask: torch.Tensor | None = None
 
 
 class DFNPreTrainedModel(PreTrainedModel):
@@ -115,7 +121,7 @@ class DFNPreTrainedModel(PreTrainedModel):
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=config.initializer_range)
         elif isinstance(module, nn.Conv1d):
-            init.copy_(module.weight, near_identity(module.weight, module.ahead))
+            init.copy_(module.weight, identity_conv_init(module.weight, module.ahead))
         elif isinstance(module, (RMSNorm, FlowNorm)):
             init.ones_(module.weight)
         elif isinstance(module, EntitySampling):
@@ -201,31 +207,31 @@ class DFNModel(DFNPreTrainedModel):
             ValueError: inputs that do not fit together; the message names them and the remedy.
         """
         config = self.config
-        past_key_values = given_cache(past_key_values, cache)
+        past_key_values = resolve_cache_argument(past_key_values, cache)
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        inputs_embeds = embed(self, input_ids, inputs_embeds)
+        inputs_embeds = embed_inputs(self, input_ids, inputs_embeds)
         if not config.is_causal:
             if past_key_values is not None:
                 raise ValueError(
                     "past_key_values is of no use where `is_causal` is False: tokens to come are read too."
                 )
             use_cache = False
-        rows, states, past_key_values = begin_call(
+        rows, states, past_key_values = prepare_forward(
             self, inputs_embeds, attention_mask, position_ids, segment_ids, past_key_values, use_cache
         )
         check_search(config, states[-1])
-        hidden_states = rows.compact(inputs_embeds)
+        hidden_states = rows.unpad(inputs_embeds)
         del inputs_embeds  # a million tokens are a gigabyte of it
         seen = Seen(output_attentions, output_hidden_states, output_entities)
         if self.sampling is None:
             hidden_states, sampled = self._run_tokens(hidden_states, rows, states, seen), {}
         else:
             hidden_states, sampled = self._run_sampled(hidden_states, rows, states, seen)
-        hidden_states = rows.scatter(in_pieces(self.norm, hidden_states))
+        hidden_states = rows.pad(apply_chunked(self.norm, hidden_states))
         if output_hidden_states:
             seen.states.append(hidden_states)
-        end_call(past_key_values, states)
+        finish_forward(past_key_values, states)
         return DFNModelOutput(
             last_hidden_state=hidden_states,
             **{CACHE_NAME: past_key_values},
@@ -235,12 +241,12 @@ class DFNModel(DFNPreTrainedModel):
             **sampled,
         )
 
-    def _run_tokens(self, hidden_states: torch.Tensor, rows: Rows, states: list, seen: "Seen") -> torch.Tensor:
+    def _run_tokens(self, hidden_states: torch.Tensor, rows: RowLayout, states: list, seen: "Seen") -> torch.Tensor:
         """Each token an entity."""
         origin = None
         for layer, state in zip(self._entity_layers(), states, strict=True):
             if seen.wants_states:
-                columns, hidden_states = rows.observe(hidden_states)
+                columns, hidden_states = rows.pad_with_grad(hidden_states)
                 seen.states.append(columns)
             hidden_states, origin, influence, entities, weights = layer(
                 hidden_states, origin, rows, past_key_values=state, output_attentions=seen.wants_weights
@@ -248,14 +254,14 @@ class DFNModel(DFNPreTrainedModel):
             if seen.wants_weights:
                 seen.weights.append(weights)
             if seen.wants_entities:
-                seen.entities.append(entities_to_columns(entities, rows, state))
+                seen.entities.append(pad_entities(entities, rows, state))
         if self.config.readout_window > 1:
             # Kept by the first layer, whose refusal of a crop comes before any layer was cropped.
             hidden_states = self._read_out(hidden_states, influence, rows, states[0])
         return hidden_states
 
     def _run_sampled(
-        self, hidden_states: torch.Tensor, rows: Rows, states: list, seen: "Seen"
+        self, hidden_states: torch.Tensor, rows: RowLayout, states: list, seen: "Seen"
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Bytes → entities → bytes."""
         if seen.wants_weights:
@@ -272,38 +278,41 @@ class DFNModel(DFNPreTrainedModel):
         del embeddings
         for state in entity_states:
             if state is not None:
-                state.expect(sampled.layout.rows)
+                state.set_layout(sampled.layout.rows)
         entities = self._run_entities(sampled, rows, entity_states, seen)
         hidden_states = self.dechunking(hidden_states, entities, sampled, entity_states[0])
         hidden_states = self._run_sample_layers(self.sample_decoder, hidden_states, rows, decoder_states, seen)
         ratio_loss = self.sampling.ratio_loss(sampled, rows) if self.sampling.adaptive else None
-        density, boundaries = rows.scatter(sampled.density * rows.real()), sampled.layout.rows.mask.long()
-        losses = {"ratio_loss": ratio_loss, "flow_loss": sampled.flow_loss}
-        return hidden_states, {"density": density, "boundaries": boundaries, **losses}
+        boundary_probs, boundary_mask = (
+            rows.pad(sampled.boundary_probs * rows.token_mask()),
+            sampled.layout.rows.mask.long(),
+        )
+        losses = {"ratio_loss": ratio_loss, "prediction_loss": sampled.prediction_loss}
+        return hidden_states, {"boundary_probs": boundary_probs, "boundary_mask": boundary_mask, **losses}
 
     def _run_sample_layers(
-        self, layers, hidden_states: torch.Tensor, rows: Rows, states, seen: "Seen"
+        self, layers, hidden_states: torch.Tensor, rows: RowLayout, states, seen: "Seen"
     ) -> torch.Tensor:
         for layer, state in zip(layers, states, strict=True):
             if seen.wants_states:
-                columns, hidden_states = rows.observe(hidden_states)
+                columns, hidden_states = rows.pad_with_grad(hidden_states)
                 seen.states.append(columns)
             hidden_states = layer(hidden_states, None, rows, past_key_values=state)[0]
         return hidden_states
 
-    def _run_entities(self, sampled: SampledEntities, rows: Rows, states: list, seen: "Seen") -> torch.Tensor:
+    def _run_entities(self, sampled: SampledEntities, rows: RowLayout, states: list, seen: "Seen") -> torch.Tensor:
         """The DFN layers over entities, and a norm: `[B, E, hidden_size]`."""
         layout, hidden_states, origin = sampled.layout, sampled.states, None
         coordinates, log_mass, entity_rows, packed = sampled.coordinates, sampled.log_mass, layout.rows, None
         # A running mean over one packed row would be a difference of sums over other rows.
-        if states[0] is None and self.config.flow_norm != "running" and worth_packing(entity_rows):
+        if states[0] is None and self.config.flow_norm != "running" and should_pack(entity_rows):
             packed = PackedEntities(entity_rows)
             hidden_states, coordinates, log_mass = (packed.pack(x) for x in (hidden_states, coordinates, log_mass))
             entity_rows = packed.rows
         for layer, state in zip(self._entity_layers(), states, strict=True):
             if seen.wants_states:
                 laid = hidden_states if packed is None else packed.unpack(hidden_states)
-                columns, of_columns = rows.observe(layout.at_samples(laid))
+                columns, of_columns = rows.pad_with_grad(layout.at_samples(laid))
                 seen.states.append(columns)
                 laid = layout.of_samples(of_columns)
                 hidden_states = laid if packed is None else packed.pack(laid)
@@ -314,27 +323,27 @@ class DFNModel(DFNPreTrainedModel):
             )
             if seen.wants_entities:
                 seen.entities.append(entities if packed is None else unpack_entities(entities, packed))
-        hidden_states = in_pieces(self.entity_norm, hidden_states)
+        hidden_states = apply_chunked(self.entity_norm, hidden_states)
         return hidden_states if packed is None else packed.unpack(hidden_states)
 
     def _entity_layers(self) -> nn.ModuleList:
         return self.layers[: self.config.num_hidden_layers]  # early-exit decoding lowers it for its drafts
 
-    def _read_out(self, hidden_states, influence, rows: Rows, state: StateLayer | None) -> torch.Tensor:
+    def _read_out(self, hidden_states, influence, rows: RowLayout, state: FlowCacheLayer | None) -> torch.Tensor:
         """s̄ (paper §3): mean of the `readout_window` most recent entities, weighted by softmax of their influence."""
         before = self.config.readout_window - 1
         weight = influence.mean(dim=1).unsqueeze(-1)
         recent = torch.cat([hidden_states.to(weight.dtype), weight], dim=-1)
-        recent = state.tail("readout", recent, before) if state is not None else F.pad(recent, (0, 0, before, 0))
+        recent = state.roll("readout", recent, before) if state is not None else F.pad(recent, (0, 0, before, 0))
         length = hidden_states.shape[1]
         windows = recent[..., -1:].unfold(1, before + 1, 1).flatten(2)  # [B, M, window], oldest first
         age = torch.arange(before, -1, -1, device=recent.device)
-        weights = windows.masked_fill(age > rows.reach[..., None], -math.inf).softmax(dim=-1)
+        weights = windows.masked_fill(age > rows.segment_positions[..., None], -math.inf).softmax(dim=-1)
         mean = sum(weights[..., step, None] * recent[:, step : step + length, :-1] for step in range(before + 1))
         return mean.to(hidden_states.dtype)
 
 
-def check_search(config: DFNConfig, state: StateLayer | None) -> None:
+def check_search(config: DFNConfig, state: FlowCacheLayer | None) -> None:
     """The search may be changed between calls, but the index of one is not kept up by the other."""
     if config.search_implementation not in SEARCHES:
         raise ValueError(f"`search_implementation` must be one of {SEARCHES}, got {config.search_implementation!r}.")
@@ -342,7 +351,7 @@ def check_search(config: DFNConfig, state: StateLayer | None) -> None:
         check_export(config)
     if state is None or state.data("place") is None:
         return
-    if (state.data("cell") is None) != (config.search_implementation == "exact") and state.columns > 0:
+    if (state.data("cell") is None) != (config.search_implementation == "exact") and state.seq_length > 0:
         raise ValueError(
             "`search_implementation` was changed while past_key_values was in use: start with an empty cache."
         )
@@ -367,12 +376,12 @@ def check_export(config: DFNConfig) -> None:
         )
 
 
-def entities_to_columns(entities: Entities, rows: Rows, state: StateLayer | None) -> Entities:
+def pad_entities(entities: Entities, rows: RowLayout, state: FlowCacheLayer | None) -> Entities:
     """Entities of the rows → of the columns; neighbours are named by their column."""
-    columns = row_columns(rows, state)
+    columns = pad_index(rows, state)
 
     def scatter(x):
-        return rows.scatter(x.transpose(1, 2)).transpose(1, 2)
+        return rows.pad(x.transpose(1, 2)).transpose(1, 2)
 
     found = entities.neighbors
     named = columns[:, None, None].expand(*found.shape[:3], -1).gather(-1, found.clamp(min=0))
@@ -390,7 +399,7 @@ def unpack_entities(entities: Entities, packed: PackedEntities) -> Entities:
         return packed.unpack(x.transpose(1, 2)).transpose(1, 2)
 
     found = entities.neighbors
-    own = found - (packed.rows.index - packed.place)[:, None, :, None]
+    own = found - (packed.rows.positions - packed.place)[:, None, :, None]
     neighbors = unpack(torch.where(found < 0, 0, own + 1)) - 1
     return Entities(
         *(unpack(x) for x in (entities.rest_positions, entities.moved_positions, entities.influence)), neighbors
@@ -439,7 +448,7 @@ class DFNForCausalLM(FlowGenerationMixin, DFNPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=given_cache(past_key_values, cache),
+            cache=resolve_cache_argument(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             segment_ids=segment_ids,
@@ -461,8 +470,8 @@ class DFNForCausalLM(FlowGenerationMixin, DFNPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             entities=outputs.entities,
-            density=outputs.density,
-            boundaries=outputs.boundaries,
+            boundary_probs=outputs.boundary_probs,
+            boundary_mask=outputs.boundary_mask,
         )
 
     def _losses(self, logits, labels, outputs, num_items_in_batch=None, **kwargs) -> dict[str, torch.Tensor]:
@@ -476,14 +485,14 @@ class DFNForCausalLM(FlowGenerationMixin, DFNPreTrainedModel, GenerationMixin):
         )
         scored = (labels[:, 1:] != -100).sum(dim=1)
         total = scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return _with_sampling(loss, outputs, scored, total, self.config.ratio_coef)
+        return _with_sampling(loss, outputs, scored, total, self.config.ratio_loss_coef)
 
 
-class DFNForSequenceClassification(LastStateClassification, DFNPreTrainedModel):
+class DFNForSequenceClassification(LastTokenClassificationMixin, DFNPreTrainedModel):
     """DFN with a linear head on the last real entity of each row.
 
-    With `entity_sampling="adaptive"` its loss holds `ratio_coef` times the rows' mean `ratio_loss` too, and its
-    gradient that of their `flow_loss`.
+    With `entity_sampling="adaptive"` its loss holds `ratio_loss_coef` times the rows' mean `ratio_loss` too, and its
+    gradient that of their `prediction_loss`.
     """
 
     def __init__(self, config: DFNConfig):
@@ -496,18 +505,20 @@ class DFNForSequenceClassification(LastStateClassification, DFNPreTrainedModel):
     def _loss(self, logits, labels, outputs) -> torch.Tensor:
         """The labels', and the mean over rows of what trains the sampling of entities."""
         loss = super()._loss(logits, labels, outputs)
-        return _with_sampling(loss, outputs, 1, len(logits), self.config.ratio_coef)["loss"]
+        return _with_sampling(loss, outputs, 1, len(logits), self.config.ratio_loss_coef)["loss"]
 
 
-def _with_sampling(loss, outputs: DFNModelOutput, scored, total, ratio_coef: float) -> dict[str, torch.Tensor]:
+def _with_sampling(loss, outputs: DFNModelOutput, scored, total, ratio_loss_coef: float) -> dict[str, torch.Tensor]:
     """A loss of tokens or labels, and those of the sampling of entities, where rows count as `scored` of `total`."""
     if outputs.ratio_loss is None:
         return {"loss": loss}
     parts = {"token_loss": loss, "ratio_loss": (scored * outputs.ratio_loss).sum() / total}
-    loss = loss + ratio_coef * parts["ratio_loss"]
-    if outputs.flow_loss is not None:
-        parts["flow_loss"] = (scored * outputs.flow_loss).sum() / total
-        loss = loss + parts["flow_loss"] - parts["flow_loss"].detach()  # losses of models remain comparable
+    loss = loss + ratio_loss_coef * parts["ratio_loss"]
+    if outputs.prediction_loss is not None:
+        parts["prediction_loss"] = (scored * outputs.prediction_loss).sum() / total
+        loss = (
+            loss + parts["prediction_loss"] - parts["prediction_loss"].detach()
+        )  # losses of models remain comparable
     return {"loss": loss, **parts}
 
 

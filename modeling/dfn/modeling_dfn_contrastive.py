@@ -3,7 +3,7 @@
     e     = normalise(W · mean of a view's states over its real tokens or entities)
     ℓ_ij  = exp(s) e_i · e'_j                                     row i: view i against every pair
     loss  = ½ Σ over both directions of the mean cross-entropy of ℓ with the diagonal as its labels
-            + ratio_coef · mean of the texts' ratio losses, with `entity_sampling="adaptive"`
+            + ratio_loss_coef · mean of the texts' ratio losses, with `entity_sampling="adaptive"`
 
 Symmetric InfoNCE with in-batch negatives and a learned temperature: CLIP (Radford et al. 2021, arXiv 2103.00020,
 fig. 3).
@@ -131,7 +131,7 @@ class DFNForContrastive(DFNPreTrainedModel):
             loss = info_nce(embeds, pair_embeds, scale)
             ratios = [rows for rows in (ratio, pair_ratio) if rows is not None]
             if ratios:
-                loss = loss + self.config.ratio_coef * torch.cat(ratios).mean()
+                loss = loss + self.config.ratio_loss_coef * torch.cat(ratios).mean()
         with torch.autocast(embeds.device.type, enabled=False):
             logits = scale * embeds @ pair_embeds.T
         return DFNContrastiveOutput(loss=loss, logits_per_pair=logits, embeds=embeds, pair_embeds=pair_embeds)

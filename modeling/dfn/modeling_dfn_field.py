@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from transformers.utils import ModelOutput, can_return_tuple
 
 from ..modules.rms_norm import RMSNorm
-from ..modules.row_layout import Rows
+from ..modules.row_layout import RowLayout
 from ..ops.hilbert_curve import KEY_BITS, LAST_KEY, Box
 from .configuration_dfn import DFNConfig
-from .field_interpolation import NUM_WAVES, GaussianInterpolation, LocalWaves, take
+from .field_interpolation import NUM_WAVES, FourierBasis, GaussianInterpolation, take
 from .field_sampling import FlowDensity, PlacedEntities, Spans, cut, fill, place_entities
-from .layers import DFNLayer, Entities, unit_linear
+from .layers import DFNLayer, Entities, unit_variance_linear
 from .modeling_dfn import DFNPreTrainedModel
 
 NUM_OCTAVES = 6  # of the frequencies in which an entity knows where it lies
@@ -103,17 +103,17 @@ class DFNFieldModel(DFNFieldPreTrainedModel):
         both_sides.is_causal = False
         both_sides.memory_slots, both_sides.readout_window = 0, 1
         of_samples = both_sides.of_sample_layers()
-        self.value_proj = unit_linear(config.value_dim + 1, config.hidden_size)
+        self.value_proj = unit_variance_linear(config.value_dim + 1, config.hidden_size)
         self.sample_layers = nn.ModuleList(
             [DFNLayer(of_samples, layer_idx, c) for layer_idx in range(config.num_sample_layers)]
         )
         self.density = FlowDensity(config) if config.entity_sampling == "adaptive" else None
         self.waves = self.moment_proj = None  # a sample that is an entity has no moments
         if config.entity_sampling != "token":
-            self.waves = LocalWaves(config)
+            self.waves = FourierBasis(config)
             self.moment_proj = nn.Linear(2 * NUM_WAVES * config.value_dim, config.hidden_size, bias=False)
             self.moment_proj.init_std = 1.0
-        self.place_proj = unit_linear(2 * c * NUM_OCTAVES, config.hidden_size)
+        self.place_proj = unit_variance_linear(2 * c * NUM_OCTAVES, config.hidden_size)
         self.layers = nn.ModuleList(
             [
                 DFNLayer(both_sides, config.num_sample_layers + layer_idx, c)
@@ -227,11 +227,11 @@ class DFNFieldModel(DFNFieldPreTrainedModel):
         return mask
 
 
-def rows_of(counts: torch.Tensor, length: int) -> tuple[torch.Tensor, Rows]:
+def rows_of(counts: torch.Tensor, length: int) -> tuple[torch.Tensor, RowLayout]:
     """Left-aligned rows that hold the first `counts` `[B]` of `length` places: which do, and the rows."""
     places = torch.arange(length, device=counts.device).expand(len(counts), -1)
     real = places < counts.unsqueeze(1)
-    return real, Rows(None, None, None if bool(real.all()) else counts, places, places, None)
+    return real, RowLayout(None, None, None if bool(real.all()) else counts, places, places, None)
 
 
 @torch.no_grad()

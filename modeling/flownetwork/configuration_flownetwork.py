@@ -64,7 +64,7 @@ class FlowNetworkConfig(HubCodeMixin, PreTrainedConfig):
         memory_decay (`float`, defaults to 0.9): Weight that a slot of the sequence's memory, or of the router's
             context, keeps per chunk, before training.
         memory_chunk (`int`, defaults to 64): Tokens that are pooled into the sequence's memory at a time.
-        bank_decay (`float`, defaults to 0.99): Weight that a slot of the bank keeps per optimizer step.
+        memory_bank_decay (`float`, defaults to 0.99): Weight that a slot of the bank keeps per optimizer step.
         max_position_embeddings (`int`, defaults to 2048): Longest input that the model is meant for. Positions are
             rotary: longer ones run.
         rope_parameters (`dict`, *optional*): Rotary embedding, as for other models of transformers.
@@ -100,7 +100,7 @@ class FlowNetworkConfig(HubCodeMixin, PreTrainedConfig):
     num_memory_heads: int = 4
     memory_decay: float | int = 0.9
     memory_chunk: int = 64
-    bank_decay: float | int = 0.99
+    memory_bank_decay: float | int = 0.99
     max_position_embeddings: int = 2048
     rope_parameters: dict | None = None
     hidden_dropout: float | int = 0.0
@@ -130,7 +130,7 @@ class FlowNetworkConfig(HubCodeMixin, PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """Every layer keeps its state in a `state_cache.StateLayer`."""
+        """Every layer keeps its state in a `cache.FlowCacheLayer`."""
         return ["flow_state"] * self.num_hidden_layers
 
     def validate_layer_type(self):
@@ -172,7 +172,7 @@ class FlowNetworkConfig(HubCodeMixin, PreTrainedConfig):
             raise ValueError(
                 f"`memory_chunk` must be at least 2 for there to be something to pool, got {self.memory_chunk}."
             )
-        for field in ("memory_decay", "bank_decay"):
+        for field in ("memory_decay", "memory_bank_decay"):
             if not 0 < getattr(self, field) < 1:
                 raise ValueError(f"`{field}` must lie in (0, 1), got {getattr(self, field)}.")
         for field in ("hidden_dropout", "attention_dropout"):

@@ -16,7 +16,7 @@ from transformers import initialization as init
 
 from ..modules.chunk_memory import ChunkLayout, ChunkMemory
 from ..modules.rms_norm import RMSNorm
-from ..modules.row_layout import Rows, lay_rows
+from ..modules.row_layout import RowLayout, make_row_layout
 from .configuration_flownetwork import adjust_num_heads
 from .routing import check_sizes
 
@@ -31,15 +31,15 @@ class MemoryBank(nn.Module):
     order does not matter.
 
     Args:
-        d_model: D; memory_size: S; bank_decay: β, in (0, 1).
+        d_model: D; memory_size: S; memory_bank_decay: β, in (0, 1).
     """
 
-    def __init__(self, d_model: int, memory_size: int, bank_decay: float = 0.99):
+    def __init__(self, d_model: int, memory_size: int, memory_bank_decay: float = 0.99):
         super().__init__()
         check_sizes(d_model=d_model, memory_size=memory_size)
-        if not 0 < bank_decay < 1:
-            raise ValueError(f"`bank_decay` must lie in (0, 1), got {bank_decay}.")
-        self.bank_decay = bank_decay
+        if not 0 < memory_bank_decay < 1:
+            raise ValueError(f"`memory_bank_decay` must lie in (0, 1), got {memory_bank_decay}.")
+        self.memory_bank_decay = memory_bank_decay
         self.register_buffer("memory_bank", torch.empty(memory_size, d_model, dtype=torch.float32))
         self.staged: tuple[torch.Tensor, torch.Tensor] | None = None
         self.reset_parameters()
@@ -51,7 +51,7 @@ class MemoryBank(nn.Module):
         init.copy_(self.memory_bank, start)
 
     @torch.no_grad()
-    def stage(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def stage(self, x: torch.Tensor, rows: RowLayout) -> torch.Tensor:
         """Add a batch to what the next `commit` writes; gives the norm of what it alone would change, a scalar.
 
         Args:
@@ -60,7 +60,7 @@ class MemoryBank(nn.Module):
         x = x.detach().double()
         bank = self.memory_bank.double()
         scores = BANK_SHARPNESS * x @ bank.T / math.sqrt(x.shape[-1])
-        shares = scores.softmax(dim=-1) * rows.real()[..., None]
+        shares = scores.softmax(dim=-1) * rows.token_mask()[..., None]
         total, count = torch.einsum("bms,bmd->sd", shares, x), shares.sum(dim=(0, 1))
         if self.staged is None:
             self.staged = total, count
@@ -87,7 +87,7 @@ class MemoryBank(nn.Module):
         bank = self.memory_bank.double()
         mean = total / count.clamp(min=torch.finfo(torch.float64).tiny)[:, None]
         written = (count > 0) & mean.to(self.memory_bank.dtype).isfinite().all(dim=1)
-        return torch.where(written[:, None], self.bank_decay * bank + (1 - self.bank_decay) * mean, bank)
+        return torch.where(written[:, None], self.memory_bank_decay * bank + (1 - self.memory_bank_decay) * mean, bank)
 
 
 class SequenceMemory(ChunkMemory):
@@ -173,12 +173,12 @@ class FlowMemoryNetwork(MemoryBank):
     """A memory that stands alone: read by attention, written at once, in training only.
 
     Args:
-        d_model: D; memory_size: S; num_memory_heads: H, lowered to what divides D; bank_decay: β.
+        d_model: D; memory_size: S; num_memory_heads: H, lowered to what divides D; memory_bank_decay: β.
     """
 
-    def __init__(self, d_model: int, memory_size: int, num_memory_heads: int, bank_decay: float = 0.99):
+    def __init__(self, d_model: int, memory_size: int, num_memory_heads: int, memory_bank_decay: float = 0.99):
         check_sizes(num_memory_heads=num_memory_heads)
-        super().__init__(d_model, memory_size, bank_decay)
+        super().__init__(d_model, memory_size, memory_bank_decay)
         self.attention = MemoryAttention(d_model, adjust_num_heads(d_model, num_memory_heads))
         self.norm = nn.LayerNorm(d_model)
 
@@ -197,6 +197,6 @@ class FlowMemoryNetwork(MemoryBank):
         out = x + self.attention(self.norm(x), self.memory_bank.clone())
         write_norm = x.new_zeros((), dtype=torch.float64)
         if update_memory and self.training:
-            write_norm = self.stage(x, lay_rows(*x.shape[:2], x.device))
+            write_norm = self.stage(x, make_row_layout(*x.shape[:2], x.device))
             self.commit()
         return out, {"memory_write_norm": write_norm}

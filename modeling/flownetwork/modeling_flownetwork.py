@@ -10,7 +10,7 @@ A layer, for the states s of a row:
     s += MemoryAttention(RMSNorm(s))           over the model's bank and the slots that the row has filled so far
     s += feed-forward(RMSNorm(s))
 
-Rows are left-aligned behind the model's boundary (`padding.py`); state lives in `state_cache.StateLayer`.
+Rows are left-aligned behind the model's boundary (`row_layout.py`); state lives in `cache.FlowCacheLayer`.
 
 Shape letters: B batch, M entities of this call, N entities so far, H heads.
 """
@@ -32,16 +32,22 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
-from ..modules.cache import CACHE_NAME, StateLayer, given_cache
+from ..modules.cache import CACHE_NAME, FlowCacheLayer, resolve_cache_argument
 from ..modules.chunk_memory import ChunkMemory
-from ..modules.chunked_forward import read_in_spans, span_length
-from ..modules.classification import LastStateClassification
-from ..modules.forward_utils import FlowGenerationMixin, begin_call, embed, end_call, next_token_labels
+from ..modules.chunked_forward import forward_chunk_length, forward_in_chunks
+from ..modules.classification import LastTokenClassificationMixin
+from ..modules.forward_utils import (
+    FlowGenerationMixin,
+    embed_inputs,
+    finish_forward,
+    next_token_labels,
+    prepare_forward,
+)
 from ..modules.rms_norm import RMSNorm
-from ..modules.row_layout import Rows, to_columns
+from ..modules.row_layout import RowLayout, pad_attention
 from ..modules.windowed_attention import RotaryEmbedding, SelfAttention
 from ..ops.band import to_dense
-from ..ops.chunking import in_pieces
+from ..ops.chunking import apply_chunked
 from .configuration_flownetwork import FlowNetworkConfig
 from .memory import MemoryAttention, MemoryBank, SequenceMemory
 from .routing import ContextAwareFlowRouter, FlowMixer
@@ -141,15 +147,15 @@ class FlowNetworkLayer(GradientCheckpointingLayer):
         self.mlp_norm = RMSNorm(size, config.norm_eps)
         self.mlp = FeedForward(size, config.intermediate_size)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.span_length = span_length(config.memory_chunk, block=max(1, config.flow_window - 1))
+        self.forward_chunk_length = forward_chunk_length(config.memory_chunk, block=max(1, config.flow_window - 1))
 
     def forward(
         self,
         hidden_states: torch.Tensor,
         bank: torch.Tensor | None,
         rotary: tuple[torch.Tensor, torch.Tensor],
-        rows: Rows,
-        past_key_values: StateLayer | None = None,
+        rows: RowLayout,
+        past_key_values: FlowCacheLayer | None = None,
         output_attentions: bool = False,
         output_flow: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor | None, ...], dict[str, torch.Tensor]]:
@@ -160,18 +166,18 @@ class FlowNetworkLayer(GradientCheckpointingLayer):
             metrics).
         """
         can_split = rows.segment is None and (past_key_values is None or not torch.is_grad_enabled())
-        long = hidden_states.shape[1] > self.span_length
+        long = hidden_states.shape[1] > self.forward_chunk_length
         if self.parallel or output_attentions or output_flow or not (can_split and long):
             return self._read(rows, past_key_values, hidden_states, *rotary, bank, output_attentions, output_flow)
         read = partial(self._read, bank=bank)
-        spans = read_in_spans(read, past_key_values, rows, self.span_length, hidden_states, *rotary)
+        spans = forward_in_chunks(read, past_key_values, rows, self.forward_chunk_length, hidden_states, *rotary)
         hidden_states = torch.cat([states for _, (states, *_) in spans], dim=1)
         return hidden_states, None, None, mean_metrics([(span, metrics) for span, (*_, metrics) in spans])
 
     def _read(
         self,
-        rows: Rows,
-        state: StateLayer | None,
+        rows: RowLayout,
+        state: FlowCacheLayer | None,
         hidden_states: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
@@ -201,9 +207,9 @@ class FlowNetworkLayer(GradientCheckpointingLayer):
         return hidden_states, weights, (flow, *routing), metrics
 
 
-def mean_metrics(spans: list[tuple[Rows, dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
+def mean_metrics(spans: list[tuple[RowLayout, dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
     """Means over the real entities of spans → over those of the rows."""
-    counts = torch.stack([span.real().sum() for span, _ in spans])
+    counts = torch.stack([span.token_mask().sum() for span, _ in spans])
     shares = counts / counts.sum().clamp(min=1)
     return {name: (torch.stack([one[name] for _, one in spans]) * shares).sum() for name in spans[0][1]}
 
@@ -259,7 +265,7 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
         self.rotary = RotaryEmbedding(config)
         self.memory = None
         if config.memory_size:
-            self.memory = MemoryBank(config.hidden_size, config.memory_size, config.bank_decay)
+            self.memory = MemoryBank(config.hidden_size, config.memory_size, config.memory_bank_decay)
         self.layers = nn.ModuleList([FlowNetworkLayer(config) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.gradient_checkpointing = False
@@ -308,19 +314,19 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        inputs_embeds = embed(self, input_ids, inputs_embeds)
-        past_key_values = given_cache(past_key_values, cache)
-        rows, states, past_key_values = begin_call(
+        inputs_embeds = embed_inputs(self, input_ids, inputs_embeds)
+        past_key_values = resolve_cache_argument(past_key_values, cache)
+        rows, states, past_key_values = prepare_forward(
             self, inputs_embeds, attention_mask, position_ids, segment_ids, past_key_values, use_cache
         )
-        hidden_states = rows.compact(inputs_embeds)
-        rotary = self.rotary(hidden_states, rows.reach)
+        hidden_states = rows.unpad(inputs_embeds)
+        rotary = self.rotary(hidden_states, rows.segment_positions)
         # Read before it is written: a checkpointed layer runs again in backward, and must see the same.
         bank = None if self.memory is None else self.memory.memory_bank.clone()
         all_states, all_weights, all_flows, all_metrics = [], [], [], []
         for layer, state in zip(self.layers[: config.num_hidden_layers], states, strict=True):
             if output_hidden_states:
-                columns, hidden_states = rows.observe(hidden_states)
+                columns, hidden_states = rows.pad_with_grad(hidden_states)
                 all_states.append(columns)
             hidden_states, weights, flow, metrics = layer(
                 hidden_states,
@@ -336,16 +342,16 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
                 all_weights.append(weights)
             if output_flows:
                 all_flows.append(flows_to_columns(*flow, rows, state))
-        hidden_states = in_pieces(self.norm, hidden_states)
+        hidden_states = apply_chunked(self.norm, hidden_states)
         metrics = {name: torch.stack([one[name] for one in all_metrics]).mean() for name in all_metrics[0]}
         if self.memory is not None:
             # generate() learns nothing, in training mode either.
             learns = self.training and torch.is_grad_enabled() and self.memory_trains
             metrics["memory_write_norm"] = self.memory.stage(hidden_states, rows) if learns else bank.new_zeros(())
-        hidden_states = rows.scatter(hidden_states)
+        hidden_states = rows.pad(hidden_states)
         if output_hidden_states:
             all_states.append(hidden_states)
-        end_call(past_key_values, states)
+        finish_forward(past_key_values, states)
 
         return FlowNetworkModelOutput(
             last_hidden_state=hidden_states,
@@ -357,11 +363,11 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
         )
 
 
-def flows_to_columns(flow, window, share, rows: Rows, state: StateLayer | None) -> Flows:
+def flows_to_columns(flow, window, share, rows: RowLayout, state: FlowCacheLayer | None) -> Flows:
     """What a layer routed, of the rows and by offset → of the columns."""
-    matrix = to_dense(flow.unsqueeze(1), rows.index, int(rows.index.max()) + 1)
-    matrix = to_columns(matrix, rows, state)[:, 0]
-    return Flows(matrix, rows.scatter(window), rows.scatter(share))
+    matrix = to_dense(flow.unsqueeze(1), rows.positions, int(rows.positions.max()) + 1)
+    matrix = pad_attention(matrix, rows, state)[:, 0]
+    return Flows(matrix, rows.pad(window), rows.pad(share))
 
 
 class FlowNetworkForCausalLM(FlowGenerationMixin, FlowNetworkPreTrainedModel, GenerationMixin):
@@ -404,7 +410,7 @@ class FlowNetworkForCausalLM(FlowGenerationMixin, FlowNetworkPreTrainedModel, Ge
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=given_cache(past_key_values, cache),
+            cache=resolve_cache_argument(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             segment_ids=segment_ids,
@@ -429,7 +435,7 @@ class FlowNetworkForCausalLM(FlowGenerationMixin, FlowNetworkPreTrainedModel, Ge
         )
 
 
-class FlowNetworkForSequenceClassification(LastStateClassification, FlowNetworkPreTrainedModel):
+class FlowNetworkForSequenceClassification(LastTokenClassificationMixin, FlowNetworkPreTrainedModel):
     """FlowNetwork with a linear head on the last real token of each row."""
 
     def __init__(self, config: FlowNetworkConfig):

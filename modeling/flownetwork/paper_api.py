@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..modules.row_layout import lay_rows
+from ..modules.row_layout import make_row_layout
 from ..modules.windowed_attention import RotaryEmbedding
 from .configuration_flownetwork import FlowNetworkConfig, adjust_num_heads
 from .modeling_flownetwork import FlowNetworkForCausalLM, FlowNetworkLayer
@@ -95,8 +95,8 @@ class EnhancedFlowLayer(nn.Module):
         """
         if memory is not None and self.layer.memory_attention is None:
             raise ValueError("`memory` needs a layer with memory: `memory_size` is 0, make it at least 1.")
-        rows = lay_rows(*x.shape[:2], x.device)
-        out, _, _, metrics = self.layer(x, memory, self.rotary(x, rows.reach), rows)
+        rows = make_row_layout(*x.shape[:2], x.device)
+        out, _, _, metrics = self.layer(x, memory, self.rotary(x, rows.segment_positions), rows)
         return out, metrics
 
 

@@ -21,23 +21,23 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
 
-from ..modules.cache import StateLayer
+from ..modules.cache import FlowCacheLayer
 from ..modules.chunk_memory import ChunkMemory
-from ..modules.linear import decide
-from ..modules.row_layout import Rows, lay_rows
+from ..modules.linear import linear_in_weight_dtype
+from ..modules.row_layout import RowLayout, make_row_layout
 from ..ops.band import block_length, by_key, by_offset, join_blocks, key_blocks, query_blocks
 
 CONTEXT_SIZE = 16  # features of the context that the router sees
-LEAST_SHARE, MOST_SHARE = 0.5, 1.5  # what the router's share lies between, in units of `base_sparsity`
+MIN_FRACTION, MAX_FRACTION = 0.5, 1.5  # what the router's share lies between, in units of `base_sparsity`
 # Entries this share below the threshold stay, so that ties are kept together, no row is empty and no weight hangs on a
 # last bit: TIE_MARGIN where one is kept, TIE_MARGIN / count where more are, TIE_MARGIN / FEW where many are.
 TIE_MARGIN, FEW = 0.08, 8
 NEAR_OFFSETS = 8  # offsets that a profile tells apart; beyond them it is linear between powers of two
 FARTHEST_KNOT = 2**20
-QUERIES_AT_ONCE = 2048  # rows of the flow that are held at a time
+QUERY_CHUNK = 2048  # rows of the flow that are held at a time
 
 
-def select_strongest(flow: torch.Tensor, count: torch.Tensor, most: int) -> torch.Tensor:
+def soft_top_k(flow: torch.Tensor, count: torch.Tensor, most: int) -> torch.Tensor:
     """The strongest entries of each row, lowered by what the first one left out has, and made to sum to 1.
 
     relu(F − θ) with θ interpolated between the sorted entries so that round(count) of them, but at least 1, lie above
@@ -164,14 +164,14 @@ class FlowLayer(nn.Module):
             `sparsity_kept` and `pattern_entropy`).
         """
         batch, length, _ = x.shape
-        rows = lay_rows(batch, length, x.device)
+        rows = make_row_layout(batch, length, x.device)
         patterns, query, key, intensity = self._assemble(x)
-        age = (rows.index[0][:, None] - rows.index[0]).expand(batch, -1, -1)
+        age = (rows.positions[0][:, None] - rows.positions[0]).expand(batch, -1, -1)
         profile = self._profile(length)[:, age[0].clamp(min=0)]
         with torch.autocast(x.device.type, enabled=False):
             mixture = torch.einsum("bip,pij->bij", patterns, profile)
             scores = query @ key.transpose(1, 2)
-        flow, reachable = self._route(scores, mixture, age, rows.reach, routing, self.window or length)
+        flow, reachable = self._route(scores, mixture, age, rows.segment_positions, routing, self.window or length)
         return flow * intensity, self._metrics(patterns, (flow > 0).sum(dim=-1) / reachable, rows)
 
     def apply(self, flow: torch.Tensor | Callable, x: torch.Tensor | None = None):
@@ -187,8 +187,8 @@ class FlowLayer(nn.Module):
         self,
         x: torch.Tensor,
         routing: tuple[torch.Tensor, torch.Tensor] | None = None,
-        rows: Rows | None = None,
-        state: StateLayer | None = None,
+        rows: RowLayout | None = None,
+        state: FlowCacheLayer | None = None,
         output_flow: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
         """What flows into each entity, in O(M · W).
@@ -196,7 +196,7 @@ class FlowLayer(nn.Module):
         Args:
             x: `[B, M, input_dim]`.
             routing: as for `forward`.
-            rows: `padding.Rows` of this call; None for rows without padding.
+            rows: `row_layout.RowLayout` of this call; None for rows without padding.
             state: the window before this call, or None.
             output_flow: return the flow too.
 
@@ -204,7 +204,7 @@ class FlowLayer(nn.Module):
             (`[B, M, output_dim]`; flow by offset `[B, M, W]`, oldest first, without gradient, or None; metrics).
         """
         batch, length, _ = x.shape
-        rows = lay_rows(batch, length, x.device) if rows is None else rows
+        rows = make_row_layout(batch, length, x.device) if rows is None else rows
         patterns, query, key, intensity = self._assemble(x)
         value = self.value_proj(x)
         if self.window is None and state is not None:
@@ -215,17 +215,17 @@ class FlowLayer(nn.Module):
         if state is None:
             key, value = (F.pad(past, (0, 0, before, 0)) for past in (key, value))
         else:
-            key, value = state.tail("flow_key", key, before), state.tail("flow_value", value, before)
+            key, value = state.roll("flow_key", key, before), state.roll("flow_value", value, before)
         keys, values = key_blocks(key, before, block), key_blocks(value, before, block)
         profile = self._profile(width).flip(1)
         age = torch.arange(before, -1, -1, device=x.device)
-        of_entities = [query, patterns, rows.reach[..., None], intensity]
+        of_entities = [query, patterns, rows.segment_positions[..., None], intensity]
         if routing is not None:
             of_entities += [one[..., None] for one in routing]
         blocks = [keys, values, *(query_blocks(one, block) for one in of_entities)]
 
         mixed, flows, shares = [], [], []
-        at_once = max(1, QUERIES_AT_ONCE // block)
+        at_once = max(1, QUERY_CHUNK // block)
         for keys, values, queries, weights, reach, strength, *routed in zip(
             *(one.split(at_once, dim=1) for one in blocks), strict=True
         ):
@@ -247,16 +247,16 @@ class FlowLayer(nn.Module):
         """Weights of the patterns `[B, M, P]`, queries and keys `[B, M, R]`, intensity `[B, M, 1]`, as float32."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            intensity = decide(self.intensity_proj, x).to(dtype).sigmoid()
+            intensity = linear_in_weight_dtype(self.intensity_proj, x).to(dtype).sigmoid()
             query = self.query_maps(x).to(dtype).unflatten(-1, (-1, self.rank))
-            key = decide(self.key_proj, x).to(dtype)
+            key = linear_in_weight_dtype(self.key_proj, x).to(dtype)
             if self.pattern_selector is None:
                 patterns = torch.ones_like(intensity)
             else:
-                patterns = decide(self.pattern_selector, x).to(dtype).softmax(dim=-1)
+                patterns = linear_in_weight_dtype(self.pattern_selector, x).to(dtype).softmax(dim=-1)
                 if patterns.shape[-1] > self.kept_patterns:
                     count = patterns.new_tensor(self.kept_patterns)
-                    patterns = select_strongest(patterns, count, self.kept_patterns)
+                    patterns = soft_top_k(patterns, count, self.kept_patterns)
             query = (patterns.unsqueeze(-1) * query).sum(dim=-2)
             return patterns, unit_mean_square(query) / math.sqrt(self.rank), unit_mean_square(key), intensity
 
@@ -284,10 +284,10 @@ class FlowLayer(nn.Module):
         allowed = (age >= 0) & (age <= reach.clamp(max=width - 1).unsqueeze(-1))
         flow = flow.masked_fill(~allowed, -math.inf)
         flow = (flow - flow.detach().amax(dim=-1, keepdim=True)).exp()
-        most = math.ceil(min(1.0, MOST_SHARE * self.base_sparsity) * width)
-        return select_strongest(flow, share * reachable, most), reachable.detach()
+        most = math.ceil(min(1.0, MAX_FRACTION * self.base_sparsity) * width)
+        return soft_top_k(flow, share * reachable, most), reachable.detach()
 
-    def _metrics(self, patterns: torch.Tensor, share: torch.Tensor, rows: Rows) -> dict[str, torch.Tensor]:
+    def _metrics(self, patterns: torch.Tensor, share: torch.Tensor, rows: RowLayout) -> dict[str, torch.Tensor]:
         patterns = patterns.detach()
         entropy = -(patterns * patterns.clamp(min=torch.finfo(patterns.dtype).tiny).log()).sum(dim=-1)
         return {"sparsity_kept": rows.mean(share), "pattern_entropy": rows.mean(entropy)}
@@ -341,20 +341,24 @@ class ContextAwareFlowRouter(nn.Module):
         self.context.reset_parameters(CONTEXT_SIZE**-0.5)
 
     def forward(
-        self, x: torch.Tensor, rows: Rows | None = None, state: StateLayer | None = None
+        self, x: torch.Tensor, rows: RowLayout | None = None, state: FlowCacheLayer | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`[B, M, input_dim]` → (window, kept share), each `[B, M]`, in at least float32.
 
         Args:
-            rows: `padding.Rows` of this call; None for rows without padding.
+            rows: `row_layout.RowLayout` of this call; None for rows without padding.
             state: holds the context, or None.
         """
-        rows = lay_rows(*x.shape[:2], x.device) if rows is None else rows
+        rows = make_row_layout(*x.shape[:2], x.device) if rows is None else rows
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            slots, layout = self.context(decide(self.context_proj, x), rows, state)
+            slots, layout = self.context(linear_in_weight_dtype(self.context_proj, x), rows, state)
             context = layout.of_chunks(slots[:, :, 0])
-            routed = decide(self.route_proj, torch.cat([x, context.to(x.dtype)], dim=-1)).to(dtype).sigmoid()
+            routed = (
+                linear_in_weight_dtype(self.route_proj, torch.cat([x, context.to(x.dtype)], dim=-1))
+                .to(dtype)
+                .sigmoid()
+            )
         window = self.min_flow_window + (self.flow_window - self.min_flow_window) * routed[..., 0]
-        share = self.base_sparsity * (LEAST_SHARE + (MOST_SHARE - LEAST_SHARE) * routed[..., 1])
+        share = self.base_sparsity * (MIN_FRACTION + (MAX_FRACTION - MIN_FRACTION) * routed[..., 1])
         return window, share.clamp(max=1.0)

@@ -5,10 +5,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from ..modules.cache import StateLayer
-from ..modules.row_layout import Rows
+from ..modules.cache import FlowCacheLayer
+from ..modules.row_layout import RowLayout
 from ..modules.windowed_attention import GroupedQueryAttention, SelfAttention, rotate
-from ..ops.chunking import in_pieces
+from ..ops.chunking import apply_chunked
 
 
 class EnhancedLocalAttentionWithGQA(nn.Module):
@@ -28,8 +28,8 @@ class EnhancedLocalAttentionWithGQA(nn.Module):
         self,
         x: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
-        rows: Rows,
-        state: StateLayer | None,
+        rows: RowLayout,
+        state: FlowCacheLayer | None,
         output_attentions: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`[B, M, hidden_size]` → (the same, weights `[B, H, M, N]` or None); arguments as for `SelfAttention`."""
@@ -53,8 +53,8 @@ class CrossAttention(GroupedQueryAttention):
         source: torch.Tensor,
         source_rotary: tuple[torch.Tensor, torch.Tensor] | None,
         source_mask: torch.Tensor | None,
-        rows: Rows,
-        state: StateLayer | None,
+        rows: RowLayout,
+        state: FlowCacheLayer | None,
         output_attentions: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -84,7 +84,7 @@ class CrossAttention(GroupedQueryAttention):
         if output_attentions:
             y, weights = self.attend_observed(self._queries(x, *rotary), key, value, mask, rows.observe_queries)
             return self.o_proj(y.flatten(2)), weights
-        return in_pieces(partial(self._read, key, value, mask), x, *rotary), None
+        return apply_chunked(partial(self._read, key, value, mask), x, *rotary), None
 
     def _queries(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         return rotate(self.q_norm(self.project(self.q_proj, x)), cos, sin)

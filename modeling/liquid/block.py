@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..modules.cache import StateLayer
-from ..modules.row_layout import Rows
-from ..ops.chunking import in_pieces
+from ..modules.cache import FlowCacheLayer
+from ..modules.row_layout import RowLayout
+from ..ops.chunking import apply_chunked
 from .attention import CrossAttention, EnhancedLocalAttentionWithGQA
 from .configuration_liquid import LiquidConfig
 from .deformable_conv import OptimizedGatedConvolution
@@ -68,12 +68,12 @@ class ImprovedTransformerBlock(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
-        rows: Rows,
+        rows: RowLayout,
         source: torch.Tensor | None = None,
         source_rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
         source_mask: torch.Tensor | None = None,
-        past_key_values: StateLayer | None = None,
-        cross_state: StateLayer | None = None,
+        past_key_values: FlowCacheLayer | None = None,
+        cross_state: FlowCacheLayer | None = None,
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor, Routing]:
         """Args: hidden_states `[B, M, hidden_size]`; source, source_rotary, source_mask: as for
@@ -83,13 +83,13 @@ class ImprovedTransformerBlock(GradientCheckpointingLayer):
             (states; weights of the self-attention and of the cross-attention, or None; router loss `[B]`; routing).
         """
         y, weights = self.attention(
-            in_pieces(self.attention_norm, hidden_states), rotary, rows, past_key_values, output_attentions
+            apply_chunked(self.attention_norm, hidden_states), rotary, rows, past_key_values, output_attentions
         )
         hidden_states = hidden_states + self.dropout(self._checked(y, "attention"))
         cross_weights = None
         if self.cross_attention is not None:
             y, cross_weights = self.cross_attention(
-                in_pieces(self.cross_norm, hidden_states),
+                apply_chunked(self.cross_norm, hidden_states),
                 rotary,
                 source,
                 source_rotary,
@@ -99,11 +99,11 @@ class ImprovedTransformerBlock(GradientCheckpointingLayer):
                 output_attentions,
             )
             hidden_states = hidden_states + self.dropout(self._checked(y, "cross-attention"))
-        y = self.gated_conv(in_pieces(self.conv_norm, hidden_states), rows, past_key_values)
+        y = self.gated_conv(apply_chunked(self.conv_norm, hidden_states), rows, past_key_values)
         hidden_states = hidden_states + self.dropout(self._checked(y, "gated convolution"))
-        y, router_loss, routing = self.moe(in_pieces(self.moe_norm, hidden_states), rows)
+        y, router_loss, routing = self.moe(apply_chunked(self.moe_norm, hidden_states), rows)
         hidden_states = hidden_states + self.dropout(self._checked(y, "experts"))
-        hidden_states = in_pieces(self._fed_forward, hidden_states)
+        hidden_states = apply_chunked(self._fed_forward, hidden_states)
         return hidden_states, weights, cross_weights, router_loss, routing
 
     def _fed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -50,14 +50,14 @@ class LiquidConfig(HubCodeMixin, PreTrainedConfig):
         max_expert_load (`float`, *optional*): Share of a row's tokens beyond which an expert's use costs; one and a
             half of the even share if not given.
         router_entropy_coef (`float`, defaults to 0.01): Weight in the loss of how uneven the mean gate is.
-        router_overuse_coef (`float`, defaults to 0.01): Weight in the loss of what lies beyond `max_expert_load`.
-        reconstruction_coef (`float`, defaults to 0.01): Weight in the loss of what compression changes.
+        router_aux_loss_coef (`float`, defaults to 0.01): Weight in the loss of what lies beyond `max_expert_load`.
+        reconstruction_loss_coef (`float`, defaults to 0.01): Weight in the loss of what compression changes.
         conv_kernel (`int`, defaults to 3): Taps of every convolution, odd.
         conv_dilation (`int`, defaults to 1): Distance between the taps of the deformable ones.
         max_offset (`float`, defaults to 2.0): How far a tap can move; 0 for ordinary convolutions.
-        memory_hidden_size (`int`, *optional*): Width of the decoder's LSTM memory; `hidden_size` if not given, 0 for
+        lstm_hidden_size (`int`, *optional*): Width of the decoder's LSTM memory; `hidden_size` if not given, 0 for
             none.
-        memory_layers (`int`, defaults to 1): Layers of the LSTM.
+        num_lstm_layers (`int`, defaults to 1): Layers of the LSTM.
         finite_check (`str`, defaults to `"off"`): What is done about infinite or undefined values behind attention,
             convolution and experts: nothing, `"raise"` an error that names the place, or make them `"zero"`.
         hidden_dropout (`float`, defaults to 0.0): Dropout on what each sub-block adds to the state.
@@ -78,7 +78,14 @@ class LiquidConfig(HubCodeMixin, PreTrainedConfig):
     """
 
     model_type = "liquid"
-    keys_to_ignore_at_inference = ["past_key_values", "cache", "token_loss", "recon_loss", "router_loss", "metrics"]
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "cache",
+        "token_loss",
+        "reconstruction_loss",
+        "router_loss",
+        "metrics",
+    ]
 
     vocab_size: int = 4096
     hidden_size: int = 256
@@ -102,13 +109,13 @@ class LiquidConfig(HubCodeMixin, PreTrainedConfig):
     normalize_expert_weights: bool = True
     max_expert_load: float | int | None = None
     router_entropy_coef: float | int = 0.01
-    router_overuse_coef: float | int = 0.01
-    reconstruction_coef: float | int = 0.01
+    router_aux_loss_coef: float | int = 0.01
+    reconstruction_loss_coef: float | int = 0.01
     conv_kernel: int = 3
     conv_dilation: int = 1
     max_offset: float | int = 2.0
-    memory_hidden_size: int | None = None
-    memory_layers: int = 1
+    lstm_hidden_size: int | None = None
+    num_lstm_layers: int = 1
     finite_check: str = "off"
     hidden_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
@@ -133,8 +140,8 @@ class LiquidConfig(HubCodeMixin, PreTrainedConfig):
             self.num_decoder_layers = self.num_hidden_layers
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.hidden_size
-        if self.memory_hidden_size is None:
-            self.memory_hidden_size = self.hidden_size
+        if self.lstm_hidden_size is None:
+            self.lstm_hidden_size = self.hidden_size
         if self.max_expert_load is None and self.num_experts > 0:
             self.max_expert_load = 1.5 * self.num_experts_per_tok / self.num_experts
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
@@ -148,7 +155,7 @@ class LiquidConfig(HubCodeMixin, PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """Every layer of the decoder keeps its state in a `state_cache.StateLayer`."""
+        """Every layer of the decoder keeps its state in a `cache.FlowCacheLayer`."""
         return ["flow_state"] * self.num_decoder_layers
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> "LiquidConfig":
@@ -167,12 +174,12 @@ class LiquidConfig(HubCodeMixin, PreTrainedConfig):
         for field in (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_decoder_layers", "num_attention_heads",
             "num_key_value_heads", "intermediate_size", "attention_window", "num_experts", "num_experts_per_tok",
-            "moe_intermediate_size", "conv_kernel", "conv_dilation", "memory_layers", "max_position_embeddings",
+            "moe_intermediate_size", "conv_kernel", "conv_dilation", "num_lstm_layers", "max_position_embeddings",
         ):  # fmt: skip
             if getattr(self, field) < 1:
                 raise ValueError(f"`{field}` must be at least 1, got {getattr(self, field)}.")
         for field in (
-            "router_entropy_coef", "router_overuse_coef", "reconstruction_coef", "max_offset", "memory_hidden_size",
+            "router_entropy_coef", "router_aux_loss_coef", "reconstruction_loss_coef", "max_offset", "lstm_hidden_size",
             "initializer_range",
         ):  # fmt: skip
             if not 0 <= getattr(self, field) < math.inf:

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..modules.cache import StateLayer
-from ..modules.row_layout import Rows
-from ..ops.chunking import in_pieces
+from ..modules.cache import FlowCacheLayer
+from ..modules.row_layout import RowLayout
+from ..ops.chunking import apply_chunked
 
 
 class DeformableConv1d(nn.Module):
@@ -49,17 +49,17 @@ class DeformableConv1d(nn.Module):
         """Entities before the call that a causal one needs."""
         return max(self.kernel_size - 1, math.ceil(self.max_offset) + self.dilation * (self.kernel_size - 1))
 
-    def forward(self, x: torch.Tensor, rows: Rows, state: StateLayer | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rows: RowLayout, state: FlowCacheLayer | None = None) -> torch.Tensor:
         """`[B, M, C]` → `[B, M, out_channels]`.
 
         Args:
-            rows: `padding.Rows` of this call.
+            rows: `row_layout.RowLayout` of this call.
             state: holds what came before, for a causal one, or None.
         """
-        x = torch.where(rows.real()[..., None], x, x.new_zeros(()))
+        x = torch.where(rows.token_mask()[..., None], x, x.new_zeros(()))
         before = self.history if self.causal else 0
         if state is not None:
-            x = state.tail("deformable", x, before)
+            x = state.roll("deformable", x, before)
         elif before:
             x = F.pad(x, (0, 0, before, 0))
         offsets = self.offsets(x, before) if self.offset_conv is not None else None
@@ -81,7 +81,7 @@ class DeformableConv1d(nn.Module):
     def convolve(self, x: torch.Tensor, offsets: torch.Tensor | None, before: int) -> torch.Tensor:
         """The convolution of `[B, before + M, C]` at given offsets `[B, M, T]`; None for none."""
         own = torch.arange(before, x.shape[1], device=x.device)[None, :, None]
-        return in_pieces(partial(self._read, x), own, *([] if offsets is None else [offsets]))
+        return apply_chunked(partial(self._read, x), own, *([] if offsets is None else [offsets]))
 
     def _read(self, x: torch.Tensor, own: torch.Tensor, offsets: torch.Tensor | None = None) -> torch.Tensor:
         """The output at places `own` `[1, M, 1]` of x."""
@@ -126,9 +126,9 @@ class OptimizedGatedConvolution(nn.Module):
         self.norm = nn.LayerNorm(channels, norm_eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: torch.Tensor, rows: Rows, state: StateLayer | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rows: RowLayout, state: FlowCacheLayer | None = None) -> torch.Tensor:
         """`[B, M, channels]` → the same; arguments as for `DeformableConv1d.forward`."""
-        return in_pieces(self._gated, self.deform_conv(x, rows, state))
+        return apply_chunked(self._gated, self.deform_conv(x, rows, state))
 
     def _gated(self, y: torch.Tensor) -> torch.Tensor:
         main, gate = y.chunk(2, dim=-1)

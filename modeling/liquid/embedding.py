@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..modules.cache import StateLayer
-from ..modules.row_layout import Rows
-from ..ops.chunking import in_overlapping_pieces, in_pieces
+from ..modules.cache import FlowCacheLayer
+from ..modules.row_layout import RowLayout
+from ..ops.chunking import apply_chunked, apply_chunked_overlapping
 from .frequency_attention import FrequencyHyenaAttention
 from .spectral_frames import AdaptiveLowPass, LaggedFrames, RowFrames
 
@@ -21,11 +21,11 @@ class Compression:
     """What the low-pass of an embedding did.
 
     Attributes:
-        recon_loss: `[B]`, mean distance that compression makes to a row's real tokens; 0 if nothing is compressed.
+        reconstruction_loss: `[B]`, mean distance that compression makes to a row's real tokens; 0 if nothing is compressed.
         ratio: scalar, mean share of the frequencies that frames keep.
     """
 
-    recon_loss: torch.Tensor
+    reconstruction_loss: torch.Tensor
     ratio: torch.Tensor
 
 
@@ -60,34 +60,34 @@ class EnhancedLiquidEmbedding(nn.Module):
         self.proj = nn.Linear(size, size)
         self.proj_norm = nn.LayerNorm(size, eps)
 
-    def forward(self, x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, Compression]:
+    def forward(self, x: torch.Tensor, rows: RowLayout) -> tuple[torch.Tensor, Compression]:
         """`[B, M, D]` embedded tokens, zero where not real, → (the same shape, what compression did)."""
-        real = rows.real()[..., None]
+        real = rows.token_mask()[..., None]
         x = self._add_positions(x, rows)
         for conv in (self.conv1, self.conv2):
             side = conv.kernel_size[0] // 2
             x = self._convolve(conv, F.pad(only(real, x), (0, 0, side, side)))
-        c = only(real, in_pieces(self.layer_norm, x))
+        c = only(real, apply_chunked(self.layer_norm, x))
         framing = RowFrames(self.frame_length, rows)
         with torch.autocast(c.device.type, enabled=False):
             wide = c.to(torch.promote_types(c.dtype, torch.float32))
-            heard = in_pieces(self.frequency_attention, framing.split(wide, coarse=True), size=self.frame_length)
+            heard = apply_chunked(self.frequency_attention, framing.split(wide, coarse=True), size=self.frame_length)
             heard = framing.join(heard, coarse=True).to(c.dtype)
-        heard = only(real, in_pieces(self.frequency_attention.project, heard))
+        heard = only(real, apply_chunked(self.frequency_attention.project, heard))
         with torch.autocast(c.device.type, enabled=False):
             wide = heard.to(torch.promote_types(heard.dtype, torch.float32))
-            frames, ratio = in_pieces(self.low_pass, framing.split(wide, coarse=False), size=self.frame_length)
+            frames, ratio = apply_chunked(self.low_pass, framing.split(wide, coarse=False), size=self.frame_length)
             compressed = framing.join(frames, coarse=False).to(heard.dtype)
-        out = in_pieces(self._project, c + compressed)
-        distance = only(real[..., 0], in_pieces(self._distance, out, c + heard))
-        recon_loss = distance.sum(dim=1) / real.sum(dim=(1, 2)).clamp(min=1)
-        return out, Compression(recon_loss, ratio.detach().mean())
+        out = apply_chunked(self._project, c + compressed)
+        distance = only(real[..., 0], apply_chunked(self._distance, out, c + heard))
+        reconstruction_loss = distance.sum(dim=1) / real.sum(dim=(1, 2)).clamp(min=1)
+        return out, Compression(reconstruction_loss, ratio.detach().mean())
 
-    def _add_positions(self, x: torch.Tensor, rows: Rows) -> torch.Tensor:
+    def _add_positions(self, x: torch.Tensor, rows: RowLayout) -> torch.Tensor:
         if self.position_embedding is None:
             return x
         longest = self.position_embedding.num_embeddings
-        index = rows.index.masked_fill(~rows.real(), 0)
+        index = rows.positions.masked_fill(~rows.token_mask(), 0)
         if not torch.compiler.is_compiling() and int(index.max()) >= longest:
             raise ValueError(
                 f"The input holds {int(index.max()) + 1} tokens and `max_position_embeddings` is {longest}: shorten "
@@ -97,7 +97,7 @@ class EnhancedLiquidEmbedding(nn.Module):
 
     def _convolve(self, conv: nn.Conv1d, x: torch.Tensor) -> torch.Tensor:
         """GELU of the convolution: `[B, kernel size − 1 + M, D]` → `[B, M, D]`."""
-        return in_overlapping_pieces(
+        return apply_chunked_overlapping(
             lambda piece: F.gelu(conv(piece.transpose(1, 2)).transpose(1, 2)), x, conv.kernel_size[0] - 1
         )
 
@@ -118,41 +118,43 @@ class CausalLiquidEmbedding(EnhancedLiquidEmbedding):
     causal = True
 
     def forward(
-        self, x: torch.Tensor, rows: Rows, state: StateLayer | None = None
+        self, x: torch.Tensor, rows: RowLayout, state: FlowCacheLayer | None = None
     ) -> tuple[torch.Tensor, Compression]:
         """As for the encoder.
 
         Args:
             state: holds taps and the frames before this call, or None.
         """
-        real = rows.real()[..., None]
+        real = rows.token_mask()[..., None]
         x = self._add_positions(x, rows)
         for name, conv in (("conv1", self.conv1), ("conv2", self.conv2)):
             before = conv.kernel_size[0] - 1
             x = self._convolve(conv, self._history(name, only(real, x), before, state))
-        c = only(real, in_pieces(self.layer_norm, x))
+        c = only(real, apply_chunked(self.layer_norm, x))
         framing = LaggedFrames(self.frame_length, rows)
         history = self._history("frames", c, framing.history, state)
         with torch.autocast(c.device.type, enabled=False):
             wide = framing.split(history.to(torch.promote_types(c.dtype, torch.float32)))
-            heard = in_pieces(self.frequency_attention, wide, size=self.frame_length).to(c.dtype)
-        heard = in_pieces(self.frequency_attention.project, heard, size=self.frame_length)
-        frames, ratio = in_pieces(self.low_pass, heard, size=self.frame_length)
+            heard = apply_chunked(self.frequency_attention, wide, size=self.frame_length).to(c.dtype)
+        heard = apply_chunked(self.frequency_attention.project, heard, size=self.frame_length)
+        frames, ratio = apply_chunked(self.low_pass, heard, size=self.frame_length)
         frames = frames.to(c.dtype)
-        out = in_pieces(self._project, c + framing.lag(frames))
+        out = apply_chunked(self._project, c + framing.lag(frames))
         if state is None:
-            recon_loss = self._reconstruction(frames, heard, framing.completed(frames.shape[1]))
+            reconstruction_loss = self._reconstruction(frames, heard, framing.completed(frames.shape[1]))
         else:
-            recon_loss = ratio.new_zeros(ratio.shape[0])  # a loss is of whole rows
-        return out, Compression(recon_loss, ratio.detach().mean())
+            reconstruction_loss = ratio.new_zeros(ratio.shape[0])  # a loss is of whole rows
+        return out, Compression(reconstruction_loss, ratio.detach().mean())
 
     def _reconstruction(self, frames, heard, completed) -> torch.Tensor:
-        distances = in_pieces(lambda x, y: self._distance(self._project(x), y), frames, heard, size=self.frame_length)
+        distances = apply_chunked(
+            lambda x, y: self._distance(self._project(x), y), frames, heard, size=self.frame_length
+        )
         distance = distances.mean(dim=2)
         return only(completed, distance).sum(dim=1) / completed.sum(dim=1).clamp(min=1)
 
-    def _history(self, name: str, x: torch.Tensor, before: int, state: StateLayer | None) -> torch.Tensor:
-        return F.pad(x, (0, 0, before, 0)) if state is None else state.tail(name, x, before)
+    def _history(self, name: str, x: torch.Tensor, before: int, state: FlowCacheLayer | None) -> torch.Tensor:
+        return F.pad(x, (0, 0, before, 0)) if state is None else state.roll(name, x, before)
 
 
 def only(where: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

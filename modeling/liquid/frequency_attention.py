@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from .spectral_frames import from_spectrum, octave_bands, to_spectrum
 
 PHASE_FLOOR = 1e-3  # of the frame's rms: where a bin is smaller its phase is rounding noise
-LEAST_ENERGY = 1e-12
+MIN_ENERGY = 1e-12
 
 
 class BandAttention(nn.Module):
@@ -63,7 +63,7 @@ class FrequencyHyenaAttention(nn.Module):
         dtype = torch.promote_types(frames.dtype, torch.float32)
         spectrum = to_spectrum(frames.to(dtype), dim=2).flatten(0, 1)  # [B · N, K, D, 2]
         energy = spectrum.square().sum(dim=-1)
-        floor = (PHASE_FLOOR**2 * energy.mean(dim=(1, 2), keepdim=True)).clamp(min=LEAST_ENERGY)
+        floor = (PHASE_FLOOR**2 * energy.mean(dim=(1, 2), keepdim=True)).clamp(min=MIN_ENERGY)
         phase = spectrum * torch.rsqrt(energy + floor)[..., None]
         magnitude = (energy + floor).sqrt().to(self.norm.weight.dtype)
         heard = [attend(magnitude[:, band]).to(dtype) for attend, band in zip(self.attention, self.bands, strict=True)]

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from ..modules.cache import StateLayer
-from ..modules.row_layout import Rows
-from ..ops.chunking import in_pieces
+from ..modules.cache import FlowCacheLayer
+from ..modules.row_layout import RowLayout
+from ..ops.chunking import apply_chunked
 
 
 class EnhancedLSTM(nn.Module):
@@ -22,28 +22,28 @@ class EnhancedLSTM(nn.Module):
         self.output_layer = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, size))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: torch.Tensor, rows: Rows, state: StateLayer | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rows: RowLayout, state: FlowCacheLayer | None = None) -> torch.Tensor:
         """`[B, M, size]` → the same; entities that are not real move nothing.
 
         Args:
-            rows: `padding.Rows` of this call.
+            rows: `row_layout.RowLayout` of this call.
             state: holds h and c after the last real entity of each row, or None.
         """
         before = None if state is None else state.data("lstm")
         if before is not None:
             before = tuple(half.transpose(0, 1).contiguous() for half in before.unbind(dim=1))
-        if rows.counts is None or state is None:  # what stands behind a row's end moves nothing before it
+        if rows.lengths is None or state is None:  # what stands behind a row's end moves nothing before it
             h, after = self.lstm(x, before)
         else:
-            packed = pack_padded_sequence(x, rows.counts.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False)
+            packed = pack_padded_sequence(x, rows.lengths.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False)
             h, after = self.lstm(packed, before)
             h, _ = pad_packed_sequence(h, batch_first=True, total_length=x.shape[1])
             earlier = before if before is not None else tuple(map(torch.zeros_like, after))
-            moved = (rows.counts > 0)[:, None]
+            moved = (rows.lengths > 0)[:, None]
             after = tuple(torch.where(moved, new, old) for new, old in zip(after, earlier, strict=True))
         if state is not None:
             state.replace("lstm", torch.stack([half.transpose(0, 1) for half in after], dim=1).detach())
-        return in_pieces(self._add_memory, x, h)
+        return apply_chunked(self._add_memory, x, h)
 
     def _add_memory(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         return self.dropout(x + self.output_layer(h))

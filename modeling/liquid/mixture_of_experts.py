@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.integrations import use_experts_implementation
 
-from ..modules.linear import decide
-from ..modules.row_layout import Rows
-from ..ops.chunking import in_pieces
+from ..modules.linear import linear_in_weight_dtype
+from ..modules.row_layout import RowLayout
+from ..ops.chunking import apply_chunked
 
 
 @dataclass
@@ -65,7 +65,7 @@ class MoELayer(nn.Module):
 
     Args:
         config: `num_experts` m, `num_experts_per_tok` k_base, `dynamic_experts`, `normalize_expert_weights`,
-            `max_expert_load` θ, `router_entropy_coef`, `router_overuse_coef`.
+            `max_expert_load` θ, `router_entropy_coef`, `router_aux_loss_coef`.
     """
 
     def __init__(self, config):
@@ -74,12 +74,12 @@ class MoELayer(nn.Module):
         self.gate = nn.Linear(config.hidden_size, config.num_experts)
         self.experts = Experts(config)
 
-    def forward(self, x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, Routing]:
+    def forward(self, x: torch.Tensor, rows: RowLayout) -> tuple[torch.Tensor, torch.Tensor, Routing]:
         """`[B, M, D]` → (the same; the router's loss of each row `[B]`; how it decided)."""
         config = self.config
-        real = rows.real()
+        real = rows.token_mask()
         with torch.autocast(x.device.type, enabled=False):
-            logits = decide(self.gate, x)
+            logits = linear_in_weight_dtype(self.gate, x)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         probability = logits.softmax(dim=-1)
         most = min(config.num_experts, (1 + config.dynamic_experts) * config.num_experts_per_tok)
@@ -89,7 +89,7 @@ class MoELayer(nn.Module):
         weights = weights.masked_fill(~used, 0)
         if config.normalize_expert_weights:
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-        y = in_pieces(self._mixed, x, index, weights)
+        y = apply_chunked(self._mixed, x, index, weights)
         loss = self._loss(probability, index, used, real)
         return y, loss, Routing(logits, index, weights)
 
@@ -118,7 +118,7 @@ class MoELayer(nn.Module):
         load = mean + (chosen - mean).detach()
         imbalance = math.log(config.num_experts) - entropy(mean)
         overuse = (load - config.max_expert_load).relu().sum(dim=-1)
-        loss = config.router_entropy_coef * imbalance + config.router_overuse_coef * overuse
+        loss = config.router_entropy_coef * imbalance + config.router_aux_loss_coef * overuse
         return loss.masked_fill(~real.any(dim=1), 0)
 
 

@@ -4,7 +4,7 @@
     decoder: CausalLiquidEmbedding → (block → EnhancedLSTM, one for all) → LayerNorm  (§3.10)
 
 A block is in `liquid_block.py`, an embedding in `liquid_embedding.py`. Rows are left-aligned behind the
-model's boundary (`padding.py`); the decoder's state lives in `state_cache.StateLayer`.
+model's boundary (`padding.py`); the decoder's state lives in `cache.FlowCacheLayer`.
 
 Shape letters: B batch, M tokens of the decoder in this call, N so far, S of the source, H heads, m experts.
 """
@@ -21,10 +21,10 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
-from ..modules.cache import CACHE_NAME, StateLayer, given_cache, state_layers
-from ..modules.forward_utils import FlowGenerationMixin, begin_call, embed, end_call
+from ..modules.cache import CACHE_NAME, FlowCacheLayer, resolve_cache_argument, state_layers
+from ..modules.forward_utils import FlowGenerationMixin, embed_inputs, finish_forward, prepare_forward
 from ..modules.rms_norm import RMSNorm
-from ..modules.row_layout import Rows, column_mask, lay_rows
+from ..modules.row_layout import RowLayout, column_mask, make_row_layout
 from ..modules.windowed_attention import RotaryEmbedding
 from .block import ImprovedTransformerBlock
 from .configuration_liquid import LiquidConfig
@@ -121,21 +121,21 @@ class BidirectionalEncoder(LiquidPreTrainedModel):
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        inputs_embeds = embed(self, input_ids, inputs_embeds)
+        inputs_embeds = embed_inputs(self, input_ids, inputs_embeds)
         batch, length, _ = inputs_embeds.shape
         mask = column_mask(attention_mask, batch, length, 0)
-        rows = lay_rows(batch, length, inputs_embeds.device, mask=mask)
-        hidden_states, compression = self.embedding(rows.compact(inputs_embeds), rows)
+        rows = make_row_layout(batch, length, inputs_embeds.device, mask=mask)
+        hidden_states, compression = self.embedding(rows.unpad(inputs_embeds), rows)
         hidden_states = self.dropout(hidden_states)
-        rotary = self.rotary(hidden_states, rows.index)
+        rotary = self.rotary(hidden_states, rows.positions)
         blocks = BlockOutputs(rows)
         for layer in self.layers:
             if output_hidden_states:
-                columns, hidden_states = rows.observe(hidden_states)
+                columns, hidden_states = rows.pad_with_grad(hidden_states)
                 blocks.states.append(columns)
             hidden_states, *outputs = layer(hidden_states, rotary, rows, output_attentions=output_attentions)
             blocks.add(*outputs)
-        hidden_states = rows.scatter(self.norm(hidden_states))
+        hidden_states = rows.pad(self.norm(hidden_states))
         if output_hidden_states:
             blocks.states.append(hidden_states)
         return LiquidEncoderOutput(
@@ -143,7 +143,7 @@ class BidirectionalEncoder(LiquidPreTrainedModel):
             hidden_states=tuple(blocks.states) if output_hidden_states else None,
             attentions=tuple(blocks.attentions) if output_attentions else None,
             router_logits=tuple(blocks.router_logits),
-            recon_loss=compression.recon_loss,
+            reconstruction_loss=compression.reconstruction_loss,
             router_loss=blocks.router_loss,
             metrics={"compression_ratio": compression.ratio, "experts_per_token": blocks.experts_per_token()},
         )
@@ -163,9 +163,9 @@ class LiquidDecoder(LiquidPreTrainedModel):
             ]
         )
         self.external_memory = None
-        if config.memory_hidden_size:
+        if config.lstm_hidden_size:
             self.external_memory = EnhancedLSTM(
-                config.hidden_size, config.memory_hidden_size, config.memory_layers, config.hidden_dropout
+                config.hidden_size, config.lstm_hidden_size, config.num_lstm_layers, config.hidden_dropout
             )
         self.norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -174,12 +174,12 @@ class LiquidDecoder(LiquidPreTrainedModel):
 
     def forward(
         self,
-        rows: Rows,
+        rows: RowLayout,
         inputs_embeds: torch.Tensor,
         source: torch.Tensor,
         source_mask: torch.Tensor | None,
-        states: list[StateLayer | None],
-        cross_states: list[StateLayer | None],
+        states: list[FlowCacheLayer | None],
+        cross_states: list[FlowCacheLayer | None],
         output_attentions: bool = False,
         output_hidden_states: bool = False,
     ) -> LiquidDecoderOutput:
@@ -189,16 +189,16 @@ class LiquidDecoder(LiquidPreTrainedModel):
             source, source_mask: as for `CrossAttention`.
             states, cross_states: of each block, or None.
         """
-        hidden_states, compression = self.embedding(rows.compact(inputs_embeds), rows, states[0])
+        hidden_states, compression = self.embedding(rows.unpad(inputs_embeds), rows, states[0])
         hidden_states = self.dropout(hidden_states)
-        rotary = self.rotary(hidden_states, rows.index)
+        rotary = self.rotary(hidden_states, rows.positions)
         source_rotary = None
         if cross_states[0] is None or cross_states[0].data("source_key") is None:
-            source_rotary = self.rotary(source, places_in_rows(source_mask, source))
+            source_rotary = self.rotary(source, position_ids_from_mask(source_mask, source))
         blocks = BlockOutputs(rows)
         for layer, state, cross_state in zip(self.layers, states, cross_states, strict=True):
             if output_hidden_states:
-                columns, hidden_states = rows.observe(hidden_states)
+                columns, hidden_states = rows.pad_with_grad(hidden_states)
                 blocks.states.append(columns)
             hidden_states, *outputs = layer(
                 hidden_states,
@@ -214,7 +214,7 @@ class LiquidDecoder(LiquidPreTrainedModel):
             blocks.add(*outputs)
             if self.external_memory is not None:
                 hidden_states = self.external_memory(hidden_states, rows, state)
-        hidden_states = rows.scatter(self.norm(hidden_states))
+        hidden_states = rows.pad(self.norm(hidden_states))
         if output_hidden_states:
             blocks.states.append(hidden_states)
         return LiquidDecoderOutput(
@@ -223,13 +223,13 @@ class LiquidDecoder(LiquidPreTrainedModel):
             attentions=tuple(blocks.attentions) if output_attentions else None,
             cross_attentions=tuple(blocks.cross_attentions) if output_attentions else None,
             router_logits=tuple(blocks.router_logits),
-            recon_loss=compression.recon_loss,
+            reconstruction_loss=compression.reconstruction_loss,
             router_loss=blocks.router_loss,
             metrics={"compression_ratio": compression.ratio, "experts_per_token": blocks.experts_per_token()},
         )
 
 
-def places_in_rows(mask: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:
+def position_ids_from_mask(mask: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:
     """Place of each real column among those of its row, int64 `[B or 1, S]`."""
     if mask is None:
         return torch.arange(states.shape[1], device=states.device)[None]
@@ -294,7 +294,7 @@ class LiquidModel(EncoderEmbeddingMixin, LiquidPreTrainedModel):
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_router_logits = config.output_router_logits if output_router_logits is None else output_router_logits
-        past_key_values = given_cache(past_key_values, cache)
+        past_key_values = resolve_cache_argument(past_key_values, cache)
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids, decoder_inputs_embeds = input_ids, inputs_embeds
             decoder_attention_mask = attention_mask if decoder_attention_mask is None else decoder_attention_mask
@@ -314,16 +314,16 @@ class LiquidModel(EncoderEmbeddingMixin, LiquidPreTrainedModel):
             # A row without any token reads zeros.
             source_mask = source_mask | ~source_mask.any(dim=1, keepdim=True)
 
-        decoder_embeds = embed(self.encoder, decoder_input_ids, decoder_inputs_embeds, prefix="decoder_")
+        decoder_embeds = embed_inputs(self.encoder, decoder_input_ids, decoder_inputs_embeds, prefix="decoder_")
         if decoder_embeds.shape[0] != source.shape[0]:
             raise ValueError(
                 f"Source and target must have as many rows, got {source.shape[0]} and {decoder_embeds.shape[0]}."
             )
         own_cache = getattr(past_key_values, "self_attention_cache", past_key_values)
-        rows, states, own_cache = begin_call(
+        rows, states, own_cache = prepare_forward(
             self.decoder, decoder_embeds, decoder_attention_mask, None, None, own_cache, use_cache, prefix="decoder_"
         )
-        cross_states: list[StateLayer | None] = [None] * config.num_decoder_layers
+        cross_states: list[FlowCacheLayer | None] = [None] * config.num_decoder_layers
         if own_cache is None:
             past_key_values = None
         elif not isinstance(past_key_values, EncoderDecoderCache):
@@ -331,7 +331,7 @@ class LiquidModel(EncoderEmbeddingMixin, LiquidPreTrainedModel):
         if past_key_values is not None:
             cross_states = state_layers(past_key_values.cross_attention_cache, config.num_decoder_layers)
             for state in cross_states:
-                state.begin(*source.shape[:2], source.device)
+                state.start_forward(*source.shape[:2], source.device)
         decoded = self.decoder(
             rows,
             decoder_embeds,
@@ -342,7 +342,7 @@ class LiquidModel(EncoderEmbeddingMixin, LiquidPreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
-        end_call(own_cache, states)
+        finish_forward(own_cache, states)
         if past_key_values is not None and past_key_values.cross_attention_cache.offloading:
             for state in cross_states:
                 state.offload()
@@ -352,7 +352,7 @@ class LiquidModel(EncoderEmbeddingMixin, LiquidPreTrainedModel):
             routing = {
                 "encoder_router_logits": encoder_outputs.router_logits,
                 "decoder_router_logits": decoded.router_logits,
-                "recon_loss": added(encoder_outputs.recon_loss, decoded.recon_loss),
+                "reconstruction_loss": added(encoder_outputs.reconstruction_loss, decoded.reconstruction_loss),
                 "router_loss": added(encoder_outputs.router_loss, decoded.router_loss),
                 "metrics": metrics | {f"decoder_{name}": value for name, value in decoded.metrics.items()},
             }
@@ -440,14 +440,14 @@ class LiquidForSeq2SeqLM(FlowGenerationMixin, LiquidPreTrainedModel, GenerationM
         if labels is not None and past_key_values is None and cache is None:
             use_cache = False  # the losses are of whole rows
             if decoder_attention_mask is None:
-                decoder_attention_mask = up_to_last_scored(labels)
+                decoder_attention_mask = trim_unscored(labels)
         outputs: LiquidModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             decoder_input_ids=decoder_input_ids,
             decoder_attention_mask=decoder_attention_mask,
             encoder_outputs=encoder_outputs,
-            cache=given_cache(past_key_values, cache),
+            cache=resolve_cache_argument(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
             use_cache=use_cache,
@@ -492,14 +492,19 @@ class LiquidForSeq2SeqLM(FlowGenerationMixin, LiquidPreTrainedModel, GenerationM
         )
         scored = (labels != -100).sum(dim=1)
         total = scored.sum() if num_items_in_batch is None else num_items_in_batch
-        recon_loss, router_loss = (
-            (scored * of_rows).sum() / total for of_rows in (outputs.recon_loss, outputs.router_loss)
+        reconstruction_loss, router_loss = (
+            (scored * of_rows).sum() / total for of_rows in (outputs.reconstruction_loss, outputs.router_loss)
         )
-        loss = token_loss + self.config.reconstruction_coef * recon_loss + router_loss
-        return {"loss": loss, "token_loss": token_loss, "recon_loss": recon_loss, "router_loss": router_loss}
+        loss = token_loss + self.config.reconstruction_loss_coef * reconstruction_loss + router_loss
+        return {
+            "loss": loss,
+            "token_loss": token_loss,
+            "reconstruction_loss": reconstruction_loss,
+            "router_loss": router_loss,
+        }
 
 
-def up_to_last_scored(labels: torch.Tensor) -> torch.Tensor:
+def trim_unscored(labels: torch.Tensor) -> torch.Tensor:
     """Mask `[B, M]` of all columns up to the last of each row that is scored."""
     places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
     last = torch.where(labels == -100, 0, places).amax(dim=1, keepdim=True)
@@ -535,7 +540,7 @@ class LiquidForSequenceClassification(EncoderEmbeddingMixin, LiquidPreTrainedMod
             labels: `[B]` classes or values, `[B, num_labels]` for several at once.
 
         Returns:
-            `logits` `[B, num_labels]` and, with labels, `loss`: the head's, `reconstruction_coef` times the
+            `logits` `[B, num_labels]` and, with labels, `loss`: the head's, `reconstruction_loss_coef` times the
             reconstruction loss, and the router's, means over rows.
 
         The others are those of `BidirectionalEncoder.forward`.
@@ -553,7 +558,11 @@ class LiquidForSequenceClassification(EncoderEmbeddingMixin, LiquidPreTrainedMod
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-            loss = loss + self.config.reconstruction_coef * outputs.recon_loss.mean() + outputs.router_loss.mean()
+            loss = (
+                loss
+                + self.config.reconstruction_loss_coef * outputs.reconstruction_loss.mean()
+                + outputs.router_loss.mean()
+            )
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 
-from ..modules.row_layout import Rows
+from ..modules.row_layout import RowLayout
 from .mixture_of_experts import Routing
 
 
@@ -20,12 +20,12 @@ class LiquidEncoderOutput(BaseModelOutput):
         hidden_states: the embedding and each block's output, the last one after the final norm.
         attentions: per block `[B, H, S, S]`.
         router_logits: per block `[B, S, m]`.
-        recon_loss, router_loss: `[B]`, of each row.
+        reconstruction_loss, router_loss: `[B]`, of each row.
         metrics: scalar tensors `compression_ratio` and `experts_per_token`.
     """
 
     router_logits: tuple[torch.Tensor, ...] | None = None
-    recon_loss: torch.Tensor | None = None
+    reconstruction_loss: torch.Tensor | None = None
     router_loss: torch.Tensor | None = None
     metrics: dict[str, torch.Tensor] | None = None
 
@@ -39,13 +39,13 @@ class LiquidModelOutput(Seq2SeqModelOutput):
         decoder_hidden_states, decoder_attentions (`[B, H, M, N]`), cross_attentions (`[B, H, M, S]`),
         encoder_last_hidden_state, encoder_hidden_states, encoder_attentions: as for other encoder-decoder models.
         encoder_router_logits, decoder_router_logits: per block `[B, tokens, m]`; with `output_router_logits`.
-        recon_loss, router_loss: `[B]`, of each row, encoder and decoder together; with `output_router_logits`.
+        reconstruction_loss, router_loss: `[B]`, of each row, encoder and decoder together; with `output_router_logits`.
         metrics: scalar tensors, of the encoder and, named `decoder_…`, of the decoder; with `output_router_logits`.
     """
 
     encoder_router_logits: tuple[torch.Tensor, ...] | None = None
     decoder_router_logits: tuple[torch.Tensor, ...] | None = None
-    recon_loss: torch.Tensor | None = None
+    reconstruction_loss: torch.Tensor | None = None
     router_loss: torch.Tensor | None = None
     metrics: dict[str, torch.Tensor] | None = None
 
@@ -54,14 +54,14 @@ class LiquidModelOutput(Seq2SeqModelOutput):
 class LiquidSeq2SeqLMOutput(Seq2SeqLMOutput):
     """
     Attributes:
-        loss: scalar, token loss + `reconstruction_coef` · `recon_loss` + `router_loss`; with labels.
+        loss: scalar, token loss + `reconstruction_loss_coef` · `reconstruction_loss` + `router_loss`; with labels.
         logits: `[B, M, vocab_size]`.
-        token_loss, recon_loss, router_loss: scalars, the parts of the loss; with labels.
+        token_loss, reconstruction_loss, router_loss: scalars, the parts of the loss; with labels.
         The others are those of `LiquidModelOutput`.
     """
 
     token_loss: torch.Tensor | None = None
-    recon_loss: torch.Tensor | None = None
+    reconstruction_loss: torch.Tensor | None = None
     router_loss: torch.Tensor | None = None
     encoder_router_logits: tuple[torch.Tensor, ...] | None = None
     decoder_router_logits: tuple[torch.Tensor, ...] | None = None
@@ -74,7 +74,7 @@ class LiquidDecoderOutput(BaseModelOutput):
 
     cross_attentions: tuple[torch.Tensor, ...] | None = None
     router_logits: tuple[torch.Tensor, ...] | None = None
-    recon_loss: torch.Tensor | None = None
+    reconstruction_loss: torch.Tensor | None = None
     router_loss: torch.Tensor | None = None
     metrics: dict[str, torch.Tensor] | None = None
 
@@ -83,10 +83,10 @@ class BlockOutputs:
     """What the blocks of one call gave beside states, between columns.
 
     Args:
-        rows: `padding.Rows` of the call.
+        rows: `row_layout.RowLayout` of the call.
     """
 
-    def __init__(self, rows: Rows):
+    def __init__(self, rows: RowLayout):
         self.rows = rows
         self.states: list[torch.Tensor] = []
         self.attentions: list[torch.Tensor] = []
@@ -101,7 +101,7 @@ class BlockOutputs:
             self.attentions.append(weights)
         if cross_weights is not None:
             self.cross_attentions.append(cross_weights)
-        self.router_logits.append(self.rows.scatter(routing.logits))
+        self.router_logits.append(self.rows.pad(routing.logits))
         self.router_loss = self.router_loss + router_loss
         self._used.append((routing.weights.detach() > 0).sum(dim=-1))
 

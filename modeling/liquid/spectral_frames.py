@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..modules.row_layout import Rows
+from ..modules.row_layout import RowLayout
 
-LEAST_BAND = 4
+MIN_BAND = 4
 HIGH_SHARE = 0.8  # bins from this share of the band limit on are high
 HIGH_WEIGHT, VARIATION_WEIGHT = 0.7, 0.3
 RAMP_BINS = 1.0
@@ -22,7 +22,7 @@ RAMP_BINS = 1.0
 
 def octave_bands(num_bins: int) -> list[slice]:
     """[0, 4), [4, 8), [8, 16) … of bins 0 … `num_bins` − 1, the Nyquist bin in the last."""
-    edges, edge = [0], LEAST_BAND
+    edges, edge = [0], MIN_BAND
     while edge < num_bins - 1:
         edges.append(edge)
         edge *= 2
@@ -51,18 +51,18 @@ class RowFrames:
 
     Args:
         frame_length: L, even.
-        rows: `padding.Rows` of the call.
+        rows: `row_layout.RowLayout` of the call.
     """
 
     frame_length: int
-    rows: Rows
+    rows: RowLayout
 
     @property
     def lengths(self) -> torch.Tensor:
         """Real entities of each row, int64 `[B]`."""
-        batch, length = self.rows.index.shape
-        counts = self.rows.counts
-        return torch.full((batch,), length, device=self.rows.index.device) if counts is None else counts
+        batch, length = self.rows.positions.shape
+        counts = self.rows.lengths
+        return torch.full((batch,), length, device=self.rows.positions.device) if counts is None else counts
 
     def split(self, x: torch.Tensor, coarse: bool) -> torch.Tensor:
         """`[B, M, D]`, zero behind the rows' ends, → `[B, N, L, D]`; the coarse frame, if asked for, last."""
@@ -80,13 +80,13 @@ class RowFrames:
             stretch = self._stretch(length)
             sums = x.new_zeros(batch, size, features)
             sums = sums.scatter_add(1, stretch[..., None].expand_as(x), x)
-            counts = sums.new_zeros(batch, size).scatter_add(1, stretch, self.rows.real().to(x.dtype))
+            counts = sums.new_zeros(batch, size).scatter_add(1, stretch, self.rows.token_mask().to(x.dtype))
             frames.append((sums / counts.clamp(min=1)[..., None]).unsqueeze(1))
         return torch.cat(frames, dim=1)
 
     def join(self, frames: torch.Tensor, coarse: bool) -> torch.Tensor:
         """The way back: `[B, N, L, D]` → `[B, M, D]`. Where nothing was changed and nothing is coarse, `x` again."""
-        length = self.rows.index.shape[1]
+        length = self.rows.positions.shape[1]
         size, hop = self.frame_length, self.frame_length // 2
         whole = frames[:, 0, :length]
         if length <= size:
@@ -115,11 +115,11 @@ class LaggedFrames:
 
     Args:
         frame_length: L.
-        rows: `padding.Rows` of the call.
+        rows: `row_layout.RowLayout` of the call.
     """
 
     frame_length: int
-    rows: Rows
+    rows: RowLayout
 
     @property
     def history(self) -> int:
@@ -131,13 +131,13 @@ class LaggedFrames:
         size = self.frame_length
         batch, held, features = x.shape
         offsets = torch.arange(-self.history, held - self.history, device=x.device)
-        place = self.rows.index[:, :1] + offsets
+        place = self.rows.positions[:, :1] + offsets
         real = place >= 0
-        if self.rows.counts is not None:
-            real = real & (offsets < self.rows.counts[:, None])
-        length = self.rows.index.shape[1]
+        if self.rows.lengths is not None:
+            real = real & (offsets < self.rows.lengths[:, None])
+        length = self.rows.positions.shape[1]
         num_frames = (length + 2 * size - 2) // size + 1
-        slot = place - (self.rows.index[:, :1] // size - 1) * size
+        slot = place - (self.rows.positions[:, :1] // size - 1) * size
         slot = torch.where(real & (slot >= 0), slot, num_frames * size)
         laid = x.new_zeros(batch, num_frames * size + 1, features)
         laid = laid.scatter(1, slot[..., None].expand_as(x), x)[:, :-1]
@@ -146,16 +146,16 @@ class LaggedFrames:
     def lag(self, frames: torch.Tensor) -> torch.Tensor:
         """What each entity sees, at its own place in the frame before its own: `[B, N, L, D]` → `[B, M, D]`."""
         size = self.frame_length
-        index = self.rows.index
+        index = self.rows.positions
         slot = index - (index[:, :1] // size) * size
         return frames.flatten(1, 2).gather(1, slot[..., None].expand(-1, -1, frames.shape[-1]))
 
     def completed(self, num_frames: int) -> torch.Tensor:
         """Which of the frames of a whole row hold real entities alone, bool `[B, N]`."""
         size = self.frame_length
-        length = self.rows.index.shape[1]
-        counts = self.rows.counts
-        lengths = self.rows.index.new_full(self.rows.index.shape[:1], length) if counts is None else counts
+        length = self.rows.positions.shape[1]
+        counts = self.rows.lengths
+        lengths = self.rows.positions.new_full(self.rows.positions.shape[:1], length) if counts is None else counts
         frame = torch.arange(-1, num_frames - 1, device=lengths.device)
         return (frame >= 0) & ((frame + 1) * size <= lengths[:, None])
 

@@ -6,7 +6,7 @@
 - fixed: replaced whole.
 
 Reorder, repeat, select, offload, reset and crop are written once per kind. Rows are left-aligned (`padding.py`) and
-may have different lengths: `StateLayer` keeps the length of each and the mask of each column, so that cropping n
+may have different lengths: `FlowCacheLayer` keeps the length of each and the mask of each column, so that cropping n
 columns takes the right number of entities from each row.
 """
 
@@ -22,14 +22,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
-def given_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+def resolve_cache_argument(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
     """What a caller passed under either name; the old one is deprecated where transformers has a new one."""
     if past_key_values is not None and CACHE_NAME != "past_key_values":
         warnings.warn(f"`past_key_values` is deprecated: pass `{CACHE_NAME}`.", FutureWarning, stacklevel=3)
     return past_key_values if cache is None else cache
 
 
-class FixedState:
+class ReplaceState:
     """A tensor `[batch, ...]` that is replaced whole. It cannot be cropped."""
 
     def __init__(self, data: torch.Tensor):
@@ -48,14 +48,14 @@ class FixedState:
         """Raise a ValueError if rows of `old` entities cannot be cut to `new`; nothing has been cropped yet."""
         raise ValueError("This cache holds state that cannot be taken back: crop() is not possible.")
 
-    def crop(self, layer: "StateLayer", old: torch.Tensor, new: torch.Tensor) -> None:
+    def crop(self, layer: "FlowCacheLayer", old: torch.Tensor, new: torch.Tensor) -> None:
         """Cut rows of `old` entities to `new`, int64 `[batch]`."""
 
     def trim(self) -> None:
         """Forget what only `crop` needs."""
 
 
-class AppendState(FixedState):
+class GrowingState(ReplaceState):
     """Storage `[batch, groups, capacity, features]`; the lengths of the rows say how much of it counts."""
 
     def reserve(self, capacity: int) -> None:
@@ -91,7 +91,7 @@ class AppendState(FixedState):
         """Nothing to do, here and in `crop`: what lies beyond a row's length is never read and will be overwritten."""
 
 
-class TailState(FixedState):
+class RollingState(ReplaceState):
     """The last inputs of each row, right-aligned: `[batch, held, features]`, zero before a row's start."""
 
     def __init__(self, data: torch.Tensor, size: int):
@@ -107,7 +107,7 @@ class TailState(FixedState):
                 "of more were not kept. Call activate_past_recording() on the cache before what may be cropped."
             )
 
-    def crop(self, layer: "StateLayer", old: torch.Tensor, new: torch.Tensor) -> None:
+    def crop(self, layer: "FlowCacheLayer", old: torch.Tensor, new: torch.Tensor) -> None:
         removed = (old - new).to(self.data.device)
         held = self.data.shape[1]
         places = torch.arange(held, device=self.data.device) - removed[:, None]
@@ -118,7 +118,7 @@ class TailState(FixedState):
         self.data = self.data[:, -self.size :] if self.size else self.data[:, :0]
 
 
-def last_inputs(inputs: torch.Tensor, keep: int, length: int, counts: torch.Tensor | None) -> torch.Tensor:
+def roll_inputs(inputs: torch.Tensor, keep: int, length: int, counts: torch.Tensor | None) -> torch.Tensor:
     """The last `keep` real ones of `[batch, inputs, features]`, in memory of their own; zero before a row's start.
 
     Args:
@@ -133,25 +133,25 @@ def last_inputs(inputs: torch.Tensor, keep: int, length: int, counts: torch.Tens
     return torch.where((places >= 0)[..., None], rows, rows.new_zeros(()))
 
 
-class TableState(FixedState):
+class IndexState(ReplaceState):
     """An index `[batch, ...]` over appended entities; `undo(layer, old, new)` takes the newest out again."""
 
-    def __init__(self, data: torch.Tensor, undo: Callable[["StateLayer", torch.Tensor, torch.Tensor], None]):
+    def __init__(self, data: torch.Tensor, undo: Callable[["FlowCacheLayer", torch.Tensor, torch.Tensor], None]):
         super().__init__(data)
         self.undo = undo
 
     def check_crop(self, old: torch.Tensor, new: torch.Tensor) -> None:
         """Nothing to do: `undo` takes back any number."""
 
-    def crop(self, layer: "StateLayer", old: torch.Tensor, new: torch.Tensor) -> None:
+    def crop(self, layer: "FlowCacheLayer", old: torch.Tensor, new: torch.Tensor) -> None:
         self.undo(layer, old, new)
 
 
-class StateLayer(CacheLayerMixin):
+class FlowCacheLayer(CacheLayerMixin):
     """The state of one layer of a flow model.
 
-    A model calls `begin` on every layer before its first module runs and `commit` after its last; in between each
-    module reads and writes its own names. Until `commit` the lengths are those of before the call.
+    A model calls `start_forward` on every layer before its first module runs and `finish_forward` after its last; in between each
+    module reads and writes its own names. Until `finish_forward` the lengths are those of before the call.
 
     Attributes:
         lengths: int64 `[batch]`, entities of each row; None before the first call.
@@ -174,15 +174,15 @@ class StateLayer(CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
-        self.states: dict[str, FixedState] = {}
+        self.states: dict[str, ReplaceState] = {}
         self.constants: dict[str, Any] = {}
         self.lengths: torch.Tensor | None = None
         self.aligned: int | None = 0
         self.mask: torch.Tensor | None = None
         self.longest = 0
-        self.columns = 0
+        self.seq_length = 0
         self.is_initialized = False
-        self.incoming = 0
+        self.new_columns = 0
         self._rows = None
 
     @property
@@ -193,7 +193,7 @@ class StateLayer(CacheLayerMixin):
 
     # one call of the model
 
-    def begin(self, batch: int, length: int, device: torch.device) -> None:
+    def start_forward(self, batch: int, length: int, device: torch.device) -> None:
         """Get ready for `length` columns of a batch."""
         if self.lengths is None:
             self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
@@ -201,7 +201,7 @@ class StateLayer(CacheLayerMixin):
             self.is_initialized = True
         self.check_batch(batch)
         self.prefetch()
-        self.incoming = length
+        self.new_columns = length
 
     def check_batch(self, batch: int) -> None:
         """Raise a ValueError if this is not the batch that the layer holds."""
@@ -211,39 +211,39 @@ class StateLayer(CacheLayerMixin):
                 "use a cache of the same batch, or repeat it with batch_repeat_interleave()."
             )
 
-    def expect(self, rows) -> None:
-        """The entities of the call, and which of its columns are real: `padding.Rows`."""
+    def set_layout(self, rows) -> None:
+        """The entities of the call, and which of its columns are real: `row_layout.RowLayout`."""
         self._rows = rows
 
-    def mark(self, rows) -> None:
-        """Which of the columns just counted, span by span, were real: `padding.Rows` of them all."""
+    def record_mask(self, rows) -> None:
+        """Which of the columns just counted, span by span, were real: `row_layout.RowLayout` of them all."""
         if rows.mask is None:
             return
         length = rows.mask.shape[1]
-        before = rows.mask.new_ones(rows.mask.shape[0], self.columns - length)
-        before = before if self.mask is None else self.mask[:, : self.columns - length]
+        before = rows.mask.new_ones(rows.mask.shape[0], self.seq_length - length)
+        before = before if self.mask is None else self.mask[:, : self.seq_length - length]
         self.mask = torch.cat([before, rows.mask], dim=1)
 
-    def commit(self) -> None:
+    def finish_forward(self) -> None:
         """Count the entities of this call, if they were not counted span by span."""
         if self._rows is None:
             return
-        columns, length = self.incoming, self._rows.index.shape[1]
-        mask, counts = self._rows.mask, self._rows.counts
+        columns, length = self.new_columns, self._rows.positions.shape[1]
+        mask, counts = self._rows.mask, self._rows.lengths
         self._rows = None
         if mask is not None or self.mask is not None:
             batch, device = self.lengths.shape[0], self.lengths.device
             before = (
                 self.mask
                 if self.mask is not None
-                else torch.ones(batch, self.columns, dtype=torch.bool, device=device)
+                else torch.ones(batch, self.seq_length, dtype=torch.bool, device=device)
             )
             now = mask if mask is not None else torch.ones(batch, columns, dtype=torch.bool, device=device)
             self.mask = torch.cat([before, now], dim=1)
         self.lengths = self.lengths + (length if counts is None else counts)
         self.aligned = self.aligned + length if counts is None and self.aligned is not None else None
         self.longest += length
-        self.columns += columns
+        self.seq_length += columns
 
     # the kinds of state
 
@@ -251,17 +251,17 @@ class StateLayer(CacheLayerMixin):
         """Append `[batch, groups, length, features]`; returns all entries, past and new, and room behind them."""
         state = self.states.get(name)
         if state is None:
-            state = self.states[name] = AppendState(new.new_zeros(*new.shape[:2], 0, new.shape[3]).detach())
+            state = self.states[name] = GrowingState(new.new_zeros(*new.shape[:2], 0, new.shape[3]).detach())
         if self.aligned is not None:
             return state.write(new, self.aligned)
         state.reserve(self.longest + new.shape[2])
         return state.write(new, self.lengths)
 
-    def room(self, name: str, new: torch.Tensor) -> torch.Tensor:
+    def reserve(self, name: str, new: torch.Tensor) -> torch.Tensor:
         """As `append`, with anything in the place of `new`: for what is written later."""
         state = self.states.get(name)
         if state is None:
-            state = self.states[name] = AppendState(new.new_zeros(*new.shape[:2], 0, new.shape[3]))
+            state = self.states[name] = GrowingState(new.new_zeros(*new.shape[:2], 0, new.shape[3]))
         state.reserve(self.longest + new.shape[2])
         return state.data
 
@@ -275,7 +275,7 @@ class StateLayer(CacheLayerMixin):
         """Write `[batch, groups, length, features]` from entry `at` `[batch]` on: one entry for `every` entities."""
         state = self.states.get(name)
         if state is None:
-            state = self.states[name] = AppendState(new.new_zeros(*new.shape[:2], 0, new.shape[3]).detach())
+            state = self.states[name] = GrowingState(new.new_zeros(*new.shape[:2], 0, new.shape[3]).detach())
         state.reserve(self.longest // every + 1 + new.shape[2])
         state.write(new.detach(), at)
 
@@ -284,30 +284,30 @@ class StateLayer(CacheLayerMixin):
         stored = self.data(name)
         return None if stored is None else stored[torch.arange(len(at), device=at.device), 0, at]
 
-    def tail(self, name: str, new: torch.Tensor, size: int) -> torch.Tensor:
+    def roll(self, name: str, new: torch.Tensor, size: int) -> torch.Tensor:
         """The `size` inputs before this call (zero before a row's start), then `new`: `[batch, size + length, ...]`.
 
         The result keeps the gradient of `new`.
         """
         state = self.states.get(name)
         if state is None:
-            state = self.states[name] = TailState(new.new_zeros(new.shape[0], size, new.shape[2]).detach(), size)
+            state = self.states[name] = RollingState(new.new_zeros(new.shape[0], size, new.shape[2]).detach(), size)
         past = state.data[:, state.data.shape[1] - size :]
         history = torch.cat([past, new], dim=1)
         everything = torch.cat([state.data, new.detach()], dim=1)
         keep = everything.shape[1] if self.record_past and size else size
-        state.data = last_inputs(everything, keep, new.shape[1], self._rows.counts)
+        state.data = roll_inputs(everything, keep, new.shape[1], self._rows.lengths)
         return history
 
-    def table(self, name: str, make: Callable[[], torch.Tensor], undo) -> torch.Tensor:
+    def index_state(self, name: str, make: Callable[[], torch.Tensor], undo) -> torch.Tensor:
         """The index of this name, made on first use; updated in place by its owner."""
         if name not in self.states:
-            self.states[name] = TableState(make(), undo)
+            self.states[name] = IndexState(make(), undo)
         return self.states[name].data
 
     def replace(self, name: str, data: torch.Tensor) -> None:
         """Keep `[batch, ...]` in the place of what stood there. A layer that holds such a state cannot be cropped."""
-        self.states[name] = FixedState(data)
+        self.states[name] = ReplaceState(data)
 
     def data(self, name: str) -> torch.Tensor | None:
         """The tensor behind a name, None if nothing was stored yet."""
@@ -322,20 +322,20 @@ class StateLayer(CacheLayerMixin):
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
         raise ValueError("This cache layer belongs to a flow model; other models cannot store keys and values in it.")
 
-    def known_columns(self) -> int | None:
+    def static_seq_length(self) -> int | None:
         """Columns so far, if they are known as a number."""
-        return self.columns
+        return self.seq_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.columns + query_length, 0
+        return self.seq_length + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self.columns
+        return self.seq_length
 
     def get_max_length(self) -> int:
         return -1
 
-    def _each(self, change: Callable[[FixedState], None]) -> None:
+    def _each(self, change: Callable[[ReplaceState], None]) -> None:
         for state in self.states.values():
             change(state)
 
@@ -380,25 +380,25 @@ class StateLayer(CacheLayerMixin):
             raise ValueError(f"crop() takes minus the number of tokens to remove, got {-removed}.")
         if self.lengths is None:
             return
-        if removed > self.columns:
-            raise ValueError(f"crop({-removed}) was asked of a cache that holds {self.columns} tokens.")
+        if removed > self.seq_length:
+            raise ValueError(f"crop({-removed}) was asked of a cache that holds {self.seq_length} tokens.")
         if removed:
             old = self.lengths
-            new = old - (removed if self.mask is None else self.mask[:, self.columns - removed :].sum(dim=1))
+            new = old - (removed if self.mask is None else self.mask[:, self.seq_length - removed :].sum(dim=1))
             self._each(lambda state: state.check_crop(old, new))
             self._each(lambda state: state.crop(self, old, new))
             if self.mask is None:
                 self.aligned -= removed
             else:
-                self.mask = self.mask[:, : self.columns - removed]
+                self.mask = self.mask[:, : self.seq_length - removed]
                 self.aligned = None
             self.lengths = new
             self.longest = int(new.max())
-            self.columns -= removed
+            self.seq_length -= removed
         self._each(lambda state: state.trim())
 
 
-def state_layers(past_key_values: Cache, num_layers: int) -> list[StateLayer]:
+def state_layers(past_key_values: Cache, num_layers: int) -> list[FlowCacheLayer]:
     """The layers of a cache made for a flow model of `num_layers` layers.
 
     Raises:
@@ -406,7 +406,7 @@ def state_layers(past_key_values: Cache, num_layers: int) -> list[StateLayer]:
     """
     layers = getattr(past_key_values, "layers", ())
     # Reached by attribute, not by class: code loaded from the Hub and the installed package have each their own class.
-    if len(layers) < num_layers or not all(hasattr(layer, "commit") for layer in layers[:num_layers]):
+    if len(layers) < num_layers or not all(hasattr(layer, "finish_forward") for layer in layers[:num_layers]):
         raise ValueError(
             f"past_key_values is a {type(past_key_values).__name__} that cannot hold this model's state: "
             "use DynamicCache(config=model.config). Prefix tuning, which brings keys and values alone, cannot work: "

@@ -26,14 +26,14 @@ class CausalConv(nn.Module):
         """`[batch, length, channels]` → the same.
 
         Args:
-            rows: `padding.Rows` of this call.
-            state: `state_cache.StateLayer` that holds the taps before this call, or None.
+            rows: `row_layout.RowLayout` of this call.
+            state: `cache.FlowCacheLayer` that holds the taps before this call, or None.
         """
         before = self.kernel_size - 1
-        if self.ahead and rows.counts is not None:
-            x = x * rows.real().unsqueeze(-1)
+        if self.ahead and rows.lengths is not None:
+            x = x * rows.token_mask().unsqueeze(-1)
         if state is not None:
-            history = state.tail("conv", x, before)
+            history = state.roll("conv", x, before)
         elif rows.segment is not None:
             return self._convolve_segments(x, rows.segment, before)
         else:

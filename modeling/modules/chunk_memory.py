@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 
-def decay_scan(decays: torch.Tensor, inputs: torch.Tensor, reach: int | None = None) -> torch.Tensor:
+def ema_scan(decays: torch.Tensor, inputs: torch.Tensor, reach: int | None = None) -> torch.Tensor:
     """h_c = decays_c ⊙ h_c−1 + inputs_c along dimension 1, h_−1 = 0, in O(log C) steps.
 
     Args:
@@ -106,8 +106,8 @@ class ChunkMemory(nn.Module):
 
         Args:
             x: `[B, M, D]`.
-            rows: `padding.Rows` of this call.
-            state: `state_cache.StateLayer`, or None.
+            rows: `row_layout.RowLayout` of this call.
+            state: `cache.FlowCacheLayer`, or None.
 
         Returns:
             (slots `[B, C, S, D]` in at least float32, the layout of the M entities in the C chunks).
@@ -118,7 +118,7 @@ class ChunkMemory(nn.Module):
         if state is None:
             entities, before = x, initial.expand(batch, -1, -1)
         else:
-            entities = state.tail(self.tail_name, x, self.chunk_length - 1)
+            entities = state.roll(self.tail_name, x, self.chunk_length - 1)
             before = self._load(state, initial)
         layout = self._lay_out(entities.shape[1] - length, rows, 0 if state is None else state.aligned)
 
@@ -127,7 +127,7 @@ class ChunkMemory(nn.Module):
         start = torch.where(restart, initial, 0)
         start = torch.cat([before[:, None], start[:, 1:]], dim=1)
         inputs = (1 - decay) * pooled + decay * start
-        closed = decay_scan(torch.where(restart, 0, decay), inputs)
+        closed = ema_scan(torch.where(restart, 0, decay), inputs)
         if state is not None:
             self._store(state, closed)
         read = torch.where(restart[:, 1:], initial, closed[:, :-1])
@@ -140,19 +140,19 @@ class ChunkMemory(nn.Module):
             aligned: entities before this call if it is the same number in every row.
         """
         span = self.chunk_length
-        index = rows.index
+        index = rows.positions
         batch, length = index.shape
         device = index.device
         real = torch.ones_like(index, dtype=torch.bool)
-        if rows.counts is not None:
-            real = torch.arange(length, device=device) < rows.counts[:, None]
+        if rows.lengths is not None:
+            real = torch.arange(length, device=device) < rows.lengths[:, None]
         if rows.segment is None:
             past = index[:, :1]
             place = torch.arange(-history, length, device=device) + past
             chunk = torch.div(place, span, rounding_mode="floor") - past // span
             real = torch.cat([chunk[:, :history] == 0, real], dim=1)
         else:
-            place = rows.reach
+            place = rows.segment_positions
             chunk = (place % span == 0).cumsum(dim=1) - 1
         if rows.segment is not None:
             num_chunks = int(chunk.max()) + 1
@@ -164,7 +164,7 @@ class ChunkMemory(nn.Module):
         starts = torch.zeros(batch, num_chunks, dtype=torch.bool, device=device)
         starts.scatter_(1, chunk.clamp(min=0), (place >= 0) & (place < span))
         starts[:, 0].fill_(True)
-        in_step = rows.segment is None and rows.counts is None and aligned is not None
+        in_step = rows.segment is None and rows.lengths is None and aligned is not None
         return ChunkLayout(slot, num_chunks, span, starts, aligned % span - history if in_step else None)
 
     def _decay(self, dtype: torch.dtype) -> torch.Tensor:

@@ -5,10 +5,10 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .cache import CACHE_NAME, given_cache
+from .cache import CACHE_NAME, resolve_cache_argument
 
 
-class LastStateClassification:
+class LastTokenClassificationMixin:
     """The forward pass of a head `score` on the last state that `model` gives; a mixin of a `PreTrainedModel`."""
 
     @can_return_tuple
@@ -40,7 +40,7 @@ class LastStateClassification:
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=given_cache(past_key_values, cache),
+            cache=resolve_cache_argument(past_key_values, cache),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_attentions=output_attentions,

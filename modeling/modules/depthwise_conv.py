@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-PLACES_AT_ONCE = 1024  # so that what is summed stays in a processor's cache
+POSITION_CHUNK = 1024  # so that what is summed stays in a processor's cache
 
 
 class DepthwiseConv1d(nn.Conv1d):
@@ -54,5 +54,5 @@ class _DepthwiseConv(torch.autograd.Function):
 
 def _pieces(y: torch.Tensor) -> list[tuple[int, int]]:
     length = y.shape[1]
-    step = length if torch.compiler.is_compiling() else max(1, PLACES_AT_ONCE // y.shape[0])
+    step = length if torch.compiler.is_compiling() else max(1, POSITION_CHUNK // y.shape[0])
     return [(start, min(start + step, length)) for start in range(0, length, step)]

@@ -5,14 +5,16 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import logging
 
-from .cache import StateLayer, state_layers
-from .row_layout import Rows, column_mask, lay_rows, packed_segments
-from .static_cache import check_shape
+from .cache import FlowCacheLayer, state_layers
+from .row_layout import RowLayout, column_mask, make_row_layout, packed_segments
+from .static_cache import check_static_support
 
 logger = logging.get_logger(__name__)
 
 
-def embed(model, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, prefix: str = "") -> torch.Tensor:
+def embed_inputs(
+    model, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, prefix: str = ""
+) -> torch.Tensor:
     """Embeddings `[B, M, hidden_size]` of what the user passed.
 
     Args:
@@ -52,7 +54,7 @@ def check_ids(input_ids: torch.Tensor, vocab_size: int, name: str) -> None:
         )
 
 
-def begin_call(
+def prepare_forward(
     model,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
@@ -61,14 +63,14 @@ def begin_call(
     past_key_values: Cache | None,
     use_cache: bool | None,
     prefix: str = "",
-) -> tuple[Rows, list[StateLayer | None], Cache | None]:
+) -> tuple[RowLayout, list[FlowCacheLayer | None], Cache | None]:
     """Lay the rows of a call and get its state ready.
 
     Args:
         prefix: of the mask's name in messages.
 
     Returns:
-        (rows, the state of each layer or None, the cache or None). `end_call` closes what this opens.
+        (rows, the state of each layer or None, the cache or None). `finish_forward` closes what this opens.
 
     Raises:
         ValueError: inputs that do not fit together.
@@ -91,27 +93,27 @@ def begin_call(
     num_layers = len(model.config.layer_types)
     if past_key_values is None:
         mask = column_mask(attention_mask, batch, length, 0, f"{prefix}attention_mask")
-        rows = lay_rows(batch, length, inputs_embeds.device, mask=mask, segment_ids=segment_ids)
+        rows = make_row_layout(batch, length, inputs_embeds.device, mask=mask, segment_ids=segment_ids)
         return rows, [None] * num_layers, None
     states = state_layers(past_key_values, num_layers)
-    check_shape(model, past_key_values)
+    check_static_support(model, past_key_values)
     first, device = states[0], inputs_embeds.device
-    mask = column_mask(attention_mask, batch, length, first.known_columns(), f"{prefix}attention_mask")
+    mask = column_mask(attention_mask, batch, length, first.static_seq_length(), f"{prefix}attention_mask")
     for state in states:
-        state.begin(batch, length, device)
+        state.start_forward(batch, length, device)
     look = not first.is_compileable
-    rows = lay_rows(batch, length, device, mask=mask, past=first.lengths, aligned_past=first.aligned, look=look)
+    rows = make_row_layout(batch, length, device, mask=mask, past=first.lengths, aligned_past=first.aligned, look=look)
     for state in states:
-        state.expect(rows)
+        state.set_layout(rows)
     return rows, states, past_key_values
 
 
-def end_call(cache: Cache | None, states: list[StateLayer | None]) -> None:
+def finish_forward(cache: Cache | None, states: list[FlowCacheLayer | None]) -> None:
     """Count the entities of the call."""
     if cache is None:
         return
     for state in states:
-        state.commit()
+        state.finish_forward()
         if cache.offloading:
             state.offload()
 

@@ -7,6 +7,6 @@ import torch
 from torch import nn
 
 
-def decide(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+def linear_in_weight_dtype(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     """`linear(x)` in the dtype of the map, whatever that of `x` is."""
     return linear(x.to(linear.weight.dtype))

@@ -10,55 +10,55 @@ import torch
 
 
 @dataclass(frozen=True)
-class Rows:
+class RowLayout:
     """How the entities of one call lie in their rows.
 
     Attributes:
         mask: bool `[batch, length]`, which columns are real; None if all are.
         order: int64 `[batch, length]`, the column of each place of the compact row; None if all are real.
-        counts: int64 `[batch]`, real entities of this call; None if all are real.
-        index: int64 `[batch, length]`, place in the whole row, the entities of earlier calls included.
-        reach: int64 `[batch, length]`, how many of the entities just before it belong to the same segment.
+        lengths: int64 `[batch]`, real entities of this call; None if all are real.
+        positions: int64 `[batch, length]`, place in the whole row, the entities of earlier calls included.
+        segment_positions: int64 `[batch, length]`, how many of the entities just before it belong to the same segment.
         segment: int64 `[batch, length]`, number of the segment within its row; None if rows are one segment.
     """
 
     mask: torch.Tensor | None
     order: torch.Tensor | None
-    counts: torch.Tensor | None
-    index: torch.Tensor
-    reach: torch.Tensor
+    lengths: torch.Tensor | None
+    positions: torch.Tensor
+    segment_positions: torch.Tensor
     segment: torch.Tensor | None
 
-    def span(self, places: slice) -> "Rows":
+    def span(self, places: slice) -> "RowLayout":
         """The rows of a span of places, for what happens within rows: columns are no longer known."""
         length = places.stop - places.start
-        counts = None if self.counts is None else (self.counts - places.start).clamp(0, length)
+        counts = None if self.lengths is None else (self.lengths - places.start).clamp(0, length)
         segment = None if self.segment is None else self.segment[:, places]
-        return Rows(None, None, counts, self.index[:, places], self.reach[:, places], segment)
+        return RowLayout(None, None, counts, self.positions[:, places], self.segment_positions[:, places], segment)
 
-    def compact(self, columns: torch.Tensor) -> torch.Tensor:
+    def unpad(self, columns: torch.Tensor) -> torch.Tensor:
         """Columns `[batch, length, ...]` → rows of the same shape, zero after the last real entity."""
         if self.order is None:
             return columns
         trailing = (1,) * (columns.dim() - 2)
         rows = columns.gather(1, self.order.view(*self.order.shape, *trailing).expand_as(columns))
-        return torch.where(self.real().view(*self.index.shape, *trailing), rows, rows.new_zeros(()))
+        return torch.where(self.token_mask().view(*self.positions.shape, *trailing), rows, rows.new_zeros(()))
 
-    def real(self) -> torch.Tensor:
+    def token_mask(self) -> torch.Tensor:
         """Which places of the rows hold a real entity, bool `[batch, length]`."""
-        places = torch.arange(self.index.shape[1], device=self.index.device)
-        counts = self.index.shape[1] if self.counts is None else self.counts[:, None]
-        return (places < counts).expand_as(self.index)
+        places = torch.arange(self.positions.shape[1], device=self.positions.device)
+        counts = self.positions.shape[1] if self.lengths is None else self.lengths[:, None]
+        return (places < counts).expand_as(self.positions)
 
-    def ahead(self) -> torch.Tensor:
+    def tokens_after(self) -> torch.Tensor:
         """Real entities of this call behind each one, int64 `[batch, length]`; negative where it is not real."""
-        places = torch.arange(self.index.shape[1], device=self.index.device)
-        counts = self.index.shape[1] if self.counts is None else self.counts[:, None]
-        return (counts - 1 - places).expand_as(self.index)
+        places = torch.arange(self.positions.shape[1], device=self.positions.device)
+        counts = self.positions.shape[1] if self.lengths is None else self.lengths[:, None]
+        return (counts - 1 - places).expand_as(self.positions)
 
     def segment_sizes(self) -> torch.Tensor:
         """Real entities of each one's segment, int64 `[batch, length]`; of its row, without segments."""
-        real = self.real()
+        real = self.token_mask()
         if self.segment is None:
             return real.sum(dim=1, keepdim=True).expand_as(real)
         sizes = torch.zeros_like(self.segment).scatter_add_(1, self.segment, real.long())
@@ -66,37 +66,41 @@ class Rows:
 
     def segment_mean(self, x: torch.Tensor) -> torch.Tensor:
         """Mean of `[batch, length, features]` over the real entities of each one's segment, of the same shape."""
-        segment = torch.zeros_like(self.index) if self.segment is None else self.segment
+        segment = torch.zeros_like(self.positions) if self.segment is None else self.segment
         segment = segment[..., None].expand_as(x)
-        sums = torch.zeros_like(x).scatter_add(1, segment, x * self.real()[..., None])
+        sums = torch.zeros_like(x).scatter_add(1, segment, x * self.token_mask()[..., None])
         return sums.gather(1, segment) / self.segment_sizes().clamp(min=1)[..., None]
 
-    def turn_places(self, places: torch.Tensor) -> torch.Tensor:
+    def flip_positions(self, places: torch.Tensor) -> torch.Tensor:
         """Where the entities at `places` `[batch, ...]` stand when each row is read from its end; −1 stays."""
-        counts = self.index.shape[1] if self.counts is None else self.counts.view(-1, *(1,) * (places.dim() - 1))
+        counts = self.positions.shape[1] if self.lengths is None else self.lengths.view(-1, *(1,) * (places.dim() - 1))
         return torch.where(places < 0, places, counts - 1 - places)
 
-    def turn(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
+    def flip(self, x: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """Rows along `dim` of `x`, read from their end; what stands behind their last real entity stays there."""
-        if self.counts is None:
+        if self.lengths is None:
             return x.flip(dim)
-        places = torch.arange(self.index.shape[1], device=x.device)
-        places = torch.where(self.real(), self.counts[:, None] - 1 - places, places)
+        places = torch.arange(self.positions.shape[1], device=x.device)
+        places = torch.where(self.token_mask(), self.lengths[:, None] - 1 - places, places)
         shape = [1] * x.dim()
         shape[0], shape[dim] = places.shape
         return x.gather(dim, places.view(shape).expand_as(x))
 
-    def turned(self) -> "Rows":
+    def flipped(self) -> "RowLayout":
         """The rows read from their end, for what asks for places and reach alone. Only without a past."""
-        reach = self.reach if self.segment is None else self.turn((self.segment_sizes() - 1 - self.reach).clamp(min=0))
-        return Rows(None, None, self.counts, self.index, reach, None)
+        reach = (
+            self.segment_positions
+            if self.segment is None
+            else self.flip((self.segment_sizes() - 1 - self.segment_positions).clamp(min=0))
+        )
+        return RowLayout(None, None, self.lengths, self.positions, reach, None)
 
     def mean(self, values: torch.Tensor) -> torch.Tensor:
         """Mean of `[batch, length]` over the real entities, a scalar."""
-        real = self.real()
+        real = self.token_mask()
         return values.masked_fill(~real, 0).sum() / real.sum().clamp(min=1)
 
-    def scatter(self, rows: torch.Tensor) -> torch.Tensor:
+    def pad(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows `[batch, length, ...]` → columns of the same shape, zero where padded."""
         if self.order is None:
             return rows
@@ -105,18 +109,18 @@ class Rows:
         columns = rows.gather(1, place.view(*place.shape, *trailing).expand_as(rows))
         return torch.where(self.mask.view(*self.mask.shape, *trailing), columns, columns.new_zeros(()))
 
-    def observe(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def pad_with_grad(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rows → (columns, the rows read back from them), so that what becomes of the rows has a gradient there."""
-        columns = self.scatter(rows)
-        return columns, self.compact(columns)
+        columns = self.pad(rows)
+        return columns, self.unpad(columns)
 
-    def observe_queries(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`observe` of weights `[batch, heads, length, ...]`."""
-        columns = self.scatter(weights.transpose(1, 2)).transpose(1, 2)
-        return columns, self.compact(columns.transpose(1, 2)).transpose(1, 2)
+    def pad_queries_with_grad(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`pad_with_grad` of weights `[batch, heads, length, ...]`."""
+        columns = self.pad(weights.transpose(1, 2)).transpose(1, 2)
+        return columns, self.unpad(columns.transpose(1, 2)).transpose(1, 2)
 
 
-def lay_rows(
+def make_row_layout(
     batch: int,
     length: int,
     device: torch.device,
@@ -126,7 +130,7 @@ def lay_rows(
     past: torch.Tensor | None = None,
     aligned_past: int | None = 0,
     look: bool = True,
-) -> Rows:
+) -> RowLayout:
     """The rows of one call.
 
     Args:
@@ -146,17 +150,17 @@ def lay_rows(
         index = (places + aligned_past).expand(batch, length)
     else:
         index = places + past[:, None]
-    rows = Rows(None, None, None, index, index, None)
+    rows = RowLayout(None, None, None, index, index, None)
     if mask is not None:
         order = (~mask).int().argsort(dim=1, stable=True)
-        rows = replace(rows, mask=mask, order=order, counts=mask.sum(dim=1))
+        rows = replace(rows, mask=mask, order=order, lengths=mask.sum(dim=1))
     if segment_ids is None:
         return rows
-    segments = rows.compact(segment_ids)
+    segments = rows.unpad(segment_ids)
     starts = torch.ones_like(segments, dtype=torch.bool)
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
     first = torch.where(starts, places, 0).cummax(dim=1).values
-    return replace(rows, reach=index - first, segment=starts.cumsum(dim=1) - 1)
+    return replace(rows, segment_positions=index - first, segment=starts.cumsum(dim=1) - 1)
 
 
 def column_mask(
@@ -198,47 +202,47 @@ def packed_segments(position_ids: torch.Tensor | None, batch: int, length: int) 
     return torch.nn.functional.pad(jumps.long().cumsum(dim=1), (1, 0)).expand(batch, -1)
 
 
-def row_columns(rows: Rows, state=None) -> torch.Tensor:
+def pad_index(rows: RowLayout, state=None) -> torch.Tensor:
     """Column of each entity of the rows so far, int64 `[batch, N]`; those of this call last.
 
     Args:
-        state: `state_cache.StateLayer` before its `commit`, or None.
+        state: `cache.FlowCacheLayer` before its `commit`, or None.
     """
-    batch, length = rows.index.shape
-    mask = rows.mask if rows.mask is not None else rows.index.new_ones(batch, length, dtype=torch.bool)
+    batch, length = rows.positions.shape
+    mask = rows.mask if rows.mask is not None else rows.positions.new_ones(batch, length, dtype=torch.bool)
     if state is not None:
-        before = state.mask if state.mask is not None else mask.new_ones(batch, state.columns)
+        before = state.mask if state.mask is not None else mask.new_ones(batch, state.seq_length)
         mask = torch.cat([before, mask], dim=1)
     return (~mask).int().argsort(dim=1, stable=True)
 
 
-def to_columns(weights: torch.Tensor, rows: Rows, state=None) -> torch.Tensor:
+def pad_attention(weights: torch.Tensor, rows: RowLayout, state=None) -> torch.Tensor:
     """Weights `[batch, heads, M, N]` between rows' entities → between columns, zero where padded.
 
     Args:
-        state: as for `row_columns`.
+        state: as for `pad_index`.
     """
     places = torch.arange(weights.shape[-1], device=weights.device)[None]
-    return observe_weights(weights, places, rows, state)[0]
+    return pad_attention_with_grad(weights, places, rows, state)[0]
 
 
-def observe_weights(
-    weights: torch.Tensor, places: torch.Tensor, rows: Rows, state=None
+def pad_attention_with_grad(
+    weights: torch.Tensor, places: torch.Tensor, rows: RowLayout, state=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights between rows' entities → (between columns, the weights read back from there), as `Rows.observe`.
+    """Weights between rows' entities → (between columns, the weights read back from there), as `RowLayout.pad_with_grad`.
 
     Args:
         weights: `[batch, heads, M, N]`.
         places: int64 `[batch or 1, N]`, place in its row of each entity that is read; outside its row it weighs 0.
-        state: as for `row_columns`.
+        state: as for `pad_index`.
 
     Returns:
         (`[batch, heads, M, columns so far]`, zero where padded; `[batch, heads, M, N]`).
     """
-    columns = row_columns(rows, state)
+    columns = pad_index(rows, state)
     inside = (places >= 0) & (places < columns.shape[1])
     places = places.clamp(0, columns.shape[1] - 1).expand(columns.shape[0], -1)
     columns, length = columns.gather(1, places)[:, None, None].expand_as(weights), columns.shape[1]
     dense = weights.new_zeros(*weights.shape[:3], length).scatter_add(-1, columns, weights)
-    dense, back = rows.observe_queries(dense)
+    dense, back = rows.pad_queries_with_grad(dense)
     return dense, back.gather(-1, columns) * inside[:, None, None]

@@ -11,11 +11,11 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 from transformers.utils import is_torchdynamo_compiling
 
-from .cache import AppendState, StateLayer, TableState, TailState, last_inputs
+from .cache import FlowCacheLayer, GrowingState, IndexState, RollingState, roll_inputs
 
 
-class StaticStateLayer(StateLayer, StaticLayer):
-    """A `StateLayer` for at most `max_cache_len` columns; it can be reordered and reset, not cropped or widened.
+class StaticFlowCacheLayer(FlowCacheLayer, StaticLayer):
+    """A `FlowCacheLayer` for at most `max_cache_len` columns; it can be reordered and reset, not cropped or widened.
 
     Attributes:
         lengths: int64 `[batch]`, entities of each row; None before the first call.
@@ -29,7 +29,7 @@ class StaticStateLayer(StateLayer, StaticLayer):
     def __init__(self, max_cache_len: int, **kwargs):
         CacheLayerMixin.__init__(self)
         self.max_cache_len = self.longest = max_cache_len
-        self.states: dict[str, AppendState | TailState | TableState] = {}
+        self.states: dict[str, GrowingState | RollingState | IndexState] = {}
         self.constants: dict[str, Any] = {}
         self.makers: dict[str, Callable[[], torch.Tensor]] = {}
         self.lengths: torch.Tensor | None = None
@@ -42,22 +42,22 @@ class StaticStateLayer(StateLayer, StaticLayer):
     def columns(self) -> int:
         return 0 if self.seen is None else int(self.seen)
 
-    def known_columns(self) -> int | None:
+    def static_seq_length(self) -> int | None:
         """Columns so far, where that costs no wait for the device and no break of a graph."""
         if is_torchdynamo_compiling() or (self.seen is not None and self.seen.device.type != "cpu"):
             return None
-        return self.columns
+        return self.seq_length
 
     @property
     def mask(self) -> torch.Tensor | None:
-        return None if self.real is None else self.real[:, : self.columns]
+        return None if self.real is None else self.real[:, : self.seq_length]
 
     # one call of the model
 
-    def begin(self, batch: int, length: int, device: torch.device) -> None:
-        if (self.known_columns() or 0) + length > self.max_cache_len:
+    def start_forward(self, batch: int, length: int, device: torch.device) -> None:
+        if (self.static_seq_length() or 0) + length > self.max_cache_len:
             raise ValueError(
-                f"max_cache_len is {self.max_cache_len}: the cache holds {self.columns} tokens and {length} more do "
+                f"max_cache_len is {self.max_cache_len}: the cache holds {self.seq_length} tokens and {length} more do "
                 "not fit. Make a StaticCache with a larger max_cache_len."
             )
         if self.lengths is None:
@@ -67,22 +67,22 @@ class StaticStateLayer(StateLayer, StaticLayer):
             self.is_initialized = True
         self.check_batch(batch)
 
-    def commit(self) -> None:
+    def finish_forward(self) -> None:
         rows, self._rows = self._rows, None
-        length = rows.index.shape[1]
+        length = rows.positions.shape[1]
         if rows.mask is not None and self.real is None:
             self.real = fixed(rows.mask.new_ones(rows.mask.shape[0], self.max_cache_len))
         if rows.mask is not None:
             self.real.index_copy_(1, self.seen + torch.arange(length, device=self.device), rows.mask)
-        self.lengths.add_(length if rows.counts is None else rows.counts)
+        self.lengths.add_(length if rows.lengths is None else rows.lengths)
         self.seen.add_(length)
 
     # the kinds of state
 
     def append(self, name: str, new: torch.Tensor) -> torch.Tensor:
-        return write_in_place(self.room(name, new), new, self.lengths)
+        return write_in_place(self.reserve(name, new), new, self.lengths)
 
-    def room(self, name: str, new: torch.Tensor) -> torch.Tensor:
+    def reserve(self, name: str, new: torch.Tensor) -> torch.Tensor:
         return self._storage(name, new, self.max_cache_len)
 
     def write_entries(self, name: str, new: torch.Tensor, at: torch.Tensor, every: int) -> None:
@@ -92,21 +92,21 @@ class StaticStateLayer(StateLayer, StaticLayer):
     def _storage(self, name: str, new: torch.Tensor, capacity: int) -> torch.Tensor:
         if name not in self.states:
             shape = (*new.shape[:2], capacity, new.shape[3])
-            self.states[name] = AppendState(fixed(torch.zeros(shape, dtype=new.dtype, device=new.device)))
+            self.states[name] = GrowingState(fixed(torch.zeros(shape, dtype=new.dtype, device=new.device)))
         return self.states[name].data
 
-    def tail(self, name: str, new: torch.Tensor, size: int) -> torch.Tensor:
+    def roll(self, name: str, new: torch.Tensor, size: int) -> torch.Tensor:
         if name not in self.states:
             shape = (new.shape[0], size, new.shape[2])
-            self.states[name] = TailState(fixed(torch.zeros(shape, dtype=new.dtype, device=new.device)), size)
+            self.states[name] = RollingState(fixed(torch.zeros(shape, dtype=new.dtype, device=new.device)), size)
         kept = self.states[name].data
         history = torch.cat([kept, new], dim=1)
-        kept.copy_(last_inputs(history.detach(), size, new.shape[1], self._rows.counts))
+        kept.copy_(roll_inputs(history.detach(), size, new.shape[1], self._rows.lengths))
         return history
 
-    def table(self, name: str, make: Callable[[], torch.Tensor], undo) -> torch.Tensor:
+    def index_state(self, name: str, make: Callable[[], torch.Tensor], undo) -> torch.Tensor:
         if name not in self.states:
-            self.states[name], self.makers[name] = TableState(fixed(make()), undo), make
+            self.states[name], self.makers[name] = IndexState(fixed(make()), undo), make
         return self.states[name].data
 
     # what transformers asks of a cache layer
@@ -174,7 +174,7 @@ def fixed(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def check_shape(model, cache: Cache) -> None:
+def check_static_support(model, cache: Cache) -> None:
     """Raise a ValueError if the cache is of fixed shape and the model's state is not."""
     if cache.is_compileable and not model._can_compile_fullgraph:
         raise ValueError(

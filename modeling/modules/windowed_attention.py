@@ -11,10 +11,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, repeat_kv, rotate_half
 
 from ..ops.band import block_length, join_blocks, key_blocks, query_blocks
-from ..ops.chunking import in_pieces
-from .cache import StateLayer
+from ..ops.chunking import apply_chunked
+from .cache import FlowCacheLayer
 from .rms_norm import RMSNorm
-from .row_layout import Rows, observe_weights
+from .row_layout import RowLayout, pad_attention_with_grad
 
 
 class RotaryEmbedding(LlamaRotaryEmbedding):
@@ -89,8 +89,8 @@ class SelfAttention(GroupedQueryAttention):
         self,
         u: torch.Tensor,
         rotary: tuple[torch.Tensor, torch.Tensor],
-        rows: Rows,
-        state: StateLayer | None,
+        rows: RowLayout,
+        state: FlowCacheLayer | None,
         output_attentions: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Args: u `[B, M, hidden_size]`; rotary: cosine and sine of each place, `[B, M, rotated features]`.
@@ -99,7 +99,7 @@ class SelfAttention(GroupedQueryAttention):
             (what the heads read, side by side `[B, M, hidden_size]`; weights between the columns so far
             `[B, H, M, N]`, or None).
         """
-        query, key, value = in_pieces(self._projected, u, *rotary)
+        query, key, value = apply_chunked(self._projected, u, *rotary)
         if output_attentions:
             return self._observed(query, key, value, rows, state)
         attend = self._over_all if self.window is None else self._over_window
@@ -115,24 +115,24 @@ class SelfAttention(GroupedQueryAttention):
         """`[B, M, features]` → `[B, heads, M, head_dim]`."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def _observed(self, query, key, value, rows: Rows, state: StateLayer | None):
+    def _observed(self, query, key, value, rows: RowLayout, state: FlowCacheLayer | None):
         """Both kinds of attention, read through all weights between columns."""
         if self.window is None:
             key, value = self._appended(self._heads(key), self._heads(value), state)
-            places, before, after = torch.zeros_like(rows.index[:1, :1]), rows.index.max(), 0
+            places, before, after = torch.zeros_like(rows.positions[:1, :1]), rows.positions.max(), 0
         else:
             key, value = (self._heads(x) for x in self._around(key, value, state))
             before = self.window - 1
-            places, after = rows.index[:, :1] - before, before if self.two_sided else 0
+            places, after = rows.positions[:, :1] - before, before if self.two_sided else 0
         places = places + torch.arange(key.shape[2], device=key.device)
-        age = rows.index[..., None] - places[:, None]
-        ahead = rows.ahead().clamp(0, after)[..., None]
-        mask = ((age <= rows.reach[..., None].clamp(max=before)) & (age >= -ahead))[:, None]
-        observe = partial(observe_weights, places=places, rows=rows, state=state)
+        age = rows.positions[..., None] - places[:, None]
+        ahead = rows.tokens_after().clamp(0, after)[..., None]
+        mask = ((age <= rows.segment_positions[..., None].clamp(max=before)) & (age >= -ahead))[:, None]
+        observe = partial(pad_attention_with_grad, places=places, rows=rows, state=state)
         y, weights = self.attend_observed(self._heads(query), key, value, mask, observe)
         return y.flatten(2), weights
 
-    def _appended(self, key, value, state: StateLayer | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _appended(self, key, value, state: FlowCacheLayer | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[B, heads, M, head_dim]` behind those of earlier calls."""
         if state is None:
             return key, value
@@ -140,39 +140,39 @@ class SelfAttention(GroupedQueryAttention):
         key, value = state.append("key", key), state.append("value", value)
         return (key[:, :, :length], value[:, :, :length]) if started else (key, value)
 
-    def _around(self, key, value, state: StateLayer | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _around(self, key, value, state: FlowCacheLayer | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values `[B, M, features]` with those that the first and the last query of the call can see."""
         before = self.window - 1
         if state is None:
             after = before if self.two_sided else 0
             return tuple(nn.functional.pad(x, (0, 0, before, after)) for x in (key, value))
-        return state.tail("key", key, before), state.tail("value", value, before)
+        return state.roll("key", key, before), state.roll("value", value, before)
 
-    def _over_all(self, query, key, value, rows: Rows, state: StateLayer | None) -> torch.Tensor:
+    def _over_all(self, query, key, value, rows: RowLayout, state: FlowCacheLayer | None) -> torch.Tensor:
         query, key, value = (self._heads(x) for x in (query, key, value))
         started = state is None or state.data("key") is None
         key, value = self._appended(key, value, state)
         mask = None
         if not started or rows.segment is not None:
             places = torch.arange(key.shape[2], device=key.device)
-            mask = (places <= rows.index[..., None])[:, None]
+            mask = (places <= rows.positions[..., None])[:, None]
             if rows.segment is not None:
-                mask = mask & (places >= (rows.index - rows.reach)[..., None])[:, None]
+                mask = mask & (places >= (rows.positions - rows.segment_positions)[..., None])[:, None]
         return self.attend(query, key, value, mask).flatten(2)
 
-    def _over_window(self, query, key, value, rows: Rows, state: StateLayer | None) -> torch.Tensor:
+    def _over_window(self, query, key, value, rows: RowLayout, state: FlowCacheLayer | None) -> torch.Tensor:
         length = query.shape[1]
         before = self.window - 1
         after = before if self.two_sided else 0
         block = block_length(length, before)
         key, value = self._around(key, value, state)
-        ahead = rows.ahead() if after else torch.zeros_like(rows.reach)
-        y = in_pieces(
+        ahead = rows.tokens_after() if after else torch.zeros_like(rows.segment_positions)
+        y = apply_chunked(
             partial(self._over_blocks, before),
             query_blocks(query, block),
             key_blocks(key, before, block, after),
             key_blocks(value, before, block, after),
-            query_blocks(rows.reach[..., None].clamp(max=before), block),
+            query_blocks(rows.segment_positions[..., None].clamp(max=before), block),
             query_blocks(ahead[..., None].clamp(min=0, max=after), block),
             size=block,
         )

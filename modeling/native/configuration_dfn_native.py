@@ -27,7 +27,7 @@ class DFNNativeConfig(HubCodeMixin, PreTrainedConfig):
         k (`int`, defaults to 8): Neighbours of an entity, itself excluded.
         alpha (`float`, defaults to 0.1): How far an entity moves along its flow.
         sigma (`float`, defaults to 1.0): Width of the affinity.
-        memory_size (`int`, defaults to 32): Rows of the memory.
+        memory_size (`int`, defaults to 32): RowLayout of the memory.
         beta (`float`, defaults to 0.9): Share of itself that the memory keeps.
         dropout (`float`, defaults to 0.1): Dropout in the MLP, in training.
         field_resolution (`int`, defaults to 100): Points of the output field; its root, rounded down, is the side of

@@ -33,8 +33,8 @@ from .configuration_flownetwork_native import FlowNetworkNativeConfig
 SPARSITY = 0.1  # share of a flow matrix that stays
 CHANNELS = 3  # sets of patterns of a layer of F4, mixed by the mean over the row
 HIDDEN = 64  # of the small networks of F4 that decide something
-LEAST_LAYERS = 2  # of F4 that always run
-ENTRIES_AT_ONCE = 2**22  # of flow matrices that are held at a time
+MIN_LAYERS = 2  # of F4 that always run
+SORT_CHUNK = 2**22  # of flow matrices that are held at a time
 
 
 @dataclass
@@ -79,7 +79,7 @@ class SparseFlowRouter(FlowRouter):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, S, in]` → `[B, S, out]`."""
-        tokens = max(1, ENTRIES_AT_ONCE // self.flow_patterns[0].numel())
+        tokens = max(1, SORT_CHUNK // self.flow_patterns[0].numel())
         return torch.cat([self._flow(some) for some in x.flatten(0, 1).split(tokens)]).unflatten(0, x.shape[:2])
 
     def _flow(self, x: torch.Tensor) -> torch.Tensor:
@@ -283,7 +283,7 @@ class FlowNetworkNativeModel(FlowNetworkNativePreTrainedModel):
         if not math.isfinite(wanted):
             return number
         # Twice rounded down, as the original does: number · (n / number) may lie just below n.
-        return max(LEAST_LAYERS, int(number * (int(wanted) / number)))
+        return max(MIN_LAYERS, int(number * (int(wanted) / number)))
 
 
 __all__ = ["FlowNetworkNativeModel", "FlowNetworkNativePreTrainedModel"]

@@ -28,13 +28,13 @@ from transformers.utils import can_return_tuple
 
 from .configuration_liquid_native import LiquidNativeConfig
 
-BASE_RATIO, LEAST_RATIO = 0.5, 0.1  # of the bins that the decoder's embedding keeps, whatever the encoder's does
+BASE_RATIO, MIN_RATIO = 0.5, 0.1  # of the bins that the decoder's embedding keeps, whatever the encoder's does
 AUDIBLE = 0.1  # of a feature's largest bin
 KERNEL, DILATION = 3, 2
 LAMBDA_INIT, LAMBDA_RANGE = 0.8, (0.1, 0.9)
 FEED_FORWARD_LIMIT = 100.0
 ROTARY_LENGTH = 8192  # beyond it the original's attention fails
-MOST_LOGITS = 2048  # in L6
+MAX_LOGITS = 2048  # in L6
 
 
 class LiquidNativeEmbedding(nn.Module):
@@ -74,7 +74,7 @@ def lowest_bins(x: torch.Tensor) -> torch.Tensor:
     spectrum = torch.fft.fft(wide, n=1 << (length - 1).bit_length(), dim=1)
     loudness = spectrum.abs()
     complexity = (loudness > AUDIBLE * loudness.amax(dim=1, keepdim=True)).float().mean(dim=(1, 2))
-    ratio = (BASE_RATIO * (1 - complexity)).clamp(LEAST_RATIO, 1)
+    ratio = (BASE_RATIO * (1 - complexity)).clamp(MIN_RATIO, 1)
     count = (ratio * length).long().clamp(min=1)
     kept = torch.arange(length, device=x.device) < count[:, None]
     return torch.fft.ifft(spectrum[:, :length] * kept[..., None], dim=1).real.to(x.dtype)
@@ -313,7 +313,7 @@ class LiquidNativeModel(LiquidNativePreTrainedModel):
         for layer in self.decoder_layers:
             x, state = self.external_memory(layer(x), state)
         if self.config.layout == "L6":
-            x = x[:, :MOST_LOGITS]
+            x = x[:, :MAX_LOGITS]
         return Seq2SeqLMOutput(logits=self.output_layer(self.layer_norm(x)))
 
     def _check_length(self, length: int) -> None:

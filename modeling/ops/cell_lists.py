@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from .cell_grid import GRID, grid_axes
-from .chunking import in_pieces
-from .custom_ops import calls_operators
-from .dispatch import searches_in_triton
-from .kernels.neighbor_search_cpu import cells_natively, search_library
+from .chunking import apply_chunked
+from .custom_ops import use_custom_ops
+from .dispatch import can_use_triton_search
+from .kernels.neighbor_search_cpu import cells_cpu, search_library
 
 ROTATION_SCALE = 1024  # rotations and shifts are stored as integers, in 1/1024
 EMPTY_KEY_CELL, EMPTY_QUERY_CELL = 2**30, 2**30 + 1  # no cell: an absent key and an absent query never meet
-ENTRIES_AT_ONCE = 2**18  # entities times tables in one sort
+SORT_CHUNK = 2**18  # entities times tables in one sort
 
 
 def grid_constants(position_dim: int, num_tables: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,17 +68,17 @@ class CellGrids:
         Args:
             on_grid: all positions are, so that native code gives the same cells.
         """
-        library = search_library(positions) if on_grid and not calls_operators() else None
+        library = search_library(positions) if on_grid and not use_custom_ops() else None
         if library is not None:
             constants = (GRID, ROTATION_SCALE, self.rotation, self.shift, self.edges, self.cells_per_axis)
-            return cells_natively(library, positions, *constants)
+            return cells_cpu(library, positions, *constants)
         edges, shift, *others = self.constants or self.make_constants()
-        if on_grid and not calls_operators() and searches_in_triton(positions):
-            from .kernels.triton_launch import cells_on_gpu
+        if on_grid and not use_custom_ops() and can_use_triton_search(positions):
+            from .kernels.triton_launch import cells_triton
 
-            return cells_on_gpu(positions, GRID, self.rotation, shift, edges, self.cells_per_axis)
+            return cells_triton(positions, GRID, self.rotation, shift, edges, self.cells_per_axis)
         flat = positions.reshape(1, -1, positions.shape[-1])
-        return in_pieces(self._cells, flat).view(*positions.shape[:-1], len(edges))
+        return apply_chunked(self._cells, flat).view(*positions.shape[:-1], len(edges))
 
     def _cells(self, positions: torch.Tensor) -> torch.Tensor:
         """Positions `[1, N, P]` → int32 `[1, N, L]`."""

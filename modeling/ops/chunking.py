@@ -8,7 +8,7 @@ import torch
 CHUNK_SIZE = 4096
 
 
-def in_pieces(function: Callable[..., Any], *tensors: torch.Tensor, size: int = 1) -> Any:
+def apply_chunked(function: Callable[..., Any], *tensors: torch.Tensor, size: int = 1) -> Any:
     """`function` of tensors `[B, M, ...]`, some at a time along M; it gives one tensor `[B, M, ...]` or several.
 
     Args:
@@ -34,7 +34,7 @@ def in_pieces(function: Callable[..., Any], *tensors: torch.Tensor, size: int = 
     return tuple(wholes) if isinstance(result, tuple) else wholes[0]
 
 
-def in_overlapping_pieces(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, overlap: int):
+def apply_chunked_overlapping(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, overlap: int):
     """`function` of `[B, overlap + M, ...]`, as a convolution without padding is: each piece sees `overlap` more."""
     length = x.shape[1] - overlap
     if length <= CHUNK_SIZE:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 
-def operator(
+def custom_op(
     function: Callable,
     fake: Callable,
     *,
@@ -47,6 +47,6 @@ def code_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def calls_operators() -> bool:
+def use_custom_ops() -> bool:
     """Whether the code at hand is being compiled; a program to be exported is traced to the end, for others to run."""
     return torch.compiler.is_compiling() and not torch.compiler.is_exporting()

@@ -16,12 +16,12 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .custom_ops import calls_operators, operator
-from .dispatch import reads_in_triton
-from .kernels.flow_attention_cpu import attention_library, read_gradients_natively, read_natively
+from .custom_ops import custom_op, use_custom_ops
+from .dispatch import can_use_triton_attention
+from .kernels.flow_attention_cpu import attention_library, flow_attention_backward_cpu, flow_attention_forward_cpu
 
 EMBEDDING_BAG_SUM = 0  # its mode, as torch numbers them
-ELEMENTS_AT_ONCE = 2**21  # features of the neighbours of the queries that are worked on at a time
+ELEMENT_CHUNK = 2**21  # features of the neighbours of the queries that are worked on at a time
 
 
 def flow_attention(
@@ -52,7 +52,7 @@ def flow_attention(
     # Drawn as a tensor, so that a compiled model draws anew each time.
     seed = torch.randint(2**62, (), device="cpu") if dropout > 0 else torch.zeros((), dtype=torch.int64)
     arguments = (query, key, value, fading, query_index, reach, neighbors, window, dropout, seed)
-    if calls_operators():
+    if use_custom_ops():
         return _read_operator(*arguments)
     return _FlowAttention.apply(*arguments)
 
@@ -83,13 +83,13 @@ def read(
     seed: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`flow_attention` without a gradient; `seed` is that of its dropout."""
-    if dropout == 0 and reads_in_triton(query, key, value, fading):
-        from .kernels.triton_launch import read_on_gpu
+    if dropout == 0 and can_use_triton_attention(query, key, value, fading):
+        from .kernels.triton_launch import flow_attention_forward_triton
 
-        return read_on_gpu(query, key, value, fading, query_index, reach, neighbors, window)
+        return flow_attention_forward_triton(query, key, value, fading, query_index, reach, neighbors, window)
     library = _library(query, key, value, fading, dropout)
     if library is not None:
-        return read_natively(library, query, key, value, fading, query_index, reach, neighbors, window)
+        return flow_attention_forward_cpu(library, query, key, value, fading, query_index, reach, neighbors, window)
     with torch.autocast(query.device.type, enabled=False):
         return _read(query, key, value, fading, query_index, reach, neighbors, window, dropout, seed)
 
@@ -112,13 +112,13 @@ def read_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key, value and fading, given those of what `read` returned."""
     inputs = (query, key, value, fading, query_index, reach, neighbors)
-    if dropout == 0 and reads_in_triton(query, key, value, fading):
-        from .kernels.triton_launch import read_gradients_on_gpu
+    if dropout == 0 and can_use_triton_attention(query, key, value, fading):
+        from .kernels.triton_launch import flow_attention_backward_triton
 
-        return read_gradients_on_gpu(grad_y, grad_total, *inputs, y, total, window)
+        return flow_attention_backward_triton(grad_y, grad_total, *inputs, y, total, window)
     library = _library(query, key, value, fading, dropout)
     if library is not None:
-        return read_gradients_natively(library, grad_y, grad_total, *inputs, total, window)
+        return flow_attention_backward_cpu(library, grad_y, grad_total, *inputs, total, window)
     with torch.autocast(query.device.type, enabled=False):
         return _gradients(grad_y, grad_total, *inputs, window, dropout, seed)
 
@@ -156,8 +156,8 @@ def _shape_of_gradients(grad_y, grad_total, query, key, value, fading, *others):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value, fading))
 
 
-_read_operator = operator(read, _shape_of_read, backward=_backward_of_operator, setup_context=_keep_for_backward)
-_gradients_operator = operator(read_gradients, _shape_of_gradients)
+_read_operator = custom_op(read, _shape_of_read, backward=_backward_of_operator, setup_context=_keep_for_backward)
+_gradients_operator = custom_op(read_gradients, _shape_of_gradients)
 
 
 def _read(query, key, value, fading, query_index, reach, neighbors, window, dropout, seed):
@@ -295,7 +295,7 @@ def _chunks(query, value, neighbors):
     """Slices of the queries."""
     batch, heads, length, _ = query.shape
     per_query = batch * heads * max(neighbors.shape[-1], 1) * value.shape[-1]
-    step = max(64, ELEMENTS_AT_ONCE // per_query)
+    step = max(64, ELEMENT_CHUNK // per_query)
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 

@@ -22,7 +22,7 @@ from .cell_grid import MAX_CELLS_PER_AXIS, check_cell_sizes
 from .cell_lists import (
     EMPTY_KEY_CELL,
     EMPTY_QUERY_CELL,
-    ENTRIES_AT_ONCE,
+    SORT_CHUNK,
     CellChains,
     CellGrids,
     CellLists,
@@ -31,14 +31,14 @@ from .cell_lists import (
     sort_by_cell_and_time,
     start_chains,
 )
-from .custom_ops import calls_operators, operator
-from .dispatch import searches_in_triton
-from .kernels.neighbor_search_cpu import MAX_CANDIDATES, MAX_NEIGHBORS, search_library, search_natively
+from .custom_ops import custom_op, use_custom_ops
+from .dispatch import can_use_triton_search
+from .kernels.neighbor_search_cpu import MAX_CANDIDATES, MAX_NEIGHBORS, search_cells_cpu, search_library
 
 NO_CODE = 2**63 - 1
 NO_BITS = NO_CODE >> 32  # of a distance
-QUERIES_AT_ONCE = 2048  # queries whose candidates are held and ranked at a time
-KEYS_AT_ONCE = 4096  # the same for keys in the exact search
+QUERY_CHUNK = 2048  # queries whose candidates are held and ranked at a time
+KEY_CHUNK = 4096  # the same for keys in the exact search
 
 
 def nearest_predecessors(
@@ -183,7 +183,7 @@ def search_cells(
     arguments += (num_neighbors, window, candidates_per_table, reach, counts, segments, table_offsets)
     if chains is not None:
         arguments += (chains.heads, chains.links, chains.table_offsets)
-    return _search_operator(*arguments) if calls_operators() else _search_cells(*arguments)
+    return _search_operator(*arguments) if use_custom_ops() else _search_cells(*arguments)
 
 
 def _search_cells(
@@ -212,7 +212,7 @@ def _search_cells(
     fits = addressed and num_neighbors <= MAX_NEIGHBORS and candidates_per_table <= MAX_CANDIDATES
     library = search_library(query_positions) if fits else None
     if library is not None:
-        return search_natively(
+        return search_cells_cpu(
             library,
             query_positions,
             query_cells,
@@ -229,13 +229,13 @@ def _search_cells(
             links,
         )
     chains = None if heads is None else CellChains(heads, links, chain_offsets)
-    on_gpu = addressed and searches_in_triton(query_positions, num_tables, candidates_per_table)
+    on_gpu = addressed and can_use_triton_search(query_positions, num_tables, candidates_per_table)
     if on_gpu and (chains is None or (num_queries > 1 and bool((query_index[:, 0] == 0).all()))):
-        from .kernels.triton_launch import search_on_gpu
+        from .kernels.triton_launch import search_cells_triton
 
         if chains is not None:
             start_chains(chains, key_cells[:, :num_queries], window, counts)
-        return search_on_gpu(
+        return search_cells_triton(
             query_positions,
             query_cells,
             key_positions,
@@ -265,7 +265,7 @@ def _search_cells(
 
     lists = CellLists.empty(rows, num_tables, num_queries, candidates_per_table, device)
     chain_heads = []
-    tables_at_once = max(1, ENTRIES_AT_ONCE // (rows * num_queries))
+    tables_at_once = max(1, SORT_CHUNK // (rows * num_queries))
     for tables in torch.arange(num_tables).split(tables_at_once):
         tables = slice(int(tables[0]), int(tables[-1]) + 1)
         keys = entering_cells[:, tables].masked_fill(absent_keys[:, None], EMPTY_KEY_CELL)
@@ -285,7 +285,7 @@ def _search_cells(
         chain_heads = torch.cat(chain_heads, dim=1)
 
     indices, distances = [], []
-    step = max(1, QUERIES_AT_ONCE // rows)
+    step = max(1, QUERY_CHUNK // rows)
     for start in range(0, num_queries, step):
         part = slice(start, min(start + step, num_queries))
         index, positions = query_index[:, part, None].int(), query_positions[:, part]
@@ -315,7 +315,7 @@ def _shape_of_found(query_positions, query_cells, query_index, key_positions, ke
     return query_index.new_empty(shape), query_positions.new_empty(shape)
 
 
-_search_operator = operator(_search_cells, _shape_of_found, mutates_args=("heads", "links"))
+_search_operator = custom_op(_search_cells, _shape_of_found, mutates_args=("heads", "links"))
 
 
 def search_exact(
@@ -330,7 +330,7 @@ def search_exact(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The K nearest of all predecessors, block by block: O(N) memory. Arguments and results as `search_cells`."""
     arguments = query_positions, query_index, key_positions, num_neighbors, window, reach, segments
-    return _exact_operator(*arguments) if calls_operators() else _search_exact(*arguments)
+    return _exact_operator(*arguments) if use_custom_ops() else _search_exact(*arguments)
 
 
 def _search_exact(
@@ -346,7 +346,7 @@ def _search_exact(
     num_keys = key_positions.shape[1]
     device = query_positions.device
     indices, distances = [], []
-    step = max(1, QUERIES_AT_ONCE // rows)
+    step = max(1, QUERY_CHUNK // rows)
     for start in range(0, num_queries, step):
         part = slice(start, min(start + step, num_queries))
         index = query_index[:, part, None]
@@ -357,8 +357,8 @@ def _search_exact(
             last_key = num_keys if num_neighbors else 0
         else:
             last_key = min(num_keys, int(index.max()) - window + 1) if num_neighbors else 0
-        for first in range(0, last_key, KEYS_AT_ONCE):
-            ids = torch.arange(first, min(first + KEYS_AT_ONCE, last_key), device=device)
+        for first in range(0, last_key, KEY_CHUNK):
+            ids = torch.arange(first, min(first + KEY_CHUNK, last_key), device=device)
             visible = ids <= index - window
             if reach is not None:
                 visible &= ids >= index - reach[:, part, None].int()
@@ -376,7 +376,7 @@ def _search_exact(
     return torch.cat(indices, dim=1), torch.cat(distances, dim=1)
 
 
-_exact_operator = operator(
+_exact_operator = custom_op(
     _search_exact,
     lambda queries, index, keys, num_neighbors, *others: (
         index.new_empty(*index.shape, num_neighbors),

@@ -31,7 +31,7 @@ from dfn_hf.benchmarks.speed.scaling import (
     log_log_slope,
     scaling_table,
 )
-from dfn_hf.modeling.modules.row_layout import lay_rows
+from dfn_hf.modeling.modules.row_layout import make_row_layout
 
 TINY = ModelSize(vocab_size=256, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=256)
 
@@ -377,7 +377,7 @@ def test_without_frequency_attention_frames_stay_as_they_are():
     embedding = model.model.encoder.embedding
     x = torch.randn(2, 21, 16, dtype=torch.float64)
     c = plain_convolutions(embedding, x)
-    found, _ = embedding(x, lay_rows(2, 21, x.device))
+    found, _ = embedding(x, make_row_layout(2, 21, x.device))
     expected = embedding.proj_norm(embedding.proj(c + embedding.frequency_attention.project(c)))
     assert torch.allclose(found, expected, rtol=0, atol=1e-12)
 

@@ -70,7 +70,7 @@ def test_placement_counts_where_entities_begin():
     text = torch.tensor([list(b"To be, or")])
 
     def model(input_ids, use_cache):
-        return SimpleNamespace(boundaries=torch.tensor([[1, 0, 1, 0, 0, 0, 1, 0, 1]]))
+        return SimpleNamespace(boundary_mask=torch.tensor([[1, 0, 1, 0, 0, 0, 1, 0, 1]]))
 
     model.device = "cpu"
     rate, starts, insides = placement(model, text)

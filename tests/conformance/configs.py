@@ -59,6 +59,6 @@ def liquid_config(**overrides) -> LiquidConfig:
         "num_experts": 4,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 16,
-        "memory_hidden_size": 16,
+        "lstm_hidden_size": 16,
     }
     return LiquidConfig(**SPECIAL_TOKENS | options | overrides)

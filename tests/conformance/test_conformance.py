@@ -43,7 +43,9 @@ modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.update(
 )
 
 LARGE = 0.5
-LARGE_WITH_SAMPLING = 0.2  # at 0.5 what a batch's shapes round, which its bytes decide, grows just beyond 1e-5
+LARGE_WITH_SAMPLING = (
+    0.2  # at 0.5 what a batch's shapes round, which its bytes decide, grows just beyond 1e-5
+)
 LARGE_WITH_SDPA = 0.2  # at 0.5 a Llama's eager and sdpa attention differ more than the tests allow
 DFN = (DFNModel, DFNForCausalLM, DFNForSequenceClassification)
 FLOWNETWORK = (FlowNetworkModel, FlowNetworkForCausalLM, FlowNetworkForSequenceClassification)

@@ -55,8 +55,8 @@ def test_adaptive_dfn_places_entities_and_finds_far_ones(scale):
     model = make(DFNModel, adaptive_dfn_config, scale)
     with torch.no_grad():
         outputs = model(draw_ids(), output_entities=True)
-    assert 0.2 < outputs.boundaries.float().mean() < 0.9
-    lengths = [row.nonzero()[:, 0].diff() for row in outputs.boundaries]
+    assert 0.2 < outputs.boundary_mask.float().mean() < 0.9
+    lengths = [row.nonzero()[:, 0].diff() for row in outputs.boundary_mask]
     assert len(torch.cat(lengths).unique()) > 1
     assert all((entities.neighbors >= 0).any() for entities in outputs.entities)
 

@@ -5,7 +5,7 @@ import torch
 
 from dfn_hf.cli.convert_command import convert
 from dfn_hf.conversion.detect import LAYOUTS
-from dfn_hf.conversion.key_table import Dropped, Rows, expand
+from dfn_hf.conversion.key_table import Dropped, RowLayout, expand
 from dfn_hf.conversion.report import ConversionReport
 from dfn_hf.conversion.restore import restore_weights
 from tests.support.native_checkpoints import COUNTS, SIZES, random_weights, save_checkpoint

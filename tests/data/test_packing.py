@@ -113,14 +113,14 @@ def test_long_documents_are_tokenized_in_parts_without_a_trace(name, monkeypatch
     tokenizer = load_tokenizer(name)
     text = load_corpus("test")[0]["text"]
     expected = tokenizer(text, verbose=False)["input_ids"]
-    monkeypatch.setattr(dfn_hf.data.packing, "CHARACTERS_AT_ONCE", 1000)
+    monkeypatch.setattr(dfn_hf.data.packing, "CHARACTER_CHUNK", 1000)
     assert len(list(dfn_hf.data.packing.split_text(text))) > len(text) / 1000
     assert dfn_hf.data.packing.token_ids(text, tokenizer) == expected
 
 
 @pytest.mark.parametrize("text", ["a" * 50, "\n" * 50, " \n" * 20 + "a" * 40 + "\n" * 30])
 def test_text_without_usable_breaks_is_split_all_the_same(text, monkeypatch):
-    monkeypatch.setattr(dfn_hf.data.packing, "CHARACTERS_AT_ONCE", 7)
+    monkeypatch.setattr(dfn_hf.data.packing, "CHARACTER_CHUNK", 7)
     parts = list(dfn_hf.data.packing.split_text(text))
     assert "".join(parts) == text
     assert max(map(len, parts)) <= 7
@@ -152,7 +152,7 @@ def test_blocks_hold_every_token_once_and_never_predict_across_documents(block_s
 
 
 def test_streaming_gives_the_same_blocks(byte, monkeypatch):
-    monkeypatch.setattr(dfn_hf.data.packing, "PACKED_AT_ONCE", 5)
+    monkeypatch.setattr(dfn_hf.data.packing, "PACKING_BATCH", 5)
     documents = Dataset.from_dict({"text": random_documents(seed=0)})
     stored = pack(tokenize(documents, byte), 16)
     streamed = pack(tokenize(documents.to_iterable_dataset(), byte), 16)

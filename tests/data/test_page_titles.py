@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dfn_hf import page_titles
-from dfn_hf.page_titles import MOST_CHARACTERS, build, is_test, read_pairs
+from dfn_hf.page_titles import MAX_CHARACTERS, build, is_test, read_pairs
 
 PAGE = """<html><head><title>no</title></head><body><p>header</p>
 <h1><a name="x"></a>Opening
@@ -18,7 +18,7 @@ def test_a_pair_is_the_paragraphs_below_the_first_heading_and_that_heading(tmp_p
     (tmp_path / "deep/page.html").write_text(PAGE)
     (tmp_path / "again.html").write_text(PAGE)
     (tmp_path / "empty.html").write_text("<h1>Only a heading</h1>")
-    (tmp_path / "long.html").write_text(f"<h1>Long</h1><p>Short.</p><p>{'x' * MOST_CHARACTERS}</p><p>Not this.</p>")
+    (tmp_path / "long.html").write_text(f"<h1>Long</h1><p>Short.</p><p>{'x' * MAX_CHARACTERS}</p><p>Not this.</p>")
     assert read_pairs(tmp_path) == [
         {"source": "Do one & both. Then open.", "target": "Opening Documents"},
         {"source": "Short.", "target": "Long"},

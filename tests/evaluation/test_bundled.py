@@ -14,7 +14,7 @@ from dfn_hf.hub.loading import load_causal_lm
 PROMPTS = ("MACBETH.\nI have", "And God said", "Enter KING HENRY", "And it came to pass", "O Romeo,")
 WORD = re.compile(r"[A-Za-z]+(?:['’][A-Za-z]+)*")
 LONGEST_COPY = 60
-MOST_BYTES = 8 * 2**20
+MAX_BYTES = 8 * 2**20
 
 
 @pytest.fixture(scope="module")
@@ -68,4 +68,4 @@ def test_card_states_what_it_reaches_on_held_out_text(name, context_length):
 
 @pytest.mark.parametrize("name", ["dfn-tiny", "flownetwork-tiny", "dfn-bytes"])
 def test_it_is_small(name):
-    assert sum(path.stat().st_size for path in dfn_hf.checkpoint_path(name).iterdir()) <= MOST_BYTES
+    assert sum(path.stat().st_size for path in dfn_hf.checkpoint_path(name).iterdir()) <= MAX_BYTES

@@ -10,8 +10,8 @@ from dfn_hf.assets.verses import load_verses
 from dfn_hf.evaluation.translation import score_translations, shuffle_sources, translate
 from dfn_hf.hub.loading import load_seq2seq_lm
 
-MOST_BYTES = 12 * 2**20
-LEAST_GAIN = 10  # chrF over shuffled sources
+MAX_BYTES = 12 * 2**20
+MIN_GAIN = 10  # chrF over shuffled sources
 PROCESSORS_DIFFER = 0.2  # points: each rounds in its own way, and beams that nearly tie end in other words
 
 
@@ -47,8 +47,8 @@ def test_it_reads_its_source(translator, verses):
         score_translations(translate(*translator, texts, num_beams=1), references).chrf
         for texts in (sources, shuffle_sources(sources))
     )
-    assert read >= blind + LEAST_GAIN
+    assert read >= blind + MIN_GAIN
 
 
 def test_it_is_small(folder):
-    assert sum(path.stat().st_size for path in folder.iterdir()) <= MOST_BYTES
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= MAX_BYTES

@@ -29,7 +29,7 @@ def search(queries, keys, **options):
 def on_gpu_and_without(monkeypatch, function, *tensors):
     """What the kernels give and what torch does on the CPU."""
     found = function(*(x.cuda() for x in tensors))
-    monkeypatch.setenv("DFN_HF_NATIVE", "0")
+    monkeypatch.setenv("DFN_HF_KERNELS", "0")
     return [x.cpu() for x in found], function(*tensors)
 
 

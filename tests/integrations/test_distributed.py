@@ -107,9 +107,9 @@ CASES = [
     ("dfn", {"carry_positions": True, "memory_slots": 0}),
     ("dfn-adaptive", {"memory_slots": 0}),
     ("flownetwork", {"block_type": "enhanced_flow", "memory_size": 3}),
-    ("flownetwork", {"block_type": "flow_transformer", "memory_size": 2, "bank_decay": 0.5}),
+    ("flownetwork", {"block_type": "flow_transformer", "memory_size": 2, "memory_bank_decay": 0.5}),
     ("flownetwork", {"memory_size": 0}),
-    ("liquid", {"memory_hidden_size": 7, "attention_window": 8}),
+    ("liquid", {"lstm_hidden_size": 7, "attention_window": 8}),
 ]
 
 

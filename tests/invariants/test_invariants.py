@@ -83,10 +83,10 @@ def test_every_mechanism_is_in_motion(family, seed):
 def test_any_split_gives_the_logits_of_one_pass(family, seed, sizes):
     model = draw_model(family, seed)
     ids = draw_ids(2, LENGTH, seed)
-    assert torch.allclose(in_pieces(model, ids, sizes), logits_of(model, ids), **STRICT)
+    assert torch.allclose(in_chunks(model, ids, sizes), logits_of(model, ids), **STRICT)
 
 
-def in_pieces(model, ids, sizes, mask=None):
+def in_chunks(model, ids, sizes, mask=None):
     cache, pieces, start = DynamicCache(config=model.config), [], 0
     for size in sizes:
         stop = start + size
@@ -109,7 +109,7 @@ def test_any_split_in_fp32(family):
     for seed in SEEDS:
         model = draw_model(family, seed, torch.float32)
         ids = draw_ids(4, 90, seed)
-        pairs.append((in_pieces(model, ids, [31, 1, 1, 57]), logits_of(model, ids)))
+        pairs.append((in_chunks(model, ids, [31, 1, 1, 57]), logits_of(model, ids)))
     assert_close_rarely_not(*pairs)
 
 
@@ -152,7 +152,7 @@ def test_padding_and_cache_together(family, seed, name):
     ids = draw_ids(2, LENGTH, seed)
     whole = logits_of(model, ids, attention_mask=mask)
     for sizes in ([12, 1, 1, 1, 30], [1] * LENGTH):
-        pieces = in_pieces(model, ids, sizes, mask)
+        pieces = in_chunks(model, ids, sizes, mask)
         assert torch.allclose(pieces[mask.bool()], whole[mask.bool()], **STRICT)
 
 
@@ -175,7 +175,7 @@ def test_a_row_of_padding_alone_does_no_harm(family, seed):
     padded = logits_of(model, ids, attention_mask=mask)
     assert padded.isfinite().all()
     assert torch.allclose(padded[1:], logits_of(model, ids[1:]), **STRICT)
-    assert torch.allclose(in_pieces(model, ids, [20, 25], mask)[1:], padded[1:], **STRICT)
+    assert torch.allclose(in_chunks(model, ids, [20, 25], mask)[1:], padded[1:], **STRICT)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -84,7 +84,7 @@ def test_a_configuration_opens_from_one_file(tmp_path):
 
 def test_kernels_file_imports_without_triton(tmp_path):
     DFNConfig().save_pretrained(tmp_path)
-    script = "import sys; sys.modules['triton'] = None; import dfn_kernels; dfn_kernels.native_library"
+    script = "import sys; sys.modules['triton'] = None; import dfn_kernels; dfn_kernels.compiled_library"
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
 
 

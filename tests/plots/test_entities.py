@@ -28,12 +28,12 @@ def test_reading_is_what_the_model_sampled(model, tokenizer):
     with torch.no_grad():
         outputs = model(ids, output_entities=True)
     data = TEXT.encode()
-    assert len(reading.symbols) == len(reading.density) == len(reading.boundaries) == len(data)
-    assert np.array_equal(reading.boundaries, outputs.boundaries[0].bool().numpy())
-    assert np.allclose(reading.density, outputs.density[0].numpy(), atol=1e-5)
+    assert len(reading.symbols) == len(reading.boundary_probs) == len(reading.boundary_mask) == len(data)
+    assert np.array_equal(reading.boundary_mask, outputs.boundary_mask[0].bool().numpy())
+    assert np.allclose(reading.boundary_probs, outputs.boundary_probs[0].numpy(), atol=1e-5)
     assert reading.rest_positions.shape == (len(reading.spans), model.config.position_dim)
     assert np.allclose(reading.moved_positions, outputs.entities[1].moved_positions[0, 1].numpy(), atol=1e-5)
-    last = int(np.flatnonzero(reading.boundaries)[-1])
+    last = int(np.flatnonzero(reading.boundary_mask)[-1])
     assert sum(len(span.encode()) for span in reading.spans if "\ufffd" not in span) <= last + 1
     assert reading.spans[0] == TEXT[0]
     assert reading.rate == pytest.approx(len(reading.spans) / len(data))

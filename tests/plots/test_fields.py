@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from dfn_hf.cli.app import app
 from dfn_hf.data.fields import array_field, psnr, snr
-from dfn_hf.plots.fields import MOST_ARROWS, plot_field, read_field
+from dfn_hf.plots.fields import MAX_ARROWS, plot_field, read_field
 from dfn_hf.training.field import new_field_model
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
@@ -58,7 +58,7 @@ def test_images_and_waveforms_are_drawn(model, image, tmp_path):
     assert plot_field(read_field(colour, np.random.default_rng(0).normal(size=(6, 6, 3)) * 5)).axes
 
     wave = np.sin(np.linspace(0, 40, 700))
-    ear = new_field_model([wave[:, None]], num_samples=700, num_entities=MOST_ARROWS + 1, **SMALL).eval()
+    ear = new_field_model([wave[:, None]], num_samples=700, num_entities=MAX_ARROWS + 1, **SMALL).eval()
     reading = read_field(ear, wave)
     assert reading.values.shape == (700, 1) and reading.density.shape == (700,)
     assert reading.decibels == pytest.approx(

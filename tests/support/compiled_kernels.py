@@ -56,10 +56,10 @@ def search():
     sizes = geometric_cell_sizes(TABLES)
     grids = CellGrids(*grid_constants(POSITION_DIM, TABLES, 0), sizes, ball_cells_per_axis(POSITION_DIM, sizes))
     constants = grids.rotation, torch.zeros(grids.shift.shape), torch.ones(TABLES), grids.cells_per_axis
-    flow_kernels.cells_on_gpu(queries, GRID, *constants)
+    flow_kernels.cells_triton(queries, GRID, *constants)
     cells = grids.cells(keys)
     reach, counts = torch.zeros(HEADS, LENGTH, dtype=torch.int64), torch.zeros(HEADS, dtype=torch.int64)
-    flow_kernels.search_on_gpu(
+    flow_kernels.search_cells_triton(
         queries, cells, keys, cells, NUM_NEIGHBORS, WINDOW, CANDIDATES, grids.table_offsets, reach, counts
     )
 
@@ -70,9 +70,11 @@ def attend(value_dtype, deterministic):
     fading, index = torch.zeros(HEADS), torch.arange(LENGTH)[None]
     neighbors = torch.zeros(1, HEADS, LENGTH, NUM_NEIGHBORS, dtype=torch.int64)
     inputs = (query, key, value, fading, index, index, neighbors)
-    y, total = flow_kernels.read_on_gpu(*inputs, WINDOW)
+    y, total = flow_kernels.flow_attention_forward_triton(*inputs, WINDOW)
     torch.use_deterministic_algorithms(deterministic)
-    flow_kernels.read_gradients_on_gpu(torch.zeros_like(y), torch.zeros_like(total), *inputs, y, total, WINDOW)
+    flow_kernels.flow_attention_backward_triton(
+        torch.zeros_like(y), torch.zeros_like(total), *inputs, y, total, WINDOW
+    )
 
 
 if __name__ == "__main__":

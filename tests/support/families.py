@@ -74,7 +74,7 @@ def draw_adaptive_config(rng: random.Random, **overrides) -> DFNConfig:
         "max_entity_length": rng.choice([4, 6, 9]),
         "num_sample_layers": rng.choice([1, 2]),
         "sample_intermediate_size": rng.choice([None, 17]),
-        "ratio_coef": 0.3,
+        "ratio_loss_coef": 0.3,
         "local_window": rng.choice([2, 5]),
         "readout_window": 1,
     }
@@ -115,9 +115,9 @@ def assert_dfn_in_motion(model: DFNForCausalLM, ids: torch.Tensor) -> None:
 def assert_adaptive_in_motion(model: DFNForCausalLM, ids: torch.Tensor) -> None:
     """Entities are of several lengths, some as long as they may be, and every layer finds far ones."""
     outputs = model(ids, output_entities=True)
-    lengths = [place.diff() for place in (row.nonzero()[:, 0] for row in outputs.boundaries)]
+    lengths = [place.diff() for place in (row.nonzero()[:, 0] for row in outputs.boundary_mask)]
     assert len(torch.cat(lengths).unique()) > 1
-    assert (outputs.density[outputs.boundaries.bool()] >= 0.5).any()
+    assert (outputs.boundary_probs[outputs.boundary_mask.bool()] >= 0.5).any()
     assert all((layer.neighbors >= 0).any() for layer in outputs.entities)
 
 

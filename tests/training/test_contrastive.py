@@ -135,7 +135,7 @@ def test_a_run_learns_and_its_folder_embeds(tokenizer, tmp_path):
     words = [f"{a}{b}" for a in "abcdefgh" for b in "klmnop"]
     rows = pair_views(text_view(words, tokenizer), text_view([word.upper()[::-1] for word in words], tokenizer))
     model = make_model(tokenizer)
-    settings = TrainingSettings(max_steps=60, batch_size=12, learning_rate=1e-2, save_interval=30)
+    settings = TrainingSettings(max_steps=60, batch_size=12, learning_rate=1e-2, save_steps=30)
     result = train_contrastive(
         model, tokenizer, rows, rows, tmp_path / "embedder", settings, provenance="Pairs of letters.", progress=False
     )

@@ -26,7 +26,7 @@ from dfn_hf.training.distillation import (
 )
 from dfn_hf.training.trainer import TrainingSettings, last_checkpoint, train_model
 
-SETTINGS = DistillationSettings(max_steps=24, batch_size=4, save_interval=8, learning_rate=1e-2, layerwise_share=0.5)
+SETTINGS = DistillationSettings(max_steps=24, batch_size=4, save_steps=8, learning_rate=1e-2, layerwise_ratio=0.5)
 WINDOWS = {"local_window": 4, "num_neighbors": 4}
 
 
@@ -116,8 +116,8 @@ def test_resumed_run_equals_an_unbroken_one(teacher, tokenizer, blocks, tmp_path
     with pytest.raises(RuntimeError, match="power cut"):
         distill(teacher, tokenizer, blocks, folder, callbacks=[FailAtStep(10)])
     assert last_checkpoint(folder / "checkpoints").name == "checkpoint-8"
-    with pytest.raises(ValueError, match=r"had layerwise_share = 0\.5, not 0\.2"):
-        distill(teacher, tokenizer, blocks, folder, replace(SETTINGS, layerwise_share=0.2), resume=True)
+    with pytest.raises(ValueError, match=r"had layerwise_ratio = 0\.5, not 0\.2"):
+        distill(teacher, tokenizer, blocks, folder, replace(SETTINGS, layerwise_ratio=0.2), resume=True)
     resumed = distill(teacher, tokenizer, blocks, folder, resume=True)
 
     for kind in ("loss", "eval_loss"):
@@ -149,8 +149,8 @@ def test_the_teacher_is_not_overwritten(teacher, tokenizer, blocks):
 
 @pytest.mark.parametrize("share", [-0.1, 1.1])
 def test_a_share_outside_of_0_to_1_is_refused(share):
-    with pytest.raises(ValueError, match=f"layerwise_share must lie between 0 and 1, got {share}"):
-        DistillationSettings(layerwise_share=share)
+    with pytest.raises(ValueError, match=f"layerwise_ratio must lie between 0 and 1, got {share}"):
+        DistillationSettings(layerwise_ratio=share)
 
 
 def test_a_student_of_another_teacher_is_refused(teacher, tokenizer, blocks, tmp_path):

@@ -124,7 +124,7 @@ def test_a_new_model_is_of_the_fields():
 def test_training_leaves_a_folder_that_loads(tmp_path, hidden_share):
     arrays = load_arrays(draw_images(tmp_path / "images", 3))
     model = new_field_model(arrays, num_samples=64, **SMALL)
-    settings = TrainingSettings(max_steps=2, batch_size=2, save_interval=1)
+    settings = TrainingSettings(max_steps=2, batch_size=2, save_steps=1)
     result = train_fields(
         model,
         FieldPieces(arrays[1:], 64, 4),

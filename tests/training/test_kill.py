@@ -27,9 +27,7 @@ TINY = {
     "hidden_dropout": 0.1,
 }
 OPTIONS = {"dfn": {"memory_slots": 2}, "flownetwork": {"memory_size": 2}, "liquid": {"frame_length": 8}}
-SETTINGS = TrainingSettings(
-    max_steps=9, batch_size=2, gradient_accumulation_steps=2, save_interval=3, learning_rate=1e-2
-)
+SETTINGS = TrainingSettings(max_steps=9, batch_size=2, gradient_accumulation_steps=2, save_steps=3, learning_rate=1e-2)
 KILLED_AFTER = 7
 
 

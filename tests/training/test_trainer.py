@@ -22,8 +22,8 @@ from dfn_hf.training.lora import add_lora
 from dfn_hf.training.trainer import TrainingSettings, last_checkpoint, train_model
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-SETTINGS = TrainingSettings(max_steps=6, batch_size=4, save_interval=3, learning_rate=1e-2)
-LONG = TrainingSettings(max_steps=100_000, batch_size=4, save_interval=3)
+SETTINGS = TrainingSettings(max_steps=6, batch_size=4, save_steps=3, learning_rate=1e-2)
+LONG = TrainingSettings(max_steps=100_000, batch_size=4, save_steps=3)
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_search_switches_at_the_share_of_steps_and_ends_with_cells(tokenizer, bl
         def on_step_end(self, args, state, control, **kwargs):
             seen.append(kwargs["model"].config.search_implementation)
 
-    settings = replace(SETTINGS, exact_search_share=0.5)
+    settings = replace(SETTINGS, exact_search_ratio=0.5)
     model = new_causal_lm(tokenizer, **TINY)
     result = train(model, tokenizer, blocks, tmp_path / "model", settings, callbacks=[Watch()])
     assert seen == ["exact"] * 3 + ["cells"] * 3
@@ -216,7 +216,7 @@ def test_search_switches_at_the_share_of_steps_and_ends_with_cells(tokenizer, bl
 def test_a_search_is_not_switched_where_there_is_none(tokenizer, blocks, tmp_path):
     model = new_causal_lm(tokenizer, architecture="llama", **TINY)
     with pytest.raises(ValueError, match="a llama searches for nothing"):
-        train(model, tokenizer, blocks, tmp_path / "model", replace(SETTINGS, exact_search_share=0.5))
+        train(model, tokenizer, blocks, tmp_path / "model", replace(SETTINGS, exact_search_ratio=0.5))
     assert not (tmp_path / "model").exists()
 
 
@@ -251,8 +251,8 @@ def test_baseline_has_as_many_parameters(tokenizer):
         ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
-        ({"warmup_share": 1.0}, "warmup_share must"),
-        ({"exact_search_share": 1.5}, "exact_search_share must"),
+        ({"warmup_ratio": 1.0}, "warmup_ratio must"),
+        ({"exact_search_ratio": 1.5}, "exact_search_ratio must"),
     ],
 )
 def test_settings_out_of_range_are_named(settings, words):
@@ -333,7 +333,7 @@ def test_kill_loses_at_most_the_steps_since_the_last_checkpoint(tokenizer, block
     process.kill()
     process.communicate()
     reached = int(last_checkpoint(folder / "checkpoints").name.rpartition("-")[2])
-    assert reached >= LONG.save_interval
+    assert reached >= LONG.save_steps
     first_steps = []
 
     class StopSoon(TrainerCallback):

@@ -171,7 +171,7 @@ def test_accumulated_steps_of_the_trainer_are_one_step(tokenizer, tmp_path):
     trained = []
     for batch_size in (6, 1):
         model = new_seq2seq_lm(
-            tokenizer, **SMALL, router_entropy_coef=1.0, reconstruction_coef=1.0, hidden_dropout=0.0
+            tokenizer, **SMALL, router_entropy_coef=1.0, reconstruction_loss_coef=1.0, hidden_dropout=0.0
         )
         arguments = Seq2SeqTrainingArguments(
             str(tmp_path), max_steps=1, per_device_train_batch_size=batch_size, report_to="none", optim="sgd",

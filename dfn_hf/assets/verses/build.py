@@ -11,7 +11,7 @@ import typer
 
 VALIDATION = ("Song of Solomon", "Lamentations", "Jonah", "Philippians", "Titus")
 TEST = ("Ruth", "Esther", "Ecclesiastes", "I Thessalonians", "James")
-MOST_RATIO = 3  # of the lengths of a pair: beyond it the two Bibles count verses differently, or a glossary follows
+MAX_RATIO = 3  # of the lengths of a pair: beyond it the two Bibles count verses differently, or a glossary follows
 
 VERSE = re.compile(r"\$\$\$((?:[IV]+ )?[A-Z][A-Za-z ]*) (\d+):(\d+)$")
 NOTE = re.compile(r"<note\b.*?</note>", re.DOTALL)
@@ -63,7 +63,7 @@ def build(
     lines: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     for key, source in sources.items():
         target = targets.get(key)
-        if source and target and 1 / MOST_RATIO <= len(source) / len(target) <= MOST_RATIO:
+        if source and target and 1 / MAX_RATIO <= len(source) / len(target) <= MAX_RATIO:
             book, chapter, number = key
             pair = {"source": source, "target": target, "verse": f"{book} {chapter}:{number}"}
             lines[split_of(book)].append(json.dumps(pair, ensure_ascii=False))

@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb, eager_attention_forward
 from transformers.utils import TransformersKwargs
 
-from dfn_hf.modeling.dfn.layers import near_identity
+from dfn_hf.modeling.dfn.layers import identity_conv_init
 
 CONV_KERNEL = 4
 
@@ -72,7 +72,7 @@ class ConvGatedLlamaModel(LlamaModel):
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if isinstance(module, nn.Conv1d):
-            init.copy_(module.weight, near_identity(module.weight))
+            init.copy_(module.weight, identity_conv_init(module.weight))
 
 
 class ConvGatedLlamaForCausalLM(LlamaForCausalLM):

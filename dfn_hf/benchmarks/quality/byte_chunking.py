@@ -194,15 +194,15 @@ def fitted(
 def placement(model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[float, float, float]:
     """Entities per byte; shares of words' first bytes, and of their other bytes, that begin an entity."""
     outputs = model(input_ids.to(model.device), use_cache=False)
-    boundaries = getattr(outputs, "boundaries", None)
-    if boundaries is None:
+    boundary_mask = getattr(outputs, "boundary_mask", None)
+    if boundary_mask is None:
         return 1.0, 1.0, 1.0
-    boundaries = boundaries.bool().cpu()
-    begins = pad(boundaries, (1, 0), value=True)[:, :-1]
+    boundary_mask = boundary_mask.bool().cpu()
+    begins = pad(boundary_mask, (1, 0), value=True)[:, :-1]
     letters = torch.isin(input_ids, LETTERS)
     inside = letters & pad(letters, (1, 0))[:, :-1]
     starts = letters & ~inside
-    shares = (boundaries.float().mean(), begins[starts].float().mean(), begins[inside].float().mean())
+    shares = (boundary_mask.float().mean(), begins[starts].float().mean(), begins[inside].float().mean())
     return shares[0].item(), shares[1].item(), shares[2].item()
 
 

@@ -27,7 +27,7 @@ from ..harness.training_loop import fit
 EMBEDDED = "corpus"
 TOKENIZERS = ("bpe", "byte")  # byte-level: the bytes of their tokens are known
 FIRST_BUCKET = 256
-HELD_OUT_SHARE = 0.05
+HELD_OUT_FRACTION = 0.05
 REPORT_EVERY = 20
 
 
@@ -189,7 +189,7 @@ def token_documents(data: str, tokenizer_name: str) -> tuple[list[np.ndarray], l
     if len(documents) < 2:
         raise ValueError(f"data {data!r} holds one document, so none can be held out: give several")
     sizes = np.cumsum([len(document) for document in documents])
-    kept = max(1, int(np.searchsorted(sizes, (1 - HELD_OUT_SHARE) * sizes[-1], side="right")))
+    kept = max(1, int(np.searchsorted(sizes, (1 - HELD_OUT_FRACTION) * sizes[-1], side="right")))
     return documents[:kept], documents[kept:]
 
 

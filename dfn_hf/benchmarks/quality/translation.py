@@ -31,7 +31,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     WITHOUT_FREQUENCY: {},
     "no offsets": {"max_offset": 0},
     "1 expert": {"num_experts": 1},
-    "no LSTM": {"memory_hidden_size": 0},
+    "no LSTM": {"lstm_hidden_size": 0},
     "no compression": {"min_compression_ratio": 1},
 }
 

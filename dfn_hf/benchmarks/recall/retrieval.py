@@ -22,7 +22,7 @@ from .associative_recall import DECAY_SHARE, FINE_TUNING_SEED, RecallSettings, l
 DEPTHS = (0.01, 0.5, 0.99)
 PAIRS_PER_DEPTH = 5
 GAP = 8  # tokens from one pair to the next of its depth
-LEAST_LENGTH = round(PAIRS_PER_DEPTH * GAP / (1 - max(DEPTHS)))  # for the last pairs to find room
+MIN_LENGTH = round(PAIRS_PER_DEPTH * GAP / (1 - max(DEPTHS)))  # for the last pairs to find room
 CONTEXT_SEED = 70_000
 
 
@@ -159,8 +159,8 @@ def planted_context(
 
 def check_length(length: int) -> None:
     """Raises: ValueError: a context too short for its pairs."""
-    if length < LEAST_LENGTH:
-        raise ValueError(f"length is {length}: its pairs need a context of {LEAST_LENGTH} tokens or more")
+    if length < MIN_LENGTH:
+        raise ValueError(f"length is {length}: its pairs need a context of {MIN_LENGTH} tokens or more")
 
 
 @torch.no_grad()

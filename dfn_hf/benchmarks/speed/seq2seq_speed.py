@@ -85,7 +85,7 @@ def build(settings: Seq2SeqSpeedSettings) -> PreTrainedModel:
         num_hidden_layers=settings.num_hidden_layers,
         num_attention_heads=settings.num_attention_heads,
         intermediate_size=settings.intermediate_size,
-        memory_hidden_size=0 if settings.model == "liquid-no-lstm" else settings.hidden_size,
+        lstm_hidden_size=0 if settings.model == "liquid-no-lstm" else settings.hidden_size,
         **tokens,
     )
     if settings.model == "t5":

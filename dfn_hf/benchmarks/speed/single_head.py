@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dfn_hf.modeling.dfn.layers import ball
 from dfn_hf.modeling.ops.cell_grid import GRID, ball_cells_per_axis, geometric_cell_sizes
 from dfn_hf.modeling.ops.cell_lists import CellGrids, grid_constants
-from dfn_hf.modeling.ops.dispatch import triton_runs_on
+from dfn_hf.modeling.ops.dispatch import triton_available
 from dfn_hf.modeling.ops.flow_attention import flow_attention
 from dfn_hf.modeling.ops.kernels.c_compiler import SWITCH
 from dfn_hf.modeling.ops.kernels.neighbor_search_cpu import search_library
@@ -124,7 +124,7 @@ def _flow_attention(
 ) -> tuple[Callable[[], torch.Tensor], Sequence[torch.Tensor]]:
     heads, length, device = settings.heads, settings.length, settings.device
     moved, rest = clustered_positions(settings, generator)
-    if settings.operation != TORCH and search_library(rest) is None and not triton_runs_on(rest.device):
+    if settings.operation != TORCH and search_library(rest) is None and not triton_available(rest.device):
         raise ValueError(
             f"operation is {settings.operation!r}, which needs a C compiler, or on a GPU Triton, and {SWITCH} not 0"
         )
@@ -135,7 +135,7 @@ def _flow_attention(
     grids = CellGrids(rotation, shift, sizes, ball_cells_per_axis(settings.position_dim, sizes))
     index = torch.arange(length, device=device)[None]
     rows = index.expand(heads, -1)
-    # The affinity −γ‖q − k‖² with γ = 0.3 as a product: see `gaussian_key`.
+    # The affinity −γ‖q − k‖² with γ = 0.3 as a product: see `augment_key`.
     key = torch.cat([rest, -0.3 * rest.square().sum(dim=-1, keepdim=True)], dim=-1)[None]
     query = torch.cat([0.6 * moved, torch.ones_like(moved[..., :1])], dim=-1)[None]
     value = torch.randn(1, heads, length, settings.width, generator=generator).to(device, dtype_named(settings.dtype))

@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from ...plots.flow_map import INK, MUTED, SERIES, plain
 
 ACTIVATION, GRADIENT = "activation_norm", "gradient_norm"
-MOST_LINES = 12
+MAX_LINES = 12
 
 
 class ModuleNormsCallback(TrainerCallback):
@@ -126,7 +126,7 @@ def plot_module_norms(
     if not lines:
         raise ValueError(f"the history holds no {kind!r}: train with ModuleNormsCallback, or choose another kind")
     ranked = sorted(lines, key=lambda name: -spread([value for _, value in lines[name]]))
-    named = set(ranked[:MOST_LINES])
+    named = set(ranked[:MAX_LINES])
     figure = Figure(figsize=(10, 5.5), layout="constrained", dpi=150)
     axes = figure.subplots()
     for number, name in enumerate(ranked):

@@ -22,17 +22,17 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-SWITCH = "DFN_HF_NATIVE"  # set to 0 for torch operations alone
+SWITCH = "DFN_HF_KERNELS"  # set to 0 for torch operations alone
 ITEMS_PER_THREAD = 1024  # fewer are done before a thread has started
 
 
-def switched_on() -> bool:
-    """Whether native code may be used: unless the environment variable DFN_HF_NATIVE is 0 or a program is exported."""
+def kernels_enabled() -> bool:
+    """Whether native code may be used: unless the environment variable DFN_HF_KERNELS is 0 or a program is exported."""
     return not torch.compiler.is_exporting() and os.environ.get(SWITCH, "1") != "0"
 
 
 @cache
-def native_library(source: str, *flags: str) -> ctypes.CDLL | None:
+def compiled_library(source: str, *flags: str) -> ctypes.CDLL | None:
     """The library built from C `source` with `flags`, or None where it cannot be built; the reason is logged once."""
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None or os.name != "posix":
@@ -42,16 +42,16 @@ def native_library(source: str, *flags: str) -> ctypes.CDLL | None:
         # Tuned to this processor where it can be told from others that share the folder.
         tuning = ["-march=native"] if processor() else []
         try:
-            return built_library(source, [compiler, *tuning, *flags])
+            return build_library(source, [compiler, *tuning, *flags])
         except subprocess.CalledProcessError:  # some compilers know no such tuning
-            return built_library(source, [compiler, *flags])
+            return build_library(source, [compiler, *flags])
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
         logger.warning_once(f"Native code was not built: going on with torch operations, which are slower. {reason}")
         return None
 
 
-def built_library(source: str, command: list[str]) -> ctypes.CDLL:
+def build_library(source: str, command: list[str]) -> ctypes.CDLL:
     """The library from the folder, or else built there."""
     command = [*command, "-O3", "-std=gnu11", "-fPIC", "-shared"]
     made_of = "\0".join([source, *command, compiler_version(command[0]), platform.machine(), processor()])

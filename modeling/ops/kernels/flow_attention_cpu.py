@@ -8,7 +8,7 @@ import ctypes
 
 import torch
 
-from .c_compiler import in_threads, native_library, switched_on
+from .c_compiler import compiled_library, in_threads, kernels_enabled
 from .c_source import c_source
 
 # Only the sums that say so are reassociated to run in vector registers.
@@ -46,10 +46,10 @@ class _Call(ctypes.Structure):
 def attention_library(*tensors: torch.Tensor) -> ctypes.CDLL | None:
     """The library if it can be used for these tensors: all float32 on the CPU."""
     fit = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
-    return native_library(ATTENTION_SOURCE, *ATTENTION_FLAGS) if fit and switched_on() else None
+    return compiled_library(ATTENTION_SOURCE, *ATTENTION_FLAGS) if fit and kernels_enabled() else None
 
 
-def read_natively(
+def flow_attention_forward_cpu(
     library: ctypes.CDLL,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -70,7 +70,7 @@ def read_natively(
     return y, total
 
 
-def read_gradients_natively(
+def flow_attention_backward_cpu(
     library: ctypes.CDLL,
     grad_y: torch.Tensor,
     grad_total: torch.Tensor,

@@ -9,7 +9,7 @@ import ctypes
 
 import torch
 
-from .c_compiler import in_threads, native_library, pointer, switched_on
+from .c_compiler import compiled_library, in_threads, kernels_enabled, pointer
 from .c_source import c_source
 
 MAX_NEIGHBORS = MAX_CANDIDATES = 2**14  # the code holds them on the stack
@@ -52,12 +52,12 @@ class _Search(ctypes.Structure):
 
 def search_library(positions: torch.Tensor) -> ctypes.CDLL | None:
     """The library if it can be used for these positions: float32 on the CPU."""
-    if positions.device.type != "cpu" or positions.dtype != torch.float32 or not switched_on():
+    if positions.device.type != "cpu" or positions.dtype != torch.float32 or not kernels_enabled():
         return None
-    return native_library(SEARCH_SOURCE, *SEARCH_FLAGS)
+    return compiled_library(SEARCH_SOURCE, *SEARCH_FLAGS)
 
 
-def cells_natively(
+def cells_cpu(
     library: ctypes.CDLL,
     positions: torch.Tensor,
     grid: int,
@@ -96,7 +96,7 @@ def cells_natively(
     return out
 
 
-def search_natively(
+def search_cells_cpu(
     library: ctypes.CDLL,
     query_positions: torch.Tensor,
     query_cells: torch.Tensor,

@@ -33,7 +33,7 @@ PAIRS = 16  # of an entity and a query that found it, at a time
 TILE = 32  # entities of the local window, or queries of a key, at a time
 
 
-def cells_on_gpu(
+def cells_triton(
     positions: torch.Tensor,
     grid: float,
     rotation: torch.Tensor,
@@ -60,7 +60,7 @@ def cells_on_gpu(
     return cells.transpose(-1, -2)
 
 
-def search_on_gpu(
+def search_cells_triton(
     query_positions: torch.Tensor,
     query_cells: torch.Tensor,
     key_positions: torch.Tensor,
@@ -112,7 +112,7 @@ def search_on_gpu(
     return indices, distances
 
 
-def read_on_gpu(
+def flow_attention_forward_triton(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -134,7 +134,7 @@ def read_on_gpu(
     return y, total
 
 
-def read_gradients_on_gpu(
+def flow_attention_backward_triton(
     grad_y: torch.Tensor,
     grad_total: torch.Tensor,
     query: torch.Tensor,

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 
 from dfn_hf import DFNForCausalLM, DFNForSequenceClassification, DFNModel
 from dfn_hf.modeling.dfn.layers import DynamicFlowAttention
-from dfn_hf.modeling.modules.row_layout import lay_rows
+from dfn_hf.modeling.modules.row_layout import make_row_layout
 from dfn_hf.modeling.ops.neighbor_search import nearest_predecessors
 from tests.support.families import draw_dfn_config, draw_ids
 
@@ -67,7 +67,7 @@ def test_both_sides_are_read_as_the_equation_says(seed):
     probe = torch.randn_like(u)
     results = []
     for read in (
-        lambda x: attention(x, lay_rows(1, 40, x.device), None, None, False)[0],
+        lambda x: attention(x, make_row_layout(1, 40, x.device), None, None, False)[0],
         lambda x: both_sides_reference(attention, x),
     ):
         attention.zero_grad()
@@ -117,11 +117,11 @@ def test_flow_weights_are_those_that_were_used(seed):
     mask[0, :5] = 0
     outputs = model(ids, attention_mask=mask, output_attentions=True, output_hidden_states=True, output_entities=True)
     layer = model.layers[0]
-    rows = lay_rows(2, 30, ids.device, mask=mask.bool())
-    embedded = rows.compact(model.embed_tokens(ids))
+    rows = make_row_layout(2, 30, ids.device, mask=mask.bool())
+    embedded = rows.unpad(model.embed_tokens(ids))
     u = layer.conv(layer.flow_norm(embedded, rows, None), rows)
-    y = rows.scatter(layer.attention(u, rows, None, None, False)[0])
-    values = rows.scatter(layer.attention.value_proj(u)).unflatten(-1, (layer.attention.num_heads, -1))
+    y = rows.pad(layer.attention(u, rows, None, None, False)[0])
+    values = rows.pad(layer.attention.value_proj(u)).unflatten(-1, (layer.attention.num_heads, -1))
     mixed = torch.einsum("bhmn,bnhd->bmhd", outputs.attentions[0], values).flatten(2)
     assert torch.allclose(mixed, y, **STRICT)
     assert torch.allclose(

@@ -56,7 +56,7 @@ SAMPLED = {
     "entity_sampling": "adaptive",
     "entity_rate": 0.4,
     "max_entity_length": 9,
-    "ratio_coef": 0.1,
+    "ratio_loss_coef": 0.1,
     "num_sample_layers": 2,
     "sample_intermediate_size": 20,
     "coordinate_dim": 1,

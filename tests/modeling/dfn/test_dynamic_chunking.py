@@ -13,10 +13,10 @@ from dfn_hf.modeling.dfn.dynamic_chunking import (
     EntitySampling,
     PackedEntities,
     lay_entities,
-    wave_features,
-    worth_packing,
+    should_pack,
+    sinusoidal_features,
 )
-from dfn_hf.modeling.modules.row_layout import lay_rows
+from dfn_hf.modeling.modules.row_layout import make_row_layout
 from tests.support.families import draw_adaptive_config, draw_ids, draw_model
 
 STRICT = {"atol": 1e-9, "rtol": 0}
@@ -38,14 +38,14 @@ def make_sampling(seed, **options):
 
 def reference(sampling, states, entities_of):
     """One row `[M, D]` of samples by a loop: what each is given, `entities_of` standing for the layers between."""
-    density, spans, opened = [], [], 0
+    boundary_probs, spans, opened = [], [], 0
     for t in range(len(states)):
         if t == 0 or not sampling.adaptive:
             dense = states.new_ones(())
         else:
             length = sampling.flow_map(sampling.norm(states[t])).square().sum()
             dense = torch.sigmoid(sampling.log_steepness.exp() * (sampling.threshold - length))[0]
-        density.append(dense)
+        boundary_probs.append(dense)
         if t == 0:
             last_dense = 0
         elif sampling.adaptive and dense >= 0.5:
@@ -53,20 +53,20 @@ def reference(sampling, states, entities_of):
         if (t - last_dense) % sampling.longest == 0:
             spans.append((opened, t))
             opened = t + 1
-    density = torch.stack(density)
-    weight = density.clamp(min=1e-3)
+    boundary_probs = torch.stack(boundary_probs)
+    weight = boundary_probs.clamp(min=1e-3)
     pooled = torch.stack([weight[a : b + 1] @ states[a : b + 1] / weight[a : b + 1].sum() for a, b in spans])
     mass = torch.tensor([1.0 + b - a for a, b in spans], dtype=states.dtype)
-    coordinates = wave_features(density.detach().cumsum(0)[[b for _, b in spans]], states.dtype)
+    coordinates = sinusoidal_features(boundary_probs.detach().cumsum(0)[[b for _, b in spans]], states.dtype)
     given, smoothed, e = [], torch.zeros_like(states[0]), 0
     transformed = entities_of(pooled)
     for t in range(len(states)):
         completes = e < len(spans) and spans[e][1] == t
         if completes:
-            share = density[t].clamp(min=0.5)
+            share = boundary_probs[t].clamp(min=0.5)
             smoothed = share * transformed[e] + (1 - share) * smoothed
             e += 1
-        chosen = density[t] if completes else 1 - density[t]
+        chosen = boundary_probs[t] if completes else 1 - boundary_probs[t]
         given.append(states[t] + smoothed * (1 + chosen - chosen.detach()))
     return torch.stack(given), spans, mass.log(), coordinates
 
@@ -80,7 +80,7 @@ def test_sampling_and_the_way_back_are_the_equations(seed, options):
     mix = torch.randn(HIDDEN, HIDDEN, dtype=torch.float64)
     counts = [29, 1, 17]
     mask = torch.arange(29) < torch.tensor(counts)[:, None]
-    rows = lay_rows(3, 29, states.device, mask=mask)
+    rows = make_row_layout(3, 29, states.device, mask=mask)
     probe = torch.randn_like(states) * mask[..., None]
 
     ours = states.clone().requires_grad_()
@@ -111,8 +111,8 @@ def test_the_flow_foretells_the_sample_that_follows_in_its_segment():
     sampling, embeddings = make_sampling(0), torch.randn(2, 9, HIDDEN, dtype=torch.float64, requires_grad=True)
     states = torch.randn(2, 9, HIDDEN, dtype=torch.float64)
     segments = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 0, 0, 0, 0, 0, -1, -1]])
-    rows = lay_rows(2, 9, states.device, segment_ids=segments)
-    found = sampling(states, rows, None, None, embeddings).flow_loss
+    rows = make_row_layout(2, 9, states.device, segment_ids=segments)
+    found = sampling(states, rows, None, None, embeddings).prediction_loss
     found.sum().backward()
     assert embeddings.grad is None and sampling.flow_map.weight.grad.any()
     flow, aims = sampling.flow_map(sampling.norm(states)), F.normalize(embeddings, dim=-1)
@@ -131,7 +131,7 @@ def test_losses_of_a_padded_row_are_those_of_the_row_alone(side):
         outputs = model.model(ids, attention_mask=mask, use_cache=False)
         for row in range(3):
             alone = model.model(ids[row : row + 1, mask[row].bool()], use_cache=False)
-            for name in ("ratio_loss", "flow_loss"):
+            for name in ("ratio_loss", "prediction_loss"):
                 assert torch.allclose(outputs[name][row], alone[name][0], **STRICT), name
 
 
@@ -146,14 +146,14 @@ def test_a_flow_becomes_as_long_as_what_follows_is_certain():
         optimizer.step()
         optimizer.zero_grad()
     with torch.no_grad():
-        density = model(ids).density[:, 2:]
-    assert density[:, 1::2].mean() > density[:, ::2].mean() + 0.3
+        boundary_probs = model(ids).boundary_probs[:, 2:]
+    assert boundary_probs[:, 1::2].mean() > boundary_probs[:, ::2].mean() + 0.3
 
 
 def test_a_long_text_is_smoothed_as_a_short_one():
     sampling, dechunking = make_sampling(0), Dechunking()
     states = torch.randn(1, 400, HIDDEN, dtype=torch.float64)
-    sampled = sampling(states, lay_rows(1, 400, states.device), None, None)
+    sampled = sampling(states, make_row_layout(1, 400, states.device), None, None)
     assert sampled.states.shape[1] > 100
     given = dechunking(states, sampled.states, sampled, None)[0]
     assert torch.allclose(given, reference(sampling, states[0], lambda pooled: pooled)[0], **STRICT)
@@ -162,13 +162,13 @@ def test_a_long_text_is_smoothed_as_a_short_one():
 @pytest.mark.parametrize("rate", [0.2, 0.5])
 def test_ratio_loss_is_least_where_the_rate_is_held(rate):
     sampling = make_sampling(0, entity_rate=rate)
-    rows = lay_rows(1, 100, torch.device("cpu"))
+    rows = make_row_layout(1, 100, torch.device("cpu"))
 
     def loss(share, mean):
         completes = torch.zeros(1, 100, dtype=torch.bool)
         completes[:, : round(100 * share)] = True
         layout = lay_entities(completes, rows, None)
-        sampled = type("Sampled", (), {"layout": layout, "density": torch.full((1, 100), mean)})
+        sampled = type("Sampled", (), {"layout": layout, "boundary_probs": torch.full((1, 100), mean)})
         return sampling.ratio_loss(sampled, rows).item()
 
     assert loss(rate, rate) == pytest.approx(0, abs=1e-6)
@@ -194,17 +194,17 @@ def test_padding_rows_alone_and_packed_give_the_same():
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(PackedEntities, "__init__", record)
         outputs = model(ids, attention_mask=mask, output_entities=True, output_hidden_states=True, use_cache=False)
-    assert len(seen) == 1 and worth_packing(seen[0])
+    assert len(seen) == 1 and should_pack(seen[0])
     for row in range(6):
         real = mask[row].bool()
         with torch.no_grad():
             alone = model(ids[row : row + 1, real], output_entities=True, output_hidden_states=True)
         assert torch.allclose(outputs.logits[row, real], alone.logits[0], **STRICT)
-        assert torch.equal(outputs.boundaries[row, real], alone.boundaries[0])
-        assert torch.allclose(outputs.density[row, real], alone.density[0], **STRICT)
+        assert torch.equal(outputs.boundary_mask[row, real], alone.boundary_mask[0])
+        assert torch.allclose(outputs.boundary_probs[row, real], alone.boundary_probs[0], **STRICT)
         for ours, theirs in zip(outputs.hidden_states, alone.hidden_states, strict=True):
             assert torch.allclose(ours[row, real], theirs[0], **STRICT)
-        count = int(alone.boundaries.sum())
+        count = int(alone.boundary_mask.sum())
         for ours, theirs in zip(outputs.entities, alone.entities, strict=True):
             assert torch.allclose(ours.rest_positions[row, :, :count], theirs.rest_positions[0], **STRICT)
             assert torch.equal(ours.neighbors[row, :, :count], theirs.neighbors[0])
@@ -225,7 +225,7 @@ def test_a_model_with_sampling_generates_and_classifies(sampling):
 
 
 def test_a_classifier_trains_the_sampling_too():
-    config = draw_adaptive_config(random.Random(0), num_labels=3, pad_token_id=0, ratio_coef=0.3)
+    config = draw_adaptive_config(random.Random(0), num_labels=3, pad_token_id=0, ratio_loss_coef=0.3)
     torch.manual_seed(0)
     model, ids, labels = DFNForSequenceClassification(config).double(), draw_ids(2, 20, 0), torch.tensor([0, 2])
     found = model(ids, labels=labels)
@@ -234,7 +234,7 @@ def test_a_classifier_trains_the_sampling_too():
     assert torch.allclose(found.loss, expected, **STRICT)
     parameters = list(model.parameters())
     ours = torch.autograd.grad(found.loss, parameters, retain_graph=True, allow_unused=True)
-    theirs = torch.autograd.grad(expected + sampled.flow_loss.mean(), parameters, allow_unused=True)
+    theirs = torch.autograd.grad(expected + sampled.prediction_loss.mean(), parameters, allow_unused=True)
     for gradient, reference in zip(ours, theirs, strict=True):
         assert (gradient is None and reference is None) or torch.allclose(gradient, reference, **STRICT)
 
@@ -260,7 +260,7 @@ def test_a_cache_holds_a_state_for_every_layer():
     model(draw_ids(1, 40, 0), past_key_values=cache)
     assert len(cache.layers) == len(model.config.layer_types)
     bytes_layer, entity_layer = cache.layers[0], cache.layers[-1]
-    assert int(bytes_layer.lengths) == bytes_layer.columns == entity_layer.columns == 40
+    assert int(bytes_layer.lengths) == bytes_layer.seq_length == entity_layer.seq_length == 40
     assert 0 < int(entity_layer.lengths) < 40
     # Stores grow with the entities, not with the bytes.
     assert entity_layer.data("key").shape[2] < 40
@@ -275,7 +275,7 @@ def test_contradictions_name_their_fields():
         ({"entity_sampling": "adaptive", "local_window": 1}, "local_window"),
         ({"entity_sampling": "adaptive", "readout_window": 2}, "readout_window"),
         ({"sample_intermediate_size": 0}, "sample_intermediate_size"),
-        ({"ratio_coef": -1.0}, "ratio_coef"),
+        ({"ratio_loss_coef": -1.0}, "ratio_loss_coef"),
     ):
         with pytest.raises(ValueError, match=name):
             DFNConfig(**options)

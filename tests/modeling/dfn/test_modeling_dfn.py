@@ -13,7 +13,7 @@ from dfn_hf import DFNConfig, DFNForCausalLM, DFNForSequenceClassification, DFNM
 from dfn_hf.assets.tokenizers import load_tokenizer
 from dfn_hf.modeling.dfn.layers import FlowNorm, PersistentFieldMemory, ball, make_norm
 from dfn_hf.modeling.modules.cache import CACHE_NAME
-from dfn_hf.modeling.modules.row_layout import lay_rows
+from dfn_hf.modeling.modules.row_layout import make_row_layout
 from dfn_hf.modeling.ops import chunking as pieces
 from tests.support.families import VOCABULARY, draw_ids, draw_model
 
@@ -67,13 +67,13 @@ def test_flow_norm_of_the_entity():
     flow = states @ norm.flow_map.weight.T
     energy = (flow**2).mean(dim=-1, keepdim=True) + 1e-2 * (states**2).mean(dim=-1, keepdim=True)
     expected = norm.weight * states / (energy + 1e-3).sqrt()
-    assert torch.allclose(norm(states, lay_rows(2, 11, CPU), None), expected, **STRICT)
+    assert torch.allclose(norm(states, make_row_layout(2, 11, CPU), None), expected, **STRICT)
 
 
 def test_flow_norm_of_the_entities_so_far():
     norm, states = draw_norm("running")
     segments = torch.tensor([[0] * 11, [0] * 4 + [1] * 7])
-    normed = norm(states, lay_rows(2, 11, CPU, segment_ids=segments), None)
+    normed = norm(states, make_row_layout(2, 11, CPU, segment_ids=segments), None)
     flow = states @ norm.flow_map.weight.T
     energy = (flow**2).mean(dim=-1) + 1e-2 * (states**2).mean(dim=-1)
     for row in range(2):
@@ -87,9 +87,9 @@ def test_flow_norm_of_the_entities_so_far():
 def test_norms_of_the_ablations():
     norm, states = draw_norm("rms")
     expected = norm.norm.weight * states / ((states**2).mean(dim=-1, keepdim=True) + 1e-3).sqrt()
-    assert torch.allclose(norm(states, lay_rows(2, 11, CPU), None), expected, **STRICT)
+    assert torch.allclose(norm(states, make_row_layout(2, 11, CPU), None), expected, **STRICT)
     norm, states = draw_norm("none")
-    assert norm(states, lay_rows(2, 11, CPU), None) is states
+    assert norm(states, make_row_layout(2, 11, CPU), None) is states
 
 
 def test_memory_joins_one_softmax_with_the_entities():
@@ -101,7 +101,7 @@ def test_memory_joins_one_softmax_with_the_entities():
     y, moved = torch.randn(2, 2, 11, 8).double(), torch.randn(2, 2, 11, 4).double()
     total, sharpness = torch.randn(2, 2, 11).double(), torch.tensor([0.5, 2.0]).double()
     query = torch.cat([2 * sharpness[:, None, None] * moved, torch.ones(2, 2, 11, 1)], dim=-1)
-    rows = lay_rows(2, 11, CPU)
+    rows = make_row_layout(2, 11, CPU)
     found, share = memory(y, total, query, sharpness, rows, None, torch.float64)
 
     slots, layout = memory.slots(y.transpose(1, 2).flatten(2), rows)
@@ -227,7 +227,7 @@ def test_flow_norm_starts_as_a_norm(fresh):
         for norm in (module for module in fresh.modules() if isinstance(module, FlowNorm)):
             with torch.no_grad():
                 flow = norm.flow_map(states)
-                normed = norm(states, lay_rows(4, 200, CPU), None)
+                normed = norm(states, make_row_layout(4, 200, CPU), None)
             assert flow.square().mean() == pytest.approx(states.square().mean().item(), rel=0.1)
             assert normed.square().mean() == pytest.approx(1.0, rel=0.2)
 

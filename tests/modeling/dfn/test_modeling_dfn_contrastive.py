@@ -116,7 +116,7 @@ def test_padding_and_other_rows_change_nothing(seed):
 
 
 def test_bytes_that_become_entities_keep_their_rate():
-    model, texts = draw(1, entity_sampling="adaptive", local_window=4, ratio_coef=0.5), draw_texts(1)
+    model, texts = draw(1, entity_sampling="adaptive", local_window=4, ratio_loss_coef=0.5), draw_texts(1)
     outputs = model(**texts)
     expected = reference_loss(outputs.embeds, outputs.pair_embeds, model.logit_scale.double().exp())
     first = model.model(texts["input_ids"], attention_mask=texts["attention_mask"]).ratio_loss

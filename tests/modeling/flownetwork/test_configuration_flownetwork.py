@@ -35,7 +35,7 @@ CHANGED = {
     "num_memory_heads": 13,
     "memory_decay": 0.5,
     "memory_chunk": 2,
-    "bank_decay": 0.75,
+    "memory_bank_decay": 0.75,
     "max_position_embeddings": 100,
     "rope_parameters": {"rope_type": "default", "rope_theta": 50.0},
     "hidden_dropout": 0.25,
@@ -148,7 +148,7 @@ def test_unknown_fields_are_kept_as_those_of_every_configuration_are():
         ),
         *(
             ({name: value}, [f"`{name}`", "(0, 1)", str(value)])
-            for name in ("memory_decay", "bank_decay")
+            for name in ("memory_decay", "memory_bank_decay")
             for value in (0, 1, -2.0, math.nan)
         ),
         *(({"base_sparsity": value}, ["`base_sparsity`", "(0, 1]", str(value)]) for value in (0, 1.5, -0.1, math.nan)),

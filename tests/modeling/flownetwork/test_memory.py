@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from dfn_hf import FlowMemoryNetwork
 from dfn_hf.modeling.flownetwork.memory import MemoryAttention, MemoryBank, SequenceMemory
 from dfn_hf.modeling.modules.chunk_memory import ChunkMemory
-from dfn_hf.modeling.modules.row_layout import lay_rows
+from dfn_hf.modeling.modules.row_layout import make_row_layout
 from tests.modeling.modules.test_chunk_memory import SPLITS, Feed, read
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ def make_bank(dtype=torch.float64):
 
 
 def rows_of(x, mask=None):
-    return lay_rows(*x.shape[:2], CPU, mask=mask)
+    return make_row_layout(*x.shape[:2], CPU, mask=mask)
 
 
 def written_by_loop(bank, entities):
@@ -65,7 +65,7 @@ def test_accumulated_micro_batches_write_what_one_batch_does():
     norm = whole.stage(x, rows_of(x))
     for row in x:
         assert pieces.stage(row[None], rows_of(row[None])) != norm  # each counts what it alone would change
-    whole.commit()
+    whole.finish_forward()
     pieces.commit()
     assert torch.allclose(whole.memory_bank, pieces.memory_bank, **STRICT)
 
@@ -88,7 +88,7 @@ def test_padding_does_not_count():
     mask[0, :4] = mask[1, 5] = mask[1, 8] = False
     rows = rows_of(x, mask)
     entities = x[mask][None]
-    norms = bank.stage(rows.compact(x), rows), alone.stage(entities, rows_of(entities))
+    norms = bank.stage(rows.unpad(x), rows), alone.stage(entities, rows_of(entities))
     bank.commit()
     alone.commit()
     assert torch.allclose(*norms, **STRICT) and torch.allclose(bank.memory_bank, alone.memory_bank, **STRICT)
@@ -97,7 +97,7 @@ def test_padding_does_not_count():
 def test_a_batch_of_padding_writes_nothing():
     bank, x = make_bank(), draw(2, 9, FEATURES)
     rows = rows_of(x, torch.zeros(2, 9, dtype=torch.bool))
-    assert bank.stage(rows.compact(x), rows) == 0
+    assert bank.stage(rows.unpad(x), rows) == 0
     bank.commit()
     assert torch.equal(bank.memory_bank, make_bank().memory_bank)
 
@@ -164,8 +164,8 @@ def test_a_bank_names_what_it_cannot_be_made_of(name, size):
 @pytest.mark.parametrize("memory", [MemoryBank, partial(FlowMemoryNetwork, num_memory_heads=2)])
 @pytest.mark.parametrize("decay", [0, 1, -0.1, 1.5, math.nan])
 def test_a_decay_that_is_none_is_refused(memory, decay):
-    with pytest.raises(ValueError, match=rf"`bank_decay` must lie in \(0, 1\), got {decay}"):
-        memory(4, 4, bank_decay=decay)
+    with pytest.raises(ValueError, match=rf"`memory_bank_decay` must lie in \(0, 1\), got {decay}"):
+        memory(4, 4, memory_bank_decay=decay)
 
 
 @pytest.mark.parametrize("common", [0.0, 1.0])
@@ -175,7 +175,7 @@ def test_slots_stay_apart_over_many_writes(common):
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(count, width, generator=generator) + common * torch.randn(width, generator=generator)
     torch.manual_seed(0)
-    bank = MemoryBank(width, count, bank_decay=0.97)
+    bank = MemoryBank(width, count, memory_bank_decay=0.97)
     for _ in range(300):
         members = centres[torch.randint(count, (2, 32), generator=generator)]
         x = F.rms_norm(members + 0.3 * torch.randn(2, 32, width, generator=generator), (width,))
@@ -243,7 +243,7 @@ def test_each_segment_starts_with_slots_of_its_own(chunk_length):
     memory, x = make_sequence_memory(chunk_length), draw(2, 30, FEATURES).requires_grad_()
     lengths = [[1, 4, 9, 5, 11], [12, 18]]
     segments = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths])
-    found = read(memory, x, lay_rows(2, 30, CPU, segment_ids=segments))
+    found = read(memory, x, make_row_layout(2, 30, CPU, segment_ids=segments))
     pieces = [held_by_loop(memory, piece) for row in range(2) for piece in x[row].split(lengths[row])]
     assert_same_with_gradients(memory, x, found, torch.cat(pieces).view_as(found))
 
@@ -254,7 +254,7 @@ def test_padding_is_not_assigned(chunk_length):
     counts = (30, 17, 0)
     mask = torch.arange(30) < torch.tensor(counts)[:, None]
     rows = rows_of(x, mask)
-    found = read(memory, rows.compact(x), rows)[mask]
+    found = read(memory, rows.unpad(x), rows)[mask]
     expected = torch.cat([held_by_loop(memory, x[row, :count]) for row, count in enumerate(counts) if count])
     assert_same_with_gradients(memory, x, found, expected)
 
@@ -311,7 +311,7 @@ def test_an_even_share_decays_at_the_rate_of_the_slot():
 
 def test_entities_are_assigned_in_float32_at_least():
     memory = make_sequence_memory().float()
-    slots, _ = memory(draw(1, 12, FEATURES).bfloat16(), lay_rows(1, 12, CPU))
+    slots, _ = memory(draw(1, 12, FEATURES).bfloat16(), make_row_layout(1, 12, CPU))
     assert slots.dtype == torch.float32 and slots.isfinite().all()
 
 
@@ -366,7 +366,7 @@ def test_reading_in_chunks_equals_the_loop(with_bank, lengths):
     attention, length = make_attention(), sum(lengths[0])
     x = draw(2, length, FEATURES).requires_grad_()
     segments = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths])
-    rows = lay_rows(2, length, CPU, segment_ids=segments)
+    rows = make_row_layout(2, length, CPU, segment_ids=segments)
     memory = ChunkMemory(FEATURES, SLOTS, 4, initial_decay=0.8).double()
     memory.reset_parameters(std=1.0)
     slots, layout = memory(x, rows)
@@ -398,7 +398,7 @@ def test_dropout_is_for_training():
 
 def make_network(num_memory_heads=2):
     torch.manual_seed(0)
-    return FlowMemoryNetwork(FEATURES, SLOTS, num_memory_heads, bank_decay=DECAY).double()
+    return FlowMemoryNetwork(FEATURES, SLOTS, num_memory_heads, memory_bank_decay=DECAY).double()
 
 
 def test_it_reads_and_then_writes():

@@ -12,7 +12,7 @@ from dfn_hf import FlowNetworkConfig, FlowNetworkForCausalLM, FlowNetworkForSequ
 from dfn_hf.modeling.flownetwork.modeling_flownetwork import FlowNetworkLayer
 from dfn_hf.modeling.flownetwork.routing import FlowLayer
 from dfn_hf.modeling.modules.cache import CACHE_NAME
-from dfn_hf.modeling.modules.row_layout import lay_rows
+from dfn_hf.modeling.modules.row_layout import make_row_layout
 from dfn_hf.modeling.modules.windowed_attention import RotaryEmbedding
 from tests.support.families import VOCABULARY, draw_ids
 
@@ -55,8 +55,8 @@ LEFT_PADDED[0, :7] = 0
 @block_types
 def test_a_layer_adds_flow_with_attention_memory_and_feed_forward(block_type):
     model = make_model(FlowNetworkModel, block_type=block_type)
-    layer, rows, states = model.layers[0], lay_rows(2, 20, CPU), torch.randn(2, 20, 16).double()
-    rotary = model.rotary(states, rows.reach)
+    layer, rows, states = model.layers[0], make_row_layout(2, 20, CPU), torch.randn(2, 20, 16).double()
+    rotary = model.rotary(states, rows.segment_positions)
     with torch.no_grad():
         found, _, _, _ = layer(states, bank_of(model), rotary, rows)
         u = layer.input_norm(states)
@@ -81,14 +81,14 @@ def test_a_layer_of_another_width_projects_what_it_adds_to(memory_size):
     layer, x, rows = (
         FlowNetworkLayer(config, input_size=10).double(),
         torch.randn(2, 9, 10).double(),
-        lay_rows(2, 9, CPU),
+        make_row_layout(2, 9, CPU),
     )
     for memory in [layer.router.context, *([layer.sequence_memory] if memory_size else [])]:
         memory.reset_parameters(1.0)
     for norm in (layer.input_norm, layer.mlp_norm, *([layer.memory_norm] if memory_size else [])):
         torch.nn.init.ones_(norm.weight)
     bank = torch.randn(2, 5, 16).double() if memory_size else None
-    rotary = tuple(x.double() for x in RotaryEmbedding(config)(x, rows.reach))
+    rotary = tuple(x.double() for x in RotaryEmbedding(config)(x, rows.segment_positions))
     states, _, _, _ = layer(x, bank, rotary, rows)
     assert states.shape == (2, 9, 16)
     states.square().sum().backward()
@@ -98,10 +98,10 @@ def test_a_layer_of_another_width_projects_what_it_adds_to(memory_size):
 def test_layers_of_two_widths_run_under_autocast():
     config, rows, states = (
         FlowNetworkConfig(**TINY, attn_implementation="sdpa"),
-        lay_rows(2, 9, CPU),
+        make_row_layout(2, 9, CPU),
         torch.randn(2, 9, 10),
     )
-    bank, rotary = torch.randn(5, 16), RotaryEmbedding(config)(states, rows.reach)
+    bank, rotary = torch.randn(5, 16), RotaryEmbedding(config)(states, rows.segment_positions)
     for width in (10, 16):
         layer = FlowNetworkLayer(config, input_size=width)
         for memory in (layer.router.context, layer.sequence_memory):
@@ -179,14 +179,14 @@ def train_step(model, ids, **inputs):
 
 def expected_bank(model, states):
     """The bank after it took in final states `[number, D]`, straight from the equation."""
-    bank, decay = bank_of(model), model.config.bank_decay
+    bank, decay = bank_of(model), model.config.memory_bank_decay
     shares = (4 * states @ bank.T / math.sqrt(states.shape[-1])).softmax(dim=-1)
     return decay * bank + (1 - decay) * (shares.T @ states) / shares.sum(dim=0)[:, None]
 
 
 @block_types
 def test_training_stages_final_states_and_commit_writes_them_once(block_type):
-    model = make_model(block_type=block_type, bank_decay=0.7).train()
+    model = make_model(block_type=block_type, memory_bank_decay=0.7).train()
     ids = draw_ids(2, 20, 0)
     before = bank_of(model).clone()
     outputs = train_step(model, ids, attention_mask=LEFT_PADDED, output_hidden_states=True)

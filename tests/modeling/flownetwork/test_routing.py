@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from dfn_hf import ContextAwareFlowRouter, FlowLayer
 from dfn_hf.modeling.flownetwork import routing as module
-from dfn_hf.modeling.flownetwork.routing import FEW, TIE_MARGIN, interpolate_knots, profile_knots, select_strongest
-from dfn_hf.modeling.modules.cache import StateLayer
-from dfn_hf.modeling.modules.row_layout import lay_rows
+from dfn_hf.modeling.flownetwork.routing import FEW, TIE_MARGIN, interpolate_knots, profile_knots, soft_top_k
+from dfn_hf.modeling.modules.cache import FlowCacheLayer
+from dfn_hf.modeling.modules.row_layout import make_row_layout
 
 CPU = torch.device("cpu")
 FEATURES, OUTPUTS = 6, 5
@@ -55,7 +55,7 @@ ROWS = {
 def test_selection_equals_the_loop(name, count):
     flow = ROWS[name]
     for most in {math.ceil(count), 9}:
-        selected = select_strongest(flow, torch.tensor(count, dtype=torch.float64), most)
+        selected = soft_top_k(flow, torch.tensor(count, dtype=torch.float64), most)
         expected = torch.stack([select_by_loop(row, count) for row in flow])
         assert torch.allclose(selected, expected, atol=1e-13, rtol=0)
         assert torch.allclose(selected.sum(dim=-1), torch.ones(len(flow)).double())
@@ -65,21 +65,21 @@ def test_selection_equals_the_loop(name, count):
 @pytest.mark.parametrize("count", [0, 1, 1.4, 1.6, 2, 6.51, 20.3, 40])
 def test_selection_keeps_as_many_as_asked(count):
     flow = torch.logspace(0, 12, 40, dtype=torch.float64).flip(0).roll(7).expand(3, -1)
-    selected = select_strongest(flow, torch.tensor(float(count)), 40)
+    selected = soft_top_k(flow, torch.tensor(float(count)), 40)
     assert ((selected > 0).sum(dim=-1) == max(1, round(count))).all()
     strongest = flow.topk(max(1, round(count)), dim=-1).indices
     assert (selected.gather(-1, strongest) > 0).all()
 
 
 def test_equal_entries_share_equally():
-    selected = select_strongest(torch.tensor([[1.0, 3, 3, 3, 2]]).double(), torch.tensor([1.0]).double(), 1)
+    selected = soft_top_k(torch.tensor([[1.0, 3, 3, 3, 2]]).double(), torch.tensor([1.0]).double(), 1)
     assert torch.allclose(selected, torch.tensor([[0, 1 / 3, 1 / 3, 1 / 3, 0]]).double())
 
 
 def test_counts_may_differ_from_row_to_row():
     flow = draw(2, 3, 9).exp()
     count = torch.tensor([[1, 4, 9], [2.4, 0.1, 7]]).double()
-    selected = select_strongest(flow, count, 9)
+    selected = soft_top_k(flow, count, 9)
     for row in range(2):
         for i in range(3):
             expected = select_by_loop(flow[row, i], float(count[row, i]))
@@ -89,23 +89,23 @@ def test_counts_may_differ_from_row_to_row():
 def test_selection_is_continuous():
     flow, direction = draw(200, 9).exp(), 1e-7 * draw(200, 9, seed=1)
     counts = torch.linspace(0, 9, 200).double()
-    selected = select_strongest(flow, counts, 9)
-    assert (select_strongest(flow + direction, counts, 9) - selected).abs().max() < 1e-4
-    assert (select_strongest(flow, counts + 1e-7, 9) - selected).abs().max() < 1e-4
+    selected = soft_top_k(flow, counts, 9)
+    assert (soft_top_k(flow + direction, counts, 9) - selected).abs().max() < 1e-4
+    assert (soft_top_k(flow, counts + 1e-7, 9) - selected).abs().max() < 1e-4
 
 
 def test_selection_has_the_gradients_of_its_formula():
     # Away from ties, and from halves, where the count's next entry comes in.
     flow = torch.stack([torch.arange(1.0, 8).roll(shift) for shift in range(4)]).double().requires_grad_()
     count = torch.tensor([1.2, 3.7, 5.1, 6.8]).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda flow, count: select_strongest(flow, count, 7), (flow, count))
-    selected = select_strongest(flow, count, 7)
+    assert torch.autograd.gradcheck(lambda flow, count: soft_top_k(flow, count, 7), (flow, count))
+    selected = soft_top_k(flow, count, 7)
     (gradient,) = torch.autograd.grad(selected.square().sum(), count)
     assert gradient.all()
 
 
 def test_a_count_that_is_nan_gives_nan_in_its_row_only():
-    selected = select_strongest(draw(2, 9).exp(), torch.tensor([math.nan, 3]).double(), 9)
+    selected = soft_top_k(draw(2, 9).exp(), torch.tensor([math.nan, 3]).double(), 9)
     assert selected[0].isnan().all() and selected[1].isfinite().all()
 
 
@@ -301,7 +301,7 @@ def test_mixing_equals_the_matrix(dtype, routed, window, length):
 
 @pytest.mark.parametrize("window", [1, 3, 7, None])
 def test_mixing_in_pieces_equals_the_matrix(window, monkeypatch):
-    monkeypatch.setattr(module, "QUERIES_AT_ONCE", 7)
+    monkeypatch.setattr(module, "QUERY_CHUNK", 7)
     layer, x = make_layer(window), draw(2, 40, FEATURES)
     assert_mixes_as_its_matrix(layer, x, draw_routing(layer, 2, 40), 1e-9)
 
@@ -327,15 +327,15 @@ def test_segments_mix_as_if_alone(window):
     layer, x = make_layer(window), draw(2, 30, FEATURES)
     lengths = [[1, 4, 9, 5, 11], [12, 18]]
     segments = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths])
-    mixed, _, _ = layer.mix(x, rows=lay_rows(2, 30, CPU, segment_ids=segments))
+    mixed, _, _ = layer.mix(x, rows=make_row_layout(2, 30, CPU, segment_ids=segments))
     alone = [layer.mix(piece[None])[0] for row in range(2) for piece in x[row].split(lengths[row])]
     assert torch.allclose(mixed, torch.cat(alone, dim=1).view(2, 30, OUTPUTS), **STRICT)
 
 
 def test_padding_is_not_measured():
     layer, x = make_layer(5), draw(2, 30, FEATURES)
-    rows = lay_rows(2, 30, CPU, mask=torch.arange(30) < torch.tensor([[30], [13]]))
-    mixed, _, metrics = layer.mix(rows.compact(x), rows=rows)
+    rows = make_row_layout(2, 30, CPU, mask=torch.arange(30) < torch.tensor([[30], [13]]))
+    mixed, _, metrics = layer.mix(rows.unpad(x), rows=rows)
     short, _, of_short = layer.mix(x[1:, :13])
     _, _, of_long = layer.mix(x[:1])
     assert torch.allclose(mixed[1:, :13], short, **STRICT)
@@ -348,15 +348,15 @@ SPLITS = {"steps": [1] * 40, "pieces": [3, 1, 17, 2, 17]}
 
 def feed(call, sizes, *inputs):
     """Outputs of a module that gets its inputs `[B, M, ...]` piece by piece, with its state."""
-    state, pieces = StateLayer(), []
+    state, pieces = FlowCacheLayer(), []
     for parts in zip(*(one.split(sizes, dim=1) for one in inputs), strict=True):
         batch, length = parts[0].shape[:2]
-        state.begin(batch, length, CPU)
-        rows = lay_rows(batch, length, CPU, past=state.lengths, aligned_past=state.aligned)
-        state.expect(rows)
+        state.start_forward(batch, length, CPU)
+        rows = make_row_layout(batch, length, CPU, past=state.lengths, aligned_past=state.aligned)
+        state.set_layout(rows)
         with torch.no_grad():
             pieces.append(call(*parts, rows, state))
-        state.commit()
+        state.finish_forward()
     return [torch.cat(outputs, dim=1) for outputs in zip(*pieces, strict=True)]
 
 
@@ -378,7 +378,7 @@ def test_any_split_mixes_the_same(split, window):
 
 def test_a_state_needs_a_window():
     with pytest.raises(ValueError, match="`window`"):
-        make_layer(None).mix(draw(1, 9, FEATURES), state=StateLayer())
+        make_layer(None).mix(draw(1, 9, FEATURES), state=FlowCacheLayer())
 
 
 def test_less_precision_is_routed_in_float32():
@@ -494,9 +494,9 @@ def test_routes_do_not_depend_on_padding():
     router, x = make_router(), draw(2, 30, FEATURES)
     mask = torch.ones(2, 30, dtype=torch.bool)
     mask[0, ::3] = False
-    rows = lay_rows(2, 30, CPU, mask=mask)
-    for found, alone in zip(router(rows.compact(x), rows), router(x[:1, mask[0]]), strict=True):
-        assert torch.allclose(rows.scatter(found)[:1, mask[0]], alone, **STRICT)
+    rows = make_row_layout(2, 30, CPU, mask=mask)
+    for found, alone in zip(router(rows.unpad(x), rows), router(x[:1, mask[0]]), strict=True):
+        assert torch.allclose(rows.pad(found)[:1, mask[0]], alone, **STRICT)
 
 
 @pytest.mark.parametrize("split", SPLITS)

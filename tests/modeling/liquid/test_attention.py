@@ -7,8 +7,8 @@ import torch
 
 from dfn_hf import EnhancedLocalAttentionWithGQA, LiquidConfig
 from dfn_hf.modeling.liquid.attention import CrossAttention
-from dfn_hf.modeling.modules.cache import StateLayer
-from dfn_hf.modeling.modules.row_layout import lay_rows
+from dfn_hf.modeling.modules.cache import FlowCacheLayer
+from dfn_hf.modeling.modules.row_layout import make_row_layout
 from dfn_hf.modeling.modules.windowed_attention import RotaryEmbedding
 
 CPU = torch.device("cpu")
@@ -55,8 +55,8 @@ def rotary_of(config, index):
 
 
 def attend(attention, u, rows=None, state=None, output_attentions=False):
-    rows = lay_rows(*u.shape[:2], CPU) if rows is None else rows
-    rotary = rotary_of(attention.attention.config, rows.index)
+    rows = make_row_layout(*u.shape[:2], CPU) if rows is None else rows
+    rotary = rotary_of(attention.attention.config, rows.positions)
     return attention(u, rotary, rows, state, output_attentions)
 
 
@@ -128,7 +128,7 @@ def test_rows_of_any_length_equal_dense_attention(two_sided, heads, window, impl
     u = draw(4, 23, attention.attention.config.hidden_size)
     mask = torch.arange(23) < torch.tensor(lengths)[:, None]
     with torch.no_grad():
-        y, weights = attend(attention, u, lay_rows(4, 23, CPU, mask=mask), output_attentions=asked)
+        y, weights = attend(attention, u, make_row_layout(4, 23, CPU, mask=mask), output_attentions=asked)
         assert (weights is None) != asked
         for row, length in enumerate(lengths):
             expected, its_weights = attend_densely(attention, u[row, :length], two_sided, window)
@@ -149,14 +149,14 @@ def test_an_encoder_sees_as_far_on_both_sides(window):
 @windows
 @pytest.mark.parametrize("sizes", [[1] * 21, [4, 1, 8, 8]])
 def test_a_decoder_goes_on_where_it_stopped(window, sizes):
-    attention, u, state, pieces = make_attention(False, window=window), draw(2, 21, 16), StateLayer(), []
+    attention, u, state, pieces = make_attention(False, window=window), draw(2, 21, 16), FlowCacheLayer(), []
     with torch.no_grad():
         for piece in u.split(sizes, dim=1):
-            state.begin(2, piece.shape[1], CPU)
-            rows = lay_rows(2, piece.shape[1], CPU, past=state.lengths, aligned_past=state.aligned)
-            state.expect(rows)
+            state.start_forward(2, piece.shape[1], CPU)
+            rows = make_row_layout(2, piece.shape[1], CPU, past=state.lengths, aligned_past=state.aligned)
+            state.set_layout(rows)
             pieces.append(attend(attention, piece, rows, state)[0])
-            state.commit()
+            state.finish_forward()
         assert torch.allclose(torch.cat(pieces, dim=1), attend(attention, u)[0], **STRICT)
 
 
@@ -172,7 +172,7 @@ def cross(attention, x, source, mask, state=None, output_attentions=False, start
     places = torch.arange(start, start + x.shape[1])[None]
     of_source = torch.arange(source.shape[1])[None] if mask is None else mask.long().cumsum(dim=1) - 1
     rotary, source_rotary = (rotary_of(attention.config, index) for index in (places, of_source))
-    rows = lay_rows(*x.shape[:2], CPU)
+    rows = make_row_layout(*x.shape[:2], CPU)
     return attention(x, rotary, source, source_rotary, mask, rows, state, output_attentions)
 
 
@@ -222,7 +222,7 @@ def test_gradients_of_cross_attention_equal_those_of_dense_attention(implementat
 
 @implementations
 def test_keys_of_a_source_are_made_once(implementation):
-    attention, state = make_cross_attention(implementation=implementation), StateLayer()
+    attention, state = make_cross_attention(implementation=implementation), FlowCacheLayer()
     x, source, mask = draw(2, 9, 16), draw(2, 7, 16, seed=1), torch.arange(7) < torch.tensor([[7], [3]])
     with torch.no_grad():
         whole, _ = cross(attention, x, source, mask)

@@ -34,13 +34,13 @@ CHANGED = {
     "normalize_expert_weights": False,
     "max_expert_load": 1,
     "router_entropy_coef": 0.5,
-    "router_overuse_coef": 0,
-    "reconstruction_coef": 1,
+    "router_aux_loss_coef": 0,
+    "reconstruction_loss_coef": 1,
     "conv_kernel": 5,
     "conv_dilation": 2,
     "max_offset": 0.5,
-    "memory_hidden_size": 11,
-    "memory_layers": 2,
+    "lstm_hidden_size": 11,
+    "num_lstm_layers": 2,
     "finite_check": "zero",
     "hidden_dropout": 0.25,
     "attention_dropout": 0.5,
@@ -98,10 +98,10 @@ def test_what_is_not_given_follows_from_the_rest():
     )
     assert config.num_decoder_layers == 3
     assert config.num_key_value_heads == 8 and config.head_dim == 8
-    assert config.moe_intermediate_size == config.memory_hidden_size == 64
+    assert config.moe_intermediate_size == config.lstm_hidden_size == 64
     assert config.max_expert_load == 0.5 and config.initializer_range == 1 / 8
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
-    assert LiquidConfig(memory_hidden_size=0).memory_hidden_size == 0
+    assert LiquidConfig(lstm_hidden_size=0).lstm_hidden_size == 0
 
 
 @pytest.mark.parametrize(("encoder", "decoder"), [(2, 5), (5, 2), (3, 3)])
@@ -132,18 +132,18 @@ def test_unknown_fields_are_kept_as_those_of_every_configuration_are():
             for name in (
                 "vocab_size", "hidden_size", "num_hidden_layers", "num_decoder_layers", "num_attention_heads",
                 "num_key_value_heads", "intermediate_size", "attention_window", "num_experts", "num_experts_per_tok",
-                "moe_intermediate_size", "conv_kernel", "conv_dilation", "memory_layers", "max_position_embeddings",
+                "moe_intermediate_size", "conv_kernel", "conv_dilation", "num_lstm_layers", "max_position_embeddings",
             )
             for value in (0, -2)
         ),
         *(
             ({name: value}, [f"`{name}`", "finite and not negative", f"got {value}"])
             for name in (
-                "router_entropy_coef", "router_overuse_coef", "reconstruction_coef", "max_offset", "initializer_range",
+                "router_entropy_coef", "router_aux_loss_coef", "reconstruction_loss_coef", "max_offset", "initializer_range",
             )
             for value in (-0.5, math.nan, math.inf)
         ),
-        ({"memory_hidden_size": -1}, ["`memory_hidden_size`", "not negative", "got -1"]),
+        ({"lstm_hidden_size": -1}, ["`lstm_hidden_size`", "not negative", "got -1"]),
         *(
             ({"frame_length": value}, ["`frame_length`", "power of two from 4 on", f"got {value}"])
             for value in (-8, 0, 2, 48, 65)
@@ -227,7 +227,7 @@ def test_what_is_of_another_type_is_named(fields, told):
         {"max_expert_load": math.inf},
         {"pad_token_id": None, "decoder_start_token_id": None},
         {"vocab_size": 1},
-        {"router_entropy_coef": 0, "router_overuse_coef": 0, "reconstruction_coef": 0, "initializer_range": 0},
+        {"router_entropy_coef": 0, "router_aux_loss_coef": 0, "reconstruction_loss_coef": 0, "initializer_range": 0},
     ],
 )
 def test_what_is_just_possible_is_taken(fields):

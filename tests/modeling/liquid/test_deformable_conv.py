@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from dfn_hf import DeformableConv1d, OptimizedGatedConvolution
-from dfn_hf.modeling.modules.cache import StateLayer
-from dfn_hf.modeling.modules.row_layout import lay_rows
+from dfn_hf.modeling.modules.cache import FlowCacheLayer
+from dfn_hf.modeling.modules.row_layout import make_row_layout
 
 CPU = torch.device("cpu")
 CHANNELS, OUTPUTS = 3, 4
@@ -107,7 +107,7 @@ def test_at_offsets_of_0_it_is_a_convolution(causal, kernel_size, dilation, leng
     assert torch.allclose(conv.convolve(padded, None, history), expected, **STRICT)
     fixed = make_conv(kernel_size, dilation, causal, max_offset=0)
     assert fixed.offset_conv is None
-    assert torch.allclose(fixed(x, lay_rows(2, length, CPU)), plain_conv(fixed, x), **STRICT)
+    assert torch.allclose(fixed(x, make_row_layout(2, length, CPU)), plain_conv(fixed, x), **STRICT)
 
 
 @shapes
@@ -115,7 +115,7 @@ def test_an_offset_convolution_of_zeros_leaves_both_sides_a_convolution(kernel_s
     conv, x = make_conv(kernel_size, dilation, causal=False), draw(2, 17, CHANNELS)
     nn.init.zeros_(conv.offset_conv.weight)
     nn.init.zeros_(conv.offset_conv.bias)
-    assert torch.allclose(conv(x, lay_rows(2, 17, CPU)), plain_conv(conv, x), **STRICT)
+    assert torch.allclose(conv(x, make_row_layout(2, 17, CPU)), plain_conv(conv, x), **STRICT)
 
 
 # Offsets
@@ -147,7 +147,7 @@ def test_rows_equal_the_loop_whatever_pads_them(causal, kernel_size, dilation, m
     mask = torch.arange(15) < torch.tensor(lengths)[:, None]
     x = torch.where(mask[..., None], x, math.nan)
     with torch.no_grad():
-        found = conv(x, lay_rows(4, 15, CPU, mask=mask))
+        found = conv(x, make_row_layout(4, 15, CPU, mask=mask))
         for row, length in enumerate(lengths):
             real = x[row, :length]
             offsets = offsets_by_loop(conv, real)
@@ -158,7 +158,7 @@ def test_an_even_kernel_moves_its_taps_by_what_they_lie_on():
     conv, x = make_conv(4, 1, causal=False), draw(1, 9, CHANNELS)
     with torch.no_grad():
         expected = convolve_by_loop(conv, x[0], offsets_by_loop(conv, x[0]))
-        assert torch.allclose(conv(x, lay_rows(1, 9, CPU))[0], expected, **STRICT)
+        assert torch.allclose(conv(x, make_row_layout(1, 9, CPU))[0], expected, **STRICT)
 
 
 @sides
@@ -197,7 +197,7 @@ def test_gradients_are_those_of_interpolation(causal, kernel_size, dilation):
 @sides
 def test_every_parameter_has_a_gradient(causal):
     conv, x = make_conv(3, 2, causal), draw(2, 17, CHANNELS)
-    y = conv(x, lay_rows(2, 17, CPU))
+    y = conv(x, make_row_layout(2, 17, CPU))
     (y * draw(*y.shape, seed=1)).sum().backward()
     for parameter in (*conv.offset_conv.parameters(), *conv.tap_proj.parameters()):
         gradient = parameter.grad.flatten(1) if parameter.dim() > 1 else parameter.grad[:, None]
@@ -212,7 +212,7 @@ def test_every_parameter_has_a_gradient(causal):
 @pytest.mark.parametrize("scale", [1, 1e4])
 def test_what_comes_later_changes_nothing(kernel_size, dilation, max_offset, scale):
     conv, x = make_conv(kernel_size, dilation, True, max_offset, scale), draw(2, 17, CHANNELS).requires_grad_()
-    rows = lay_rows(2, 17, CPU)
+    rows = make_row_layout(2, 17, CPU)
     y = conv(x, rows)
     for t in (4, 8, 16):
         changed = x.detach().clone()
@@ -236,26 +236,26 @@ def test_a_tap_on_the_entity_itself_looks_ahead_in_no_gradient_either():
 
 def test_both_sides_are_seen_in_an_encoder():
     conv, x = make_conv(3, 1, causal=False), draw(1, 17, CHANNELS).requires_grad_()
-    (gradient,) = torch.autograd.grad(conv(x, lay_rows(1, 17, CPU))[0, 8].sum(), x)
+    (gradient,) = torch.autograd.grad(conv(x, make_row_layout(1, 17, CPU))[0, 8].sum(), x)
     assert gradient[0, :8].any() and gradient[0, 9:].any()
 
 
 def feed(module, x, counts_per_call):
     """Rows through a causal module call by call: outputs of each row."""
-    state, done = StateLayer(), [0] * len(x)
+    state, done = FlowCacheLayer(), [0] * len(x)
     pieces = [[] for _ in x]
     for counts in counts_per_call:
         width = max(counts)
         mask = torch.arange(width) < torch.tensor(counts)[:, None]
-        state.begin(len(x), width, CPU)
-        rows = lay_rows(len(x), width, CPU, mask=mask, past=state.lengths, aligned_past=state.aligned)
-        state.expect(rows)
+        state.start_forward(len(x), width, CPU)
+        rows = make_row_layout(len(x), width, CPU, mask=mask, past=state.lengths, aligned_past=state.aligned)
+        state.set_layout(rows)
         new = torch.full((len(x), width, x.shape[-1]), 9.0, dtype=x.dtype)
         for row, count in enumerate(counts):
             new[row, :count] = x[row, done[row] : done[row] + count]
         with torch.no_grad():
             y = module(new, rows, state)
-        state.commit()
+        state.finish_forward()
         for row, count in enumerate(counts):
             pieces[row].append(y[row, :count])
             done[row] += count
@@ -276,7 +276,7 @@ SPLITS = {
 def test_any_split_gives_the_same(kernel_size, dilation, max_offset, split):
     conv, x = make_conv(kernel_size, dilation, True, max_offset, scale=10), draw(2, 29, CHANNELS)
     with torch.no_grad():
-        whole = conv(x, lay_rows(2, 29, CPU))
+        whole = conv(x, make_row_layout(2, 29, CPU))
     assert torch.allclose(feed(conv, x, SPLITS[split]), whole, **STRICT)
 
 
@@ -288,7 +288,7 @@ def test_offsets_of_less_precision_are_in_float32(causal):
     conv, x = make_conv(3, 1, causal).bfloat16(), draw(1, 9, CHANNELS).bfloat16()
     padded, history = before(conv, x)
     assert conv.offsets(padded, history).dtype == torch.float32
-    assert conv(x, lay_rows(1, 9, CPU)).dtype == torch.bfloat16
+    assert conv(x, make_row_layout(1, 9, CPU)).dtype == torch.bfloat16
 
 
 def make_gated(causal):
@@ -302,7 +302,7 @@ def make_gated(causal):
 
 @sides
 def test_the_gated_form_equals_its_formula(causal):
-    gated, x, rows = make_gated(causal), draw(2, 9, CHANNELS), lay_rows(2, 9, CPU)
+    gated, x, rows = make_gated(causal), draw(2, 9, CHANNELS), make_row_layout(2, 9, CPU)
     conv = gated.deform_conv
     assert (conv.dilation, conv.max_offset, conv.causal) == (2, 1.5, causal)
     with torch.no_grad():
@@ -318,12 +318,12 @@ def test_the_gated_form_equals_its_formula(causal):
 def test_any_split_gives_the_same_gated_form(split):
     gated, x = make_gated(causal=True), draw(2, 29, CHANNELS)
     with torch.no_grad():
-        whole = gated(x, lay_rows(2, 29, CPU))
+        whole = gated(x, make_row_layout(2, 29, CPU))
     assert torch.allclose(feed(gated, x, SPLITS[split]), whole, **STRICT)
 
 
 def test_dropout_is_for_training():
     gated, x = OptimizedGatedConvolution(CHANNELS, 3, dropout=0.5).double(), draw(2, 9, CHANNELS)
-    rows = lay_rows(2, 9, CPU)
+    rows = make_row_layout(2, 9, CPU)
     assert (gated(x, rows) == 0).any()
     assert not (gated.eval()(x, rows) == 0).any()

@@ -8,7 +8,7 @@ import torch
 from dfn_hf import FrequencyHyenaAttention
 from dfn_hf.modeling.liquid import frequency_attention as module
 from dfn_hf.modeling.liquid.spectral_frames import RowFrames, octave_bands
-from dfn_hf.modeling.modules.row_layout import lay_rows
+from dfn_hf.modeling.modules.row_layout import make_row_layout
 
 CPU = torch.device("cpu")
 SIZE, HEADS = 6, 2
@@ -49,7 +49,7 @@ def attend_by_loop(attention, frame):
     """One frame `[L, D]` → the same."""
     spectrum = torch.fft.rfft(frame, dim=0)
     energy = spectrum.abs().square()
-    size = (energy + max(module.PHASE_FLOOR**2 * energy.mean(), module.LEAST_ENERGY)).sqrt()
+    size = (energy + max(module.PHASE_FLOOR**2 * energy.mean(), module.MIN_ENERGY)).sqrt()
     bands = [
         attend_band_by_loop(attend, size[band]) * (spectrum / size)[band]
         for attend, band in zip(attention.attention, octave_bands(len(spectrum)), strict=True)
@@ -82,9 +82,9 @@ def test_gradients_equal_those_of_the_loop():
 def test_one_frame_is_the_transform_of_the_whole_sequence(length, monkeypatch):
     """The seed's: zero-padded to 2^⌈log₂ length⌉, magnitudes attend, O = A ⊙ e^{iΦ}. It has no floors."""
     monkeypatch.setattr(module, "PHASE_FLOOR", 0.0)
-    monkeypatch.setattr(module, "LEAST_ENERGY", 0.0)
+    monkeypatch.setattr(module, "MIN_ENERGY", 0.0)
     attention, x = make_attention(32), draw(1, length, SIZE)
-    framing = RowFrames(32, lay_rows(1, length, CPU))
+    framing = RowFrames(32, make_row_layout(1, length, CPU))
     spectrum = torch.fft.fft(
         torch.nn.functional.pad(x[0], (0, 0, 0, 2 ** math.ceil(math.log2(length)) - length)), dim=0
     )

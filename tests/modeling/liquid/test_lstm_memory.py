@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dfn_hf import EnhancedLSTM
-from dfn_hf.modeling.modules.cache import StateLayer
-from dfn_hf.modeling.modules.row_layout import lay_rows
+from dfn_hf.modeling.modules.cache import FlowCacheLayer
+from dfn_hf.modeling.modules.row_layout import make_row_layout
 
 CPU = torch.device("cpu")
 SIZE, HIDDEN = 3, 5
@@ -58,7 +58,7 @@ layers = pytest.mark.parametrize("num_layers", [1, 2])
 @pytest.mark.parametrize("length", [1, 2, 13])
 def test_equals_the_loop(num_layers, length):
     memory, x = make_memory(num_layers), draw(2, length, SIZE).requires_grad_()
-    y = memory(x, lay_rows(2, length, CPU))
+    y = memory(x, make_row_layout(2, length, CPU))
     expected = torch.stack([remember_by_loop(memory, row) for row in x])
     assert torch.allclose(y, expected, **STRICT)
     wanted, scale = [x, *memory.parameters()], draw(2, length, SIZE, seed=1)
@@ -72,14 +72,14 @@ def test_equals_the_loop(num_layers, length):
 def test_padding_moves_nothing(num_layers):
     memory, x = make_memory(num_layers), draw(4, 13, SIZE)
     lengths = [13, 1, 0, 6]
-    rows = lay_rows(4, 13, CPU, mask=torch.arange(13) < torch.tensor(lengths)[:, None])
+    rows = make_row_layout(4, 13, CPU, mask=torch.arange(13) < torch.tensor(lengths)[:, None])
     x.requires_grad_()
     y = memory(x, rows)
     for row, length in enumerate(lengths):
         if length:
             assert torch.allclose(y[row, :length], remember_by_loop(memory, x[row, :length]), **STRICT)
-    (gradient,) = torch.autograd.grad(y[rows.real()].sum(), x)
-    assert not gradient[~rows.real()].any()
+    (gradient,) = torch.autograd.grad(y[rows.token_mask()].sum(), x)
+    assert not gradient[~rows.token_mask()].any()
 
 
 SPLITS = {
@@ -94,19 +94,19 @@ SPLITS = {
 @pytest.mark.parametrize("split", SPLITS)
 def test_any_split_remembers_the_same(num_layers, split):
     memory, x = make_memory(num_layers), draw(2, 29, SIZE)
-    state, done, pieces = StateLayer(), [0, 0], [[], []]
+    state, done, pieces = FlowCacheLayer(), [0, 0], [[], []]
     for counts in SPLITS[split]:
         width = max(counts)
-        state.begin(2, width, CPU)
+        state.start_forward(2, width, CPU)
         mask = torch.arange(width) < torch.tensor(counts)[:, None]
-        rows = lay_rows(2, width, CPU, mask=mask, past=state.lengths, aligned_past=state.aligned)
-        state.expect(rows)
+        rows = make_row_layout(2, width, CPU, mask=mask, past=state.lengths, aligned_past=state.aligned)
+        state.set_layout(rows)
         new = torch.full((2, width, SIZE), 9.0, dtype=x.dtype)
         for row, count in enumerate(counts):
             new[row, :count] = x[row, done[row] : done[row] + count]
         with torch.no_grad():
             y = memory(new, rows, state)
-        state.commit()
+        state.finish_forward()
         for row, count in enumerate(counts):
             pieces[row].append(y[row, :count])
             done[row] += count
@@ -119,14 +119,14 @@ def test_any_split_remembers_the_same(num_layers, split):
 @layers
 def test_the_state_goes_with_its_rows(num_layers):
     memory, x, order = make_memory(num_layers), draw(3, 13, SIZE), torch.tensor([2, 0, 0])
-    state = StateLayer()
+    state = FlowCacheLayer()
     for piece in (x[:, :7], x[order, 7:]):
-        state.begin(3, piece.shape[1], CPU)
-        rows = lay_rows(3, piece.shape[1], CPU, past=state.lengths, aligned_past=state.aligned)
-        state.expect(rows)
+        state.start_forward(3, piece.shape[1], CPU)
+        rows = make_row_layout(3, piece.shape[1], CPU, past=state.lengths, aligned_past=state.aligned)
+        state.set_layout(rows)
         with torch.no_grad():
             y = memory(piece, rows, state)
-        state.commit()
+        state.finish_forward()
         state.reorder_cache(order)
     with torch.no_grad():
         for row, source in enumerate(order):
@@ -134,18 +134,18 @@ def test_the_state_goes_with_its_rows(num_layers):
 
 
 def test_the_state_holds_no_graph_and_cannot_be_cropped():
-    memory, x, state = make_memory(2), draw(2, 7, SIZE), StateLayer()
-    state.begin(2, 7, CPU)
-    rows = lay_rows(2, 7, CPU)
-    state.expect(rows)
+    memory, x, state = make_memory(2), draw(2, 7, SIZE), FlowCacheLayer()
+    state.start_forward(2, 7, CPU)
+    rows = make_row_layout(2, 7, CPU)
+    state.set_layout(rows)
     memory(x, rows, state)
-    state.commit()
+    state.finish_forward()
     assert state.data("lstm").shape == (2, 2, 2, HIDDEN) and not state.data("lstm").requires_grad
     with pytest.raises(ValueError, match="cannot be taken back"):
         state.crop(-1)
 
 
 def test_dropout_is_for_training():
-    memory, x, rows = make_memory(1, dropout=0.5), draw(2, 7, SIZE), lay_rows(2, 7, CPU)
+    memory, x, rows = make_memory(1, dropout=0.5), draw(2, 7, SIZE), make_row_layout(2, 7, CPU)
     assert not (memory(x, rows) == 0).any()
     assert (memory.train()(x, rows) == 0).any()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dfn_hf import LiquidConfig, MoELayer
-from dfn_hf.modeling.modules.row_layout import lay_rows
+from dfn_hf.modeling.modules.row_layout import make_row_layout
 
 CPU = torch.device("cpu")
 SIZE = 8
@@ -18,7 +18,7 @@ def draw(*shape, seed=0):
 
 
 def make_layer(num_experts=5, num_experts_per_tok=2, experts_implementation="eager", **fields):
-    fields = {"moe_intermediate_size": 12, "router_entropy_coef": 0.7, "router_overuse_coef": 0.3, **fields}
+    fields = {"moe_intermediate_size": 12, "router_entropy_coef": 0.7, "router_aux_loss_coef": 0.3, **fields}
     config = LiquidConfig(
         hidden_size=SIZE,
         num_attention_heads=1,
@@ -37,7 +37,7 @@ def make_layer(num_experts=5, num_experts_per_tok=2, experts_implementation="eag
 
 def run(layer, x, lengths=None):
     mask = None if lengths is None else torch.arange(x.shape[1]) < torch.tensor(lengths)[:, None]
-    return layer(x, lay_rows(*x.shape[:2], CPU, mask=mask))
+    return layer(x, make_row_layout(*x.shape[:2], CPU, mask=mask))
 
 
 def entropy(probability):
@@ -82,7 +82,7 @@ def loss_by_loop(layer, row):
         load = sum(expert in weights for weights, _ in routes) / len(row)
         if load > config.max_expert_load:
             straight_through = load + mean[expert] - mean[expert].detach()
-            loss = loss + config.router_overuse_coef * (straight_through - config.max_expert_load)
+            loss = loss + config.router_aux_loss_coef * (straight_through - config.max_expert_load)
     return loss
 
 
@@ -264,9 +264,9 @@ def test_a_balanced_load_costs_less_than_an_unbalanced_one():
     assert loss[2].item() == pytest.approx(0.7 * math.log(4) + 0.3 * (1 - 1.5 / 4), abs=1e-5)
 
 
-@pytest.mark.parametrize("term", ["router_entropy_coef", "router_overuse_coef"])
+@pytest.mark.parametrize("term", ["router_entropy_coef", "router_aux_loss_coef"])
 def test_training_on_either_term_alone_spreads_the_load(term):
-    layer = make_layer(**{"num_experts_per_tok": 1, "router_entropy_coef": 0, "router_overuse_coef": 0, term: 1.0})
+    layer = make_layer(**{"num_experts_per_tok": 1, "router_entropy_coef": 0, "router_aux_loss_coef": 0, term: 1.0})
     with torch.no_grad():
         layer.gate.weight *= 0.1
         layer.gate.bias.copy_(torch.tensor([1.0, 0, 0, 0, 0]))

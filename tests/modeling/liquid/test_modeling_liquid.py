@@ -44,8 +44,8 @@ def draw_config(seed: int, **overrides) -> LiquidConfig:
         "conv_kernel": rng.choice([3, 5]),
         "conv_dilation": rng.choice([1, 2]),
         "max_offset": rng.choice([0, 0.7, 2.5]),
-        "memory_hidden_size": rng.choice([0, 7, 16]),
-        "memory_layers": rng.choice([1, 2]),
+        "lstm_hidden_size": rng.choice([0, 7, 16]),
+        "num_lstm_layers": rng.choice([1, 2]),
         "tie_word_embeddings": rng.random() < 0.7,
         "initializer_range": 0.5,
     }
@@ -280,7 +280,7 @@ def test_assisted_decoding_is_refused_in_a_sentence():
     cache = new_cache(model)
     with torch.no_grad():
         model(draw_ids(1, 9, 0), decoder_input_ids=draw_ids(1, 5, 0), past_key_values=cache)
-    if model.config.memory_hidden_size:
+    if model.config.lstm_hidden_size:
         with pytest.raises(ValueError, match="crop"):
             cache.crop(-1)
 
@@ -382,7 +382,7 @@ def test_in_pieces_it_is_the_same(seed, padded, monkeypatch):
         weights = (*quick.encoder_attentions, *quick.decoder_attentions, *quick.cross_attentions)
         model.zero_grad()
         outputs = model(source, **inputs)
-        losses = [outputs.logits.square().mean(), outputs.recon_loss, outputs.router_loss]
+        losses = [outputs.logits.square().mean(), outputs.reconstruction_loss, outputs.router_loss]
         sum(losses).backward()
         gradients = [parameter.grad.clone() for parameter in model.parameters()]
         return [quick.logits, outputs.logits.detach(), *(loss.detach() for loss in losses), *gradients, *weights]
@@ -460,12 +460,17 @@ def test_losses_do_not_depend_on_padding_and_add_up(seed):
         # As a collator hands it over: the decoder's inputs made from the labels, without a mask.
         shifted = model.prepare_decoder_input_ids_from_labels(wide_labels)
         collated = model(wide_source, attention_mask=mask, labels=wide_labels, decoder_input_ids=shifted)
-    for name, close in (("loss", FP32), ("token_loss", FP32), ("recon_loss", STRICT), ("router_loss", STRICT)):
+    for name, close in (
+        ("loss", FP32),
+        ("token_loss", FP32),
+        ("reconstruction_loss", STRICT),
+        ("router_loss", STRICT),
+    ):
         assert torch.allclose(padded[name], plain[name], **close)
         assert torch.allclose(collated[name], padded[name], **STRICT)
-    total = plain.token_loss + model.config.reconstruction_coef * plain.recon_loss + plain.router_loss
+    total = plain.token_loss + model.config.reconstruction_loss_coef * plain.reconstruction_loss + plain.router_loss
     assert torch.allclose(plain.loss, total, **STRICT)
-    assert plain.recon_loss > 1e-3 and plain.router_loss > 1e-6
+    assert plain.reconstruction_loss > 1e-3 and plain.router_loss > 1e-6
 
 
 def test_nothing_compressed_is_nothing_to_reconstruct():
@@ -473,7 +478,7 @@ def test_nothing_compressed_is_nothing_to_reconstruct():
     source, labels = draw_pair(2, 1)
     with torch.no_grad():
         outputs = model(source, labels=labels, output_router_logits=True)
-    assert outputs.recon_loss < 1e-12
+    assert outputs.reconstruction_loss < 1e-12
     assert outputs.metrics["compression_ratio"] == 1
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dfn_hf.modeling.liquid.spectral_frames import AdaptiveLowPass, LaggedFrames, RowFrames, octave_bands
-from dfn_hf.modeling.modules.cache import StateLayer
-from dfn_hf.modeling.modules.row_layout import lay_rows
+from dfn_hf.modeling.modules.cache import FlowCacheLayer
+from dfn_hf.modeling.modules.row_layout import make_row_layout
 
 CPU = torch.device("cpu")
 FEATURES = 3
@@ -19,10 +19,10 @@ def draw(*shape, seed=0):
 
 
 def batch_of(lengths, width=None):
-    """Rows of these lengths, `[B, M, D]` with zeros behind their ends, and their `Rows`."""
+    """Rows of these lengths, `[B, M, D]` with zeros behind their ends, and their `RowLayout`."""
     width = max(lengths) if width is None else width
     mask = torch.arange(width) < torch.tensor(lengths)[:, None]
-    return draw(len(lengths), width, FEATURES) * mask[..., None], lay_rows(len(lengths), width, CPU, mask=mask)
+    return draw(len(lengths), width, FEATURES) * mask[..., None], make_row_layout(len(lengths), width, CPU, mask=mask)
 
 
 # Bands
@@ -53,7 +53,7 @@ def row_lengths(size):
 @pytest.mark.parametrize("place", range(10))
 def test_frames_give_a_row_back(size, place):
     length = row_lengths(size)[place]
-    x, rows = draw(2, length, FEATURES), lay_rows(2, length, CPU)
+    x, rows = draw(2, length, FEATURES), make_row_layout(2, length, CPU)
     framing = RowFrames(size, rows)
     frames = framing.split(x, coarse=False)
     assert frames.shape[2:] == (size, FEATURES)
@@ -66,7 +66,7 @@ def test_frames_give_rows_of_any_lengths_back(size):
     framing = RowFrames(size, rows)
     assert framing.lengths.tolist() == row_lengths(size)
     joined = framing.join(framing.split(x, coarse=False), coarse=False)
-    assert torch.allclose(joined[rows.real()], x[rows.real()], **STRICT)
+    assert torch.allclose(joined[rows.token_mask()], x[rows.token_mask()], **STRICT)
 
 
 def frames_by_loop(row, size, coarse):
@@ -147,7 +147,7 @@ def test_a_row_knows_neither_its_padding_nor_other_rows(coarse):
     x, rows = batch_of(lengths, width=61)
     together = heard(RowFrames(size, rows), x, coarse)
     for row, length in enumerate(lengths):
-        alone = heard(RowFrames(size, lay_rows(1, length, CPU)), x[row : row + 1, :length], coarse)
+        alone = heard(RowFrames(size, make_row_layout(1, length, CPU)), x[row : row + 1, :length], coarse)
         assert torch.allclose(together[row, :length], alone[0], **STRICT)
 
 
@@ -178,20 +178,20 @@ class Feed:
 
     def __init__(self, x, size, change=lambda frames: frames):
         self.x, self.size, self.change = x, size, change
-        self.state, self.done = StateLayer(), [0] * len(x)
+        self.state, self.done = FlowCacheLayer(), [0] * len(x)
 
     def __call__(self, counts):
         width, state = max(counts), self.state
-        state.begin(len(counts), width, CPU)
+        state.start_forward(len(counts), width, CPU)
         mask = torch.arange(width) < torch.tensor(counts)[:, None]
-        rows = lay_rows(len(counts), width, CPU, mask=mask, past=state.lengths, aligned_past=state.aligned)
-        state.expect(rows)
+        rows = make_row_layout(len(counts), width, CPU, mask=mask, past=state.lengths, aligned_past=state.aligned)
+        state.set_layout(rows)
         framing = LaggedFrames(self.size, rows)
         new = self.x.new_zeros(len(counts), width, FEATURES)
         for row, count in enumerate(counts):
             new[row, :count] = self.x[row, self.done[row] : self.done[row] + count]
-        seen = framing.lag(self.change(framing.split(state.tail("frames", new, framing.history))))
-        state.commit()
+        seen = framing.lag(self.change(framing.split(state.roll("frames", new, framing.history))))
+        state.finish_forward()
         pieces = [seen[row, :count] for row, count in enumerate(counts)]
         self.done = [done + count for done, count in zip(self.done, counts, strict=True)]
         return pieces
@@ -206,7 +206,7 @@ def lay_lagged(x, size, rows):
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 9, 16, 23])
 def test_an_entity_sees_the_frame_before_its_own_at_its_own_place(size, length):
     x = draw(2, length, FEATURES)
-    framing, frames = lay_lagged(x, size, lay_rows(2, length, CPU))
+    framing, frames = lay_lagged(x, size, make_row_layout(2, length, CPU))
     assert frames.shape[2:] == (size, FEATURES) and not frames[:, 0].any()
     seen = framing.lag(frames)
     for row in range(2):
@@ -216,7 +216,7 @@ def test_an_entity_sees_the_frame_before_its_own_at_its_own_place(size, length):
 def test_frames_hold_what_is_real_and_zeros():
     lengths = [1, 4, 7, 12]
     x, rows = batch_of(lengths, width=14)
-    x = x + (~rows.real())[..., None] * 7.0  # what stands in padded places must not be seen
+    x = x + (~rows.token_mask())[..., None] * 7.0  # what stands in padded places must not be seen
     _, frames = lay_lagged(x, 4, rows)
     for row, length in enumerate(lengths):
         flat = frames[row, 1:].flatten(0, 1)
@@ -263,7 +263,7 @@ def test_completed_frames_are_those_of_real_entities_alone(size):
     for row, length in enumerate(lengths):
         expected = [0 <= frame < length // size for frame in range(-1, frames.shape[1] - 1)]
         assert completed[row].tolist() == expected
-    alone = LaggedFrames(size, lay_rows(2, 8, CPU)).completed(8 // size + 2)
+    alone = LaggedFrames(size, make_row_layout(2, 8, CPU)).completed(8 // size + 2)
     assert alone.tolist() == [[False, *[True] * (8 // size), False]] * 2
 
 

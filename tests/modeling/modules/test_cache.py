@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, LlamaConfig
 
 from dfn_hf import DFNConfig
-from dfn_hf.modeling.modules.cache import AppendState, FixedState, StateLayer, state_layers
-from dfn_hf.modeling.modules.row_layout import lay_rows
+from dfn_hf.modeling.modules.cache import FlowCacheLayer, GrowingState, ReplaceState, state_layers
+from dfn_hf.modeling.modules.row_layout import make_row_layout
 
 CPU = torch.device("cpu")
 TAIL = 3
@@ -18,7 +18,7 @@ class Recorder:
     """A layer fed with numbered entities; `rows[b]` is what row b should hold."""
 
     def __init__(self, batch):
-        self.layer = StateLayer()
+        self.layer = FlowCacheLayer()
         self.rows = [[] for _ in range(batch)]
         self.undone = []
 
@@ -26,17 +26,17 @@ class Recorder:
         """One call with a column mask `[batch][length]`; returns what `append` and `tail` return."""
         layer, mask = self.layer, torch.tensor(mask).bool()
         batch, length = mask.shape
-        layer.begin(batch, length, CPU)
-        rows = lay_rows(batch, length, CPU, mask=mask, past=layer.lengths, aligned_past=layer.aligned)
-        layer.expect(rows)
+        layer.start_forward(batch, length, CPU)
+        rows = make_row_layout(batch, length, CPU, mask=mask, past=layer.lengths, aligned_past=layer.aligned)
+        layer.set_layout(rows)
         new = torch.zeros(batch, length, 2)
         for row, held in enumerate(self.rows):
             for step in range(int(mask[row].sum())):
                 new[row, step] = 100.0 * (row + 1) + len(held)
                 held.append(100.0 * (row + 1) + len(held))
-        layer.table("index", lambda: torch.zeros(batch, 4), self.undo).add_(1)
-        appended, tail = layer.append("entities", new[:, None]), layer.tail("tail", new, TAIL)
-        layer.commit()
+        layer.index_state("index", lambda: torch.zeros(batch, 4), self.undo).add_(1)
+        appended, tail = layer.append("entities", new[:, None]), layer.roll("tail", new, TAIL)
+        layer.finish_forward()
         return appended, tail
 
     def undo(self, layer, old, new):
@@ -52,7 +52,7 @@ class Recorder:
     def check(self):
         layer = self.layer
         assert layer.lengths.tolist() == [len(held) for held in self.rows]
-        assert layer.get_seq_length() == layer.columns
+        assert layer.get_seq_length() == layer.seq_length
         tail = layer.data("tail")
         for row, held in enumerate(self.rows):
             assert layer.data("entities")[row, 0, : len(held), 0].tolist() == held
@@ -90,7 +90,7 @@ def test_every_row_holds_its_own_entities(name, record):
             assert tail[row, TAIL : TAIL + len(new), 0].tolist() == new
     assert recorder.layer.data("index")[0, 0] == len(CALLS[name])
     held = recorder.layer.data("tail").shape[1]
-    assert held == (TAIL + recorder.layer.columns if record else TAIL)
+    assert held == (TAIL + recorder.layer.seq_length if record else TAIL)
 
 
 def test_get_mask_sizes_counts_columns():
@@ -105,7 +105,7 @@ def test_get_mask_sizes_counts_columns():
 @pytest.mark.parametrize("lengths", [[[1, 1]] * 2000, [[1, 0], [0, 1]] * 1000])
 def test_growth_copies_each_entry_a_bounded_number_of_times(lengths, monkeypatch):
     copied = []
-    reserve = AppendState.reserve
+    reserve = GrowingState.reserve
 
     def counted(self, capacity):
         held = self.data.shape[2]
@@ -113,28 +113,28 @@ def test_growth_copies_each_entry_a_bounded_number_of_times(lengths, monkeypatch
         if self.data.shape[2] != held:
             copied.append(held)
 
-    monkeypatch.setattr(AppendState, "reserve", counted)
-    layer = StateLayer()
+    monkeypatch.setattr(GrowingState, "reserve", counted)
+    layer = FlowCacheLayer()
     for step, counts in enumerate(lengths):
-        layer.begin(2, 1, CPU)
+        layer.start_forward(2, 1, CPU)
         mask = torch.tensor(counts)[:, None].bool()
-        layer.expect(lay_rows(2, 1, CPU, mask=mask, past=layer.lengths, aligned_past=layer.aligned))
+        layer.set_layout(make_row_layout(2, 1, CPU, mask=mask, past=layer.lengths, aligned_past=layer.aligned))
         layer.append("entities", torch.full((2, 1, 1, 1), float(step)))
-        layer.commit()
+        layer.finish_forward()
     assert sum(copied) <= 2 * len(lengths) and len(copied) <= 14
     held = [step for step, counts in enumerate(lengths) if counts[0]]
     assert layer.data("entities")[0, 0, : len(held), 0].tolist() == held
 
 
 def test_append_keeps_the_gradient_of_what_is_new():
-    layer = StateLayer()
+    layer = FlowCacheLayer()
     pieces = [torch.randn(2, 1, 3, 2, requires_grad=True) for _ in range(2)]
     for piece in pieces:
-        layer.begin(2, 3, CPU)
-        layer.expect(lay_rows(2, 3, CPU, aligned_past=layer.aligned))
+        layer.start_forward(2, 3, CPU)
+        layer.set_layout(make_row_layout(2, 3, CPU, aligned_past=layer.aligned))
         held = layer.append("entities", piece)
-        tail = layer.tail("tail", piece[:, 0], 2)
-        layer.commit()
+        tail = layer.roll("tail", piece[:, 0], 2)
+        layer.finish_forward()
     (held.sum() + tail.sum()).backward()
     assert pieces[0].grad is None
     assert torch.equal(pieces[1].grad, torch.full((2, 1, 3, 2), 2.0))
@@ -151,7 +151,7 @@ def test_crop_takes_the_right_number_from_each_row(name, removed):
     recorder.layer.activate_past_recording()
     for mask in CALLS[name]:
         recorder.call(mask)
-    columns = recorder.layer.columns
+    columns = recorder.layer.seq_length
     if removed > columns:
         with pytest.raises(ValueError, match=rf"crop\(-{removed}\).*{columns} tokens"):
             recorder.layer.crop(-removed)
@@ -160,7 +160,7 @@ def test_crop_takes_the_right_number_from_each_row(name, removed):
     lengths = recorder.layer.lengths.tolist()
     recorder.crop(removed)
     recorder.check()
-    assert recorder.layer.columns == columns - removed
+    assert recorder.layer.seq_length == columns - removed
     real = torch.cat([torch.tensor(mask) for mask in CALLS[name]], dim=1)[:, : columns - removed].sum(dim=1).tolist()
     assert recorder.layer.lengths.tolist() == real
     assert recorder.undone == ([(lengths, real)] if removed else [])
@@ -183,7 +183,7 @@ def test_crop_takes_a_tensor_of_one_number(removed):
 
 
 def test_crop_of_an_unused_layer_does_nothing():
-    layer = StateLayer()
+    layer = FlowCacheLayer()
     layer.crop(0)
     layer.crop(-3)
     assert layer.get_seq_length() == 0
@@ -198,7 +198,7 @@ def test_crop_is_refused_whole():
     # The tail was not recorded: what comes before it in the layer must not have been cropped when it refuses.
     with pytest.raises(ValueError, match=r"take back 0 tokens here, not 1: .*activate_past_recording"):
         recorder.layer.crop(-1)
-    assert recorder.undone == [] and recorder.layer.columns == 9
+    assert recorder.undone == [] and recorder.layer.seq_length == 9
     recorder.check()
     recorder.call(ones(2, 1))
     recorder.check()
@@ -213,12 +213,12 @@ def test_a_short_row_needs_no_recording():
 
 
 def test_a_tail_of_nothing_needs_no_recording():
-    layer = StateLayer()
-    layer.begin(1, 5, CPU)
-    layer.expect(lay_rows(1, 5, CPU))
-    history = layer.tail("tail", torch.ones(1, 5, 2), 0)
+    layer = FlowCacheLayer()
+    layer.start_forward(1, 5, CPU)
+    layer.set_layout(make_row_layout(1, 5, CPU))
+    history = layer.roll("tail", torch.ones(1, 5, 2), 0)
     assert history.shape == (1, 5, 2)
-    layer.commit()
+    layer.finish_forward()
     layer.crop(-3)
     assert layer.get_seq_length() == 2 and layer.data("tail").shape == (1, 0, 2)
 
@@ -227,7 +227,7 @@ def test_fixed_state_is_selected_and_cannot_be_cropped():
     recorder = Recorder(2)
     recorder.layer.activate_past_recording()
     recorder.call(ones(2, 3))
-    recorder.layer.states["fixed"] = FixedState(torch.tensor([[1.0], [2.0]]))
+    recorder.layer.states["fixed"] = ReplaceState(torch.tensor([[1.0], [2.0]]))
     with pytest.raises(ValueError, match="cannot be taken back"):
         recorder.layer.crop(-1)
     recorder.check()
@@ -266,7 +266,7 @@ def test_rows_move_with_all_their_state(change, rows):
 
 
 def test_changes_to_an_unused_layer_do_nothing():
-    layer = StateLayer()
+    layer = FlowCacheLayer()
     layer.reorder_cache(torch.tensor([0]))
     layer.batch_repeat_interleave(3)
     layer.offload()
@@ -311,18 +311,18 @@ def test_a_copy_is_independent():
 def test_another_batch_is_refused():
     recorder = ragged()
     with pytest.raises(ValueError, match=r"holds 2 rows and the input has 3.*batch_repeat_interleave"):
-        recorder.layer.begin(3, 1, CPU)
+        recorder.layer.start_forward(3, 1, CPU)
     recorder.check()
 
 
 def test_the_batch_of_an_unused_layer_is_unknown():
     with pytest.raises(AttributeError, match="first call"):
-        _ = StateLayer().batch_size
+        _ = FlowCacheLayer().batch_size
 
 
 def test_other_models_cannot_store_in_it():
     key = torch.zeros(1, 1, 1, 1)
-    for store in (StateLayer().update, StateLayer().lazy_initialization):
+    for store in (FlowCacheLayer().update, FlowCacheLayer().lazy_initialization):
         with pytest.raises(ValueError, match="flow model"):
             store(key, key)
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from dfn_hf.modeling.modules.cache import StateLayer
-from dfn_hf.modeling.modules.chunk_memory import ChunkMemory, decay_scan, mix_slots
-from dfn_hf.modeling.modules.row_layout import lay_rows
+from dfn_hf.modeling.modules.cache import FlowCacheLayer
+from dfn_hf.modeling.modules.chunk_memory import ChunkMemory, ema_scan, mix_slots
+from dfn_hf.modeling.modules.row_layout import make_row_layout
 
 CPU = torch.device("cpu")
 FEATURES, SLOTS = 5, 3
@@ -60,7 +60,7 @@ def gradients(memory, x, outputs):
 @pytest.mark.parametrize("length", [1, 2, 7, 8, 29])
 def test_equals_the_loop(chunk_length, length):
     memory, x = make_memory(chunk_length), draw(2, length).requires_grad_()
-    found = read(memory, x, lay_rows(2, length, CPU))
+    found = read(memory, x, make_row_layout(2, length, CPU))
     expected = torch.stack([read_alone(memory, row) for row in x])
     assert torch.allclose(found, expected, **STRICT)
     if length > 2 * chunk_length:
@@ -72,7 +72,7 @@ def test_segments_are_read_as_if_alone():
     memory, x = make_memory(4), draw(2, 30).requires_grad_()
     lengths = [[1, 4, 9, 5, 11], [12, 18]]
     segments = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths])
-    found = read(memory, x, lay_rows(2, 30, CPU, segment_ids=segments))
+    found = read(memory, x, make_row_layout(2, 30, CPU, segment_ids=segments))
     pieces = [read_alone(memory, piece) for row in range(2) for piece in x[row].split(lengths[row])]
     expected = torch.cat(pieces).view(2, 30, SLOTS, FEATURES)
     assert torch.allclose(found, expected, **STRICT)
@@ -83,8 +83,8 @@ def test_segments_are_read_as_if_alone():
 def test_padding_writes_nothing():
     memory, x = make_memory(4), draw(2, 30)
     mask = torch.arange(30) < torch.tensor([[30], [13]])
-    rows = lay_rows(2, 30, CPU, mask=mask)
-    found = read(memory, rows.compact(x), rows)
+    rows = make_row_layout(2, 30, CPU, mask=mask)
+    found = read(memory, rows.unpad(x), rows)
     for row, count in enumerate((30, 13)):
         assert torch.allclose(found[row, :count], read_alone(memory, x[row, :count]), **STRICT)
 
@@ -100,22 +100,22 @@ class Feed:
     """Rows of a memory fed call by call."""
 
     def __init__(self, memory, x):
-        self.memory, self.x, self.state = memory, x, StateLayer()
+        self.memory, self.x, self.state = memory, x, FlowCacheLayer()
         self.done = [0] * len(x)
 
     def __call__(self, counts, x=None):
         x = self.x if x is None else x
         width, state = max(counts), self.state
-        state.begin(len(counts), width, CPU)
+        state.start_forward(len(counts), width, CPU)
         mask = torch.arange(width) < torch.tensor(counts)[:, None]
-        rows = lay_rows(len(counts), width, CPU, mask=mask, past=state.lengths, aligned_past=state.aligned)
-        state.expect(rows)
+        rows = make_row_layout(len(counts), width, CPU, mask=mask, past=state.lengths, aligned_past=state.aligned)
+        state.set_layout(rows)
         new = x.new_zeros(len(counts), width, x.shape[-1])
         for row, count in enumerate(counts):
             new[row, :count] = x[row, self.done[row] : self.done[row] + count]
         with torch.no_grad():
             found = read(self.memory, new, rows, state)
-        state.commit()
+        state.finish_forward()
         pieces = [found[row, :count] for row, count in enumerate(counts)]
         self.done = [done + count for done, count in zip(self.done, counts, strict=True)]
         return pieces
@@ -152,7 +152,7 @@ def test_crop_opens_a_chunk_again(removed):
 
 def test_less_precision_is_pooled_in_float32():
     memory = make_memory(4).float()
-    slots, _ = memory(draw(1, 12).bfloat16(), lay_rows(1, 12, CPU))
+    slots, _ = memory(draw(1, 12).bfloat16(), make_row_layout(1, 12, CPU))
     assert slots.dtype == torch.float32
 
 
@@ -174,13 +174,13 @@ def test_scan_equals_the_recurrence(chunks):
     for chunk in range(chunks):
         held = decays[:, chunk] * held + inputs[:, chunk]
         expected.append(held)
-    assert torch.allclose(decay_scan(decays, inputs), torch.stack(expected, dim=1), **STRICT)
+    assert torch.allclose(ema_scan(decays, inputs), torch.stack(expected, dim=1), **STRICT)
 
 
 def test_mixing_equals_a_sum_per_entity():
     memory, heads = make_memory(4), 2
     segments = torch.tensor([[0] * 9 + [1] * 6, [0] * 15])
-    rows = lay_rows(2, 15, CPU, segment_ids=segments)
+    rows = make_row_layout(2, 15, CPU, segment_ids=segments)
     slots, layout = memory(draw(2, 15), rows)
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(2, heads, 15, SLOTS, generator=generator, dtype=torch.float64)

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from dfn_hf import FlowNetworkConfig, FlowNetworkForCausalLM
-from dfn_hf.modeling.modules.chunked_forward import span_length
+from dfn_hf.modeling.modules.chunked_forward import forward_chunk_length
 
 LENGTH = 61
 EXACT = {"rtol": 0, "atol": 1e-11}
@@ -32,7 +32,7 @@ def make_model(**options) -> FlowNetworkForCausalLM:
 
 def set_spans(model, length: int) -> None:
     for layer in model.model.layers:
-        layer.span_length = length
+        layer.forward_chunk_length = length
 
 
 def draw_input(padded: bool):
@@ -120,10 +120,10 @@ def test_checkpointed_gradients_are_the_same():
 
 
 def test_spans_are_whole_chunks_and_leave_blocks_almost_full():
-    assert span_length(64, block=127) == 4032
-    assert span_length(7, block=40) % 7 == 0
-    assert span_length(10_000, block=127) == 10_000
-    assert span_length(64, block=10_000) == 64
+    assert forward_chunk_length(64, block=127) == 4032
+    assert forward_chunk_length(7, block=40) % 7 == 0
+    assert forward_chunk_length(10_000, block=127) == 10_000
+    assert forward_chunk_length(64, block=10_000) == 64
 
 
 def test_a_long_row_is_read_in_spans_and_compiles_whole():

@@ -13,7 +13,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4, torch.bfloat16: 3e-2}
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("batch", "length", "kernel_size"), [(1, 1, 1), (2, 4, 4), (3, 61, 4), (1, 50, 7)])
 def test_equals_the_convolution_of_torch(dtype, batch, length, kernel_size, monkeypatch):
-    monkeypatch.setattr(depthwise_conv, "PLACES_AT_ONCE", 20)
+    monkeypatch.setattr(depthwise_conv, "POSITION_CHUNK", 20)
     torch.manual_seed(0)
     ours = DepthwiseConv1d(5, kernel_size).to(dtype)
     torchs = nn.Conv1d(5, 5, kernel_size, groups=5, bias=False).double()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dfn_hf.modeling.modules.row_layout import lay_rows
+from dfn_hf.modeling.modules.row_layout import make_row_layout
 
 CPU = torch.device("cpu")
 
@@ -27,61 +27,67 @@ def draw(*shape):
 @pytest.mark.parametrize("trailing", [(), (3,), (2, 3)])
 def test_rows_hold_the_real_entities_in_order_and_go_back(mask, trailing):
     columns = draw(2, 6, *trailing)
-    rows = lay_rows(2, 6, CPU, mask=mask)
-    compact = rows.compact(columns)
+    rows = make_row_layout(2, 6, CPU, mask=mask)
+    compact = rows.unpad(columns)
     for row in range(2):
         real = columns[row, mask[row]]
         assert torch.equal(compact[row, : len(real)], real)
         assert not compact[row, len(real) :].any()
-    assert rows.counts.tolist() == mask.sum(dim=1).tolist()
+    assert rows.lengths.tolist() == mask.sum(dim=1).tolist()
     expected = torch.where(mask.view(2, 6, *[1] * len(trailing)), columns, 0)
-    assert torch.equal(rows.scatter(compact), expected)
+    assert torch.equal(rows.pad(compact), expected)
 
 
 def test_what_is_padded_is_never_read(mask):
     columns = draw(2, 6, 3)
     columns[~mask] = float("nan")
     columns.requires_grad_()
-    rows = lay_rows(2, 6, CPU, mask=mask)
-    compact = rows.compact(columns)
+    rows = make_row_layout(2, 6, CPU, mask=mask)
+    compact = rows.unpad(columns)
     assert compact.isfinite().all()
-    rows.scatter(compact + 1).sum().backward()
+    rows.pad(compact + 1).sum().backward()
     assert torch.equal(columns.grad, mask[..., None].expand(2, 6, 3).float())
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(2, 6, dtype=torch.bool)])
 def test_without_padding_nothing_moves(mask):
-    rows = lay_rows(2, 6, CPU, mask=mask)
-    assert rows.mask is None and rows.order is None and rows.counts is None
+    rows = make_row_layout(2, 6, CPU, mask=mask)
+    assert rows.mask is None and rows.order is None and rows.lengths is None
     columns = draw(2, 6, 3)
-    assert rows.compact(columns) is columns and rows.scatter(columns) is columns
-    assert rows.index.tolist() == [list(range(6))] * 2
-    assert torch.equal(rows.reach, rows.index)
+    assert rows.unpad(columns) is columns and rows.pad(columns) is columns
+    assert rows.positions.tolist() == [list(range(6))] * 2
+    assert torch.equal(rows.segment_positions, rows.positions)
 
 
 def test_index_goes_on_from_the_past(mask):
-    aligned = lay_rows(2, 6, CPU, mask=mask, aligned_past=4)
-    assert aligned.index.tolist() == [list(range(4, 10))] * 2
-    ragged = lay_rows(2, 6, CPU, mask=mask, past=torch.tensor([0, 7]), aligned_past=None)
-    assert ragged.index.tolist() == [list(range(6)), list(range(7, 13))]
+    aligned = make_row_layout(2, 6, CPU, mask=mask, aligned_past=4)
+    assert aligned.positions.tolist() == [list(range(4, 10))] * 2
+    ragged = make_row_layout(2, 6, CPU, mask=mask, past=torch.tensor([0, 7]), aligned_past=None)
+    assert ragged.positions.tolist() == [list(range(6)), list(range(7, 13))]
     for rows in (aligned, ragged):
-        assert torch.equal(rows.reach, rows.index)
+        assert torch.equal(rows.segment_positions, rows.positions)
 
 
 def test_reach_ends_where_a_segment_starts():
     segments = torch.tensor([[5, 5, 5, 2, 2, 9], [0, 1, 1, 1, 1, 0]])
-    rows = lay_rows(2, 6, CPU, segment_ids=segments)
+    rows = make_row_layout(2, 6, CPU, segment_ids=segments)
     assert rows.mask is None
-    assert rows.reach.tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 0]]
+    assert rows.segment_positions.tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 0]]
     assert rows.segment.tolist() == [[0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 2]]
 
 
 def test_negative_segments_and_the_mask_are_both_padding():
     segments = torch.tensor([[-1, 3, -1, 3, 4, 4], [1, 1, 2, -5, 2, 2]])
     mask = torch.tensor([[1, 1, 1, 1, 0, 1], [1, 1, 1, 1, 1, 1]]).bool()
-    rows = lay_rows(2, 6, CPU, mask=mask, segment_ids=segments)
+    rows = make_row_layout(2, 6, CPU, mask=mask, segment_ids=segments)
     assert rows.mask.tolist() == [[False, True, False, True, False, True], [True, True, True, False, True, True]]
-    assert rows.counts.tolist() == [3, 5]
+    assert rows.lengths.tolist() == [3, 5]
     # What is left of a segment is in one piece again.
-    assert rows.reach[0, :3].tolist() == [0, 1, 0] and rows.segment[0, :3].tolist() == [0, 0, 1]
-    assert rows.reach[1, :5].tolist() == [0, 1, 0, 1, 2] and rows.segment[1, :5].tolist() == [0, 0, 1, 1, 1]
+    assert rows.segment_positions[0, :3].tolist() == [0, 1, 0] and rows.segment[0, :3].tolist() == [0, 0, 1]
+    assert rows.segment_positions[1, :5].tolist() == [0, 1, 0, 1, 2] and rows.segment[1, :5].tolist() == [
+        0,
+        0,
+        1,
+        1,
+        1,
+    ]

@@ -24,7 +24,9 @@ def form(request, monkeypatch):
     """Steps in torch operations are tested on the CPU too, where they are taken in C."""
     if request.param == "as on a GPU or compiled":
         monkeypatch.setattr(
-            dfn_layer, "is_step", lambda state, x: state is not None and state.is_compileable and x.shape[2] == 1
+            dfn_layer,
+            "is_decode_step",
+            lambda state, x: state is not None and state.is_compileable and x.shape[2] == 1,
         )
     return request.param
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dfn_hf import FlowNetworkConfig
-from dfn_hf.modeling.modules.cache import StateLayer
-from dfn_hf.modeling.modules.row_layout import lay_rows
+from dfn_hf.modeling.modules.cache import FlowCacheLayer
+from dfn_hf.modeling.modules.row_layout import make_row_layout
 from dfn_hf.modeling.modules.windowed_attention import RotaryEmbedding, SelfAttention
 
 CPU = torch.device("cpu")
@@ -47,8 +47,8 @@ def draw(attention, batch, length):
 
 
 def attend(attention, u, rows=None, state=None, output_attentions=False):
-    rows = lay_rows(*u.shape[:2], CPU) if rows is None else rows
-    turns = angles(rows.reach, attention.head_dim).repeat(1, 1, 2)
+    rows = make_row_layout(*u.shape[:2], CPU) if rows is None else rows
+    turns = angles(rows.segment_positions, attention.head_dim).repeat(1, 1, 2)
     rotary = turns.cos().to(u.dtype), turns.sin().to(u.dtype)
     return attention(u, rotary, rows, state, output_attentions)
 
@@ -137,7 +137,7 @@ def test_gradients_equal_those_of_the_loop(window):
 @pytest.mark.parametrize("packed", [False, True])
 def test_sdpa_equals_eager_in_fp32(heads, window, packed):
     segments = torch.tensor([[0] * 9 + [1] * 20, [0] * 29])
-    rows = lay_rows(2, 29, CPU, segment_ids=segments if packed else None)
+    rows = make_row_layout(2, 29, CPU, segment_ids=segments if packed else None)
     results = []
     for implementation in ("eager", "sdpa"):
         attention = make_attention(window, heads, implementation, torch.float32)
@@ -166,7 +166,7 @@ def test_segments_attend_as_if_alone(window):
     attention = make_attention(window)
     u, lengths = draw(attention, 2, 30), [[1, 4, 9, 5, 11], [12, 18]]
     segments = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths])
-    rows = lay_rows(2, 30, CPU, segment_ids=segments)
+    rows = make_row_layout(2, 30, CPU, segment_ids=segments)
     with torch.no_grad():
         y, weights = attend(attention, u, rows, output_attentions=True)
         for row in range(2):
@@ -186,16 +186,16 @@ def test_segments_attend_as_if_alone(window):
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 def test_any_split_attends_the_same(sizes, window, implementation):
     attention = make_attention(window, implementation=implementation)
-    u, state, pieces = draw(attention, 2, 13), StateLayer(), []
+    u, state, pieces = draw(attention, 2, 13), FlowCacheLayer(), []
     with torch.no_grad():
         expected, weights = attend(attention, u, output_attentions=True)
         start = 0
         for piece in u.split(sizes, dim=1):
-            state.begin(2, piece.shape[1], CPU)
-            rows = lay_rows(2, piece.shape[1], CPU, past=state.lengths, aligned_past=state.aligned)
-            state.expect(rows)
+            state.start_forward(2, piece.shape[1], CPU)
+            rows = make_row_layout(2, piece.shape[1], CPU, past=state.lengths, aligned_past=state.aligned)
+            state.set_layout(rows)
             y, its_weights = attend(attention, piece, rows, state, output_attentions=implementation == "eager")
-            state.commit()
+            state.finish_forward()
             pieces.append(y)
             stop = start + piece.shape[1]
             if implementation == "eager":

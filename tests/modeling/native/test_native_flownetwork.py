@@ -191,7 +191,7 @@ def test_f1_computes_the_original(tmp_path, monkeypatch, sizes, dense_limit):
         expected = flow_network(weights, ids, lambda w, name, x: sparse_layer(w, name, x, dense_limit))
         assert length == 1 or expected.std(dim=1).mean() > 0.05
         assert_same(model, ids, expected)
-        monkeypatch.setattr(native, "ENTRIES_AT_ONCE", 3 * sizes["D"] ** 2)  # a few tokens at a time
+        monkeypatch.setattr(native, "SORT_CHUNK", 3 * sizes["D"] ** 2)  # a few tokens at a time
         assert_same(model, ids, expected)
 
 

@@ -88,7 +88,7 @@ def test_configuration_follows_shapes_and_settings(name, checkpoint):
     assert config.num_attention_heads == HEADS and config.num_decoder_layers == 2
     assert config.num_hidden_layers == (2 if name == "L0" else 1)
     assert config.num_key_value_heads == (GROUPS if name in ("L4", "L5", "L6") else HEADS)
-    assert config.memory_hidden_size == (0 if name in ("L0", "L1", "L2") else SIZES["Q"])
+    assert config.lstm_hidden_size == (0 if name in ("L0", "L1", "L2") else SIZES["Q"])
     assert config.attention_window == WINDOWS.get(name, 8) and config.max_position_embeddings == SIZES["L"]
     assert config.base_compression_ratio == 0.4 and not config.tie_word_embeddings
     assert config.min_compression_ratio == (0.4 if name in ("L0", "L1") else 0.1)

@@ -10,8 +10,8 @@ from dfn_hf import DFNConfig, DFNForCausalLM
 from dfn_hf.modeling.ops.cell_grid import ball_cells_per_axis
 from dfn_hf.modeling.ops.cell_lists import CellGrids, grid_constants
 from dfn_hf.modeling.ops.kernels import c_compiler as module
-from dfn_hf.modeling.ops.kernels.c_compiler import in_threads, native_library, processor
-from dfn_hf.modeling.ops.kernels.neighbor_search_cpu import search_library, search_natively
+from dfn_hf.modeling.ops.kernels.c_compiler import compiled_library, in_threads, processor
+from dfn_hf.modeling.ops.kernels.neighbor_search_cpu import search_cells_cpu, search_library
 
 SOURCE = "int answer(void) { return %d; }"
 
@@ -23,25 +23,25 @@ def homeless():
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native_library.cache_clear()
+    compiled_library.cache_clear()
     yield tmp_path / "dfn_hf" / "native"
-    native_library.cache_clear()
+    compiled_library.cache_clear()
 
 
 def test_is_built_once_and_named_by_what_it_was_built_from(folder):
-    assert [native_library(SOURCE % number).answer() for number in (1, 2)] == [1, 2]
+    assert [compiled_library(SOURCE % number).answer() for number in (1, 2)] == [1, 2]
     built = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert len(built) == 2
-    native_library.cache_clear()
-    assert native_library(SOURCE % 1).answer() == 1
+    compiled_library.cache_clear()
+    assert compiled_library(SOURCE % 1).answer() == 1
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == built
 
 
 def test_another_processor_gets_a_library_of_its_own(folder, monkeypatch):
-    native_library(SOURCE % 1)
-    native_library.cache_clear()
+    compiled_library(SOURCE % 1)
+    compiled_library.cache_clear()
     monkeypatch.setattr(module, "processor", lambda: processor() + " and more")
-    native_library(SOURCE % 1)
+    compiled_library(SOURCE % 1)
     assert len(list(folder.iterdir())) == 2
 
 
@@ -65,7 +65,7 @@ def test_where_it_cannot_be_built_there_is_none(folder, obstacle, monkeypatch, t
         monkeypatch.setattr(module.Path, "home", homeless)
     else:
         (tmp_path / "dfn_hf").write_text("in the way")
-    assert native_library(source) is None
+    assert compiled_library(source) is None
 
 
 def test_code_that_knows_no_tuning_is_built_without(folder, monkeypatch):
@@ -77,7 +77,7 @@ def test_code_that_knows_no_tuning_is_built_without(folder, monkeypatch):
         return run(command, **options)
 
     monkeypatch.setattr(module.subprocess, "run", refuse)
-    assert native_library(SOURCE % 1).answer() == 1
+    assert compiled_library(SOURCE % 1).answer() == 1
 
 
 def draw_model(**options):
@@ -107,9 +107,9 @@ def test_a_default_device_for_new_tensors_changes_nothing():
     positions, index = torch.zeros(1, 5, 2), torch.arange(5)[None]
     cells = grids.cells(positions, on_grid=True)
     arguments = (search_library(positions), positions, cells, index, positions, cells, 2, 1, 3)
-    expected = search_natively(*arguments, grids.table_offsets, None, None, None, None)
+    expected = search_cells_cpu(*arguments, grids.table_offsets, None, None, None, None)
     with torch.device("meta"):
-        found = search_natively(*arguments, grids.table_offsets, None, None, None, None)
+        found = search_cells_cpu(*arguments, grids.table_offsets, None, None, None, None)
     assert all(map(torch.equal, found, expected)) and found[0][0, -1].tolist() == [3, 2]
 
 
@@ -117,7 +117,7 @@ def test_a_window_of_any_width_is_read(monkeypatch):
     model, ids = draw_model(local_window=2**15)
     with torch.no_grad():
         found = model(ids).logits
-        monkeypatch.setenv("DFN_HF_NATIVE", "0")
+        monkeypatch.setenv("DFN_HF_KERNELS", "0")
         assert torch.allclose(found, model(ids).logits, atol=1e-5, rtol=0)
 
 
@@ -143,7 +143,7 @@ def test_a_model_without_it_gives_the_same(folder, monkeypatch):
 
     with_it, gradients = run()
     assert len(list(folder.iterdir())) == 2
-    monkeypatch.setenv("DFN_HF_NATIVE", "0")
+    monkeypatch.setenv("DFN_HF_KERNELS", "0")
     without, expected = run()
     for entities, others in zip(with_it.entities, without.entities, strict=True):
         assert torch.equal(entities.neighbors, others.neighbors) and (entities.neighbors >= 0).any()

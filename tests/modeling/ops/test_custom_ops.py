@@ -86,5 +86,5 @@ def test_copies_of_the_code_live_side_by_side(tmp_path):
     same, other = (copy_of_the_code(tmp_path / name, name == "other") for name in ("same", "other"))
     for module in (flow_attention, same, other):
         assert torch.equal(module._read_operator(*arguments)[0], expected)
-    assert str(same._read_operator) == str(flow_attention.operator(flow_attention.read, None))
+    assert str(same._read_operator) == str(flow_attention.custom_op(flow_attention.read, None))
     assert str(other._read_operator) != str(same._read_operator)

@@ -71,7 +71,7 @@ CASES = {
 
 @pytest.fixture(params=CASES)
 def inputs(request, monkeypatch):
-    monkeypatch.setattr(module, "ELEMENTS_AT_ONCE", 1)  # chunks of the least length, 64 queries
+    monkeypatch.setattr(module, "ELEMENT_CHUNK", 1)  # chunks of the least length, 64 queries
     return draw_inputs(7, **CASES[request.param])
 
 
@@ -102,14 +102,16 @@ def test_equals_the_loop(inputs):
         assert torch.allclose(found[name], expected[name], **STRICT), name
 
 
-NATIVE_FORMS = {"native": (), "plain C": ("-U__AVX512F__",)}
+C_FORMS = {"native": (), "plain C": ("-U__AVX512F__",)}
 
 
 @pytest.mark.parametrize("value_dtype", TOLERANCE)
-@pytest.mark.parametrize("form", ["torch", *NATIVE_FORMS])
+@pytest.mark.parametrize("form", ["torch", *C_FORMS])
 def test_equals_the_loop_in_less_precision(inputs, value_dtype, form, monkeypatch):
-    monkeypatch.setenv("DFN_HF_NATIVE", "0" if form == "torch" else "1")
-    monkeypatch.setattr(attention_kernel, "ATTENTION_FLAGS", (*attention_kernel.ATTENTION_FLAGS, *NATIVE_FORMS.get(form, ())))
+    monkeypatch.setenv("DFN_HF_KERNELS", "0" if form == "torch" else "1")
+    monkeypatch.setattr(
+        attention_kernel, "ATTENTION_FLAGS", (*attention_kernel.ATTENTION_FLAGS, *C_FORMS.get(form, ()))
+    )
     runs_natively = attention_library(torch.ones(1), torch.ones(1, dtype=value_dtype)) is not None
     assert runs_natively == (form != "torch" and value_dtype == torch.float32)
     dtypes = dict.fromkeys(DIFFERENTIABLE, torch.float32) | {"value": value_dtype}
@@ -131,7 +133,7 @@ def test_y_has_the_dtype_of_value_and_total_that_of_query():
 def test_chunks_change_nothing(monkeypatch):
     inputs = draw_inputs(3, batch=1, past=(5,), length=200, window=9)
     whole = outputs_and_gradients(flow_attention, inputs)
-    monkeypatch.setattr(module, "ELEMENTS_AT_ONCE", 1)
+    monkeypatch.setattr(module, "ELEMENT_CHUNK", 1)
     in_chunks = outputs_and_gradients(flow_attention, inputs)
     for name in whole:
         assert torch.allclose(in_chunks[name], whole[name], **STRICT), name

@@ -66,8 +66,8 @@ def test_exact_equals_the_loop_off_the_grid(dtype):
 
 
 def test_exact_equals_the_loop_over_many_blocks(monkeypatch):
-    monkeypatch.setattr(flow_search, "QUERIES_AT_ONCE", 12)
-    monkeypatch.setattr(flow_search, "KEYS_AT_ONCE", 5)
+    monkeypatch.setattr(flow_search, "QUERY_CHUNK", 12)
+    monkeypatch.setattr(flow_search, "KEY_CHUNK", 5)
     queries, keys = draw_positions((2, 2, 37, 2), 3, kind="few")
     found = nearest_predecessors(queries, keys, 6, window=4, method="exact")
     assert_same(found, nearest_predecessors_reference(queries, keys, 6, window=4))
@@ -156,8 +156,8 @@ def test_cells_give_the_nearest_distinct_candidates(
 def test_cells_do_not_depend_on_how_much_is_done_at_once(monkeypatch):
     queries, keys = draw_positions((2, 3, 50, 3), 7)
     expected = nearest_predecessors(queries, keys, 4, window=1)
-    monkeypatch.setattr(flow_search, "QUERIES_AT_ONCE", 18)
-    monkeypatch.setattr(flow_search, "ENTRIES_AT_ONCE", 700)
+    monkeypatch.setattr(flow_search, "QUERY_CHUNK", 18)
+    monkeypatch.setattr(flow_search, "SORT_CHUNK", 700)
     assert_same(nearest_predecessors(queries, keys, 4, window=1), expected)
 
 
@@ -213,12 +213,12 @@ def test_every_cell_of_the_ball_lies_inside_the_grid():
 
 # Native code: as built for this processor, without its widest registers, and reading rings in the place of chains
 
-NATIVE_FORMS = {"native": (), "plain C": ("-U__AVX512F__",), "rings": ("-DSHORT=1",)}
+C_FORMS = {"native": (), "plain C": ("-U__AVX512F__",), "rings": ("-DSHORT=1",)}
 
 
 def build_native_form(form, monkeypatch):
     if form != "torch":
-        monkeypatch.setattr(search_kernel, "SEARCH_FLAGS", (*search_kernel.SEARCH_FLAGS, *NATIVE_FORMS[form]))
+        monkeypatch.setattr(search_kernel, "SEARCH_FLAGS", (*search_kernel.SEARCH_FLAGS, *C_FORMS[form]))
 
 
 # Chains
@@ -272,7 +272,7 @@ SPLITS = {
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("kind", ["spread", "same", "few"])
 @pytest.mark.parametrize(("window", "candidates", "num_tables"), [(1, 3, 3), (5, 1, 1), (4, 16, 2)])
-@pytest.mark.parametrize("form", ["torch", *NATIVE_FORMS])
+@pytest.mark.parametrize("form", ["torch", *C_FORMS])
 def test_chains_give_the_lists_of_one_call(split, kind, window, candidates, num_tables, form, monkeypatch):
     build_native_form(form, monkeypatch)
     queries, keys = (x[:, 0] for x in draw_positions((3, 1, 40, 2), 10, kind=kind))

@@ -24,15 +24,15 @@ flow_kernels = pytest.importorskip(
 )
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SEARCH = ("cells_on_gpu", "search_on_gpu")
-ATTENTION = ("read_on_gpu", "read_gradients_on_gpu")
+SEARCH = ("cells_triton", "search_cells_triton")
+ATTENTION = ("flow_attention_forward_triton", "flow_attention_backward_triton")
 
 
 @pytest.fixture
 def launched(monkeypatch):
     """Sends tensors of any device to the kernels, and tells which were called."""
-    monkeypatch.setenv("DFN_HF_NATIVE", "0")  # what they are compared with is torch
-    monkeypatch.setattr(triton_choice, "triton_runs_on", lambda device: True)
+    monkeypatch.setenv("DFN_HF_KERNELS", "0")  # what they are compared with is torch
+    monkeypatch.setattr(triton_choice, "triton_available", lambda device: True)
     names = []
 
     def observed(name, launch):
@@ -65,7 +65,7 @@ def test_cells_are_those_of_torch(shape, num_tables, launched):
     positions = positions.to(DEVICE, torch.float32)
     expected = grids.cells(positions)
     assert launched == [] and torch.equal(grids.cells(positions, on_grid=True), expected)
-    assert launched == ["cells_on_gpu"]
+    assert launched == ["cells_triton"]
 
 
 SEARCHES = {
@@ -100,7 +100,7 @@ def test_neighbours_are_those_of_torch(case, launched):
     expected = search_cells(*arguments, reach=reach, counts=counts)
     assert launched == []
     found = search_cells(*arguments, reach=reach, counts=counts, table_offsets=grids.table_offsets)
-    assert launched == ["search_on_gpu"]
+    assert launched == ["search_cells_triton"]
     assert_same(found, expected)
     assert (expected[0] >= 0).any() == (options["window"] < length and length > 1 or options["window"] == 0)
 
@@ -198,9 +198,18 @@ def test_a_model_gives_the_same(launched, monkeypatch):
         return outputs.entities[0].neighbors, [outputs.logits, *continued, *gradients]
 
     neighbors, found = run()
-    cells, first_search = ["cells_on_gpu", "cells_on_gpu"], ["search_on_gpu"]
-    assert launched == [*cells, *first_search, *ATTENTION, *cells, *first_search, "read_on_gpu", *cells, "read_on_gpu"]
-    monkeypatch.setattr(triton_choice, "triton_runs_on", lambda device: False)
+    cells, first_search = ["cells_triton", "cells_triton"], ["search_cells_triton"]
+    assert launched == [
+        *cells,
+        *first_search,
+        *ATTENTION,
+        *cells,
+        *first_search,
+        "flow_attention_forward_triton",
+        *cells,
+        "flow_attention_forward_triton",
+    ]
+    monkeypatch.setattr(triton_choice, "triton_available", lambda device: False)
     expected_neighbors, expected = run()
     assert torch.equal(neighbors, expected_neighbors) and (neighbors >= 0).any()
     for x, wanted in zip(found, expected, strict=True):
@@ -222,20 +231,20 @@ def test_torch_does_what_the_kernels_do_not(misfit, launched):
 def test_torch_does_the_work_where_the_kernels_cannot(obstacle, monkeypatch):
     capability = (7, 5) if obstacle == "an old GPU" else (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setenv("DFN_HF_NATIVE", "0" if obstacle == "switched off" else "1")
+    monkeypatch.setenv("DFN_HF_KERNELS", "0" if obstacle == "switched off" else "1")
     if obstacle == "no Triton":
         monkeypatch.setitem(sys.modules, "dfn_hf.modeling.ops.kernels.triton_launch", None)
     device = torch.device("cpu" if obstacle == "no GPU" else "cuda")
     triton_choice._can_run.cache_clear()
-    assert not triton_choice.triton_runs_on(device)
+    assert not triton_choice.triton_available(device)
     monkeypatch.undo()
     triton_choice._can_run.cache_clear()
 
 
 def test_the_kernels_are_chosen_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setenv("DFN_HF_NATIVE", "1")
-    assert triton_choice.triton_runs_on(torch.device("cuda"))
+    monkeypatch.setenv("DFN_HF_KERNELS", "1")
+    assert triton_choice.triton_available(torch.device("cuda"))
     triton_choice._can_run.cache_clear()
 
 
