@@ -104,7 +104,7 @@ def test_sdist_holds_what_a_developer_needs(sdist):
         "CHANGELOG.md",
         "LICENSE",
         "modeling/flow_search.py",
-        "docs/peft.md",
+        "docs/guides/peft.md",
     } <= held
 
 

@@ -1,4 +1,4 @@
-"""A million tokens, read in chunks and continued: the recipe of `docs/long-context.md` at its full length."""
+"""A million tokens, read in chunks and continued: the recipe of `docs/guides/long-context.md` at its full length."""
 
 import pytest
 import torch

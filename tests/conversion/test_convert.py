@@ -232,7 +232,7 @@ def test_full_disk_leaves_nothing(weights, tmp_path):
 
 
 def test_commands_of_the_page_run(tmp_path, monkeypatch):
-    page = (Path(__file__).parents[2] / "docs" / "conversion.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "convert.md").read_text(encoding="utf-8")
     save_those_in_docs(tmp_path, page)
     monkeypatch.chdir(tmp_path)
     lines = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]

@@ -73,7 +73,7 @@ def test_sentences_are_embedded_alike_in_any_batch(checkpoint):
 
 @checkpoints
 def test_lm_eval_scores_a_task_of_ones_own_as_the_page_says(checkpoint, tmp_path):
-    page = (Path(__file__).parents[2] / "docs" / "clients.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "clients.md").read_text(encoding="utf-8")
     (task,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
     (command,) = re.findall(r"```bash\n(python -c .*?lm_eval.*?)```", page, flags=re.DOTALL)
     assert "pretrained=my-model" in command
