@@ -43,6 +43,7 @@ from ..modules.forward_utils import (
     next_token_labels,
     prepare_forward,
 )
+from ..modules.outputs import OutputCollector
 from ..modules.rms_norm import RMSNorm
 from ..modules.row_layout import RowLayout, pad_attention
 from ..modules.windowed_attention import RotaryEmbedding, SelfAttention
@@ -323,11 +324,15 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
         rotary = self.rotary(hidden_states, rows.segment_positions)
         # Read before it is written: a checkpointed layer runs again in backward, and must see the same.
         bank = None if self.memory is None else self.memory.memory_bank.clone()
-        all_states, all_weights, all_flows, all_metrics = [], [], [], []
+        collected = OutputCollector(
+            rows,
+            hidden_states=output_hidden_states,
+            attentions=output_attentions,
+            flows=output_flows,
+            metrics=True,
+        )
         for layer, state in zip(self.layers[: config.num_hidden_layers], states, strict=True):
-            if output_hidden_states:
-                columns, hidden_states = rows.pad_with_grad(hidden_states)
-                all_states.append(columns)
+            hidden_states = collected.add_hidden_states(hidden_states)
             hidden_states, weights, flow, metrics = layer(
                 hidden_states,
                 bank,
@@ -337,28 +342,26 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
                 output_attentions=output_attentions,
                 output_flow=output_flows,
             )
-            all_metrics.append(metrics)
-            if output_attentions:
-                all_weights.append(weights)
+            collected.add(attentions=weights, metrics=metrics)
             if output_flows:
-                all_flows.append(flows_to_columns(*flow, rows, state))
+                collected.add(flows=flows_to_columns(*flow, rows, state))
         hidden_states = apply_chunked(self.norm, hidden_states)
-        metrics = {name: torch.stack([one[name] for one in all_metrics]).mean() for name in all_metrics[0]}
+        per_layer = collected.get("metrics")
+        metrics = {name: torch.stack([one[name] for one in per_layer]).mean() for name in per_layer[0]}
         if self.memory is not None:
             # generate() learns nothing, in training mode either.
             learns = self.training and torch.is_grad_enabled() and self.memory_trains
             metrics["memory_write_norm"] = self.memory.stage(hidden_states, rows) if learns else bank.new_zeros(())
         hidden_states = rows.pad(hidden_states)
-        if output_hidden_states:
-            all_states.append(hidden_states)
+        collected.add(hidden_states=hidden_states)
         finish_forward(past_key_values, states)
 
         return FlowNetworkModelOutput(
             last_hidden_state=hidden_states,
             **{CACHE_NAME: past_key_values},
-            hidden_states=tuple(all_states) if output_hidden_states else None,
-            attentions=tuple(all_weights) if output_attentions else None,
-            flows=tuple(all_flows) if output_flows else None,
+            hidden_states=collected.get("hidden_states"),
+            attentions=collected.get("attentions"),
+            flows=collected.get("flows"),
             metrics=metrics,
         )
 

@@ -23,6 +23,7 @@ from transformers.utils import can_return_tuple
 
 from ..modules.cache import CACHE_NAME, FlowCacheLayer, resolve_cache_argument, state_layers
 from ..modules.forward_utils import FlowGenerationMixin, embed_inputs, finish_forward, prepare_forward
+from ..modules.outputs import OutputCollector
 from ..modules.rms_norm import RMSNorm
 from ..modules.row_layout import RowLayout, column_mask, make_row_layout
 from ..modules.windowed_attention import RotaryEmbedding
@@ -31,7 +32,13 @@ from .configuration_liquid import LiquidConfig
 from .embedding import CausalLiquidEmbedding, EnhancedLiquidEmbedding
 from .lstm_memory import EnhancedLSTM
 from .mixture_of_experts import Experts
-from .outputs import BlockOutputs, LiquidDecoderOutput, LiquidEncoderOutput, LiquidModelOutput, LiquidSeq2SeqLMOutput
+from .outputs import (
+    LiquidDecoderOutput,
+    LiquidEncoderOutput,
+    LiquidModelOutput,
+    LiquidSeq2SeqLMOutput,
+    collect_block_outputs,
+)
 
 ENCODER_PARTS = ["ImprovedTransformerBlock", "EnhancedLiquidEmbedding"]
 
@@ -128,24 +135,31 @@ class BidirectionalEncoder(LiquidPreTrainedModel):
         hidden_states, compression = self.embedding(rows.unpad(inputs_embeds), rows)
         hidden_states = self.dropout(hidden_states)
         rotary = self.rotary(hidden_states, rows.positions)
-        blocks = BlockOutputs(rows)
+        collected = OutputCollector(
+            rows,
+            hidden_states=output_hidden_states,
+            attentions=output_attentions,
+            router_logits=True,
+            router_loss=True,
+            experts_per_token=True,
+        )
         for layer in self.layers:
-            if output_hidden_states:
-                columns, hidden_states = rows.pad_with_grad(hidden_states)
-                blocks.states.append(columns)
+            hidden_states = collected.add_hidden_states(hidden_states)
             hidden_states, *outputs = layer(hidden_states, rotary, rows, output_attentions=output_attentions)
-            blocks.add(*outputs)
+            collect_block_outputs(collected, *outputs)
         hidden_states = rows.pad(self.norm(hidden_states))
-        if output_hidden_states:
-            blocks.states.append(hidden_states)
+        collected.add(hidden_states=hidden_states)
         return LiquidEncoderOutput(
             last_hidden_state=hidden_states,
-            hidden_states=tuple(blocks.states) if output_hidden_states else None,
-            attentions=tuple(blocks.attentions) if output_attentions else None,
-            router_logits=tuple(blocks.router_logits),
+            hidden_states=collected.get("hidden_states"),
+            attentions=collected.get("attentions"),
+            router_logits=collected.get("router_logits"),
             reconstruction_loss=compression.reconstruction_loss,
-            router_loss=blocks.router_loss,
-            metrics={"compression_ratio": compression.ratio, "experts_per_token": blocks.experts_per_token()},
+            router_loss=sum(collected.get("router_loss")),
+            metrics={
+                "compression_ratio": compression.ratio,
+                "experts_per_token": torch.stack(collected.get("experts_per_token")).mean(),
+            },
         )
 
 
@@ -195,11 +209,17 @@ class LiquidDecoder(LiquidPreTrainedModel):
         source_rotary = None
         if cross_states[0] is None or cross_states[0].data("source_key") is None:
             source_rotary = self.rotary(source, position_ids_from_mask(source_mask, source))
-        blocks = BlockOutputs(rows)
+        collected = OutputCollector(
+            rows,
+            hidden_states=output_hidden_states,
+            attentions=output_attentions,
+            cross_attentions=output_attentions,
+            router_logits=True,
+            router_loss=True,
+            experts_per_token=True,
+        )
         for layer, state, cross_state in zip(self.layers, states, cross_states, strict=True):
-            if output_hidden_states:
-                columns, hidden_states = rows.pad_with_grad(hidden_states)
-                blocks.states.append(columns)
+            hidden_states = collected.add_hidden_states(hidden_states)
             hidden_states, *outputs = layer(
                 hidden_states,
                 rotary,
@@ -211,21 +231,23 @@ class LiquidDecoder(LiquidPreTrainedModel):
                 cross_state=cross_state,
                 output_attentions=output_attentions,
             )
-            blocks.add(*outputs)
+            collect_block_outputs(collected, *outputs)
             if self.external_memory is not None:
                 hidden_states = self.external_memory(hidden_states, rows, state)
         hidden_states = rows.pad(self.norm(hidden_states))
-        if output_hidden_states:
-            blocks.states.append(hidden_states)
+        collected.add(hidden_states=hidden_states)
         return LiquidDecoderOutput(
             last_hidden_state=hidden_states,
-            hidden_states=tuple(blocks.states) if output_hidden_states else None,
-            attentions=tuple(blocks.attentions) if output_attentions else None,
-            cross_attentions=tuple(blocks.cross_attentions) if output_attentions else None,
-            router_logits=tuple(blocks.router_logits),
+            hidden_states=collected.get("hidden_states"),
+            attentions=collected.get("attentions"),
+            cross_attentions=collected.get("cross_attentions"),
+            router_logits=collected.get("router_logits"),
             reconstruction_loss=compression.reconstruction_loss,
-            router_loss=blocks.router_loss,
-            metrics={"compression_ratio": compression.ratio, "experts_per_token": blocks.experts_per_token()},
+            router_loss=sum(collected.get("router_loss")),
+            metrics={
+                "compression_ratio": compression.ratio,
+                "experts_per_token": torch.stack(collected.get("experts_per_token")).mean(),
+            },
         )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 
-from ..modules.row_layout import RowLayout
+from ..modules.outputs import OutputCollector
 from .mixture_of_experts import Routing
 
 
@@ -79,32 +79,18 @@ class LiquidDecoderOutput(BaseModelOutput):
     metrics: dict[str, torch.Tensor] | None = None
 
 
-class BlockOutputs:
-    """What the blocks of one call gave beside states, between columns.
-
-    Args:
-        rows: `row_layout.RowLayout` of the call.
-    """
-
-    def __init__(self, rows: RowLayout):
-        self.rows = rows
-        self.states: list[torch.Tensor] = []
-        self.attentions: list[torch.Tensor] = []
-        self.cross_attentions: list[torch.Tensor] = []
-        self.router_logits: list[torch.Tensor] = []
-        self.router_loss: torch.Tensor | float = 0.0
-        self._used: list[torch.Tensor] = []
-
-    def add(self, weights, cross_weights, router_loss, routing: Routing) -> None:
-        """Take in what a block gave."""
-        if weights is not None:
-            self.attentions.append(weights)
-        if cross_weights is not None:
-            self.cross_attentions.append(cross_weights)
-        self.router_logits.append(self.rows.pad(routing.logits))
-        self.router_loss = self.router_loss + router_loss
-        self._used.append((routing.weights.detach() > 0).sum(dim=-1))
-
-    def experts_per_token(self) -> torch.Tensor:
-        """Mean over blocks and real tokens, a scalar."""
-        return torch.stack([self.rows.mean(used.float()) for used in self._used]).mean()
+def collect_block_outputs(
+    outputs: OutputCollector,
+    weights: torch.Tensor | None,
+    cross_weights: torch.Tensor | None,
+    router_loss: torch.Tensor,
+    routing: Routing,
+) -> None:
+    """Add the optional outputs of one block, in the order in which `ImprovedTransformerBlock` returns them."""
+    outputs.add(
+        attentions=weights,
+        cross_attentions=cross_weights,
+        router_loss=router_loss,
+        router_logits=outputs.rows.pad(routing.logits),
+        experts_per_token=outputs.rows.mean((routing.weights.detach() > 0).sum(dim=-1).float()),
+    )
