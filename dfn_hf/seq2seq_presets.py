@@ -1,4 +1,4 @@
-"""Freshly initialised encoder-decoders by the name of a size: Liquid, and T5 of as many parameters as the baseline."""
+"""Randomly initialised encoder-decoders by size: Liquid and the baseline T5."""
 
 from typing import Any
 
@@ -11,12 +11,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from dfn_hf.modeling.liquid.configuration_liquid import LiquidConfig
-from dfn_hf.modeling.liquid.modeling_liquid import LiquidForSeq2SeqLM
+from .modeling.liquid.configuration_liquid import LiquidConfig
+from .modeling.liquid.modeling_liquid import LiquidForSeq2SeqLM
+from .presets import check_choice, check_fields
 
-from .presets import check_fields
-
-DROPOUT = 0.1
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {
         "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128,
@@ -26,7 +24,8 @@ SIZES: dict[str, dict[str, int]] = {
     "medium": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 1024},
 }  # fmt: skip
 ARCHITECTURES = ("liquid", "t5")
-GENERATION = {"num_beams": 4, "max_new_tokens": 128}  # what a trained folder's generate() goes by
+DROPOUT = 0.1
+GENERATION = {"num_beams": 4, "max_new_tokens": 128}  # saved as the defaults of generate()
 
 
 def new_seq2seq_lm(
@@ -37,31 +36,29 @@ def new_seq2seq_lm(
     seed: int = 0,
     **options: Any,
 ) -> PreTrainedModel:
-    """An encoder-decoder with fresh weights for the vocabulary of `tokenizer`.
+    """Build a randomly initialised encoder-decoder for the vocabulary of `tokenizer`.
 
     Args:
-        tokenizer: gives `vocab_size` and the special tokens; targets start with its padding token, as T5's do.
-        architecture: "liquid", or "t5" of the same width, depth, heads and, to within one unit of `d_ff`, number of
-            parameters.
-        size: one of `SIZES`; with dropout `DROPOUT`.
-        seed: of the weights.
-        options: fields of `LiquidConfig` that differ from the size's; a T5 is made to match the Liquid they give.
+        tokenizer: gives `vocab_size` and the special tokens; the decoder starts with its padding token, as in T5.
+        architecture: "liquid", or "t5" with the same width, depth, heads and number of parameters, to within one unit
+            of `d_ff`.
+        size: one of `SIZES`; the dropout rate is `DROPOUT`.
+        seed: random seed of the weights.
+        options: fields of `LiquidConfig` that override those of the size; a T5 matches the resulting Liquid.
 
     Raises:
-        ValueError: an unknown architecture or size, or a field that the configuration does not have or refuses.
+        ValueError: `architecture` or `size` is unknown, or a field is unknown or has an invalid value.
     """
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"architecture is {architecture!r}: choose one of {', '.join(ARCHITECTURES)}")
-    if size not in SIZES:
-        raise ValueError(f"size is {size!r}: choose one of {', '.join(SIZES)}")
+    check_choice("architecture", architecture, ARCHITECTURES)
+    check_choice("size", size, SIZES)
     check_fields("liquid", options)
-    tokens = {
-        "vocab_size": len(tokenizer),
+    special_tokens = {
         "pad_token_id": tokenizer.pad_token_id,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "decoder_start_token_id": tokenizer.pad_token_id,
     }
+    tokens = {"vocab_size": len(tokenizer), **special_tokens}
     liquid = LiquidConfig(**{"hidden_dropout": DROPOUT} | SIZES[size] | options | tokens)
     torch.manual_seed(seed)
     model: PreTrainedModel
@@ -69,17 +66,12 @@ def new_seq2seq_lm(
         model = LiquidForSeq2SeqLM(liquid)
     else:
         model = T5ForConditionalGeneration(matching_t5(liquid, tokens))
-    model.generation_config = GenerationConfig(**GENERATION, **tokens_of_generation(tokens))
+    model.generation_config = GenerationConfig(**GENERATION, **special_tokens)
     return model
 
 
-def tokens_of_generation(tokens: dict[str, Any]) -> dict[str, Any]:
-    """The special tokens among the fields of a configuration."""
-    return {name: token for name, token in tokens.items() if name.endswith("_token_id")}
-
-
 def matching_t5(liquid: LiquidConfig, tokens: dict[str, Any]) -> T5Config:
-    """The configuration of a gated T5 with as many parameters as a Liquid."""
+    """Return the configuration of a gated T5 with the number of parameters of a Liquid."""
 
     def config(width: int) -> T5Config:
         return T5Config(
@@ -95,6 +87,6 @@ def matching_t5(liquid: LiquidConfig, tokens: dict[str, Any]) -> T5Config:
         )
 
     with torch.device("meta"):
-        wanted = LiquidForSeq2SeqLM(liquid).num_parameters()
-        least, next_least = (T5ForConditionalGeneration(config(width)).num_parameters() for width in (1, 2))
-    return config(max(1, 1 + round((wanted - least) / (next_least - least))))
+        target = LiquidForSeq2SeqLM(liquid).num_parameters()
+        minimum, second = (T5ForConditionalGeneration(config(width)).num_parameters() for width in (1, 2))
+    return config(max(1, 1 + round((target - minimum) / (second - minimum))))

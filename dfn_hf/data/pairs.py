@@ -125,5 +125,5 @@ def encode_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length:
     encoded = pairs.map(encode, batched=True, remove_columns=pairs.column_names)
     kept = encoded.filter(lambda pair: max(len(pair["input_ids"]), len(pair["labels"])) <= max_length)
     if not len(kept):
-        raise ValueError(f"every pair is longer than {max_length} tokens a side: allow more (--block-size)")
+        raise ValueError(f"every pair is longer than {max_length} tokens a side: allow more (--max-length)")
     return kept
