@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..conversion.report import REPORT_FILE, ConversionReport
-from .text2text_pipeline import TASK as TEXT2TEXT
+from .pipelines import TASK as TEXT2TEXT
 
 PROVENANCE = "Provenance"
 UNSTATED = "Training text not stated."

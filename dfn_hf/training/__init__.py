@@ -9,7 +9,8 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "distillation": ["DistillationSettings", "distill_model"],
         "field": ["load_arrays", "new_field_model", "train_fields"],
         "lora": ["add_lora"],
-        "trainer": ["MatrixDecayTrainer", "TrainingResult", "TrainingSettings", "train_model"],
+        "settings": ["TrainingSettings"],
+        "trainer": ["MatrixDecayTrainer", "TrainingResult", "train_model"],
         "recipes": ["learn_fields", "learn_pairs"],
     },
 )

@@ -29,59 +29,24 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import is_tensorboard_available
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.collators import PackedBlockCollator
 from ..hub.model_card import model_card
 from ..hub.output_folder import clear_disk_errors, whole_folder
 from .callbacks.flow_memory import FlowMemoryCallback
 from .callbacks.progress_bar import ProgressBarCallback
+from .checkpoints import (
+    CHECKPOINTS,
+    RUN_FILE,
+    check_output_folder,
+    check_same_run,
+    last_checkpoint,
+    remove_incomplete_checkpoints,
+)
+from .settings import TrainingSettings
 
-CHECKPOINTS = "checkpoints"
-RUN_FILE = "run.json"
 LOG_FILE = "training_log.json"
 TENSORBOARD = "runs"
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """What a training run does; AdamW with warm-up, cosine decay and gradients clipped to norm 1.
-
-    Attributes:
-        max_steps: optimizer steps.
-        batch_size: blocks per device and forward pass.
-        gradient_accumulation_steps: forward passes per optimizer step.
-        learning_rate: its peak, reached after warm-up; the cosine ends at 0.
-        warmup_ratio: share of the steps over which the learning rate rises linearly from 0.
-        weight_decay: decay of matrices; biases, scales and decays (parameters of fewer than two dimensions) have none.
-        save_steps: steps from one evaluation to the next; each is followed by a checkpoint to resume from.
-        exact_search_ratio: share of the steps with exact neighbour search before cell lists take over; see
-            `SearchSwitchCallback`. Means something for DFN only.
-        seed: of the order of blocks and of dropout.
-    """
-
-    max_steps: int = 1000
-    batch_size: int = 16
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 3e-3
-    warmup_ratio: float = 0.1
-    weight_decay: float = 0.1
-    save_steps: int = 200
-    exact_search_ratio: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "save_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
-        if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"warmup_ratio must be at least 0 and below 1, got {self.warmup_ratio}")
-        if not 0 <= self.exact_search_ratio <= 1:
-            raise ValueError(f"exact_search_ratio must lie between 0 and 1, got {self.exact_search_ratio}")
 
 
 @dataclass(frozen=True)
@@ -197,7 +162,7 @@ def train_model(
     if settings.exact_search_ratio and base_model.config.model_type != "dfn":
         raise ValueError(
             f"exact_search_ratio is {settings.exact_search_ratio:g} and a {base_model.config.model_type} searches for "
-            "nothing: leave it out (--exact-search)"
+            "nothing: leave it out (--exact-search-ratio)"
         )
     use_cache = base_model.config.use_cache
     run = describe_run(base_model, settings, provenance)
@@ -321,64 +286,8 @@ def export(
             shutil.copytree(logs, folder / TENSORBOARD)
 
 
-def check_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raise ValueError unless a trained model may go to `folder`."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: choose a folder to train into")
-    others = [path.name for path in folder.iterdir() if path.name != CHECKPOINTS] if folder.is_dir() else []
-    if others and not overwrite:
-        if resume:
-            raise ValueError(f"{folder} holds a finished model: there is no run to resume, leave out --resume")
-        raise ValueError(
-            f"{folder} is not empty (it holds {sorted(others)[0]}): choose another, or overwrite it (--overwrite)"
-        )
-    last = last_checkpoint(folder / CHECKPOINTS)
-    if last is not None and not resume and not overwrite:
-        raise ValueError(
-            f"{folder} holds a run that stopped after {last.name}: resume it (--resume), or overwrite it (--overwrite)"
-        )
-
-
-def check_same_run(checkpoints: Path, run: dict[str, Any]) -> None:
-    """Raise ValueError if the run that left these checkpoints was another one than `run`."""
-    earlier = json.loads((checkpoints / RUN_FILE).read_text())
-    for field, value in run.items():
-        if earlier.get(field) != value:
-            raise ValueError(
-                f"the unfinished run in {checkpoints.parent} had {field} = {earlier.get(field)!r}, not {value!r}: "
-                "resume with the same options, or overwrite it (--overwrite)"
-            )
-
-
 def describe_run(model: PreTrainedModel, settings: TrainingSettings, provenance: str) -> dict[str, Any]:
     """All that must be the same for a run to be resumed, as JSON gives it back."""
     run = {"provenance": provenance, **dataclasses.asdict(settings), **model.config.to_dict()}
     run.pop("transformers_version", None)  # which may be a newer one by now
     return json.loads(json.dumps(run, default=str))
-
-
-def last_checkpoint(checkpoints: Path) -> Path | None:
-    """The newest checkpoint that was written to its end, or None."""
-    complete = [path for path in checkpoint_folders(checkpoints) if is_complete(path)]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def remove_incomplete_checkpoints(checkpoints: Path) -> None:
-    """Delete what a kill or a full disk left half written."""
-    for path in checkpoint_folders(checkpoints):
-        if not is_complete(path):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def checkpoint_folders(checkpoints: Path) -> list[Path]:
-    """The Trainer's checkpoint folders, complete or not."""
-    return [path for path in checkpoints.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rpartition("-")[2].isdigit()]
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether the Trainer's last write, its state, is there and whole."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return True

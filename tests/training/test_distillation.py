@@ -15,6 +15,7 @@ from dfn_hf.conversion.llama import llama_to_dfn
 from dfn_hf.data.collators import PackedBlockCollator
 from dfn_hf.data.packing import pack, tokenize
 from dfn_hf.presets import new_causal_lm
+from dfn_hf.training.checkpoints import last_checkpoint
 from dfn_hf.training.distillation import (
     DistillationSettings,
     blocks_loss,
@@ -24,7 +25,8 @@ from dfn_hf.training.distillation import (
     layerwise_error,
     teacher_forced,
 )
-from dfn_hf.training.trainer import TrainingSettings, last_checkpoint, train_model
+from dfn_hf.training.settings import TrainingSettings
+from dfn_hf.training.trainer import train_model
 
 SETTINGS = DistillationSettings(max_steps=24, batch_size=4, save_steps=8, learning_rate=1e-2, layerwise_ratio=0.5)
 WINDOWS = {"local_window": 4, "num_neighbors": 4}

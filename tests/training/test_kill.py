@@ -16,7 +16,9 @@ from dfn_hf.assets.tokenizers import load_tokenizer
 from dfn_hf.data.packing import pack, tokenize
 from dfn_hf.presets import new_causal_lm
 from dfn_hf.seq2seq_presets import new_seq2seq_lm
-from dfn_hf.training.trainer import TrainingSettings, last_checkpoint, train_model
+from dfn_hf.training.checkpoints import last_checkpoint
+from dfn_hf.training.settings import TrainingSettings
+from dfn_hf.training.trainer import train_model
 from tests.support.marks import first_quickly
 
 TINY = {

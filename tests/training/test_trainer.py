@@ -18,8 +18,10 @@ from dfn_hf.assets.tokenizers import load_tokenizer
 from dfn_hf.data.collators import PackedBlockCollator, positions_in_segments
 from dfn_hf.data.packing import pack, tokenize
 from dfn_hf.presets import new_causal_lm
+from dfn_hf.training.checkpoints import last_checkpoint
 from dfn_hf.training.lora import add_lora
-from dfn_hf.training.trainer import TrainingSettings, last_checkpoint, train_model
+from dfn_hf.training.settings import TrainingSettings
+from dfn_hf.training.trainer import train_model
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 SETTINGS = TrainingSettings(max_steps=6, batch_size=4, save_steps=3, learning_rate=1e-2)
