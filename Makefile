@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up everything they need in .venv on a machine with Python 3.11 or later.
+# `make demo` and `make test` set up what they need in .venv on a machine with Python 3.11 or later.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
@@ -6,11 +6,13 @@ WORKERS ?= 2
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INSTALLED_DEMO := $(VENV)/.installed-demo
 TORCH := $(shell grep '^torch==' constraints.txt)
+PIP_INSTALL := $(BIN)/pip install --constraint constraints.txt
 
 .PHONY: demo test test-all conformance smoke lint format format-check types clean
 
-demo: $(INSTALLED)
+demo: $(INSTALLED_DEMO)
 	$(BIN)/dfn-hf demo
 
 test: $(INSTALLED)
@@ -37,12 +39,20 @@ format-check: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
-# torch comes first and by its exact version: an unpinned request may fetch gigabytes of GPU libraries.
-$(INSTALLED): pyproject.toml constraints.txt
+# torch comes first and by its exact version: an unpinned request may download gigabytes of GPU libraries.
+$(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install $(TORCH)
-	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+$(INSTALLED_DEMO): pyproject.toml $(VENV)/.torch
+	$(PIP_INSTALL) --editable '.[train,plot]'
+	touch $@
+
+# The development install includes what the demo needs.
+$(INSTALLED): pyproject.toml $(VENV)/.torch
+	$(PIP_INSTALL) --editable '.[dev]'
+	touch $@ $(INSTALLED_DEMO)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

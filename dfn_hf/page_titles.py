@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from .hub.output_folder import whole_folder
+from .hub.output_folder import atomic_output_dir
 
 MAX_CHARACTERS = 600  # of a page's text, whole paragraphs
 TEST_SHARE = 0.1
@@ -88,7 +88,7 @@ def build(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is not empty: choose another folder")
     pairs = read_pairs(pages)
-    with whole_folder(output) as folder:
+    with atomic_output_dir(output) as folder:
         for split, tested in (("train", False), ("test", True)):
             chosen = [pair for pair in pairs if is_test(pair["target"]) == tested]
             lines = "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in chosen)

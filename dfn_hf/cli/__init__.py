@@ -1,4 +1,4 @@
-"""The `dfn-hf` command."""
+"""The command line, `dfn-hf`."""
 
 from .app import app
 

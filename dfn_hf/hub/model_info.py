@@ -1,4 +1,4 @@
-"""What there is to know of a model before it is used."""
+"""Model summary: parameters, cache size, configuration and provenance."""
 
 import copy
 from dataclasses import dataclass
@@ -19,11 +19,12 @@ from transformers import (
 )
 
 from ..modeling.modules.cache import CACHE_NAME
-from .loading import is_native, load_config, resolve_source
+from .loading import is_native, load_config
 from .model_card import read_provenance
+from .model_path import resolve_source
 
-# Families whose layers all hold the same state, so that one layer tells the size of all.
 OTHER_HEADS = {"DFNForFieldReconstruction": AutoModelForPreTraining, "DFNForContrastive": AutoModelForTextEncoding}
+# Families in which every layer caches the same state, so one layer gives the size of all.
 UNIFORM_FAMILIES = ("dfn", "flownetwork", "llama")
 SUMMARY_FIELDS = (
     "vocab_size",
@@ -67,16 +68,16 @@ SUMMARY_FIELDS = (
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model in a few lines.
+    """Summary of a model.
 
     Attributes:
-        path: where it is loaded from.
-        model_type: its family.
-        parameters: their number, tied ones once.
-        state_bytes_per_token: what the cache grows by per token of a row, in the dtype the weights are saved in; None
-            where it is not known.
-        fields: the configuration's main fields.
-        provenance: what its model card says of text and training; None where it says nothing.
+        path: folder or Hub id that it is loaded from.
+        model_type: model family.
+        parameters: number of parameters; tied ones count once.
+        state_bytes_per_token: growth of the cache per token of a row, in bytes, in the dtype of the saved weights;
+            None if the family has no uniform layers.
+        fields: the main fields of the configuration.
+        provenance: the provenance section of the model card; None if there is none.
     """
 
     path: str
@@ -88,13 +89,13 @@ class ModelInfo:
 
 
 def describe_model(source: str) -> ModelInfo:
-    """Look at a language model, causal or an encoder-decoder, without loading its weights.
+    """Summarise a model without loading its weights.
 
     Args:
-        source: a folder, an embedded checkpoint's name or a Hub id.
+        source: a folder, the name of a bundled checkpoint or a Hub id.
 
     Raises:
-        ValueError: `source` is none of these, or holds no language model.
+        ValueError: `source` is none of these.
     """
     path = resolve_source(source)
     config = load_config(source)
@@ -103,7 +104,7 @@ def describe_model(source: str) -> ModelInfo:
         auto_class = AutoModel
     for architecture in config.architectures or ():
         auto_class = OTHER_HEADS.get(architecture, auto_class)
-    with torch.device("meta"):
+    with torch.device("meta"):  # saved files hold buffers too, so their headers do not give the number of parameters
         parameters = auto_class.from_config(config).num_parameters()
     return ModelInfo(
         path=path,
@@ -116,14 +117,14 @@ def describe_model(source: str) -> ModelInfo:
 
 
 def is_uniform(config: PreTrainedConfig) -> bool:
-    """Whether all layers keep as much of every token."""
+    """Whether every layer caches the same number of bytes per token."""
     if OTHER_HEADS.keys() & set(config.architectures or ()):
         return False
     return config.model_type in UNIFORM_FAMILIES and getattr(config, "entity_sampling", "token") == "token"
 
 
 def model_card_path(path: str) -> Path | None:
-    """The README.md of a folder or of a Hub repository, or None."""
+    """Return the README.md of a folder or of a Hub repository, or None."""
     if Path(path).is_dir():
         card = Path(path) / "README.md"
         return card if card.is_file() else None
@@ -135,7 +136,7 @@ def model_card_path(path: str) -> Path | None:
 
 @torch.no_grad()
 def state_bytes_per_token(config: PreTrainedConfig) -> int:
-    """What the cache of a uniform model grows by per token of a row, in bytes: measured on one of its layers."""
+    """Measure the growth of the cache per token of a row, in bytes, on a single layer with random weights."""
     config = copy.deepcopy(config)
     num_layers, config.num_hidden_layers, config.vocab_size = config.num_hidden_layers, 1, 8
     config.pad_token_id = config.bos_token_id = config.eos_token_id = None
@@ -151,7 +152,7 @@ def state_bytes_per_token(config: PreTrainedConfig) -> int:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of all tensors of a cache: those of dfn_hf's layers, or keys and values."""
+    """Return the bytes of all tensors of a cache: the states of this package's layers, or keys and values."""
     total = 0
     for layer in cache.layers:
         states = getattr(layer, "states", None)

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Output folders that are written completely or not at all. Imports the standard library only."""
 
 import errno
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from uuid import uuid4
 
 DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-# safetensors and torch.save report a failed write in words, without an errno.
+# safetensors and torch.save report a failed write in their message, without an errno.
 DISK_FULL_WORDS = (
     "No space left on device",
     "File too large",
@@ -20,14 +20,14 @@ DISK_FULL_WORDS = (
 
 
 @contextmanager
-def whole_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty sibling of `folder` to write into, which takes the place of `folder` when the block ends.
+def atomic_output_dir(folder: Path) -> Iterator[Path]:
+    """Yield an empty sibling of `folder` to write into, which is renamed to `folder` when the block ends.
 
-    If the block fails, what was written goes away and `folder` stays as it was. A folder that stood there before is
-    replaced, so ask the user first.
+    If the block fails, the sibling is deleted and `folder` does not change. An existing `folder` is replaced, so the
+    caller asks the user first.
 
     Raises:
-        OSError: the disk is full; the message says so in one sentence.
+        OSError: the disk is full; the message names `folder`.
     """
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -35,7 +35,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     replaced = folder.with_name(f"{written.name}.replaced")
     written.mkdir()
     try:
-        with clear_disk_errors(folder):
+        with explain_disk_errors(folder):
             yield written
         if folder.exists():
             folder.rename(replaced)
@@ -51,9 +51,17 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(replaced, ignore_errors=True)
 
 
+def check_new_folder(folder: Path) -> None:
+    """Raise ValueError unless `folder` is new or an empty folder."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if folder.exists():
+        raise ValueError(f"{folder} exists already: choose a new folder, or remove it")
+
+
 @contextmanager
-def clear_disk_errors(folder: Path) -> Iterator[None]:
-    """Turn each library's own words for a full disk into one OSError that names `folder`."""
+def explain_disk_errors(folder: Path) -> Iterator[None]:
+    """Raise the different errors of libraries on a full disk as one OSError that names `folder`."""
     try:
         yield
     except Exception as error:
@@ -64,5 +72,5 @@ def clear_disk_errors(folder: Path) -> Iterator[None]:
 
 
 def is_disk_full(error: Exception) -> bool:
-    """Whether `error` reports a write that found no room, in whichever words."""
+    """Whether `error` reports a write that failed because the disk is full."""
     return getattr(error, "errno", None) in DISK_FULL or any(words in str(error) for words in DISK_FULL_WORDS)

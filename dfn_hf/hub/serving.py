@@ -1,4 +1,4 @@
-"""`transformers serve`, an OpenAI-compatible server, for models whose classes are this package's."""
+"""`transformers serve`, an OpenAI-compatible server, for the model classes of this package."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,26 +8,27 @@ from huggingface_hub import constants
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_serve_available
 
-from .loading import check_kind, resolve_source
+from .loading import check_kind
+from .model_path import resolve_source
 
 CLASSES = ("DFNForCausalLM", "FlowNetworkForCausalLM")
 
 
 def serve(model: str, arguments: Sequence[str] = ()) -> None:
-    """Load a causal language model and answer requests for it until the process is ended.
+    """Load a causal language model and answer requests for it until the process ends.
 
-    The server looks classes up by name in `transformers` and reads neither an auto class nor `auto_map`, so it is
-    given ours there.
+    The server looks model classes up by name in `transformers`, and not through auto classes or `auto_map`, so the
+    classes of this package are added to that namespace.
 
     Args:
-        model: a folder, an embedded checkpoint or a Hub id. Requests name what is printed, or no model.
+        model: a folder, a bundled checkpoint or a Hub id. Requests use the printed name, or no model name.
         arguments: options of `transformers serve`, such as `["--port", "8001"]`.
 
     Raises:
-        ValueError: what a server needs is not installed, or `model` is not a causal language model.
+        ValueError: the packages of the server are not installed, or `model` is not a causal language model.
     """
     if not is_serve_available():
-        raise ValueError("a server needs more packages: pip install 'transformers[serving]'")
+        raise ValueError("the server needs more packages: pip install 'dfn-hf[serve]'")
     check_kind(model, encoder_decoder=False)
 
     from transformers.cli.transformers import app
@@ -38,6 +39,6 @@ def serve(model: str, arguments: Sequence[str] = ()) -> None:
         head: type[PreTrainedModel] = getattr(dfn_hf, name)
         setattr(transformers, name, head)
     path = resolve_source(model)
-    print(f"serving {path}: requests name that, or no model", flush=True)
-    Path(constants.HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # `GET /v1/models` fails where it is not there
+    print(f"serving {path}: requests use this model name, or none", flush=True)
+    Path(constants.HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # `GET /v1/models` fails if it does not exist
     app(["serve", path, *arguments], prog_name="dfn-hf")

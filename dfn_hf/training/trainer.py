@@ -32,7 +32,7 @@ from transformers.integrations import is_tensorboard_available
 
 from ..data.collators import PackedBlockCollator
 from ..hub.model_card import model_card
-from ..hub.output_folder import clear_disk_errors, whole_folder
+from ..hub.output_folder import explain_disk_errors, atomic_output_dir
 from .callbacks.flow_memory import FlowMemoryCallback
 from .callbacks.progress_bar import ProgressBarCallback
 from .checkpoints import (
@@ -186,7 +186,7 @@ def train_model(
     if settings.exact_search_ratio > 0:
         trainer.add_callback(SearchSwitchCallback(settings.exact_search_ratio))
 
-    with clear_disk_errors(output_folder):
+    with explain_disk_errors(output_folder):
         if trainer.is_world_process_zero():
             checkpoints.mkdir(parents=True, exist_ok=True)
             (checkpoints / RUN_FILE).write_text(json.dumps(run, indent=2))
@@ -265,7 +265,7 @@ def export(
     provenance: str,
 ) -> None:
     """Write the transformers folder of `result`, whole or not at all."""
-    with whole_folder(result.folder) as folder:
+    with atomic_output_dir(result.folder) as folder:
         if isinstance(model, PeftModel):
             model.save_pretrained(str(folder / "adapter"))
             model = cast(PreTrainedModel, model.merge_and_unload())

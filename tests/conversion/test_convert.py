@@ -16,7 +16,7 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from dfn_hf.cli.app import app
-from dfn_hf.cli.convert_command import convert
+from dfn_hf.hub.convert import convert
 from dfn_hf.conversion import writer as writing
 from dfn_hf.conversion.checkpoint_file import read_checkpoint
 from dfn_hf.conversion.formats.dfn import DFN
@@ -283,7 +283,7 @@ def test_two_gigabytes_pass_through_little_memory(tmp_path):
     for options in ({"native": True}, {}):
         program = f"""
 from dfn_hf.benchmarks.harness.environment import peak_memory_mib
-from dfn_hf.cli.convert_command import convert
+from dfn_hf.hub.convert import convert
 convert({str(checkpoint)!r}, {str(tmp_path / "-".join(["out", *options]))!r}, **{options!r})
 print(peak_memory_mib("cpu") * 2**20)
 """

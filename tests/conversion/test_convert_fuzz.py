@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 
 from dfn_hf.cli.app import is_user_error
-from dfn_hf.cli.convert_command import convert
+from dfn_hf.hub.convert import convert
 from dfn_hf.conversion.detect import LAYOUTS
 from tests.support.native_checkpoints import random_weights
 

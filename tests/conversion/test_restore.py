@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dfn_hf.cli.convert_command import convert
+from dfn_hf.hub.convert import convert
 from dfn_hf.conversion.detect import LAYOUTS
 from dfn_hf.conversion.key_table import Dropped, RowLayout, expand
 from dfn_hf.conversion.report import ConversionReport

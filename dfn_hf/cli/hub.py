@@ -1,0 +1,59 @@
+"""`dfn-hf info`, `push` and `serve`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import refuse
+from .options import ModelSource
+from .paths import check_models
+from .rows import echo_rows
+
+
+def info(model: ModelSource) -> None:
+    """Print the configuration, parameters, cache size and provenance of a model without loading its weights.
+
+    Example: `dfn-hf info dfn-tiny`
+    """
+    check_models(model)
+
+    from ..hub.model_info import describe_model
+
+    found = describe_model(model)
+    rows = {"path": found.path, "family": found.model_type, "parameters": f"{found.parameters:,}"}
+    if found.state_bytes_per_token is not None:
+        rows["cache"] = f"{found.state_bytes_per_token:,} bytes per token"
+    echo_rows(rows | {field: str(value) for field, value in found.fields.items()})
+    if found.provenance is not None:
+        typer.echo(f"\n{found.provenance}")
+
+
+def push(
+    folder: Annotated[Path, typer.Argument(help="Folder of a saved model.")],
+    repository: Annotated[str, typer.Argument(help="Hub repository, owner/name; created if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+) -> None:
+    """Upload a saved model with its code, tokenizer and model card to the Hugging Face Hub.
+
+    Example: `dfn-hf push my-model me/my-model --private`
+    """
+    refuse(not (folder / "config.json").is_file(), f"{folder} holds no config.json: give the folder of a saved model")
+
+    from ..hub.push import push_folder
+    from ..registration import register_families
+
+    register_families()
+    typer.echo(f"pushed to {push_folder(folder, repository, private=private)}")
+
+
+def serve(context: typer.Context, model: ModelSource) -> None:
+    """Serve a causal language model over HTTP with an OpenAI-compatible API.
+
+    Further options are those of `transformers serve`. Example: `dfn-hf serve dfn-tiny --port 8001`
+    """
+    check_models(model)
+
+    from ..hub.serving import serve as serve_model
+
+    serve_model(model, context.args)
