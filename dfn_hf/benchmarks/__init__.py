@@ -1,1 +1,1 @@
-"""Measurements of DFN beside its peers; `dfn-hf bench` runs them."""
+"""Benchmarks of the three families and their baselines; `dfn-hf bench` runs them."""

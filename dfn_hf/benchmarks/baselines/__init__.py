@@ -1,1 +1,1 @@
-"""Models that ours are compared with."""
+"""Baselines and ablated models of the benchmarks."""

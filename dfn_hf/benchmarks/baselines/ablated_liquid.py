@@ -1,4 +1,4 @@
-"""Liquid without frequency attention: its frames stay as they are, everything around them is the same."""
+"""Liquid without frequency attention, the ablation of the spectral path."""
 
 import torch
 from torch import nn
@@ -8,10 +8,11 @@ from dfn_hf.modeling.liquid.frequency_attention import FrequencyHyenaAttention
 
 
 class PlainFrames(nn.Module):
-    """Takes the place of a `FrequencyHyenaAttention` and keeps its projection and norm.
+    """Replaces `FrequencyHyenaAttention` by the identity, and keeps its output projection and norm.
 
     Args:
-        attention: whose place is taken; coarse: whether it is an encoder's, whose long rows have a coarse frame.
+        attention: the module to replace.
+        coarse: whether it belongs to the encoder, whose rows with several frames have a coarse frame in addition.
     """
 
     def __init__(self, attention: FrequencyHyenaAttention, coarse: bool):
@@ -20,17 +21,17 @@ class PlainFrames(nn.Module):
         self.out_proj, self.norm = attention.out_proj, attention.norm
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        """`[B, N, L, D]` → the same, the coarse frame zero."""
+        """Return the frames `[B, N, L, D]`, the coarse frame set to 0."""
         if not self.coarse or frames.shape[1] == 1:
             return frames
         return torch.cat([frames[:, :-1], torch.zeros_like(frames[:, -1:])], dim=1)
 
     def project(self, y: torch.Tensor) -> torch.Tensor:
-        """`[..., D]` in time → the same."""
+        """Project and normalise `y` `[..., D]` in the time domain."""
         return self.norm(self.out_proj(y))
 
 
 def remove_frequency_attention(model: LiquidForSeq2SeqLM) -> None:
-    """Take the frequency attention out of encoder and decoder."""
+    """Replace the frequency attention of encoder and decoder in place."""
     for embedding, coarse in ((model.model.encoder.embedding, True), (model.model.decoder.embedding, False)):
         embedding.frequency_attention = PlainFrames(embedding.frequency_attention, coarse)

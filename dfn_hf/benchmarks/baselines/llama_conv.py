@@ -1,4 +1,4 @@
-"""Llama with DFN's short convolution and gate: tells what these two bring apart from what the flow brings."""
+"""Llama with DFN's short convolution and gate, to separate their effect from that of the flow."""
 
 from typing import Unpack
 
@@ -16,9 +16,9 @@ CONV_KERNEL = 4
 
 
 class ConvGatedAttention(LlamaAttention):
-    """Attention over u = conv(x), a causal depthwise convolution; its output times silu(W_g u) goes to `o_proj`.
+    """Attention over u = conv(x), a causal depthwise convolution; its output is multiplied by silu(W_g u).
 
-    A training baseline: it keeps no cache, and raises a ValueError when given one.
+    A training baseline without a cache: it raises a ValueError when it receives one.
     """
 
     def __init__(self, config: LlamaConfig, layer_idx: int):
@@ -34,12 +34,12 @@ class ConvGatedAttention(LlamaAttention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        cache: Cache | None = None,  # its name from transformers 5.24 on
+        cache: Cache | None = None,  # its name since transformers 5.24
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`hidden_states` and the result are `[batch, length, hidden_size]`."""
+        """Map `hidden_states` `[batch, length, hidden_size]` to an output with the same shape."""
         if past_key_values is not None or cache is not None:
-            raise ValueError("past_key_values is given, but the convolution keeps no cache: pass use_cache=False")
+            raise ValueError("past_key_values is given, but llama-conv has no cache: pass use_cache=False")
         assert position_embeddings is not None  # the decoder layer always passes them
         cos, sin = position_embeddings
         padded = nn.functional.pad(hidden_states.transpose(1, 2), (CONV_KERNEL - 1, 0))
@@ -60,7 +60,7 @@ class ConvGatedAttention(LlamaAttention):
 
 
 class ConvGatedLlamaModel(LlamaModel):
-    """`LlamaModel` with `ConvGatedAttention` in every layer; the convolutions start as DFN's do."""
+    """`LlamaModel` with `ConvGatedAttention` in every layer; convolutions are initialised as in DFN."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__(config)

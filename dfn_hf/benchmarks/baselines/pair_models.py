@@ -1,6 +1,6 @@
-"""What DFNForContrastive is measured against on pairs of texts: bags of bytes or n-grams, and a Transformer.
+"""Baselines of DFNForContrastive on text pairs: bags of bytes or n-grams, and a Transformer.
 
-They take the same batches and learn by the same loss. Ids are int64 `[batch, length]`.
+They take the same batches and minimise the same loss. Ids are int64 `[batch, length]`.
 """
 
 import math
@@ -24,7 +24,7 @@ from dfn_hf.modeling.dfn.modeling_dfn_contrastive import (
 
 
 class PairModel(nn.Module, ABC):
-    """Two views of texts → what `DFNForContrastive` returns; how a text is embedded is a subclass's own."""
+    """Returns the outputs of `DFNForContrastive` for two views of texts; a subclass defines the embedding of a text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class PairModel(nn.Module, ABC):
 
     @abstractmethod
     def embed_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, side: int) -> torch.Tensor:
-        """`[batch, projection_dim]`; `side` is 0 for first views and 1 for second ones."""
+        """Return embeddings `[batch, projection_dim]`; `side` is 0 for first views and 1 for second views."""
 
     def forward(
         self,
@@ -53,11 +53,11 @@ class PairModel(nn.Module, ABC):
 
 
 class BagPairModel(PairModel):
-    """A linear map of log(1 + how often each id occurs), one for each side.
+    """A linear map of log(1 + count) of each id, one map per side.
 
     Args:
-        vocab_size: ids there are.
-        projection_dim: width of embeddings.
+        vocab_size: number of ids.
+        projection_dim: width of the embeddings.
     """
 
     def __init__(self, vocab_size: int, projection_dim: int) -> None:
@@ -74,10 +74,10 @@ class BagPairModel(PairModel):
 
 
 class TransformerPairModel(PairModel):
-    """A BERT (transformers' own) of as many parameters as a model, mean-pooled and projected like that.
+    """A mean-pooled and projected BERT with a given number of parameters.
 
     Args:
-        parameters: to have, within one unit of its `intermediate_size`.
+        parameters: target number of parameters, met to within one unit of `intermediate_size`.
         longest: tokens of the longest text.
     """
 
@@ -110,11 +110,11 @@ class TransformerPairModel(PairModel):
             return BertModel(config, add_pooling_layer=False)
 
         self.projection = nn.Linear(hidden_size, projection_dim, bias=False)
-        least, next_least = (tower(width).num_parameters() for width in (1, 2))
+        minimum, second = (tower(width).num_parameters() for width in (1, 2))
         others = self.projection.weight.numel() + 1
-        width = 1 + round((parameters - others - least) / (next_least - least))
+        width = 1 + round((parameters - others - minimum) / (second - minimum))
         if width < 1:
-            raise ValueError(f"a BERT of hidden_size {hidden_size} has more than {parameters:,} parameters")
+            raise ValueError(f"a BERT with hidden_size {hidden_size} has more than {parameters:,} parameters: choose a smaller hidden_size")
         self.model = tower(width)
 
     def embed_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, side: int) -> torch.Tensor:
@@ -123,7 +123,7 @@ class TransformerPairModel(PairModel):
 
 
 def ngram_rows(texts: Sequence[bytes], longest: int, buckets: int) -> list[Row]:
-    """The n-grams of 1 to `longest` bytes of each text, in lower case, numbered below `buckets` by their CRC-32."""
+    """Return the n-grams of 1 to `longest` bytes of each lower-cased text, hashed into `buckets` ids by CRC-32."""
     rows = []
     for text in texts:
         lower = text.lower()

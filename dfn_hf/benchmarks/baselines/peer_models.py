@@ -1,6 +1,6 @@
-"""Models of other families, of as many parameters as a DFN, that its speed is compared with.
+"""Models of other families for the speed comparison, with the same number of parameters as a DFN.
 
-None is trained here: what they cost depends on their sizes, not on their weights.
+They are not trained: their speed depends on their size, not on their weights.
 """
 
 import math
@@ -28,15 +28,17 @@ PEERS = (*MODELS, "lfm2", "mamba2", "reformer", "gla")
 
 
 def build_peer(name: str, size: ModelSize, *, length: int, device: str = "cpu") -> PreTrainedModel:
-    """`build_model` that knows more families.
+    """Build a randomly initialised model of any family in `PEERS`.
 
     Args:
         name: one of `PEERS`.
-        size: the DFN's size.
-        length: tokens that it is to read at once; a Reformer has embeddings for so many.
+        size: size of the DFN.
+        length: tokens per forward pass; a Reformer has this number of position embeddings.
+        device: device of the model.
 
     Raises:
-        ValueError: an unknown name, a package that is missing, or a DFN too small for a model of as many parameters.
+        ValueError: `name` is unknown, its package is missing, or the DFN has fewer parameters than the smallest model
+            with this name.
     """
     if name not in PEERS:
         raise ValueError(f"model is {name!r}: choose one of {', '.join(PEERS)}")
@@ -54,7 +56,7 @@ def build_peer(name: str, size: ModelSize, *, length: int, device: str = "cpu") 
 
 
 def build_lfm2(size: ModelSize) -> PreTrainedModel:
-    """LFM2: two layers of gated short convolutions before each of attention, four query heads to a key head."""
+    """Build an LFM2: one attention layer after every two layers of gated short convolutions, four query heads per key."""
     config = Lfm2Config(
         **_common(size),
         num_hidden_layers=size.num_hidden_layers,
@@ -70,7 +72,7 @@ def build_lfm2(size: ModelSize) -> PreTrainedModel:
 
 
 def build_mamba2(size: ModelSize) -> PreTrainedModel:
-    """Mamba-2: two blocks in the place of a layer's attention and MLP; `intermediate_size` is its state's."""
+    """Build a Mamba-2 with two blocks per layer of `size`; `intermediate_size` is the size of its state."""
     config = Mamba2Config(
         **_common(size),
         num_hidden_layers=2 * size.num_hidden_layers,
@@ -85,10 +87,10 @@ def build_mamba2(size: ModelSize) -> PreTrainedModel:
 
 
 def build_reformer(size: ModelSize, length: int) -> PreTrainedModel:
-    """Reformer: layers of local attention and of hashing by turns, axial embeddings of `length` positions.
+    """Build a Reformer: alternating layers of local and LSH attention, axial embeddings of `length` positions.
 
-    A token reads none behind it, but which of those before it share its chunk depends on all tokens of the row: with
-    the last one, almost all that is predicted changes.
+    Attention is masked causally, but the chunk of a token depends on the hashes of all tokens of the row, later ones
+    included: changing the last token changes almost all predictions.
     """
     padded = REFORMER_CHUNK * math.ceil(length / REFORMER_CHUNK)
     columns = max(factor for factor in range(1, math.isqrt(padded) + 1) if padded % factor == 0)
@@ -113,16 +115,16 @@ def build_reformer(size: ModelSize, length: int) -> PreTrainedModel:
 
 
 def build_gla(size: ModelSize) -> PreTrainedModel:
-    """Gated linear attention of flash-linear-attention, whose kernels need a GPU.
+    """Build a gated linear attention model of flash-linear-attention, whose kernels need a GPU.
 
     Raises:
-        ValueError: the package is not installed.
+        ValueError: flash-linear-attention is not installed.
     """
     try:
         from fla.models import GLAConfig, GLAForCausalLM
     except ImportError as error:
         raise ValueError(
-            "model is 'gla', which needs the package flash-linear-attention: pip install flash-linear-attention"
+            "model is 'gla', but flash-linear-attention is not installed: pip install flash-linear-attention"
         ) from error
     config = GLAConfig(
         **_common(size),

@@ -1,4 +1,4 @@
-"""Windows of bytes out of texts; a token is a byte (ids 0 to 255)."""
+"""Windows of bytes within texts; a token is a byte (ids 0 to 255)."""
 
 from collections.abc import Iterable
 
@@ -10,7 +10,7 @@ VOCAB_SIZE = 256
 
 
 class ByteWindows(TokenWindows):
-    """All windows of `length` bytes that lie within one of `texts`."""
+    """All windows of `length` bytes that lie within one text."""
 
     unit = "bytes"
 

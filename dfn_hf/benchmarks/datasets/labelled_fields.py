@@ -1,4 +1,4 @@
-"""Fields with a word for each: digits spoken in English, and digits written by hand (scikit-learn's, 8 × 8 pixels)."""
+"""Labelled fields: digits spoken in English, and handwritten digits of 8 × 8 pixels (scikit-learn)."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,14 +20,14 @@ MOMENTS = 16
 
 @dataclass(frozen=True)
 class LabelledFields:
-    """A set of fields.
+    """A set of fields with one caption each.
 
     Attributes:
         fields: first views (`coordinates`, `values`).
-        labels: of each, its place in `captions`.
-        captions: the ten texts there are.
-        distort: gives another field of the same caption each time; None where there is no such change.
-        vector: all that a field holds as one vector of fixed length, for classifiers.
+        labels: index of each field's caption in `captions`.
+        captions: the ten texts.
+        augment: returns a random variation of a field; None without augmentation.
+        vector: returns a field as one vector of fixed length, for classifiers.
     """
 
     fields: list[Row]
@@ -39,7 +39,7 @@ class LabelledFields:
     def batches(
         self, captions: list[Row], collator: ContrastiveCollator, seed: int
     ) -> Iterator[dict[str, torch.Tensor]]:
-        """Endless batches of one field for each caption, distorted if that can be, whose tokens are `captions`."""
+        """Yield endless batches of one augmented field per caption; `captions` holds the captions' tokens."""
         generator = np.random.default_rng(seed)
         of_label = [np.flatnonzero(np.equal(self.labels, label)) for label in range(len(captions))]
         while True:
@@ -49,7 +49,7 @@ class LabelledFields:
             yield collator(pair_views(fields, captions))
 
     def distorted(self, copies: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Vectors `[fields · (copies + 1), …]` of all fields as they are and distorted, and their labels."""
+        """Return vectors `[fields · (copies + 1), …]` of all fields and their augmented copies, and the labels."""
         generator = np.random.default_rng(seed)
         fields = list(self.fields)
         if self.distort is not None:
@@ -60,7 +60,7 @@ class LabelledFields:
 
 
 def spoken_fields(folder: str | Path) -> tuple[LabelledFields, LabelledFields]:
-    """Takes to train on and held-out ones, of other recordings of the same speaker; see `spoken_digits`."""
+    """Return training fields and held-out fields from other recordings of the same speaker; see `spoken_digits`."""
     train, held_out = (
         LabelledFields(
             fields=[spectrum_field(take.samples, take.rate) for take in takes],
@@ -75,7 +75,10 @@ def spoken_fields(folder: str | Path) -> tuple[LabelledFields, LabelledFields]:
 
 
 def written_fields() -> tuple[LabelledFields, LabelledFields]:
-    """The first 1,347 images to train on, and the last 450: the set is in the order of its writers, so by others."""
+    """Return the first 1,347 images for training and the last 450 as held-out fields.
+
+    The data set is ordered by writer, so the held-out images come from other writers.
+    """
     from sklearn.datasets import load_digits
 
     images, digits = load_digits(return_X_y=True)
@@ -99,12 +102,12 @@ def written_fields() -> tuple[LabelledFields, LabelledFields]:
 
 
 def stretched(values: torch.Tensor, moments: int) -> torch.Tensor:
-    """Values `[moments before, bands]` at other moments, evenly over the same time."""
+    """Resample values `[frames, bands]` linearly to `num_frames` frames over the same duration."""
     return interpolate(values.T[None], size=moments, mode="linear")[0].T
 
 
 def distort_sound(field: Row, generator: np.random.Generator) -> Row:
-    """Slower or faster, higher or lower, with ends cut off, noise, and a band and a moment left out."""
+    """Change the speed and pitch of a sound, cut its ends, add noise, and mask a frequency band and a time span."""
     values = field["values"]
     bands = values.shape[1]
     values = stretched(values, max(MOMENTS, round(len(values) * generator.uniform(0.75, 1.3))))

@@ -1,10 +1,10 @@
-"""Spoken digits: the single ones of Debian's asterisk-core-sounds-en-wav, and those said within its prompts.
+"""Spoken digits of Debian's asterisk-core-sounds-en-wav: recordings of one digit, and digits cut from prompts.
 
     apt-get download asterisk-core-sounds-en-wav && dpkg -x asterisk-core-sounds-en-wav_*.deb sounds
 
-One speaker (Allison Smith), 8 kHz, CC-BY-SA-3.0. `CUTS` tells where the prompts of version 1.6.1 say a digit, in
-seconds: the prompts' published texts, aligned by pocketsphinx 5 and its model for US English. No take occurs twice:
-the middle of none of them correlates with another's by more than 0.82.
+One speaker (Allison Smith), 8 kHz, CC-BY-SA-3.0. `CUTS` lists the digits in the prompts of version 1.6.1 with their
+times in seconds: the published texts of the prompts, aligned by pocketsphinx 5 with its model for US English. No take
+occurs twice: the correlation between the middle parts of two takes is at most 0.82.
 """
 
 from dataclasses import dataclass
@@ -90,8 +90,8 @@ class SpokenDigit:
     Attributes:
         word: one of `WORDS`.
         samples: float32 `[samples]` in [−1, 1].
-        rate: samples per second.
-        recording: the file it is from.
+        rate: sampling rate in Hz.
+        recording: name of the source file.
     """
 
     word: str
@@ -101,13 +101,13 @@ class SpokenDigit:
 
 
 def spoken_digits(folder: str | Path) -> tuple[list[SpokenDigit], list[SpokenDigit]]:
-    """The takes to train on, and those of the recordings in `HELD_OUT`.
+    """Return the takes for training, and the takes of the recordings in `HELD_OUT`.
 
     Args:
-        folder: where the package was unpacked, or any folder within it that holds `digits/0.wav` and the prompts.
+        folder: the unpacked package, or a folder in it with `digits/0.wav` and the prompts.
 
     Raises:
-        ValueError: the recordings are not there.
+        ValueError: `folder` has no recordings.
     """
     root = sounds_root(Path(folder))
     train: list[SpokenDigit] = []
@@ -127,11 +127,11 @@ def spoken_digits(folder: str | Path) -> tuple[list[SpokenDigit], list[SpokenDig
 
 
 def sounds_root(folder: Path) -> Path:
-    """The folder that holds `digits/` and the prompts."""
+    """Return the folder with `digits/` and the prompts."""
     for single in sorted(folder.rglob(f"{SINGLE.format(0)}.wav")):
         if (single.parent.parent / f"{HELD_OUT[0]}.wav").is_file():
             return single.parent.parent
     raise ValueError(
-        f"{folder} holds no recordings of {PACKAGE}: unpack it there (apt-get download {PACKAGE} && dpkg -x "
+        f"{folder} has no recordings of {PACKAGE}: unpack the package there (apt-get download {PACKAGE} && dpkg -x "
         f"{PACKAGE}_*.deb {folder})"
     )

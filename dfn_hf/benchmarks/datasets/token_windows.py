@@ -1,4 +1,4 @@
-"""Windows of tokens out of documents, none across two of them."""
+"""Windows of tokens within documents."""
 
 from collections.abc import Iterable, Iterator
 
@@ -10,11 +10,11 @@ class TokenWindows:
     """All windows of `length` tokens that lie within one document.
 
     Args:
-        documents: the tokens of each, 1-d integer arrays.
+        documents: the tokens of each document, integer `[tokens]`.
         length: tokens per window.
 
     Raises:
-        ValueError: no document is that long.
+        ValueError: every document is shorter than `length`.
     """
 
     unit = "tokens"
@@ -32,19 +32,19 @@ class TokenWindows:
         return int(self._windows_through[-1])
 
     def random_batches(self, batch_size: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
-        """Endless batches: `input_ids` and `labels`, `[batch_size, length]` int64, the same for the same seed."""
+        """Yield endless batches of `input_ids` and `labels`, `[batch_size, length]` int64, determined by `seed`."""
         generator = np.random.default_rng(seed)
         while True:
             yield self._batch(generator.integers(len(self), size=batch_size))
 
     def even_batches(self, num_windows: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-        """`num_windows` windows evenly spread over the text, in batches."""
+        """Yield `num_windows` evenly spaced windows in batches."""
         yield from self._batches(np.linspace(0, len(self) - 1, num_windows).astype(np.int64), batch_size)
 
     def consecutive_batches(self, at_most: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
-        """The windows that follow each other from each document's start, in batches; what is left at its end is not.
+        """Yield non-overlapping windows from the start of each document in batches; an incomplete last one is dropped.
 
-        Of more windows than `at_most`, so many evenly spread over them.
+        If there are more than `max_windows`, this number of evenly spaced ones is yielded.
         """
         firsts = self._windows_through - (self._sizes - self.length + 1)
         windows = np.concatenate(
@@ -62,7 +62,7 @@ class TokenWindows:
 
     def _batch(self, windows: np.ndarray) -> dict[str, torch.Tensor]:
         document = np.searchsorted(self._windows_through, windows, side="right")
-        # The last length - 1 tokens of every earlier document start no window.
+        # No window starts at the last length - 1 tokens of a document.
         starts = windows + document * (self.length - 1)
         input_ids = torch.from_numpy(self._tokens[starts[:, None] + np.arange(self.length)].astype(np.int64))
         return {"input_ids": input_ids, "labels": input_ids}

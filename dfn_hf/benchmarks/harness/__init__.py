@@ -1,1 +1,1 @@
-"""What every benchmark needs: timing, training loops, results as CSV."""
+"""Shared parts of all benchmarks: timing, training loop, learning-rate search and CSV results."""

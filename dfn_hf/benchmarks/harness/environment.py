@@ -1,4 +1,4 @@
-"""What a benchmark ran on, how much memory it took, and a fresh process to measure it in."""
+"""Machine description, clocks, peak memory, and measurements in a fresh process."""
 
 import multiprocessing
 import platform
@@ -18,7 +18,7 @@ _isolated = ContextVar("isolated", default=True)
 
 
 def describe_machine(device: str) -> str:
-    """One line: the processor or GPU, the threads, and the version of torch."""
+    """Return one line with the processor or GPU, the number of threads and the torch version."""
     if torch.device(device).type == "cuda":
         return f"{torch.cuda.get_device_name(device)}; torch {torch.__version__}"
     threads = torch.get_num_threads()
@@ -26,25 +26,25 @@ def describe_machine(device: str) -> str:
 
 
 def set_up_device(device: str, threads: int) -> None:
-    """Fix the number of CPU threads and see that the device is there.
+    """Set the number of CPU threads and check that the device is usable.
 
     Raises:
-        ValueError: no such device here, or fewer than one thread.
+        ValueError: the device is unavailable, or `threads` is less than 1.
     """
     if threads < 1:
-        raise ValueError(f"threads is {threads}: at least 1 is needed")
+        raise ValueError(f"threads is {threads}: choose at least 1")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"device {device!r} is not available: {str(error).splitlines()[0]}") from error
     torch.set_num_threads(threads)
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """The floating-point dtype of that name.
+    """Return the floating-point dtype with this name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: torch has no floating-point dtype with this name.
     """
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
@@ -53,24 +53,27 @@ def dtype_named(name: str) -> torch.dtype:
 
 
 def synchronize(device: str) -> None:
-    """Wait until the device has finished what was asked of it, so that a clock read afterwards is right."""
+    """Wait for all queued GPU work, so that a clock read afterwards includes it; does nothing on a CPU."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def clock(device: str) -> float:
-    """Seconds from some moment: processor time of one CPU thread, which others do not lengthen; else wall time."""
+    """Return a monotonic time in seconds: processor time on one CPU thread, wall-clock time otherwise.
+
+    Other processes on the machine do not lengthen processor time.
+    """
     one_thread = torch.device(device).type == "cpu" and torch.get_num_threads() == 1
     return time.process_time() if one_thread else time.perf_counter()
 
 
 def peak_memory_mib(device: str) -> float:
-    """Most memory held so far, in MiB: allocated on the GPU, or resident in this process."""
+    """Return the peak memory so far in MiB: allocated memory on a GPU, resident memory of this process on a CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")
     if status.exists():
-        # ru_maxrss also counts what the parent held when it started this process; VmHWM does not.
+        # ru_maxrss includes the memory of the parent at the time of the fork; VmHWM does not.
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) / 2**10
     import resource  # not on Windows
@@ -80,10 +83,12 @@ def peak_memory_mib(device: str) -> float:
 
 
 def run_isolated(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)` in a fresh process, so that its peak memory is its own; see `without_isolation`.
+    """Return `function(*arguments)`, run in a fresh process so that its peak memory includes no earlier work.
+
+    Inside `without_isolation` the function runs in this process.
 
     Raises:
-        MemoryError: the process was killed, as systems do when memory runs out.
+        MemoryError: the process was killed, most likely because memory ran out.
     """
     with fresh_process() as call:
         return call(function, *arguments)
@@ -91,7 +96,7 @@ def run_isolated(function: Callable[..., Any], *arguments: Any) -> Any:
 
 @contextmanager
 def fresh_process() -> Iterator[Callable[..., Any]]:
-    """A `run_isolated` whose calls all go to one process, which ends with the context."""
+    """Yield a callable like `run_isolated` that sends every call to one process; the process ends with the context."""
     if not _isolated.get():
         yield lambda function, *arguments: function(*arguments)
         return
@@ -102,7 +107,8 @@ def fresh_process() -> Iterator[Callable[..., Any]]:
                 return pool.submit(function, *arguments).result()
             except BrokenProcessPool as error:
                 raise MemoryError(
-                    f"the process of {function.__name__} ended without a result, most likely killed for lack of memory"
+                    f"the process running {function.__name__} ended without a result: it most likely ran out of memory, so choose "
+                    "a smaller length"
                 ) from error
 
         yield call
@@ -110,7 +116,7 @@ def fresh_process() -> Iterator[Callable[..., Any]]:
 
 @contextmanager
 def without_isolation() -> Iterator[None]:
-    """Where only what is printed counts, not what is measured: no process is started."""
+    """Run `run_isolated` and `fresh_process` in this process; for tests of the output, where times do not matter."""
     before = _isolated.set(False)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Counted floating-point operations of a forward pass: two for each product of a weight, a query or a probability."""
+"""Floating-point operations of a forward pass: two for each product with a weight, a query or a probability."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,17 +8,21 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from dfn_hf.modeling.dfn.layers import DynamicFlowAttention
+from dfn_hf.modeling.dfn.attention import DynamicFlowAttention
 from dfn_hf.modeling.ops.cell_grid import grid_axes
 
 
 @torch.no_grad()
 def operations_per_token(model: PreTrainedModel, input_ids: torch.Tensor) -> float:
-    """Operations of a forward pass over `input_ids` `[batch, length]`, per token of it.
+    """Return the floating-point operations of a forward pass per input token.
 
-    Counted are linear maps, convolutions, attention (a Llama's over all tokens before, a DFN's over the entities it
-    reads) and the distances of DFN's search, where they are run: a layer over entities counts for entities. Norms,
-    activations, sorting and what moves data are not, for any model.
+    Counts linear maps, convolutions, attention (a Llama's over all preceding tokens, a DFN's over the entities it
+    attends to) and the distances of DFN's neighbour search. A layer that runs on entities counts entities, not bytes.
+    Norms, activations, sorting and memory movement are not counted for any model.
+
+    Args:
+        model: a Llama or a DFN.
+        input_ids: int64 `[batch, length]`.
     """
     was_training = model.training
     with counting(model.eval()) as counted:
@@ -29,7 +33,7 @@ def operations_per_token(model: PreTrainedModel, input_ids: torch.Tensor) -> flo
 
 @contextmanager
 def counting(model: nn.Module) -> Iterator[list[int]]:
-    """A list to which every module that counts adds its operations when it runs."""
+    """Yield a list; each module of a type in `COUNTS` appends its operations to it when it runs."""
     counted: list[int] = []
 
     def record(module, args, kwargs, output):

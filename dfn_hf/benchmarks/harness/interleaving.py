@@ -1,4 +1,4 @@
-"""Runs that are compared take turns, each in a process of its own: the same machine for all, and memory apart."""
+"""Round-robin measurement: compared runs alternate, each in a separate process, so that machine load affects all."""
 
 import math
 import statistics
@@ -14,7 +14,7 @@ from .results import Dataclass, ResultsFile
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one turn, and the most MiB that its process has held so far."""
+    """Seconds of one timed call, and the peak memory of its process so far in MiB."""
 
     seconds: float
     peak_mib: float
@@ -22,10 +22,10 @@ class Timing:
 
 
 class Run(Dataclass, Hashable, Protocol):
-    """Settings of a run: who works, at what, over how many tokens, and how many turns count.
+    """Settings of a run: the label of the model, the workload, the length, and the number of timed calls.
 
     Attributes:
-        tokens: what the seconds of a turn are divided by.
+        tokens: number of tokens that the seconds of a call are divided by.
     """
 
     @property
@@ -53,13 +53,19 @@ def run_over_lengths(
     *,
     together: bool = False,
 ) -> list[tuple[RunT, TimingT]]:
-    """What the runs have measured, finished ones taken from `results`.
+    """Measure the runs, and take finished ones from `results`.
 
     Args:
-        runs: by work, then by length, the shortest first, so that a process's peak is that of its last length.
-        prepare: gives what a turn is; it is called in a process of the run's label and work.
-        time_limit: seconds; a run is left out where, by the two lengths before, one turn would take longer.
-        together: all lengths of a work take turns, each in a process of its own; none is left out.
+        runs: ordered by workload, then by length, shortest first, so that the peak memory of a process belongs to its
+            last length.
+        results: CSV of finished runs.
+        prepare: returns the callable to time; it is called in the process of the run's label and workload.
+        time_limit: seconds; a run is skipped when one call is expected to take longer, see `expected_seconds`.
+        report: receives one line per run.
+        interleave_lengths: alternate between all lengths of a workload, each in a separate process; no run is skipped.
+
+    Returns:
+        Each measured run with its timing.
     """
     finished: list[tuple[RunT, TimingT]] = []
     known = {run for run, _ in results.rows()}
@@ -89,7 +95,11 @@ def run_over_lengths(
 def take_turns(
     processes: Mapping[RunT, Callable[..., TimingT]], prepare: Callable[[RunT], Callable[[], TimingT]]
 ) -> dict[RunT, TimingT]:
-    """A warm-up of each run, then `repeats` turns of each by turns: its last timing, with the seconds' median."""
+    """Call each run once as a warm-up, then `repeats` times in round-robin order.
+
+    Returns:
+        The last timing of each run, its seconds replaced by the median.
+    """
     turns: dict[RunT, list[TimingT]] = {run: [] for run in processes}
     for _ in range(1 + max((run.repeats for run in processes), default=0)):
         for run, call in processes.items():
@@ -100,18 +110,21 @@ def take_turns(
     }
 
 
-_prepared: dict[Run, Callable[[], Timing]] = {}  # of this process: the last run's
+_prepared: dict[Run, Callable[[], Timing]] = {}  # at most one entry: the last run of this process
 
 
 def _turn(prepare: Callable[[RunT], Callable[[], TimingT]], run: RunT) -> Timing:
     if run not in _prepared:
-        _prepared.clear()  # before its memory is needed again
+        _prepared.clear()  # frees the memory of the previous run first
         _prepared[run] = prepare(run)
     return _prepared[run]()
 
 
 def expected_seconds(finished: Sequence[tuple[RunT, TimingT]], run: RunT) -> float:
-    """Of a turn, by a power law through the two last lengths of the same label and work; linear behind one, else 0."""
+    """Extrapolate the seconds of one call by a power law through the last two lengths of the same label and workload.
+
+    With one earlier length the extrapolation is linear; without any the result is 0.
+    """
     before = [
         (past.length, timing.seconds)
         for past, timing in finished

@@ -1,4 +1,4 @@
-"""Times and peak memory over the length as a table, a picture, slopes and the lengths where one overtakes another."""
+"""Time and peak memory over the length: tables, figures, log-log slopes and break-even lengths."""
 
 import math
 from collections.abc import Sequence
@@ -10,10 +10,11 @@ from .results import markdown_table
 
 
 def lengths_table(results: Sequence[tuple[RunT, TimingT]], unit: str = "µs per token") -> str:
-    """One line per work and length; below it slopes and break-evens. The first label is what others are compared with.
+    """Return a table with one row per workload and length, followed by slopes and break-even lengths.
 
     Args:
-        unit: of a turn's time over the run's `tokens`.
+        results: runs and timings; the first label is the reference of the ratios.
+        unit: unit of the seconds of a call divided by the run's `tokens`.
     """
     labels = list(dict.fromkeys(run.label for run, _ in results))
     found = {(run.work, run.length, run.label): (run, timing) for run, timing in results}
@@ -34,9 +35,12 @@ def lengths_table(results: Sequence[tuple[RunT, TimingT]], unit: str = "µs per 
 
 
 def break_even(lengths: Sequence[int], first: Sequence[float], other: Sequence[float]) -> float | None:
-    """The length from which on `first` takes less time, by a power law between the two lengths around it.
+    """Return the length above which `first` is faster than `other`.
 
-    0 where it does at every length, None where it does not at the last.
+    Interpolates with a power law between the two neighbouring measured lengths.
+
+    Returns:
+        0 if `first` is faster at every length, None if it is slower at the last length.
     """
     advantage = [math.log(b / a) for a, b in zip(first, other, strict=True)]
     behind = [place for place, value in enumerate(advantage) if value <= 0]
@@ -50,7 +54,7 @@ def break_even(lengths: Sequence[int], first: Sequence[float], other: Sequence[f
 
 
 def plot_lengths(results: Sequence[tuple[RunT, TimingT]], path: Path) -> None:
-    """Write a picture: seconds over the length, both axes logarithmic, one part per kind of work."""
+    """Save a figure with one log-log panel of seconds over tokens per workload."""
     import matplotlib.pyplot as plt
 
     works = list(dict.fromkeys(run.work for run, _ in results))
@@ -86,9 +90,9 @@ def _comparisons(results: Sequence[tuple[RunT, TimingT]], labels: Sequence[str])
             if not common:
                 continue
             at = break_even(common, [first[n] for n in common], [seconds[label][n] for n in common])
-            said = f"from {at:,.0f} tokens on" if at else "at every length measured"
-            said = f"at no length, {common[-1]:,} tokens being the last" if at is None else said
-            lines.append(f"{work}: {labels[0]} is quicker than {label} {said}")
+            where = f"above {at:,.0f} tokens" if at else "at every measured length"
+            where = f"at no measured length up to {common[-1]:,} tokens" if at is None else where
+            lines.append(f"{work}: {labels[0]} is faster than {label} {where}")
     return lines
 
 

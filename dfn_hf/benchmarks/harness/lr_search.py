@@ -1,4 +1,4 @@
-"""Runs of compared models, each at the learning rate that did best for it."""
+"""Learning-rate search: each compared model trains at the rate with the lowest loss in short runs."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -20,12 +20,22 @@ def run_at_best_rates(
     search_steps: int,
     report: Callable[[str], None],
 ) -> list[tuple[SettingsT, MeasuresT]]:
-    """Every model with every seed, at the learning rate of least loss in short runs with a seed of their own.
+    """Measure every model with every seed, each model at its best learning rate.
+
+    The best rate has the lowest loss in short runs with the seed `SEARCH_SEED`.
 
     Args:
-        results: what is finished, short runs too.
-        settings: what all runs share; `model`, `seed`, `learning_rate` and, of the short runs, `steps` are replaced.
-        measure: of settings and `report`; its measures have a `loss`.
+        results: CSV of finished runs, short runs included.
+        settings: shared settings; `model`, `seed`, `learning_rate` and, in short runs, `steps` are replaced.
+        measure: takes settings and `report`; its result has a `loss`.
+        models: names of the models.
+        seeds: seeds of the full runs.
+        learning_rates: rates of the short runs.
+        search_steps: training steps of a short run.
+        report: receives one line per event.
+
+    Returns:
+        The full runs with their results, ordered by seed, then by model.
     """
 
     def run(**changes: Any) -> tuple[SettingsT, Any]:
@@ -40,5 +50,5 @@ def run_at_best_rates(
         }
         best[model] = min(losses, key=lambda rate: losses[rate])
         report(f"{model}: learning rate {best[model]:g}")
-    # All models of a seed before the next seed: a table cut short compares like with like.
+    # Seed by seed, so that an interrupted table has the same seeds for all models.
     return [run(model=model, seed=seed, learning_rate=best[model]) for seed in seeds for model in models]

@@ -1,4 +1,4 @@
-"""One CSV per benchmark: a finished run is a row, keyed by its settings, so that a long table can grow by and by."""
+"""CSV results of a benchmark: one row per finished run, keyed by its settings, so that a benchmark can be resumed."""
 
 import csv
 import dataclasses
@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 
 class Dataclass(Protocol):
-    """Any dataclass or instance of one."""
+    """A dataclass, or an instance of a dataclass."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -26,15 +26,15 @@ MeasuresT = TypeVar("MeasuresT", bound=Dataclass)
 class ResultsFile(Generic[SettingsT, MeasuresT]):
     """The finished runs of one benchmark.
 
-    Args:
-        path: the CSV file; made, with its folder, at the first finished run.
-        settings: frozen dataclass of what decides a run (the key of a row).
-        measures: frozen dataclass of what a run found.
+    Strings are stored unquoted, every other value as JSON.
 
-    Strings are stored as they are, every other value as JSON.
+    Args:
+        path: the CSV file; it and its folder are created when the first run is finished.
+        settings: frozen dataclass with the settings of a run (the key of a row).
+        result: frozen dataclass with the measured values of a run.
 
     Raises:
-        ValueError: the file holds another benchmark's columns, or a cell that cannot be read.
+        ValueError: the file has the columns of another benchmark, or an unreadable cell.
     """
 
     def __init__(self, path: str | Path, settings: type[SettingsT], measures: type[MeasuresT]):
@@ -45,21 +45,21 @@ class ResultsFile(Generic[SettingsT, MeasuresT]):
         self.rows()
 
     def rows(self) -> list[tuple[SettingsT, MeasuresT]]:
-        """Every finished run, oldest first. A last row cut short by a kill is no finished run."""
+        """Return the finished runs, oldest first. An incomplete last row, left by a killed process, is ignored."""
         if not self.path.exists():
             return []
         with self.path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             if reader.fieldnames is not None and reader.fieldnames != self._columns:
                 raise ValueError(
-                    f"{self.path} has other columns ({', '.join(reader.fieldnames)}) than this benchmark writes "
-                    f"({', '.join(self._columns)}): move it away or choose another results file"
+                    f"{self.path} has the columns ({', '.join(reader.fieldnames)}), but this benchmark writes "
+                    f"({', '.join(self._columns)}): choose another --results file"
                 )
             complete = [row for row in reader if None not in row.values()]
         return [(self._read(self._settings, row), self._read(self._measures, row)) for row in complete]
 
     def run(self, settings: SettingsT, measure: Callable[[SettingsT], MeasuresT]) -> MeasuresT:
-        """The stored measures of these settings, or else those of `measure(settings)`, stored before they return."""
+        """Return the stored result of these settings; if there is none, call `measure(settings)` and store its result."""
         for done, measures in self.rows():
             if done == settings:
                 return measures
@@ -91,12 +91,12 @@ class ResultsFile(Generic[SettingsT, MeasuresT]):
             try:
                 values[field.name] = cell if types[field.name] is str else json.loads(cell)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{self.path}: column {field.name} holds {cell!r}, which is no value") from error
+                raise ValueError(f"{self.path}: column {field.name} holds {cell!r}, which is not JSON") from error
         return kind(**values)
 
 
 def mean_with_error(values: Sequence[float | None], digits: int = 3) -> str:
-    """Mean ± standard error over seeds; the value alone where there is one run; "–" where a run has no value."""
+    """Format mean ± standard error over seeds: the value without ± for one run, "–" if a run has no value."""
     known = [value for value in values if value is not None]
     if not known or len(known) < len(values):
         return "–"
@@ -107,7 +107,7 @@ def mean_with_error(values: Sequence[float | None], digits: int = 3) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns line up when read as plain text."""
+    """Return a Markdown table with aligned columns."""
     widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"

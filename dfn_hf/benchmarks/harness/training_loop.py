@@ -1,4 +1,4 @@
-"""The training loop of the benchmarks, the same for every model: AdamW, warm-up, cosine decay, clipping at 1.0."""
+"""Training loop of the benchmarks: AdamW, warm-up, cosine decay and gradient clipping, equal for all models."""
 
 import math
 import time
@@ -17,12 +17,12 @@ WARMUP_SHARE = 0.05
 
 @dataclass(frozen=True)
 class Fit:
-    """What the training took, its evaluations apart, and the largest gradient norm before clipping.
+    """Training time without evaluations, and the largest gradient norm.
 
     Attributes:
-        seconds: of processor time on one CPU thread, else of wall time (`machine.clock`).
-        wall_seconds: by the clock on the wall, whatever else the machine did.
-        largest_gradient_norm: infinite if the run diverged.
+        seconds: processor time on one CPU thread, wall-clock time otherwise (`environment.clock`).
+        wall_seconds: wall-clock time.
+        largest_gradient_norm: before clipping; infinite if the run diverged.
     """
 
     seconds: float
@@ -41,12 +41,24 @@ def fit(
     evaluate_every: int = 100,
     evaluate: Callable[[int], None] | None = None,
 ) -> Fit:
-    """Train `model` for `steps` batches of `input_ids` and `labels`, each `[batch, length]` int64.
+    """Train `model` for `steps` batches.
 
-    The learning rate rises over the first 5 % of the steps, stays, and falls to 0 over the last `decay_share` of the
-    rest; a memory bank is written at every step. Weight decay is for matrices, not for vectors and scalars.
-    `evaluate(step)` is called every `evaluate_every` steps and at the end, and its time is not counted. A gradient
-    that is not finite ends the training with the weights as they were before it.
+    The learning rate warms up over the first 5 % of the steps, stays constant, and decays to 0 over the last
+    `decay_ratio` of the remaining steps. A FlowNetwork's memory bank is updated at every step. A gradient that is not
+    finite ends the training before its update.
+
+    Args:
+        model: moved to its device by the caller.
+        batches: keyword arguments of the model's forward pass.
+        steps: optimizer steps.
+        learning_rate: the peak learning rate.
+        weight_decay: of tensors with two or more dimensions; vectors and scalars have none.
+        decay_ratio: fraction of the steps after the warm-up with a decaying learning rate.
+        evaluate_every: steps between calls of `evaluate`.
+        evaluate: called with the step number, also after the last step; its time is not counted.
+
+    Returns:
+        The training time and the largest gradient norm.
     """
     device = str(model.device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

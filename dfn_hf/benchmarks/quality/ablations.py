@@ -1,4 +1,4 @@
-"""The paper's ablations: one part of DFN off or changed at a time, everything else as it is by default."""
+"""Ablations of DFN: one part removed or changed at a time, the rest at its default."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class AblationSettings:
-    """One variant and seed; the byte language model and the recall model share width, depth and head count."""
+    """One variant and seed; the byte language model and the recall model have the same width, depth and heads."""
 
     variant: str = "full"
     seed: int = 0
@@ -51,7 +51,7 @@ class AblationSettings:
 
 @dataclass(frozen=True)
 class AblationMeasures:
-    """Of the byte LM: loss in nats per byte, accuracies, peak MiB, largest gradient norm. Of recall: accuracies."""
+    """Byte language model: loss in nats per byte, accuracies, peak MiB, largest gradient norm. Recall: accuracies."""
 
     loss: float
     top1: float
@@ -67,7 +67,7 @@ def measure_ablation(settings: AblationSettings, threads: int) -> AblationMeasur
     """Train both models of one variant, each in a fresh process.
 
     Raises:
-        ValueError: an unknown variant.
+        ValueError: the variant is unknown.
     """
     if settings.variant not in VARIANTS:
         raise ValueError(f"variant is {settings.variant!r}: choose one of {', '.join(VARIANTS)}")
@@ -78,7 +78,7 @@ def measure_ablation(settings: AblationSettings, threads: int) -> AblationMeasur
 def run_ablations(
     settings: Iterable[AblationSettings], path: Path, threads: int, report: Callable[[str], None] = lambda line: None
 ) -> list[tuple[AblationSettings, AblationMeasures]]:
-    """Every run, finished ones taken from the CSV at `path`."""
+    """Measure the runs; finished ones are read from the CSV at `path`."""
     results = ResultsFile(path, AblationSettings, AblationMeasures)
     finished = []
     for run in settings:
@@ -89,7 +89,7 @@ def run_ablations(
 
 
 def ablation_table(results: Sequence[tuple[AblationSettings, AblationMeasures]]) -> str:
-    """One line per variant, mean ± standard error over seeds."""
+    """Return a table with one row per variant: mean ± standard error over seeds."""
     settings = results[0][0]
     columns: dict[str, tuple[str, int]] = {
         "loss, nats per byte": ("loss", 3),

@@ -1,4 +1,4 @@
-"""Bytes without tokens: a DFN that samples entities beside one with an entity per byte, and Llamas."""
+"""Byte language models with dynamic chunking: DFNs with adaptive and fixed chunks, one entity per byte, and Llamas."""
 
 import math
 import time
@@ -31,9 +31,10 @@ LETTERS = torch.tensor([byte for byte in range(256) if chr(byte).isascii() and c
 
 @dataclass(frozen=True)
 class ByteEntitySettings:
-    """One training run. The DFN of an entity per byte has the sizes; those of the others follow from its parameters.
+    """One training run.
 
-    From `entity_rate` to `sampling_local_window` they are those of the DFNs that sample entities.
+    The sizes are those of the DFN with one entity per byte; the other models match its number of parameters.
+    `entity_rate` to `sampling_local_window` apply to the DFNs with chunks.
     """
 
     model: str = "adaptive"
@@ -58,17 +59,18 @@ class ByteEntitySettings:
 
 @dataclass(frozen=True)
 class ByteEntityMeasures:
-    """What a run found on even windows of the validation split.
+    """Measurements on evenly spaced windows of the validation split.
 
     Attributes:
-        parameters: trainable ones.
-        operations: of a forward pass, per byte; see `operations_per_token`.
+        parameters: number of trainable parameters.
+        operations: floating-point operations of a forward pass per byte; see `operations_per_token`.
         loss: nats per byte.
-        top1: share of bytes that were the first choice.
-        bytes_per_entity: 1 where a byte is an entity.
-        word_starts, word_insides: share of words' first bytes, and of their others, that begin an entity.
-        training_seconds: of processor time.
-        wall_seconds: of training.
+        top1: top-1 accuracy.
+        bytes_per_entity: 1 for models without chunks.
+        word_starts: fraction of the first bytes of words that begin an entity.
+        word_insides: fraction of the other bytes of words that begin an entity.
+        training_seconds: processor time.
+        wall_seconds: wall-clock time of the training.
     """
 
     parameters: int
@@ -86,7 +88,7 @@ class ByteEntityMeasures:
 def measure_byte_entities(
     settings: ByteEntitySettings, report: Callable[[str], None] = lambda line: None
 ) -> ByteEntityMeasures:
-    """Train a fresh model on random windows of the train split; measure it on the validation split."""
+    """Train a model on random windows of the train split and evaluate it on the validation split."""
     set_seed(settings.seed)
     model = build(settings)
     started = time.perf_counter()
@@ -124,10 +126,10 @@ def measure_byte_entities(
 
 
 def build(settings: ByteEntitySettings) -> PreTrainedModel:
-    """A freshly initialised model of these settings; seed torch before.
+    """Build a randomly initialised model; the caller sets the random seed.
 
     Raises:
-        ValueError: an unknown model, or sizes that leave no parameters or operations for the compared one.
+        ValueError: the model is unknown, or no width matches the target parameters or operations.
     """
     size = ModelSize(
         vocab_size=VOCAB_SIZE,
@@ -145,7 +147,7 @@ def build(settings: ByteEntitySettings) -> PreTrainedModel:
     sampling = SAMPLINGS.get(settings.model, "uniform")
     options = {
         "entity_sampling": sampling,
-        # Spans of whole bytes: no fewer entities than the adaptive one is held to.
+        # Fixed chunks have a whole number of bytes; rounding down gives at least the entity rate of adaptive chunks.
         "entity_rate": settings.entity_rate if sampling == "adaptive" else 1 / math.floor(1 / settings.entity_rate),
         "hidden_size": settings.sampling_hidden_size,
         "num_hidden_layers": settings.num_entity_layers,
@@ -176,23 +178,34 @@ def build(settings: ByteEntitySettings) -> PreTrainedModel:
 
 
 def fitted(
-    make: Callable[[int], PreTrainedModel], wanted: float, measure: Callable[[PreTrainedModel], float]
+    make: Callable[[int], PreTrainedModel], target: float, measure: Callable[[PreTrainedModel], float]
 ) -> PreTrainedModel:
-    """The model of that width whose measure, which grows linearly with the width, comes nearest to what is wanted.
+    """Build the model whose width brings a measure closest to its target; the measure is linear in the width.
+
+    Args:
+        make: builds the model for a width.
+        target: target value of the measure.
+        measure: number of parameters or operations of a model.
 
     Raises:
-        ValueError: the narrowest has more.
+        ValueError: the model of width 1 exceeds the target.
     """
-    least, next_least = (measure(make(width)) for width in (1, 2))
-    width = 1 + round((wanted - least) / (next_least - least))
+    minimum, second = (measure(make(width)) for width in (1, 2))
+    width = 1 + round((target - minimum) / (second - minimum))
     if width < 1:
-        raise ValueError(f"the narrowest model has {least:,.0f} and {wanted:,.0f} are wanted: choose larger sizes")
+        raise ValueError(f"the model of width 1 has {minimum:,.0f} parameters or operations, the target is {target:,.0f}: choose "
+            "larger sizes")
     return make(width)
 
 
 @torch.no_grad()
 def placement(model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[float, float, float]:
-    """Entities per byte; shares of words' first bytes, and of their other bytes, that begin an entity."""
+    """Return entities per byte, and the fractions of words' first bytes and other bytes that begin an entity.
+
+    Args:
+        model: a byte language model.
+        input_ids: int64 `[batch, length]`.
+    """
     outputs = model(input_ids.to(model.device), use_cache=False)
     boundary_mask = getattr(outputs, "boundary_mask", None)
     if boundary_mask is None:
@@ -216,13 +229,9 @@ def run_byte_entities(
     path: Path,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[tuple[ByteEntitySettings, ByteEntityMeasures]]:
-    """Every model with every seed on the same batches, at the learning rate that did best for it in a short run.
+    """Measure every model with every seed on the same batches, at its best learning rate; see `run_at_best_rates`.
 
-    The short runs are of `search_steps` steps with a seed of their own. Finished runs, short ones too, are taken from
-    the CSV at `path`.
-
-    Args:
-        settings: what all runs share; its `model`, `seed` and `learning_rate` are replaced.
+    Finished runs are read from the CSV at `path`.
     """
     return run_at_best_rates(
         ResultsFile(path, ByteEntitySettings, ByteEntityMeasures),
@@ -237,7 +246,7 @@ def run_byte_entities(
 
 
 def byte_entities_table(results: list[tuple[ByteEntitySettings, ByteEntityMeasures]]) -> str:
-    """One line per model, mean ± standard error over seeds."""
+    """Return a table with one row per model: mean ± standard error over seeds."""
     header = (
         "model",
         "parameters",
@@ -247,9 +256,9 @@ def byte_entities_table(results: list[tuple[ByteEntitySettings, ByteEntityMeasur
         "seeds",
         "bits per byte",
         "top-1",
-        "entities begin at words' starts",
-        "inside words",
-        "processor, ms per step",
+        "boundary at word start",
+        "boundary inside word",
+        "CPU ms per step",
     )
     lines = []
     for name in dict.fromkeys(run.model for run, _ in results):

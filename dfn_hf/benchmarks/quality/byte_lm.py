@@ -1,4 +1,4 @@
-"""Byte language modelling on the embedded corpus: DFN, Llama, and Llama with DFN's convolution and gate."""
+"""Byte language modelling on the bundled corpus: DFN, FlowNetwork and its ablations, Llama, and llama-conv."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,14 +18,16 @@ from ..harness.lr_search import SEARCH_SEED
 from ..harness.results import ResultsFile, markdown_table, mean_with_error
 from ..harness.training_loop import fit
 
-INITIALIZER_RANGES = (0.02, None)  # Llama's default and DFN's, 1/sqrt(hidden_size)
+INITIALIZER_RANGES = (0.02, None)  # defaults of Llama and of DFN, 1/sqrt(hidden_size)
 
 
 @dataclass(frozen=True)
 class ByteLMSettings:
-    """One training run; `intermediate_size` is the DFN's, the Llamas' follows from the equal parameter count.
+    """One training run.
 
-    `initializer_range` None is 1/sqrt(hidden_size).
+    Attributes:
+        initializer_range: None is 1/sqrt(hidden_size).
+        intermediate_size: of the DFN; the other models match its number of parameters.
     """
 
     model: str = "dfn"
@@ -45,7 +47,7 @@ class ByteLMSettings:
 
 @dataclass(frozen=True)
 class ByteLMMeasures:
-    """Validation loss in nats per byte, top-1 and top-5 accuracy there, and what the training took."""
+    """Validation loss in nats per byte, top-1 and top-5 accuracy, and training time in seconds."""
 
     parameters: int
     loss: float
@@ -59,7 +61,7 @@ class ByteLMMeasures:
 
 @dataclass(frozen=True)
 class Validation:
-    """Mean over all predicted bytes of the validation windows."""
+    """Mean loss and accuracies over all predicted bytes of the validation windows."""
 
     loss: float
     top1: float
@@ -69,7 +71,7 @@ class Validation:
 def measure_byte_lm(
     settings: ByteLMSettings, report: Callable[[str], None] = lambda line: None, **dfn_options
 ) -> ByteLMMeasures:
-    """Train a fresh model on random windows of the train split; measure it on even windows of the validation split."""
+    """Train a model on random windows of the train split; evaluate it on evenly spaced windows of the validation split."""
     set_seed(settings.seed)
     size = ModelSize(
         vocab_size=VOCAB_SIZE,
@@ -110,7 +112,7 @@ def measure_byte_lm(
 
 @torch.no_grad()
 def validate(model: PreTrainedModel, batches: Iterator[dict[str, torch.Tensor]]) -> Validation:
-    """Loss, top-1 and top-5 over batches of `input_ids` `[batch, length]`; a window's first byte is not predicted."""
+    """Return loss, top-1 and top-5 over batches of `input_ids` `[batch, length]`; the first byte is not predicted."""
     loss = top1 = top5 = 0.0
     count = 0
     for batch in batches:
@@ -135,14 +137,20 @@ def run_byte_lm(
     path: Path,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[tuple[ByteLMSettings, ByteLMMeasures]]:
-    """Every model with every seed, at the learning rate and initialisation that did best for it in a short run.
+    """Measure every model with every seed, at its best learning rate and initialisation.
 
-    The short runs, `search_steps` steps with a seed of their own, try each of `learning_rates` with each of
-    `INITIALIZER_RANGES`. Finished runs, short ones too, are taken from the CSV at `path`. Batches depend on the seed
-    alone, so models meet the same ones.
+    Short runs of `search_steps` steps with the seed `SEARCH_SEED` try each of `learning_rates` with each of
+    `INITIALIZER_RANGES`; the combination with the lowest loss is used. Finished runs are read from the CSV at `path`.
+    Batches depend only on the seed, so all models train on the same ones.
 
     Args:
-        settings: what all runs share; its `model`, `seed`, `learning_rate` and `initializer_range` are replaced.
+        settings: shared settings; `model`, `seed`, `learning_rate` and `initializer_range` are replaced.
+        models: names of the models.
+        seeds: seeds of the full runs.
+        learning_rates: rates of the short runs.
+        search_steps: training steps of a short run.
+        path: the CSV file.
+        report: receives one line per event.
     """
     results = ResultsFile(path, ByteLMSettings, ByteLMMeasures)
 
@@ -162,12 +170,12 @@ def run_byte_lm(
         report(
             f"{model}: learning rate {chosen.learning_rate:g}, initial standard deviation {_initial_std(chosen):.3f}"
         )
-    # All models of a seed before the next seed: a table cut short compares like with like.
+    # Seed by seed, so that an interrupted table has the same seeds for all models.
     return [run(model=model, seed=seed, **best[model]) for seed in seeds for model in models]
 
 
 def byte_lm_table(results: list[tuple[ByteLMSettings, ByteLMMeasures]]) -> str:
-    """One line per model, mean ± standard error over seeds."""
+    """Return a table with one row per model: mean ± standard error over seeds."""
     header = (
         "model",
         "parameters",
@@ -177,8 +185,8 @@ def byte_lm_table(results: list[tuple[ByteLMSettings, ByteLMMeasures]]) -> str:
         "validation loss, nats per byte",
         "top-1",
         "top-5",
-        "wall clock, s",
-        "processor, ms per step",
+        "wall-clock s",
+        "CPU ms per step",
     )
     lines = []
     for name in dict.fromkeys(run.model for run, _ in results):

@@ -1,7 +1,7 @@
-"""Contrastive training: verses find their translations, spoken digits and images the words for them.
+"""Contrastive training: retrieval of translated verses, of words for spoken digits, and of captions for images.
 
-Each beside baselines that see the same held-out views. All but "class-mean" and "logistic", which are fitted to
-vectors, learn by the same loss over as many steps of as many pairs.
+All models are evaluated on the same held-out views. The baselines "class-mean" and "logistic" are fitted to vectors;
+the other models minimise the same loss for the same number of steps and pairs.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -49,9 +49,13 @@ DISTORTED_COPIES = 20
 
 @dataclass(frozen=True)
 class ContrastiveSettings:
-    """One run; `task` and `model` are of `TASKS`, `pairs` the first so many to train on, or all.
+    """One run.
 
-    Of labelled fields a batch holds one for each word, whatever `batch_size` says.
+    Attributes:
+        task: a key of `TASKS`.
+        model: a model that `TASKS` lists for the task.
+        batch_size: pairs per step; unused for labelled fields, whose batches hold one field per word.
+        pairs: number of training pairs; None for all.
     """
 
     task: str = "verses"
@@ -68,13 +72,14 @@ class ContrastiveSettings:
 
 @dataclass(frozen=True)
 class ContrastiveMeasures:
-    """Shares of held-out views whose best match among the candidates is the right one.
+    """Retrieval of held-out views.
 
     Attributes:
-        recall: from the first view to the second: English to Spanish, field to word.
-        back_recall: from the second to the first; None where a word is that of many fields.
-        recall_at_10: as `recall`, among the best ten; None where there are but ten.
-        held_out: first views that were asked about; candidates: second views to choose from.
+        recall: recall@1 from the first view to the second: English to Spanish, field to word.
+        back_recall: recall@1 from the second view to the first; None if several fields share a word.
+        recall_at_10: recall@10 from the first view to the second; None with ten candidates.
+        held_out: number of first views.
+        candidates: number of second views.
     """
 
     parameters: int
@@ -88,7 +93,7 @@ class ContrastiveMeasures:
 
 
 def planned_runs(tasks: Iterable[str], seeds: Iterable[int]) -> list[ContrastiveSettings]:
-    """Every model of each task, with the settings that were found to suit it; all but classifiers with every seed."""
+    """Return the runs of every model of each task with its tuned settings; classifiers have one seed."""
     return [
         ContrastiveSettings(task=task, model=model, seed=seed, **RECIPES[task], **RATES.get(model, {}))
         for task in tasks
@@ -100,13 +105,15 @@ def planned_runs(tasks: Iterable[str], seeds: Iterable[int]) -> list[Contrastive
 def measure_contrastive(
     settings: ContrastiveSettings, sounds_folder: str | Path = "", report: Callable[[str], None] = lambda line: None
 ) -> ContrastiveMeasures:
-    """Train a fresh model and let the held-out views find each other.
+    """Train a model and evaluate retrieval on the held-out views.
 
     Args:
-        sounds_folder: holds the recordings; see `spoken_digits`. Only "sounds" looks there.
+        settings: the run.
+        sounds_folder: folder of the recordings, used by the task "sounds"; see `spoken_digits`.
+        report: receives one line per evaluation.
 
     Raises:
-        ValueError: an unknown task or model, or no recordings in `sounds_folder`.
+        ValueError: the task or model is unknown, or `sounds_folder` has no recordings.
     """
     if settings.task not in TASKS:
         raise ValueError(f"task is {settings.task!r}: choose one of {', '.join(TASKS)}")
@@ -134,7 +141,7 @@ def _measure_verses(settings: ContrastiveSettings, report: Callable[[str], None]
             views = [text_view(side, tokenizer) for side in sides]
         return pair_views(*views)
 
-    pairs, asked = rows(train), rows(held_out)
+    pairs, queries = rows(train), rows(held_out)
     if settings.model in BAGS:
         model: Any = BagPairModel(
             NGRAM_BUCKETS if settings.model == "ngrams" else len(tokenizer), settings.hidden_size
@@ -148,14 +155,14 @@ def _measure_verses(settings: ContrastiveSettings, report: Callable[[str], None]
             num_hidden_layers=settings.num_hidden_layers,
             num_attention_heads=model.config.num_attention_heads,
             projection_dim=settings.hidden_size,
-            longest=max(len(row[name]) for row in (*pairs, *asked) for name in row),
+            longest=max(len(row[name]) for row in (*pairs, *queries) for name in row),
             parameters=model.num_parameters(),
         )
     model.to(settings.device)
     collator = ContrastiveCollator(tokenizer.pad_token_id)
 
     def announce(step: int) -> None:
-        found = retrieval(*embed_pairs(model, asked, collator))
+        found = retrieval(*embed_pairs(model, queries, collator))
         report(f"verses, {settings.model}, seed {settings.seed}: step {step}, recall@1 {found.recall_at_1:.3f}")
 
     trained = fit(
@@ -166,7 +173,7 @@ def _measure_verses(settings: ContrastiveSettings, report: Callable[[str], None]
         weight_decay=0.0 if settings.model in BAGS else 0.1,
         evaluate=announce,
     )
-    found = retrieval(*embed_pairs(model, asked, collator))
+    found = retrieval(*embed_pairs(model, queries, collator))
     return ContrastiveMeasures(
         parameters=_count(model),
         recall=found.recall_at_1,
@@ -193,7 +200,7 @@ def _batches(
 def embed_pairs(
     model: torch.nn.Module, rows: list[Row], collator: ContrastiveCollator, batch_size: int = 100
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings of both views, `[rows, projection_dim]` each, on the CPU."""
+    """Return the embeddings of both views, each `[rows, projection_dim]`, on the CPU."""
     model.eval()
     order = sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"]))
     embeds, pair_embeds = [], []
@@ -229,12 +236,12 @@ def _measure_fields(
     collator = ContrastiveCollator(tokenizer.pad_token_id)
     captions = text_view(train.captions, tokenizer)
 
-    def right() -> float:
+    def accuracy() -> float:
         similarity = embed(model, held_out.fields, collator) @ embed(model, captions, collator).T
         return (similarity.argmax(dim=1) == torch.tensor(held_out.labels)).float().mean().item()
 
     def announce(step: int) -> None:
-        report(f"{settings.task}, {settings.model}, seed {settings.seed}: step {step}, {right():.3f} right")
+        report(f"{settings.task}, {settings.model}, seed {settings.seed}: step {step}, accuracy {accuracy():.3f}")
 
     trained = fit(
         model,
@@ -243,7 +250,7 @@ def _measure_fields(
         learning_rate=settings.learning_rate,
         evaluate=announce,
     )
-    return _of_fields(settings, held_out, _count(model), right(), trained.seconds)
+    return _of_fields(settings, held_out, _count(model), accuracy(), trained.seconds)
 
 
 def _measure_classifier(
@@ -252,27 +259,27 @@ def _measure_classifier(
     held_out: LabelledFields,
     report: Callable[[str], None],
 ) -> ContrastiveMeasures:
-    """The nearest mean of a class, or logistic regression, over all that a field holds; on distorted copies too."""
+    """Fit nearest class means or logistic regression to the fields as vectors, augmented copies included."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import NearestCentroid
 
     vectors, labels = train.distorted(DISTORTED_COPIES, settings.seed)
-    asked = np.stack([held_out.vector(field) for field in held_out.fields])
+    queries = np.stack([held_out.vector(field) for field in held_out.fields])
     logistic = settings.model == "logistic"
     classifier = LogisticRegression(max_iter=1000) if logistic else NearestCentroid()
     classifier.fit(vectors, labels)
-    right = float(np.mean(classifier.predict(asked) == held_out.labels))
+    accuracy = float(np.mean(classifier.predict(queries) == held_out.labels))
     parameters = len(train.captions) * (vectors.shape[1] + logistic)
-    report(f"{settings.task}, {settings.model}: {right:.3f} right")
-    return _of_fields(settings, held_out, parameters, right, 0.0)
+    report(f"{settings.task}, {settings.model}: accuracy {accuracy:.3f}")
+    return _of_fields(settings, held_out, parameters, accuracy, 0.0)
 
 
 def _of_fields(
-    settings: ContrastiveSettings, held_out: LabelledFields, parameters: int, right: float, seconds: float
+    settings: ContrastiveSettings, held_out: LabelledFields, parameters: int, accuracy: float, seconds: float
 ) -> ContrastiveMeasures:
     return ContrastiveMeasures(
         parameters=parameters,
-        recall=right,
+        recall=accuracy,
         back_recall=None,
         recall_at_10=None,
         held_out=len(held_out.fields),
@@ -289,7 +296,7 @@ def _config(settings: ContrastiveSettings, vocab_size: int, **fields: Any) -> DF
         num_hidden_layers=settings.num_hidden_layers,
         intermediate_size=2 * settings.hidden_size,
         projection_dim=settings.hidden_size,
-        search_implementation="exact",  # quicker on texts this short
+        search_implementation="exact",  # faster than the cell search on short texts
         **fields,
     )
 
@@ -304,7 +311,7 @@ def run_contrastive(
     sounds_folder: str | Path = "",
     report: Callable[[str], None] = lambda line: None,
 ) -> list[tuple[ContrastiveSettings, ContrastiveMeasures]]:
-    """Every run, finished ones taken from the CSV at `path`; see `measure_contrastive`."""
+    """Measure the runs; finished ones are read from the CSV at `path`. See `measure_contrastive`."""
     results = ResultsFile(path, ContrastiveSettings, ContrastiveMeasures)
 
     def measure(settings: ContrastiveSettings) -> ContrastiveMeasures:
@@ -314,10 +321,10 @@ def run_contrastive(
 
 
 def contrastive_table(results: list[tuple[ContrastiveSettings, ContrastiveMeasures]]) -> str:
-    """One line per task and model, mean ± standard error over seeds."""
+    """Return a table with one row per task and model: mean ± standard error over seeds."""
     header = (
-        "task", "model", "parameters", "seeds", "held out", "candidates", "recall@1", "recall@1, back", "recall@10",
-        "training, s",
+        "task", "model", "parameters", "seeds", "held out", "candidates", "recall@1", "recall@1, reverse", "recall@10",
+        "training s",
     )  # fmt: skip
     lines = []
     for task, model in dict.fromkeys((run.task, run.model) for run, _ in results):

@@ -1,4 +1,4 @@
-"""Fields: entities where the field turns beside evenly spread ones, resampling, a coordinate network, and frames."""
+"""Field reconstruction: adaptive and uniform entities, a SIREN, resampling, frame by frame, and pre-training."""
 
 import math
 import os
@@ -29,7 +29,8 @@ PRETRAINING = ("pre-trained", "from scratch")
 PRETRAINING_SEEDS = 3
 SIREN_LAYERS = 3
 SIREN_RATES = (3e-4, 1e-3)
-SIREN_FIRST_FREQUENCY = {1: 3000.0, 2: 30.0, 3: 30.0}  # of Sitzmann et al. 2020, §4 and supplement: sound and images
+# ω₀ of the first layer by coordinate_dim: sound, images and video (Sitzmann et al. 2020, §4 and supplement)
+SIREN_FIRST_FREQUENCY = {1: 3000.0, 2: 30.0, 3: 30.0}
 CLIP = (8, 48, 48)
 CROP = 64
 
@@ -39,12 +40,11 @@ class FieldSettings:
     """One run.
 
     Attributes:
-        field: "camera" (of scikit-image), "elevation" (of matplotlib), "speech" (a recording that is given), or "clip"
-            (drawn here).
-        method: one of `METHODS`; or of `PRETRAINING`, which reconstruct a quarter of the field's samples.
-        side: of images, in samples; they are averaged down to it.
-        samples_per_entity: for resampling, those that one sample of the coarse grid stands for.
-        pretraining_steps: on crops of other photographs of scikit-image and scikit-learn.
+        field: "camera" (scikit-image), "elevation" (matplotlib), "speech" (a WAV file), or "clip" (synthetic video).
+        method: one of `METHODS`, or of `PRETRAINING`, which reconstruct the field from a quarter of its samples.
+        side: samples per side of an image, to which it is averaged down.
+        samples_per_entity: for resampling, samples per sample of the coarse grid.
+        pretraining_steps: steps on crops of other photographs from scikit-image and scikit-learn.
     """
 
     field: str = "camera"
@@ -62,12 +62,13 @@ class FieldSettings:
 
 @dataclass(frozen=True)
 class FieldMeasures:
-    """What a run found.
+    """Reconstruction quality.
 
     Attributes:
-        decibels: PSNR; of sound SNR; of a quarter of the samples PSNR at the others.
-        first_decibels: before any training; None without a model of entities.
-        correlation: Pearson's, of density and gradient magnitude; None where nothing is sampled adaptively.
+        decibels: PSNR in dB; SNR for sound; for `PRETRAINING` the PSNR at the masked samples.
+        first_decibels: the same before training; None for methods without entities.
+        correlation: Pearson correlation of density and gradient magnitude; None without adaptive entities.
+        seconds: training time.
     """
 
     samples: int
@@ -81,14 +82,15 @@ class FieldMeasures:
 
 
 def load_array(settings: FieldSettings, recording: Path | None = None) -> np.ndarray:
-    """The field's array with values in [−1, 1], one axis per coordinate; of speech with one more for its channels.
+    """Load the field as an array in [−1, 1] with one axis per coordinate; speech has a channel axis in addition.
 
     Args:
-        recording: the WAV file of "speech".
+        settings: the run.
+        recording: WAV file for "speech".
 
     Raises:
-        ValueError: no field of this name, no recording given, or what `fields.read_sound` refuses.
-        OSError: no such file.
+        ValueError: the field is unknown, the recording is missing, or the WAV file has an unsupported format.
+        OSError: the file does not exist.
     """
     if settings.field == "camera":
         from skimage.data import camera
@@ -106,13 +108,13 @@ def load_array(settings: FieldSettings, recording: Path | None = None) -> np.nda
     if settings.field != "speech":
         raise ValueError(f"field is {settings.field!r}: choose one of {', '.join(FIELDS)}")
     if recording is None:
-        raise ValueError("speech needs a recording: give a WAV file (--recording)")
+        raise ValueError("field is 'speech', but recording is None: pass a WAV file with --recording")
     values = sound_field(recording)["values"].numpy()
     return values / np.abs(values).max()
 
 
 def draw_clip(frames: int, height: int, width: int) -> np.ndarray:
-    """A disc and a bar that cross a still background, `[frames, height, width]` in [−1, 1]."""
+    """Return a video of a disc and a bar that move over a static background, `[frames, height, width]` in [−1, 1]."""
     t, y, x = np.meshgrid(*(np.linspace(0, 1, size) for size in (frames, height, width)), indexing="ij")
     background = 0.3 * np.sin(9 * x + 4 * y) * np.cos(6 * y) - 0.3
     disc = np.hypot(x - 0.2 - 0.5 * t, y - 0.3 - 0.2 * t) - 0.12
@@ -127,12 +129,12 @@ def draw_clip(frames: int, height: int, width: int) -> np.ndarray:
 def measure_field(
     settings: FieldSettings, recording: Path | None = None, report: Callable[[str], None] = lambda line: None
 ) -> FieldMeasures:
-    """Fit the one field, or pre-train and reconstruct; a generator's seed decides everything random."""
+    """Fit one field, or reconstruct it from a quarter of its samples; the seed determines all random numbers."""
     set_seed(settings.seed)
     if settings.method in PRETRAINING:
         return _measure_quarter(settings)
     if settings.method not in METHODS:
-        raise ValueError(f"method must be one of {(*METHODS, *PRETRAINING)}, got {settings.method!r}")
+        raise ValueError(f"method is {settings.method!r}: choose one of {', '.join((*METHODS, *PRETRAINING))}")
     array = load_array(settings, recording)
     axes = 1 if settings.field == "speech" else array.ndim
     quality = snr if axes == 1 else psnr
@@ -172,9 +174,9 @@ def measure_field(
 
 
 def _measure_quarter(settings: FieldSettings) -> FieldMeasures:
-    """Reconstruct a photograph from a quarter of its samples, after pre-training on others or without.
+    """Reconstruct a photograph from a quarter of its samples, with or without pre-training on other photographs.
 
-    Training on the photograph sees the quarter alone: of that it hides, and is scored on, a quarter.
+    Training on the photograph uses only this quarter, and masks a quarter of it.
     """
     crops = [array_field(crop, 2) for crop in _crops(load_array(settings))]
     generator = torch.Generator().manual_seed(settings.seed)
@@ -219,7 +221,7 @@ def _hidden_psnr(model: nn.Module, batch: dict[str, torch.Tensor], crops: list[d
 
 
 def _other_photographs(collate: FieldCollator, batch_size: int, seed: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Crops of photographs other than the camera man, at three sizes, turned and mirrored."""
+    """Yield batches of crops of other photographs at random scales, rotated and mirrored."""
     from skimage import data
     from sklearn.datasets import load_sample_images
 
@@ -247,7 +249,7 @@ def _crops(image: np.ndarray) -> list[np.ndarray]:
 
 
 def _average_down(image: np.ndarray, side: int) -> np.ndarray:
-    """The square at the upper left whose blocks' means are `[side, side]`."""
+    """Average the upper left square of an image down to `[side, side]`."""
     step = min(image.shape) // side
     return image[: side * step, : side * step].reshape(side, step, side, step).mean(axis=(1, 3))
 
@@ -272,7 +274,7 @@ def _reconstruct(model: nn.Module, batch: dict[str, torch.Tensor]):
 
 
 def _resample(values: torch.Tensor, axes: int, samples_per_entity: int) -> torch.Tensor:
-    """Linear in every axis, through a grid of so many fewer means."""
+    """Average the values to a grid with `samples_per_entity` times fewer samples, and interpolate linearly."""
     mode = ("linear", "bilinear", "trilinear")[axes - 1]
     channels = values.movedim(-1, 0)[None] if values.dim() > axes else values[None, None]
     shape = channels.shape[2:]
@@ -289,7 +291,7 @@ def _correlation(array: np.ndarray, density: torch.Tensor) -> float:
 
 
 class Siren(PreTrainedModel):
-    """A network from coordinates to values with sines (Sitzmann et al. 2020), as large as `parameters` allows."""
+    """SIREN (Sitzmann et al. 2020), a sine network from coordinates to values, with at most `parameters` parameters."""
 
     def __init__(self, parameters: int, coordinate_dim: int, value_dim: int):
         super().__init__(PreTrainedConfig())
@@ -312,7 +314,7 @@ class Siren(PreTrainedModel):
 
 
 def _fit_siren(parameters: int, batch: dict[str, torch.Tensor], settings: FieldSettings) -> tuple[Siren, float]:
-    """The best of `SIREN_RATES` on the field itself, and its seconds."""
+    """Return the SIREN with the lowest loss over `SIREN_RATES`, and its training time in seconds."""
     runs = []
     for rate in SIREN_RATES:
         set_seed(settings.seed)
@@ -329,13 +331,13 @@ def run_fields(
     recording: Path | None = None,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[tuple[FieldSettings, FieldMeasures]]:
-    """Every run's measures, taken from the CSV at `path` where it has them."""
+    """Measure the runs; finished ones are read from the CSV at `path`."""
     results = ResultsFile(path, FieldSettings, FieldMeasures)
     return [(run, results.run(run, lambda missing: measure_field(missing, recording, report))) for run in runs]
 
 
 def field_runs(settings: FieldSettings, fields: Sequence[str]) -> list[FieldSettings]:
-    """What the table shows of these fields; of the camera's photograph also what comes from a quarter of it."""
+    """Return the runs of these fields; "camera" includes the reconstructions from a quarter of its samples."""
     runs = [
         replace(settings, field=field, method=method)
         for field in fields
@@ -352,7 +354,7 @@ def field_runs(settings: FieldSettings, fields: Sequence[str]) -> list[FieldSett
 
 
 def fields_table(finished: list[tuple[FieldSettings, FieldMeasures]]) -> str:
-    """One line per method and field, mean ± standard error where there are several seeds."""
+    """Return a table with one row per field and method: mean ± standard error over seeds."""
     header = (
         "field",
         "method",
@@ -361,17 +363,17 @@ def fields_table(finished: list[tuple[FieldSettings, FieldMeasures]]) -> str:
         "entities",
         "parameters",
         "steps",
-        "dB untrained",
+        "untrained dB",
         "dB",
         "correlation",
-        "s",
+        "training s",
     )
     lines = []
     for run in dict.fromkeys(replace(settings, seed=0) for settings, _ in finished):
         found = [measures for settings, measures in finished if replace(settings, seed=0) == run]
         lines.append(
             (
-                Path(run.field).name + (", a quarter given" if run.method in PRETRAINING else ""),
+                Path(run.field).name + (", 1/4 of samples" if run.method in PRETRAINING else ""),
                 run.method,
                 str(len(found)),
                 f"{round(np.mean([measures.samples for measures in found])):,}",

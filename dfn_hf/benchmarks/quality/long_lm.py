@@ -1,4 +1,4 @@
-"""Language modelling on long windows of contiguous text: the loss by position, of models of equal size."""
+"""Language modelling on long windows of contiguous text: loss by position for models of equal size."""
 
 import itertools
 import math
@@ -25,7 +25,7 @@ from ..harness.results import ResultsFile, markdown_table, mean_with_error
 from ..harness.training_loop import fit
 
 EMBEDDED = "corpus"
-TOKENIZERS = ("bpe", "byte")  # byte-level: the bytes of their tokens are known
+TOKENIZERS = ("bpe", "byte")  # byte-level tokenizers: the number of bytes per token is known
 FIRST_BUCKET = 256
 HELD_OUT_FRACTION = 0.05
 REPORT_EVERY = 20
@@ -33,10 +33,12 @@ REPORT_EVERY = 20
 
 @dataclass(frozen=True)
 class LongLMSettings:
-    """One training run; `intermediate_size` is the DFN's, the Llamas' follows from the equal parameter count.
+    """One training run. Weights are initialised with standard deviation 1/sqrt(hidden_size).
 
-    Of the held-out windows at most `evaluation_windows`, evenly spread, are read. `data` is a file or folder of texts,
-    or "corpus", the embedded one. Embeddings and projections start with a standard deviation of 1/sqrt(hidden_size).
+    Attributes:
+        intermediate_size: of the DFN; the other models match its number of parameters.
+        evaluation_windows: maximum number of held-out windows, evenly spaced.
+        data: a file or folder of texts, or "corpus" for the bundled corpus.
     """
 
     model: str = "dfn"
@@ -57,15 +59,15 @@ class LongLMSettings:
 
 @dataclass(frozen=True)
 class LongLMMeasures:
-    """Validation loss by position, and what the training took.
+    """Held-out loss by position, and training time in seconds.
 
     Attributes:
-        loss: nats per token, of all positions.
-        bits_per_byte: of all positions.
-        bucket_losses: nats per token of the positions of each of `position_buckets(length)`.
-        bucket_bits_per_byte: the same in bits per byte of text.
-        bucket_losses_without_far: nats per token of the same model with `num_neighbors` 0; None where it has none.
-        windows: how many held-out windows these are means of.
+        loss: nats per token over all positions.
+        bits_per_byte: bits per byte over all positions.
+        bucket_losses: nats per token for each of `position_buckets(length)`.
+        bucket_bits_per_byte: bits per byte for each bucket.
+        bucket_losses_without_far: nats per token for each bucket with `num_neighbors` 0; None for other models.
+        windows: number of held-out windows.
     """
 
     parameters: int
@@ -82,10 +84,10 @@ class LongLMMeasures:
 
 
 def measure_long_lm(settings: LongLMSettings, report: Callable[[str], None] = lambda line: None) -> LongLMMeasures:
-    """Train a fresh model on random windows of the training text; measure it on consecutive ones of the held-out text.
+    """Train a model on random windows of the training text; evaluate it on non-overlapping held-out windows.
 
     Raises:
-        ValueError: an unknown tokenizer, text that cannot be held out, or no document of `length` tokens.
+        ValueError: the tokenizer is unknown, there is only one document, or every document is shorter than `length`.
     """
     train, held_out = token_documents(settings.data, settings.tokenizer)
     train_windows, held_out_windows = (TokenWindows(documents, settings.length) for documents in (train, held_out))
@@ -139,7 +141,7 @@ def measure_long_lm(settings: LongLMSettings, report: Callable[[str], None] = la
 def held_out_losses(
     model: PreTrainedModel, batches: Iterator[dict[str, torch.Tensor]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nats of each predicted token and its id, float64 and int64 `[windows, length - 1]`: all but a window's first."""
+    """Return the loss in nats and the id of each predicted token, float64 and int64 `[windows, length - 1]`."""
     losses, targets = [], []
     for batch in batches:
         input_ids = batch["input_ids"].to(model.device)
@@ -150,31 +152,31 @@ def held_out_losses(
 
 
 def position_buckets(length: int) -> list[slice]:
-    """Columns of `held_out_losses` whose tokens are at positions 1 to 255, 256 to 511, 512 to 1,023, … of a window."""
+    """Return slices of `held_out_losses` for the positions 1 to 255, 256 to 511, 512 to 1,023, … of a window."""
     edges = [1, *(edge for power in range(20) if (edge := FIRST_BUCKET << power) < length), length]
     return [slice(first - 1, end - 1) for first, end in itertools.pairwise(edges)]
 
 
 def bits_per_byte(losses: torch.Tensor, num_bytes: torch.Tensor) -> float:
-    """Of tokens with these losses in nats and these many bytes, of one shape."""
+    """Convert losses in nats per token to bits per byte; `num_bytes` has the shape of `losses`."""
     return (losses.sum() / num_bytes.sum()).item() / math.log(2)
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    """Bytes of text that each token of a byte-level tokenizer stands for, int64 `[vocab_size]`."""
-    # Such a tokenizer writes each byte as one printable character.
+    """Return the number of bytes of each token of a byte-level tokenizer, int64 `[vocab_size]`."""
+    # A byte-level tokenizer maps each byte to one printable character.
     return torch.tensor([len(token) for token in tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))])
 
 
 @cache
 def token_documents(data: str, tokenizer_name: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The tokens of the documents to train on and of those held out, int32 arrays.
+    """Return the tokens of the training documents and of the held-out documents, int32 arrays.
 
-    Of the embedded corpus (`data` "corpus") the validation split is held out; of other texts the last documents, a
-    twentieth of all tokens or more.
+    The bundled corpus (`data` "corpus") holds out its validation split; other texts hold out the last documents, at
+    least 5 % of all tokens.
 
     Raises:
-        ValueError: an unknown tokenizer, or only one document.
+        ValueError: the tokenizer is unknown, or there is only one document.
     """
     if tokenizer_name not in TOKENIZERS:
         raise ValueError(f"tokenizer is {tokenizer_name!r}: choose one of {', '.join(TOKENIZERS)}")
@@ -187,7 +189,7 @@ def token_documents(data: str, tokenizer_name: str) -> tuple[list[np.ndarray], l
         return tokens(load_corpus("train")["text"]), tokens(load_corpus("validation")["text"])
     documents = tokens(load_text(data)["text"])
     if len(documents) < 2:
-        raise ValueError(f"data {data!r} holds one document, so none can be held out: give several")
+        raise ValueError(f"data {data!r} has one document, but one more is needed as held-out text: pass several documents")
     sizes = np.cumsum([len(document) for document in documents])
     kept = max(1, int(np.searchsorted(sizes, (1 - HELD_OUT_FRACTION) * sizes[-1], side="right")))
     return documents[:kept], documents[kept:]
@@ -203,13 +205,9 @@ def run_long_lm(
     path: Path,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[tuple[LongLMSettings, LongLMMeasures]]:
-    """Every model with every seed, at the learning rate that did best for it in a short run with a seed of its own.
+    """Measure every model with every seed on the same batches, at its best learning rate; see `run_at_best_rates`.
 
-    Finished runs, short ones too, are taken from the CSV at `path`. Batches depend on the seed alone, so models meet
-    the same ones.
-
-    Args:
-        settings: what all runs share; its `model`, `seed` and `learning_rate` are replaced.
+    Finished runs are read from the CSV at `path`.
     """
     return run_at_best_rates(
         ResultsFile(path, LongLMSettings, LongLMMeasures),
@@ -224,7 +222,7 @@ def run_long_lm(
 
 
 def long_lm_table(results: list[tuple[LongLMSettings, LongLMMeasures]]) -> str:
-    """Nats per token by position, and one line per model with its bits per byte; mean ± standard error over seeds."""
+    """Return a table of the loss by position and a table of the runs: mean ± standard error over seeds."""
     settings = results[0][0]
     buckets = position_buckets(settings.length)
     positions = [f"{bucket.start + 1 if bucket.start else 0:,}–{bucket.stop:,}" for bucket in buckets]
@@ -244,8 +242,8 @@ def long_lm_table(results: list[tuple[LongLMSettings, LongLMMeasures]]) -> str:
     lines += per_bucket("bits per byte", lambda one: [*one.bucket_bits_per_byte, one.bits_per_byte])
     without_far = per_bucket("nats per token, K = 0", lambda one: one.bucket_losses_without_far)
     lines += [(*line, "") for line in without_far]
-    by_position = markdown_table(("model", "at positions", *positions, "all"), lines)
-    header = ("model", "parameters", "learning rate", "seeds", "tokens, millions", "processor, ms per step")
+    by_position = markdown_table(("model", "metric by position", *positions, "all"), lines)
+    header = ("model", "parameters", "learning rate", "seeds", "million tokens", "CPU ms per step")
     of_runs = []
     for name in names:
         runs = [run for run, _ in results if run.model == name]

@@ -1,4 +1,4 @@
-"""What quantizing an embedded checkpoint does to its loss, beside the same checkpoint in float32."""
+"""Effect of quantization on the loss of the bundled checkpoints."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -35,7 +35,12 @@ FORMATS = ("bfloat16", "bitsandbytes int8", "bitsandbytes NF4", "torchao int8 we
 
 @dataclass(frozen=True)
 class QuantizationSettings:
-    """One checkpoint in one of `FORMATS`, or in float32, on so many texts of its validation split."""
+    """One checkpoint in one of `FORMATS` or in float32.
+
+    Attributes:
+        documents: number of validation texts of a language model.
+        pairs: number of validation pairs of an encoder-decoder.
+    """
 
     checkpoint: str = "dfn-tiny"
     format: str = "float32"
@@ -45,7 +50,7 @@ class QuantizationSettings:
 
 @dataclass(frozen=True)
 class QuantizationMeasures:
-    """Loss in nats per token, and how many of the model's linear maps are quantized."""
+    """Loss in nats per token, number of quantized linear layers, and number of linear layers."""
 
     loss: float
     quantized: int
@@ -54,10 +59,10 @@ class QuantizationMeasures:
 
 
 def loading_options(name: str, checkpoint: str) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for a format.
+    """Return the arguments of `from_pretrained` for a format.
 
     Raises:
-        ValueError: an unknown format.
+        ValueError: the format is unknown.
     """
     if name == "float32":
         return {}
@@ -82,13 +87,13 @@ def loading_options(name: str, checkpoint: str) -> dict[str, Any]:
 
 
 def four_bit_exceptions(checkpoint: str) -> list[str] | None:
-    """The feed-forward networks where their width is odd: on a CPU four bits need multiples of 64 in and 32 out."""
+    """Return the modules to leave unquantized: 4-bit kernels on a CPU need inputs in multiples of 64, outputs of 32."""
     maps = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "lm_head"]
     return maps if load_config(checkpoint).intermediate_size % 64 else None
 
 
 def measure_quantization(settings: QuantizationSettings) -> QuantizationMeasures:
-    """Load the checkpoint in that format and take its loss on the validation split."""
+    """Load the checkpoint in the format and evaluate its loss on the validation split."""
     path = checkpoint_path(settings.checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(path)
     seq2seq = load_config(settings.checkpoint).is_encoder_decoder
@@ -119,14 +124,14 @@ def loss_on_verses(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, c
 
 
 def is_quantized(linear: nn.Linear) -> bool:
-    """Whether bitsandbytes made the module or torchao its weight."""
+    """Return whether the module is of bitsandbytes or its weight of torchao."""
     return type(linear) is not nn.Linear or type(linear.weight.data) is not torch.Tensor
 
 
 def run_quantization(
     runs: Iterable[QuantizationSettings], path: Path, report: Callable[[str], None] = lambda line: None
 ) -> list[tuple[QuantizationSettings, QuantizationMeasures]]:
-    """Every run, finished ones taken from the CSV at `path`."""
+    """Measure the runs; finished ones are read from the CSV at `path`."""
     results = ResultsFile(path, QuantizationSettings, QuantizationMeasures)
 
     def measure(settings: QuantizationSettings) -> QuantizationMeasures:
@@ -137,7 +142,7 @@ def run_quantization(
 
 
 def quantization_table(results: list[tuple[QuantizationSettings, QuantizationMeasures]]) -> str:
-    """One line per checkpoint: its loss in float32, and what each format adds to it."""
+    """Return a table with one row per checkpoint: its float32 loss and the increase of each format."""
     found = {(run.checkpoint, run.format): measures for run, measures in results}
     formats = [name for name in FORMATS if any(run.format == name for run, _ in results)]
     lines = []

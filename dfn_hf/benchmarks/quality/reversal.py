@@ -1,4 +1,4 @@
-"""Reversing strings: a Liquid whose windows see few tokens must read the source from its end."""
+"""String reversal: a Liquid with short attention windows must learn to read the source from its end."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -37,7 +37,7 @@ class ReversalSettings:
 
 @dataclass(frozen=True)
 class ReversalMeasures:
-    """Of strings that training did not draw: shares of the tokens and of whole strings that come out right."""
+    """Accuracy on unseen strings: fraction of correct tokens and of correct strings."""
 
     parameters: int
     tokens: float
@@ -47,13 +47,13 @@ class ReversalMeasures:
 
 
 def strings(settings: ReversalSettings, count: int, generator: torch.Generator) -> torch.Tensor:
-    """Random strings, int64 `[count, length]`."""
+    """Draw random strings, int64 `[count, length]`."""
     size = (count, settings.length)
     return torch.randint(FIRST_LETTER, FIRST_LETTER + settings.letters, size, generator=generator)
 
 
 def reversal_batches(settings: ReversalSettings) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless batches of strings and the same backwards."""
+    """Yield endless batches of strings and their reversals."""
     generator = torch.Generator().manual_seed(settings.seed)
     while True:
         drawn = strings(settings, settings.batch_size, generator)
@@ -63,7 +63,7 @@ def reversal_batches(settings: ReversalSettings) -> Iterator[dict[str, torch.Ten
 def measure_reversal(
     settings: ReversalSettings, report: Callable[[str], None] = lambda line: None
 ) -> ReversalMeasures:
-    """Train a Liquid, let it generate greedily, compare."""
+    """Train a Liquid and evaluate its greedy generations."""
     set_seed(settings.seed)
     config = LiquidConfig(
         vocab_size=FIRST_LETTER + settings.letters,
@@ -80,12 +80,12 @@ def measure_reversal(
     fresh = strings(settings, EVALUATED, torch.Generator().manual_seed(EVALUATION_SEED)).to(settings.device)
 
     @torch.no_grad()
-    def right() -> torch.Tensor:
-        said = model.generate(fresh, max_new_tokens=settings.length, do_sample=False, eos_token_id=None)
-        return said[:, 1:] == fresh.flip(1)
+    def correct() -> torch.Tensor:
+        generated = model.generate(fresh, max_new_tokens=settings.length, do_sample=False, eos_token_id=None)
+        return generated[:, 1:] == fresh.flip(1)
 
     def announce(step: int) -> None:
-        report(f"seed {settings.seed}: step {step}, {right().float().mean():.3f} of the tokens")
+        report(f"seed {settings.seed}: step {step}, token accuracy {correct().float().mean():.3f}")
 
     started = time.perf_counter()
     fit(
@@ -96,7 +96,7 @@ def measure_reversal(
         weight_decay=0.01,
         evaluate=announce,
     )
-    found = right()
+    found = correct()
     return ReversalMeasures(
         parameters=model.num_parameters(),
         tokens=found.float().mean().item(),
@@ -109,15 +109,15 @@ def measure_reversal(
 def run_reversal(
     runs: Iterable[ReversalSettings], path: Path, report: Callable[[str], None] = lambda line: None
 ) -> list[tuple[ReversalSettings, ReversalMeasures]]:
-    """Every run, finished ones taken from the CSV at `path`."""
+    """Measure the runs; finished ones are read from the CSV at `path`."""
     results = ResultsFile(path, ReversalSettings, ReversalMeasures)
     return [(run, results.run(run, lambda settings: measure_reversal(settings, report))) for run in runs]
 
 
 def reversal_table(results: list[tuple[ReversalSettings, ReversalMeasures]]) -> str:
-    """One line: mean ± standard error over seeds."""
+    """Return a table with one row: mean ± standard error over seeds."""
     settings, found = results[0][0], [measures for _, measures in results]
-    header = ("length", "window", "parameters", "steps", "seeds", "tokens right", "strings right", "wall clock, s")
+    header = ("length", "window", "parameters", "steps", "seeds", "token accuracy", "string accuracy", "wall-clock s")
     line = (
         str(settings.length),
         str(settings.attention_window),

@@ -1,4 +1,4 @@
-"""English to Spanish on the embedded verses: Liquid, with one part off at a time, beside a T5 of equal size."""
+"""English-Spanish translation of the bundled verses: Liquid, its ablations, and a T5 of equal size."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +38,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class TranslationSettings:
-    """One training run; `model` is "t5" or one of `VARIANTS`, `pairs` the first so many of each split, or all."""
+    """One training run.
+
+    Attributes:
+        model: "t5" or a key of `VARIANTS`.
+        pairs: number of pairs of each split; None for all.
+        scored: whether the test split is translated and scored.
+    """
 
     model: str = "liquid"
     seed: int = 0
@@ -54,7 +60,7 @@ class TranslationSettings:
 
 @dataclass(frozen=True)
 class TranslationMeasures:
-    """Validation loss in nats per token; on the test split chrF and BLEU, and chrF where sources are shuffled."""
+    """Validation loss in nats per token; chrF and BLEU on the test split, and chrF with shuffled sources."""
 
     parameters: int
     loss: float
@@ -68,10 +74,10 @@ class TranslationMeasures:
 def measure_translation(
     settings: TranslationSettings, report: Callable[[str], None] = lambda line: None
 ) -> TranslationMeasures:
-    """Train a fresh model, take its validation loss and, if it is to be scored, translate the test split.
+    """Train a model, evaluate its validation loss and, if `settings.scored`, translate the test split.
 
     Raises:
-        ValueError: an unknown model.
+        ValueError: the model is unknown.
     """
     if settings.model != "t5" and settings.model not in VARIANTS:
         raise ValueError(f"model is {settings.model!r}: choose one of t5, {', '.join(VARIANTS)}")
@@ -120,7 +126,7 @@ def measure_translation(
 
 @cache
 def encoded(max_length: int, count: int | None) -> tuple[Dataset, Dataset]:
-    """The pairs to train and to validate on."""
+    """Return the tokenized pairs of the train and validation splits; `count` limits each split."""
     train, validation = (first_pairs(split, count) for split in ("train", "validation"))
     return training_pairs(load_tokenizer(TOKENIZER), max_length, train, validation)[:2]
 
@@ -133,7 +139,7 @@ def first_pairs(split: str, count: int | None) -> Dataset:
 def random_batches(
     pairs: Dataset, batch_size: int, seed: int, collate: Callable[[list], Any]
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless padded batches of pairs about as long as each other; they depend on the seed alone."""
+    """Yield endless padded batches of pairs of similar length, determined by `seed`."""
     lengths = [
         max(len(source), len(target)) for source, target in zip(pairs["input_ids"], pairs["labels"], strict=True)
     ]
@@ -145,13 +151,13 @@ def random_batches(
 
 
 def with_masks(pairs: Dataset) -> list[dict[str, list[int]]]:
-    """Pairs as a collator takes them."""
+    """Add attention masks, which the collator pads."""
     return [{**pair, "attention_mask": [1] * len(pair["input_ids"])} for pair in pairs]
 
 
 @torch.no_grad()
 def validation_loss(model: PreTrainedModel, pairs: Dataset, collate: Callable[[list], Any]) -> float:
-    """Mean over all tokens of the targets, in nats, without the losses of routers and reconstruction."""
+    """Return the mean loss over all target tokens in nats, without router and reconstruction losses."""
     total, count = 0.0, 0
     for start in range(0, len(pairs), 32):
         chosen = with_masks(pairs.select(range(start, min(start + 32, len(pairs)))))
@@ -175,11 +181,11 @@ def run_translation(
     path: Path,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[tuple[TranslationSettings, TranslationMeasures]]:
-    """Every model with every seed; Liquid and T5 each at the learning rate that did best for it in a short run.
+    """Measure every model with every seed, Liquid and T5 each at its best learning rate in short runs.
 
-    A variant of Liquid trains at Liquid's learning rate. Where `search_steps` is 0 nothing is chosen: every model
-    trains at every rate. Finished runs, short ones too, are taken from the CSV at `path`. Batches depend on the seed
-    alone, so models meet the same ones.
+    The variants of Liquid use Liquid's learning rate. With `search_steps` 0, every model trains at every rate.
+    Finished runs are read from the CSV at `path`. Batches depend only on the seed, so all models train on the same
+    ones.
     """
     results = ResultsFile(path, TranslationSettings, TranslationMeasures)
 
@@ -210,11 +216,11 @@ def run_translation(
 
 
 def translation_table(results: list[tuple[TranslationSettings, TranslationMeasures]]) -> str:
-    """One line per model and learning rate, mean ± standard error over seeds; scores where models were scored."""
+    """Return a table with one row per model and learning rate: mean ± standard error over seeds."""
     scored = any(run.scored for run, _ in results)
-    scores = ("chrF", "BLEU", "chrF, sources shuffled") if scored else ()
+    scores = ("chrF", "BLEU", "chrF, shuffled sources") if scored else ()
     header = (
-        "model", "parameters", "learning rate", "seeds", "validation loss, nats per token", *scores, "ms per step",
+        "model", "parameters", "learning rate", "seeds", "validation loss, nats per token", *scores, "CPU ms per step",
     )  # fmt: skip
     lines = []
     for name, rate in dict.fromkeys((run.model, run.learning_rate) for run, _ in results):

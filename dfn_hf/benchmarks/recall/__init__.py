@@ -1,1 +1,1 @@
-"""Benchmarks of recall: associative recall, retrieval at length, memory."""
+"""Benchmarks of recall: associative recall, retrieval from long contexts, and FlowNetwork's memory."""

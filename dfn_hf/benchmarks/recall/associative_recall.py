@@ -1,4 +1,4 @@
-"""Associative recall: learn it on 64 tokens, read it at thousands, with and without far neighbours, then fine-tune."""
+"""Associative recall: train on 64 tokens, evaluate on thousands with and without far neighbours, then fine-tune."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -24,10 +24,12 @@ FINE_TUNING_SEED = 20_000
 
 @dataclass(frozen=True)
 class RecallSettings:
-    """One run: the model, the short task it learns, the long ones it is asked, and the fine-tuning in between.
+    """One run: the model, its short training task, the long evaluation tasks, and the fine-tuning between them.
 
-    `tuning_coarsest_cell` and `tuning_finest_cell` are the edges of DFN's largest and smallest cells from the
-    fine-tuning on: before it the largest span the ball. Accuracies are of sequences drawn with `evaluation_seed`.
+    Attributes:
+        tuning_coarsest_cell: largest cell edge of DFN's search from the fine-tuning on; before, it spans the ball.
+        tuning_finest_cell: smallest cell edge from the fine-tuning on.
+        evaluation_seed: seed of the evaluation sequences.
     """
 
     model: str = "dfn"
@@ -65,8 +67,14 @@ class RecallSettings:
 class RecallMeasures:
     """Accuracies on query tokens.
 
-    `steps_to_learn` is the first evaluation at 0.99 (None: never); `long_without_far` is the same checkpoint with
-    `num_neighbors` 0 (None: the model has no such neighbours); `longest` was measured after fine-tuning.
+    Attributes:
+        steps_to_learn: step of the first evaluation with an accuracy of 0.99; None if it was not reached.
+        short: on the training task.
+        long: at `long_length`, without fine-tuning.
+        long_without_far: at `long_length` with `num_neighbors` 0; None for other models.
+        longest_before_tuning: at `longest_length`, without fine-tuning.
+        longest: at `longest_length`, after fine-tuning.
+        seconds: wall-clock time of training and evaluation.
     """
 
     parameters: int
@@ -82,7 +90,7 @@ class RecallMeasures:
 
 @dataclass(frozen=True)
 class LearntRecall:
-    """A model trained on the short task, its accuracy there, and when it first reached `LEARNT`."""
+    """A model trained on the short task, its accuracy on this task, and the first step with `LEARNT` accuracy."""
 
     model: PreTrainedModel
     accuracy: float
@@ -93,7 +101,7 @@ class LearntRecall:
 def learn_recall(
     settings: RecallSettings, report: Callable[[str], None] = lambda line: None, **dfn_options
 ) -> LearntRecall:
-    """Train a fresh model on the short task, with the search it will be used with in the loop from the first step."""
+    """Train a model on the short task, with the neighbour search of the evaluation from the first step."""
     set_seed(settings.seed)
     size = ModelSize(
         vocab_size=settings.vocab_size,
@@ -131,7 +139,7 @@ def learn_recall(
 
 
 def long_recall(model: PreTrainedModel, settings: RecallSettings) -> float:
-    """Accuracy at `long_length`, with the model as it is."""
+    """Return the accuracy at `long_length`."""
     return recall_accuracy(
         model,
         seed=settings.evaluation_seed,
@@ -144,7 +152,7 @@ def long_recall(model: PreTrainedModel, settings: RecallSettings) -> float:
 
 
 def measure_recall(settings: RecallSettings, report: Callable[[str], None] = lambda line: None) -> RecallMeasures:
-    """Train on the short task, ask the long one, fine-tune in between, ask the longest one."""
+    """Train on the short task, evaluate on the long ones, fine-tune, and evaluate on the longest one."""
     started = time.perf_counter()
     learnt = learn_recall(settings, report)
     model = learnt.model
@@ -177,13 +185,13 @@ def measure_recall(settings: RecallSettings, report: Callable[[str], None] = lam
 def run_recall(
     runs: Iterable[RecallSettings], path: Path, report: Callable[[str], None] = lambda line: None
 ) -> list[tuple[RecallSettings, RecallMeasures]]:
-    """Every run, finished ones taken from the CSV at `path`."""
+    """Measure the runs; finished ones are read from the CSV at `path`."""
     results = ResultsFile(path, RecallSettings, RecallMeasures)
     return [(run, results.run(run, lambda settings: measure_recall(settings, report))) for run in runs]
 
 
 def recall_table(results: list[tuple[RecallSettings, RecallMeasures]]) -> str:
-    """One line per model, mean ± standard error over seeds."""
+    """Return a table with one row per model: mean ± standard error over seeds."""
     settings = results[0][0]
     header = (
         "model",
@@ -191,10 +199,10 @@ def recall_table(results: list[tuple[RecallSettings, RecallMeasures]]) -> str:
         f"{settings.length} tokens, {settings.num_pairs} pairs",
         f"steps to {LEARNT}",
         f"{settings.long_length} / {settings.long_num_pairs}, zero-shot",
-        "the same, K = 0",
+        f"{settings.long_length} / {settings.long_num_pairs}, K = 0",
         f"{settings.longest_length} / {settings.longest_num_pairs}, zero-shot",
-        f"the same, after {settings.tuning_steps} steps at {settings.tuning_length}, "
-        f"cells from {settings.tuning_coarsest_cell:g} to {settings.tuning_finest_cell:g}",
+        f"{settings.longest_length} / {settings.longest_num_pairs}, {settings.tuning_steps} steps at "
+        f"{settings.tuning_length}, cell edges {settings.tuning_coarsest_cell:g} to {settings.tuning_finest_cell:g}",
         "minutes",
     )
     lines = []
@@ -217,9 +225,9 @@ def recall_table(results: list[tuple[RecallSettings, RecallMeasures]]) -> str:
 
 
 def with_cell_sizes(model: DFNForCausalLM, cell_sizes: list[float]) -> DFNForCausalLM:
-    """A model of the same weights that searches in cells of other sizes; their grids keep rotation and shift.
+    """Return a model with the same weights and grids, and other cell sizes.
 
-    For a saved model, `from_pretrained(folder, cell_sizes=…)` does the same.
+    `from_pretrained(folder, cell_sizes=…)` does the same for a saved model.
     """
     config = DFNConfig.from_dict({**model.config.to_dict(), "cell_sizes": cell_sizes})
     resized = torch.nn.Module.to(DFNForCausalLM(config), model.device)

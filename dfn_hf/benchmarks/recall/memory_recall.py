@@ -1,4 +1,4 @@
-"""What a FlowNetwork's memory is worth: an answer from far before its windows, asked for among other tokens."""
+"""Recall with FlowNetwork's memory: an answer beyond the reach of its windows, queried later in the row."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,13 +16,13 @@ from ..harness.results import ResultsFile, markdown_table, mean_with_error
 from ..harness.training_loop import fit
 
 EVALUATION_SEED = 60_000
-ANSWER_PLACES = 4  # the answer stands at one of the first so many places
+ANSWER_PLACES = 4  # the answer is at one of the first four positions
 QUERIES = 16
 
 
 @dataclass(frozen=True)
 class MemoryRecallSettings:
-    """One training run. Queries stand in the second half of a row, the answer at its start."""
+    """One training run. The answer is at the start of a row, the queries are in its second half."""
 
     memory_size: int = 8
     seed: int = 0
@@ -44,18 +44,18 @@ class MemoryRecallSettings:
 
     @property
     def reach(self) -> int:
-        """Tokens that flow and attention together can look back, through all layers."""
+        """Receptive field in tokens of flow and attention through all layers."""
         return 2 * self.num_hidden_layers * (self.flow_window - 1)
 
     @property
     def distance(self) -> int:
-        """Tokens from the latest answer to the earliest query."""
+        """Minimum distance in tokens from the answer to a query."""
         return self.length // 2 - ANSWER_PLACES + 1
 
 
 @dataclass(frozen=True)
 class MemoryRecallMeasures:
-    """Share of the queries of fresh rows whose answer is the model's first choice."""
+    """Top-1 accuracy on the queries of unseen rows, and wall-clock seconds."""
 
     accuracy: float
     seconds: float
@@ -63,10 +63,10 @@ class MemoryRecallMeasures:
 
 
 def memory_recall_batches(settings: MemoryRecallSettings, seed: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless batches of `input_ids` and `labels`, each `[batch_size, length]` int64.
+    """Yield endless batches of `input_ids` and `labels`, each int64 `[batch_size, length]`.
 
-    Fillers are random tokens of a kind of their own. The label of a query is the answer, one column behind it, where
-    causal models look for it; other labels are ignored.
+    Fillers are random tokens from a separate part of the vocabulary. The answer is the label one column after each
+    query (causal models shift labels); other labels are ignored.
     """
     generator = torch.Generator().manual_seed(seed)
     batch, length, half = settings.batch_size, settings.length, settings.length // 2
@@ -84,7 +84,7 @@ def memory_recall_batches(settings: MemoryRecallSettings, seed: int) -> Iterator
 def learn_memory_recall(
     settings: MemoryRecallSettings, report: Callable[[str], None] = lambda line: None
 ) -> FlowNetworkForCausalLM:
-    """A model trained on the task."""
+    """Train a FlowNetwork on the task."""
     set_seed(settings.seed)
     config = FlowNetworkConfig(
         vocab_size=settings.answers + settings.fillers + 1,
@@ -118,7 +118,7 @@ def learn_memory_recall(
 
 @torch.no_grad()
 def memory_recall_accuracy(model: PreTrainedModel, settings: MemoryRecallSettings) -> float:
-    """Over four batches of rows that no training saw."""
+    """Return the top-1 accuracy over four batches of unseen rows."""
     batches = memory_recall_batches(settings, EVALUATION_SEED)
     right = []
     for _ in range(4):
@@ -132,7 +132,7 @@ def memory_recall_accuracy(model: PreTrainedModel, settings: MemoryRecallSetting
 def measure_memory_recall(
     settings: MemoryRecallSettings, report: Callable[[str], None] = lambda line: None
 ) -> MemoryRecallMeasures:
-    """Train and ask."""
+    """Train a model and evaluate its accuracy."""
     started = time.perf_counter()
     model = learn_memory_recall(settings, report)
     return MemoryRecallMeasures(
@@ -145,20 +145,20 @@ def measure_memory_recall(
 def run_memory_recall(
     runs: Iterable[MemoryRecallSettings], path: Path, report: Callable[[str], None] = lambda line: None
 ) -> list[tuple[MemoryRecallSettings, MemoryRecallMeasures]]:
-    """Every run, finished ones taken from the CSV at `path`."""
+    """Measure the runs; finished ones are read from the CSV at `path`."""
     results = ResultsFile(path, MemoryRecallSettings, MemoryRecallMeasures)
     return [(run, results.run(run, lambda settings: measure_memory_recall(settings, report))) for run in runs]
 
 
 def memory_recall_table(results: list[tuple[MemoryRecallSettings, MemoryRecallMeasures]]) -> str:
-    """One line per memory size, mean ± standard error over seeds."""
+    """Return a table with one row per memory size: mean ± standard error over seeds."""
     header = (
         "memory slots",
         "seeds",
-        "reach of flow and attention",
-        "distance, at least",
+        "receptive field, tokens",
+        "min distance, tokens",
         "accuracy",
-        "least",
+        "min accuracy",
         "chance",
     )
     lines = []

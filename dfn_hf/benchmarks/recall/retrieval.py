@@ -1,4 +1,4 @@
-"""Key-value pairs planted in up to a million random tokens and asked for behind them: what a small DFN finds again."""
+"""Retrieval of key-value pairs planted in contexts of up to a million random tokens, with a small DFN."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -21,17 +21,20 @@ from .associative_recall import DECAY_SHARE, FINE_TUNING_SEED, RecallSettings, l
 
 DEPTHS = (0.01, 0.5, 0.99)
 PAIRS_PER_DEPTH = 5
-GAP = 8  # tokens from one pair to the next of its depth
-MIN_LENGTH = round(PAIRS_PER_DEPTH * GAP / (1 - max(DEPTHS)))  # for the last pairs to find room
+GAP = 8  # tokens between two pairs at one depth
+MIN_LENGTH = round(PAIRS_PER_DEPTH * GAP / (1 - max(DEPTHS)))  # room for the pairs at the last depth
 CONTEXT_SEED = 70_000
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """One part of the fine-tuning: `planted_batch`es, read with what a long text will leave of the search.
+    """One stage of the fine-tuning on batches of `planted_batch`.
 
-    Few candidates or neighbours per token make a short text as hard as a longer one: what hides a pair among a million
-    tokens, or comes nearer to the question by chance, does so among thousands. `sharpened` multiplies γ beforehand.
+    A stage limits candidates or neighbours per token, which makes a context of thousands of tokens as hard for the
+    neighbour search as a longer one.
+
+    Attributes:
+        sharpened: factor of γ, applied before the stage.
     """
 
     steps: int
@@ -55,11 +58,16 @@ LESSONS = (
 
 @dataclass(frozen=True)
 class RetrievalSettings:
-    """One context, and the model that reads it; a pair is planted `PAIRS_PER_DEPTH` times at each of `DEPTHS`.
+    """One context and the model that reads it. `PAIRS_PER_DEPTH` pairs are planted at each of `DEPTHS`.
 
-    The model learns recall as in `RecallSettings`, then, with cells from `coarsest_cell` to `finest_cell`, the first
-    `lessons` of `LESSONS`; it reads with `num_tables`. `num_neighbors` 0 is the control: the same weights without far
-    neighbours. `context` draws the tokens.
+    Attributes:
+        context: seed offset of the context's tokens.
+        num_neighbors: 0 is the control, the same weights without far neighbours.
+        num_tables: tables of the search during reading.
+        steps: training steps of `learn_recall`.
+        lessons: number of fine-tuning stages of `LESSONS`.
+        coarsest_cell: largest cell edge during fine-tuning and reading.
+        finest_cell: smallest cell edge during fine-tuning and reading.
     """
 
     length: int
@@ -81,13 +89,13 @@ class RetrievalSettings:
 
 @dataclass(frozen=True)
 class RetrievalMeasures:
-    """What was found in one context.
+    """Retrieval from one context.
 
     Attributes:
-        found: values right at each of `DEPTHS`, of `PAIRS_PER_DEPTH`.
-        seconds: of the context's chunks; the questions are not counted.
-        peak_mib: most memory held while the context was read and asked.
-        cache_mib: what the state for continuation holds behind the context.
+        found: number of correct values at each of `DEPTHS`, out of `PAIRS_PER_DEPTH`.
+        seconds: time to read the context, without the queries.
+        peak_mib: peak memory during reading and queries.
+        cache_mib: size of the cache after the context.
     """
 
     found: list[int]
@@ -100,12 +108,12 @@ class RetrievalMeasures:
 def planted_batch(
     generator: torch.Generator, *, batch_size: int, length: int, num_pairs: int, vocab_size: int
 ) -> dict[str, torch.Tensor]:
-    """`mqar.recall_batch` with every pair anywhere, and its query anywhere behind it.
+    """Draw a batch like `mqar.recall_batch` with each pair at a random position and its query at a later one.
 
-    There the pairs stand side by side, by which a model learns to tell them from filler: in a long text none does.
+    In `mqar.recall_batch` the pairs are adjacent, so a model can tell them from filler by their position.
 
     Returns:
-        `input_ids` and `labels`, `[batch_size, length]` int64, as there.
+        `input_ids` and `labels`, `[batch_size, length]` int64, as in `mqar.recall_batch`.
     """
     half = vocab_size // 2
 
@@ -123,7 +131,7 @@ def planted_batch(
 
 
 def planted_batches(seed: int, **task: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless batches of one seed; `task` as in `planted_batch`."""
+    """Yield endless batches of one seed; `task` holds the arguments of `planted_batch`."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield planted_batch(generator, **task)
@@ -132,20 +140,20 @@ def planted_batches(seed: int, **task: int) -> Iterator[dict[str, torch.Tensor]]
 def planted_context(
     generator: torch.Generator, length: int, vocab_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random tokens with `PAIRS_PER_DEPTH` pairs at each of `DEPTHS`: as `mqar.recall_batch`, but for where they are.
+    """Draw random tokens with `PAIRS_PER_DEPTH` key-value pairs at each of `DEPTHS`.
 
-    Keys are of the lower half of the vocabulary, values of the upper; none of the context's keys is among its filler,
-    all other tokens are.
+    Keys come from the lower half of the vocabulary and values from the upper half. The filler contains all tokens
+    except the keys of the context.
 
     Returns:
         The context, int64 `[length]`; keys and values, `[depths, PAIRS_PER_DEPTH]`.
 
     Raises:
-        ValueError: a vocabulary of too few keys, or a context too short for its pairs.
+        ValueError: the vocabulary has too few keys, or the context is too short for its pairs.
     """
     half, num_pairs = vocab_size // 2, len(DEPTHS) * PAIRS_PER_DEPTH
     if num_pairs >= half:
-        raise ValueError(f"vocab_size is {vocab_size}: {num_pairs} pairs need more than {2 * num_pairs} tokens")
+        raise ValueError(f"vocab_size is {vocab_size}: {num_pairs} pairs need a vocabulary of more than {2 * num_pairs} tokens")
     check_length(length)
     starts = [int(depth * length) + GAP * pair for depth in DEPTHS for pair in range(PAIRS_PER_DEPTH)]
     keys = torch.randperm(half, generator=generator)[:num_pairs]
@@ -158,14 +166,14 @@ def planted_context(
 
 
 def check_length(length: int) -> None:
-    """Raises: ValueError: a context too short for its pairs."""
+    """Raise a ValueError if a context of this length is too short for its pairs."""
     if length < MIN_LENGTH:
-        raise ValueError(f"length is {length}: its pairs need a context of {MIN_LENGTH} tokens or more")
+        raise ValueError(f"length is {length}: the pairs need a context of at least {MIN_LENGTH} tokens")
 
 
 @torch.no_grad()
 def read_context(model: DFNForCausalLM, context: torch.Tensor, chunk_length: int) -> DynamicCache:
-    """The state behind `context` `[length]`, read in chunks."""
+    """Read `context` `[length]` in chunks and return the cache."""
     state = DynamicCache(config=model.config)
     for chunk in context[None].split(chunk_length, dim=1):
         model(input_ids=chunk, past_key_values=state, logits_to_keep=1)
@@ -174,7 +182,7 @@ def read_context(model: DFNForCausalLM, context: torch.Tensor, chunk_length: int
 
 @torch.no_grad()
 def ask(model: DFNForCausalLM, state: DynamicCache, keys: torch.Tensor) -> torch.Tensor:
-    """The model's first choice behind each of `keys` `[num_keys]`; none sees another, and `state` stays as it is."""
+    """Return the top-1 prediction after each of `keys` `[num_keys]`; each key is removed from the cache again."""
     state.activate_past_recording()
     answers = []
     for key in keys.view(-1, 1, 1):
@@ -184,21 +192,21 @@ def ask(model: DFNForCausalLM, state: DynamicCache, keys: torch.Tensor) -> torch
 
 
 def cache_mib(state: DynamicCache) -> float:
-    """What the tensors of a flow model's cache hold."""
+    """Return the size of the tensors in a cache in MiB."""
     layers = state_layers(state, len(state.layers))
     tensors = [held.data for layer in layers for held in layer.states.values()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
 
 
 def measure_retrieval(settings: RetrievalSettings, report: Callable[[str], None]) -> RetrievalMeasures:
-    """Train the model, where the process has not yet, and read one context in a fresh process."""
+    """Train the model once per process, and read one context in a fresh process."""
     unread = replace(settings, length=0, context=0, num_neighbors=RetrievalSettings.num_neighbors)
     return run_isolated(_read_and_ask, trained_model(unread, report), settings)
 
 
 @cache
 def trained_model(settings: RetrievalSettings, report: Callable[[str], None]) -> DFNForCausalLM:
-    """The model of these settings, whatever they say of the context."""
+    """Train the model of these settings; fields of the context have no effect."""
     recall = RecallSettings(
         seed=settings.seed, vocab_size=settings.vocab_size, steps=settings.steps, device=settings.device
     )
@@ -207,14 +215,14 @@ def trained_model(settings: RetrievalSettings, report: Callable[[str], None]) ->
         model, geometric_cell_sizes(recall.num_tables, settings.coarsest_cell, settings.finest_cell)
     )
     for number, lesson in enumerate(LESSONS[: settings.lessons], start=1):
-        report(f"fine-tuning: lesson {number}, {lesson.steps} steps of {lesson.batch_size} x {lesson.length:,} tokens")
+        report(f"fine-tuning: stage {number}, {lesson.steps} steps of {lesson.batch_size} x {lesson.length:,} tokens")
         teach(model, lesson, settings)
     model.config.candidates_per_table, model.config.num_neighbors = recall.candidates_per_table, settings.num_neighbors
     return with_tables(model, geometric_cell_sizes(settings.num_tables, settings.coarsest_cell, settings.finest_cell))
 
 
 def teach(model: DFNForCausalLM, lesson: Lesson, settings: RetrievalSettings) -> None:
-    """Fine-tune `model` on one lesson, whose search its configuration keeps."""
+    """Fine-tune `model` on one stage; its configuration keeps the search settings of the stage."""
     model.config.candidates_per_table, model.config.num_neighbors = lesson.candidates_per_table, lesson.num_neighbors
     with torch.no_grad():
         for layer in model.model.layers:
@@ -237,9 +245,9 @@ def teach(model: DFNForCausalLM, lesson: Lesson, settings: RetrievalSettings) ->
 
 
 def with_tables(model: DFNForCausalLM, cell_sizes: list[float]) -> DFNForCausalLM:
-    """A model of the same weights that searches in as many tables as there are `cell_sizes`; their grids are new.
+    """Return a model with the same weights and one new table per element of `cell_sizes`.
 
-    For a saved model, `from_pretrained(folder, num_tables=…, cell_sizes=…, ignore_mismatched_sizes=True)` does it.
+    `from_pretrained(folder, num_tables=…, cell_sizes=…, ignore_mismatched_sizes=True)` does the same for a saved model.
     """
     changes = {"num_tables": len(cell_sizes), "cell_sizes": cell_sizes}
     other = torch.nn.Module.to(DFNForCausalLM(DFNConfig.from_dict(model.config.to_dict() | changes)), model.device)
@@ -251,10 +259,10 @@ def with_tables(model: DFNForCausalLM, cell_sizes: list[float]) -> DFNForCausalL
 def run_retrieval(
     runs: Iterable[RetrievalSettings], path: Path, report: Callable[[str], None] = lambda line: None
 ) -> list[tuple[RetrievalSettings, RetrievalMeasures]]:
-    """Every context, those already read taken from the CSV at `path`.
+    """Measure the runs; finished ones are read from the CSV at `path`.
 
     Raises:
-        ValueError: a context too short for its pairs, before anything is trained.
+        ValueError: a context is too short for its pairs; raised before any training.
     """
     runs = list(runs)
     for run in runs:
@@ -273,27 +281,27 @@ def run_retrieval(
 
 
 def retrieval_table(results: list[tuple[RetrievalSettings, RetrievalMeasures]]) -> str:
-    """One line per length and number of neighbours: accuracy per depth, time and memory of a context."""
+    """Return a table with one row per length and number of neighbours: accuracy per depth, time and memory."""
     header = (
         "tokens",
         "K",
         "trials per depth",
-        *(f"{depth:.0%} deep" for depth in DEPTHS),
+        *(f"depth {depth:.0%}" for depth in DEPTHS),
         "s per context",
         "peak MiB",
-        "of it cache",
+        "cache MiB",
     )
     lines = []
     for length, num_neighbors in dict.fromkeys((run.length, run.num_neighbors) for run, _ in results):
         found = [one for run, one in results if (run.length, run.num_neighbors) == (length, num_neighbors)]
         trials = PAIRS_PER_DEPTH * len(found)
-        right = [sum(one.found[depth] for one in found) / trials for depth in range(len(DEPTHS))]
+        accuracies = [sum(one.found[depth] for one in found) / trials for depth in range(len(DEPTHS))]
         lines.append(
             (
                 f"{length:,}",
                 str(num_neighbors),
                 str(trials),
-                *(f"{share:.2f}" for share in right),
+                *(f"{accuracy:.2f}" for accuracy in accuracies),
                 f"{sum(one.seconds for one in found) / len(found):.1f}",
                 f"{max(one.peak_mib for one in found):,.0f}",
                 f"{max(one.cache_mib for one in found):,.0f}",

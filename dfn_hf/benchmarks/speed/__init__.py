@@ -1,1 +1,1 @@
-"""Benchmarks of time and memory over the length."""
+"""Benchmarks of time and memory over the sequence length."""

@@ -1,4 +1,4 @@
-"""Time and memory of one forward pass over a field, over the number of its samples."""
+"""Time and memory of a forward pass over a field, over the number of samples."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -20,7 +20,7 @@ SIDES = (125, 250, 500, 1000)
 
 @dataclass(frozen=True)
 class FieldSpeedSettings:
-    """A square image of noise over waves, `side` samples along each edge; other sizes as for `FieldSettings`."""
+    """A square synthetic image with `side` samples per side; other fields as in `FieldSettings`."""
 
     side: int = 1000
     samples_per_entity: int = 16
@@ -32,7 +32,7 @@ class FieldSpeedSettings:
 
 @dataclass(frozen=True)
 class FieldSpeedMeasures:
-    """Seconds and peak MiB of the process, of one forward pass that reconstructs every sample."""
+    """Seconds of a forward pass that reconstructs every sample, and peak MiB of the process."""
 
     seconds: float
     peak_mib: float
@@ -40,7 +40,7 @@ class FieldSpeedMeasures:
 
 
 def measure_field_speed(settings: FieldSpeedSettings) -> FieldSpeedMeasures:
-    """In a fresh process."""
+    """Measure one image in a fresh process."""
     return run_isolated(_forward, settings)
 
 
@@ -61,7 +61,7 @@ def _forward(settings: FieldSpeedSettings) -> FieldSpeedMeasures:
         )
         return DFNForFieldReconstruction(config).eval()
 
-    model(16)(coordinates[:, :256], values[:, :256])  # builds the kernels where they are missing
+    model(16)(coordinates[:, :256], values[:, :256])  # compiles the C kernels if necessary
     measured = model(settings.side**2 // settings.samples_per_entity)
     started = clock("cpu")
     measured(coordinates, values)
@@ -73,7 +73,7 @@ def _forward(settings: FieldSpeedSettings) -> FieldSpeedMeasures:
 def run_field_speed(
     runs: Iterable[FieldSpeedSettings], path: Path, report: Callable[[str], None] = lambda line: None
 ) -> list[tuple[FieldSpeedSettings, FieldSpeedMeasures]]:
-    """Every run's measures, taken from the CSV at `path` where it has them."""
+    """Measure the runs; finished ones are read from the CSV at `path`."""
     results = ResultsFile(path, FieldSpeedSettings, FieldSpeedMeasures)
     finished = []
     for settings in runs:
@@ -84,7 +84,7 @@ def run_field_speed(
 
 
 def field_speed_table(finished: list[tuple[FieldSpeedSettings, FieldSpeedMeasures]]) -> str:
-    """One line per size, and the slope of log time over log samples."""
+    """Return a table with one row per size, followed by the slope of log time over log samples."""
     lines = [
         (
             f"{settings.side**2:,}",
@@ -95,7 +95,7 @@ def field_speed_table(finished: list[tuple[FieldSpeedSettings, FieldSpeedMeasure
         )
         for settings, measures in finished
     ]
-    table = markdown_table(("samples", "entities", "s", "µs per sample", "peak GiB"), lines)
+    table = markdown_table(("samples", "entities", "time s", "µs per sample", "peak GiB"), lines)
     if len(finished) < 2:
         return table
     points = [(2 * math.log(settings.side), math.log(measures.seconds)) for settings, measures in finished]

@@ -1,4 +1,4 @@
-"""A million tokens in one forward pass, and the same in chunks through the cache: time, memory, equal last logits."""
+"""A million tokens in one forward pass and in chunks: time, memory, and equality of the last logits."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,10 @@ from .scaling import corpus_bytes
 
 @dataclass(frozen=True)
 class MillionSettings:
-    """Sizes of model and input; neighbours, window and tables are the configuration's defaults.
+    """Sizes of model and input; other configuration fields have their defaults.
 
-    `initializer_range` is about 1/√hidden_size, so that every block moves the logits.
+    Attributes:
+        initializer_range: about 1/√hidden_size, so that every block changes the logits.
     """
 
     length: int = 2**20
@@ -34,7 +35,7 @@ class MillionSettings:
 
 @dataclass(frozen=True)
 class MillionMeasures:
-    """Seconds and peak MiB of both ways, the largest difference of their last logits, and those logits' deviation."""
+    """Seconds and peak MiB of both passes, the largest difference of their last logits, and the standard deviation."""
 
     seconds: float
     peak_mib: float
@@ -46,7 +47,7 @@ class MillionMeasures:
 
 
 def measure_million(settings: MillionSettings) -> MillionMeasures:
-    """Both ways, each in a fresh process."""
+    """Measure one pass and the chunked pass, each in a fresh process."""
     logits, seconds, peak, machine = run_isolated(_last_logits, settings, settings.length)
     chunked, chunked_seconds, chunked_peak, _ = run_isolated(_last_logits, settings, settings.chunk_length)
     return MillionMeasures(
@@ -61,12 +62,12 @@ def measure_million(settings: MillionSettings) -> MillionMeasures:
 
 
 def run_million(settings: MillionSettings, path: Path) -> MillionMeasures:
-    """The measures, taken from the CSV at `path` where it has them."""
+    """Measure the settings; a finished run is read from the CSV at `path`."""
     return ResultsFile(path, MillionSettings, MillionMeasures).run(settings, measure_million)
 
 
 def million_table(settings: MillionSettings, measures: MillionMeasures) -> str:
-    """One line per way, and the agreement of their last logits."""
+    """Return a table with one row per pass, followed by the difference of the last logits."""
     per_token_and_head = settings.length * settings.num_hidden_layers * settings.num_attention_heads / 1e6
     lines = [
         (way, f"{seconds:,.0f}", f"{seconds / per_token_and_head:.1f}", f"{peak / 1024:.2f}")
@@ -75,7 +76,7 @@ def million_table(settings: MillionSettings, measures: MillionMeasures) -> str:
             (f"chunks of {settings.chunk_length:,}", measures.chunked_seconds, measures.chunked_peak_mib),
         )
     ]
-    table = markdown_table((f"{settings.length:,} tokens", "s", "µs per token and head", "peak GiB"), lines)
+    table = markdown_table((f"{settings.length:,} tokens", "time s", "µs per token and head", "peak GiB"), lines)
     return (
         f"{table}\n\nlast logits: largest difference {measures.largest_difference:.1e}, "
         f"standard deviation {measures.logits_deviation:.2f}"
@@ -108,7 +109,7 @@ def _build(settings: MillionSettings) -> PreTrainedModel:
 
 @torch.no_grad()
 def _prefill(model: PreTrainedModel, input_ids: torch.Tensor, chunk_length: int) -> torch.Tensor:
-    """Logits of the last token, `[vocab_size]`; the cache is kept only where there is more than one chunk."""
+    """Return the logits of the last token `[vocab_size]`; a cache is used only for more than one chunk."""
     use_cache = chunk_length < input_ids.shape[1]
     state = DynamicCache(config=model.config) if use_cache else None
     for chunk in input_ids.split(chunk_length, dim=1):

@@ -1,12 +1,12 @@
-"""The lengths that the paper's repository reports, 32 to 768,000, in one forward pass each."""
+"""Forward passes over the lengths that the repository of the DFN paper reports, 32 to 768,000 tokens."""
 
 from collections.abc import Sequence
 
 from ..harness.results import markdown_table
 from .scaling import ScalingMeasures, ScalingSettings
 
-# Seconds and MB of GPU memory in use, by length: the table in the README of the paper's repository, on a GPU that it
-# does not name. What was timed there is an MLP per token and attention among the 64 tokens of largest norm.
+# Seconds and MB of GPU memory by length, from the README of the paper's repository, on an unnamed GPU. The timed code
+# is an MLP per token and attention among the 64 tokens with the largest norm.
 REPORTED = {
     32: (0.034, 59.0),
     512: (0.025, 59.9),
@@ -19,7 +19,7 @@ LENGTHS = (32, 512, 8192, 65536, 204800, 256000, 512000, 768000)
 
 
 def paper_table(results: Sequence[tuple[ScalingSettings, ScalingMeasures]]) -> str:
-    """One line per length; "–" where the paper's repository reports none."""
+    """Return a table with one row per length; "–" if the paper's repository does not report it."""
     lines = []
     for run, measures in results:
         reported = REPORTED.get(run.length)
@@ -32,5 +32,5 @@ def paper_table(results: Sequence[tuple[ScalingSettings, ScalingMeasures]]) -> s
                 *(("–", "–") if reported is None else (f"{reported[0]:.3f}", f"{reported[1]:,.1f}")),
             )
         )
-    header = ("tokens", "s", "µs per token", "peak MiB", "paper's repository, s", "MB of its GPU")
+    header = ("tokens", "time s", "µs per token", "peak MiB", "paper's repository: time s", "GPU MB")
     return markdown_table(header, lines)

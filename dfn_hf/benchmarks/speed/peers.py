@@ -1,4 +1,4 @@
-"""A DFN beside models of other families and equal size, over the length: forward pass, training, prefill, decoding."""
+"""DFN and models of other families with equal size over the length: forward, training, prefill and decoding."""
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -22,16 +22,17 @@ from .throughput import DECODED, forward, timed, train
 
 WORKS = ("forward", "training", "prefill", "decoding")
 CACHES = ("dynamic", "static")
-# A Reformer's cached step is not what its full pass gives, a Llama's convolution keeps no state.
+# A Reformer's cached step differs from its full pass; llama-conv has no cache.
 UNCACHED = ("reformer", "llama-conv")
-PREFILL_CHUNK = 8192  # of the context that is decoded behind
+PREFILL_CHUNK = 8192  # tokens of the context per forward pass, before decoding
 
 
 @dataclass(frozen=True)
 class PeerSettings:
-    """One model, one kind of work, one length of one row.
+    """One model, workload and length, with batch size 1.
 
-    `cache` is what decoding continues: "dynamic", or "static" with the step compiled.
+    Attributes:
+        cache: cache of decoding: "dynamic", or "static" with a compiled step.
     """
 
     model: str = "dfn"
@@ -58,7 +59,7 @@ class PeerSettings:
 
 @dataclass(frozen=True)
 class PeerTiming(Timing):
-    """Seconds of a pass over the length, or of one token behind it."""
+    """Seconds of a pass over the length, or of one decoded token."""
 
     parameters: int
 
@@ -72,10 +73,10 @@ def peer_runs(
     training_lengths: Sequence[int],
     caches: Sequence[str] = ("dynamic",),
 ) -> list[PeerSettings]:
-    """Every model at every work that it can do, `caches` for decoding.
+    """Return the runs of every model with every workload that it supports, and `caches` for decoding.
 
     Raises:
-        ValueError: an unknown kind of work or cache.
+        ValueError: a workload or cache is unknown.
     """
     for name, given, known in (("work", works, WORKS), ("cache", caches, CACHES)):
         for value in given:
@@ -99,13 +100,13 @@ def run_peers(
     *,
     together: bool = False,
 ) -> list[tuple[PeerSettings, PeerTiming]]:
-    """The runs of one work and length take turns; finished ones from the CSV at `path`. See `run_over_lengths`."""
+    """Measure the runs in round-robin order; finished ones are read from the CSV at `path`. See `run_over_lengths`."""
     results = ResultsFile(path, PeerSettings, PeerTiming)
     return run_over_lengths(runs, results, prepare_peer, time_limit, report, together=together)
 
 
 def prepare_peer(settings: PeerSettings) -> Callable[[], PeerTiming]:
-    """A turn: the work, once. Model and, for decoding, the state behind the context are made before."""
+    """Build the model and, for decoding, the cache of the context; return a callable that times the workload once."""
     set_up_device(settings.device, settings.threads)
     set_seed(0)
     size = ModelSize(
@@ -132,7 +133,7 @@ def prepare_peer(settings: PeerSettings) -> Callable[[], PeerTiming]:
 
 
 def peers_table(results: Sequence[tuple[PeerSettings, PeerTiming]]) -> str:
-    """`lengths_table`, the parameters, and what a decoded token costs per layer (of a Mamba-2 two blocks)."""
+    """Return `lengths_table`, the time per decoded token and layer (two blocks of Mamba-2), and the parameters."""
     parameters: dict[str, set[int]] = {}
     per_layer: dict[str, list[float]] = {}
     for run, timing in results:
@@ -155,8 +156,8 @@ def _prefill(model: PreTrainedModel, input_ids: torch.Tensor, device: str) -> fl
 
 
 def _decoding(model: PreTrainedModel, input_ids: torch.Tensor, settings: PeerSettings) -> Callable[[], float]:
-    """Seconds per token of the next few behind `input_ids`, again and again."""
-    state: Any = None  # whatever the model makes of it
+    """Return a callable that decodes the next tokens after `input_ids` and returns the seconds per token."""
+    state: Any = None  # the model creates its cache
     if settings.cache == "static":
         state = StaticCache(model.config, max_cache_len=settings.length + (1 + settings.repeats) * DECODED)
     with torch.no_grad():
@@ -179,13 +180,13 @@ def _decoding(model: PreTrainedModel, input_ids: torch.Tensor, settings: PeerSet
 
 
 def _read(model: PreTrainedModel, call: Callable[..., Any], input_ids: torch.Tensor, state: Any) -> Any:
-    """The state behind `input_ids`, `call` being the model or what it was compiled to."""
+    """Return the cache after `input_ids`; `call` is the model or its compiled form."""
     name = "cache_params" if "cache_params" in inspect.signature(model.forward).parameters else "past_key_values"
     return call(input_ids, use_cache=True, logits_to_keep=1, **{name: state})[name]
 
 
 def _fill(state: DynamicCache | StaticCache, model: PreTrainedModel, settings: PeerSettings) -> None:
-    """Random keys and values in the place of a context: a step over them costs the same, reading it is quadratic."""
+    """Fill a Llama's cache with random keys and values: a step takes the same time, and the quadratic prefill is saved."""
     config = model.config
     shape = (1, config.num_key_value_heads, settings.length, config.head_dim)
     for layer in range(config.num_hidden_layers):

@@ -1,4 +1,4 @@
-"""Time and memory of one forward pass over the length, DFN beside Llama with torch's fused attention."""
+"""Time and memory of a forward pass over the length: DFN and a Llama with torch's fused attention."""
 
 import math
 import statistics
@@ -39,7 +39,7 @@ class ScalingSettings:
 class ScalingMeasures:
     """Median seconds of a forward pass and of its token mixers, and memory before and at its peak.
 
-    The token mixer is a layer's attention module, projections and search included.
+    The token mixer is the attention module of a layer, with its projections and DFN's neighbour search.
     """
 
     parameters: int
@@ -51,7 +51,7 @@ class ScalingMeasures:
 
 
 def measure_scaling(settings: ScalingSettings) -> ScalingMeasures:
-    """Time `settings.repeats` passes over the corpus' bytes; only in a fresh process is the peak its own."""
+    """Time `settings.repeats` passes over bytes of the corpus; run it in a fresh process for a valid peak memory."""
     set_up_device(settings.device, settings.threads)
     set_seed(0)
     size = ModelSize(
@@ -89,7 +89,10 @@ def run_scaling(
     path: Path,
     report: Callable[[str], None] = lambda line: None,
 ) -> list[tuple[ScalingSettings, ScalingMeasures]]:
-    """DFN at `lengths`, Llama at `baseline_lengths`, each in a fresh process; finished runs from the CSV at `path`."""
+    """Measure DFN at `lengths` and Llama at `baseline_lengths`, each in a fresh process.
+
+    Finished runs are read from the CSV at `path`.
+    """
     results = ResultsFile(path, ScalingSettings, ScalingMeasures)
     runs = [replace(settings, model="dfn", length=length) for length in lengths]
     runs += [replace(settings, model="llama", length=length) for length in baseline_lengths]
@@ -102,9 +105,9 @@ def run_scaling(
 
 
 def log_log_slope(lengths: Sequence[int], values: Sequence[float]) -> float | None:
-    """Least-squares slope of log(value) over log(length): 1 is linear, 2 quadratic.
+    """Return the least-squares slope of log(value) over log(length): 1 is linear, 2 quadratic.
 
-    None for fewer than two lengths, and where a value is 0: memory that a short pass finds free already.
+    None for fewer than two lengths, or if a value is 0 (a short pass may need no additional memory).
     """
     if len(lengths) < 2 or min(values) <= 0:
         return None
@@ -113,7 +116,7 @@ def log_log_slope(lengths: Sequence[int], values: Sequence[float]) -> float | No
 
 
 def scaling_table(results: Sequence[tuple[ScalingSettings, ScalingMeasures]]) -> str:
-    """One line per length, and below it the slopes of time and of memory beyond the idle process."""
+    """Return a table with one row per length, followed by the slopes of time and of memory above the idle process."""
     by_model = {
         name: {run.length: measures for run, measures in results if run.model == name} for name in ("dfn", "llama")
     }
@@ -137,13 +140,13 @@ def scaling_table(results: Sequence[tuple[ScalingSettings, ScalingMeasures]]) ->
         lines.append(cells)
     header = ["tokens"]
     for name in ("DFN", "Llama"):
-        header += [f"{name} s", f"{name} µs per token and head", f"{name} mixer alone, µs", f"{name} peak MiB"]
+        header += [f"{name} s", f"{name} µs per token and head", f"{name} mixer µs", f"{name} peak MiB"]
     header.append("Llama / DFN time")
     return "\n".join([markdown_table(header, lines), "", *_slope_lines(by_model)])
 
 
 def plot_scaling(results: Sequence[tuple[ScalingSettings, ScalingMeasures]], path: Path) -> None:
-    """Write a picture: seconds and peak memory over the length, both axes logarithmic."""
+    """Save a log-log figure of seconds and peak memory over the length."""
     import matplotlib.pyplot as plt
 
     figure, (time_axes, memory_axes) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -166,7 +169,7 @@ def plot_scaling(results: Sequence[tuple[ScalingSettings, ScalingMeasures]], pat
 
 
 def corpus_bytes(length: int) -> torch.Tensor:
-    """The first `length` bytes of the embedded train split, `[1, length]` int64.
+    """Return the first `length` bytes of the bundled train split, `[1, length]` int64.
 
     Raises:
         ValueError: the split is shorter.
@@ -176,11 +179,11 @@ def corpus_bytes(length: int) -> torch.Tensor:
         text += document.encode("utf-8")
         if len(text) >= length:
             return torch.frombuffer(text[:length], dtype=torch.uint8).long()[None]
-    raise ValueError(f"length is {length:,}: the embedded train split has only {len(text):,} bytes")
+    raise ValueError(f"length is {length:,}: choose at most {len(text):,}, the bytes of the bundled train split")
 
 
 class _MixerTime:
-    """`seconds` spent inside the token mixers since it was last set to 0."""
+    """Accumulates the `seconds` spent in the token mixers; set it to 0 before a pass."""
 
     seconds = 0.0
 

@@ -1,4 +1,4 @@
-"""Time and peak memory of encoder-decoders of equal size: Liquid, Liquid without its LSTM, and T5."""
+"""Time and peak memory of encoder-decoders of equal size over the length: Liquid, Liquid without LSTM, and T5."""
 
 import statistics
 from collections.abc import Callable, Iterable
@@ -25,13 +25,13 @@ MODELS = ("liquid", "liquid-no-lstm", "t5")
 
 @dataclass(frozen=True)
 class Seq2SeqSpeedSettings:
-    """One model, one kind of work, one length; the median of `repeats` after a warm-up counts.
+    """One model, workload and length with batch size 1; the result is the median of `repeats` after a warm-up.
 
     Attributes:
-        work: "encoder" reads a source of the length; "decoder" a target of the length, given a source of
-            `source_length`; "joint" and "training" (with its backward pass) both of the length; "decoding" is one
-            token behind a target of the length, given a source of `source_length`.
-        num_hidden_layers: of the encoder, and as many of the decoder.
+        work: "encoder": a source of `length` tokens. "decoder": a target of `length` tokens with teacher forcing,
+            given a source of `source_length`. "joint": source and target of `length` tokens. "training": the same with
+            the backward pass. "decoding": one token after a target of `length`, given a source of `source_length`.
+        num_hidden_layers: layers of the encoder, and of the decoder.
     """
 
     model: str = "liquid"
@@ -48,10 +48,10 @@ class Seq2SeqSpeedSettings:
 
 
 def measure_seq2seq_speed(settings: Seq2SeqSpeedSettings) -> SpeedMeasures:
-    """Time the work on the corpus' bytes, one row; only in a fresh process is the peak its own.
+    """Time the workload on bytes of the corpus; run it in a fresh process for a valid peak memory.
 
     Raises:
-        ValueError: an unknown model or kind of work.
+        ValueError: the model or workload is unknown.
     """
     if settings.model not in MODELS:
         raise ValueError(f"model is {settings.model!r}: choose one of {', '.join(MODELS)}")
@@ -78,7 +78,7 @@ def measure_seq2seq_speed(settings: Seq2SeqSpeedSettings) -> SpeedMeasures:
 
 
 def build(settings: Seq2SeqSpeedSettings) -> PreTrainedModel:
-    """The model; the T5 has as many parameters as the Liquid with its LSTM."""
+    """Build the model; the T5 matches the number of parameters of Liquid with its LSTM."""
     tokens = {"vocab_size": VOCAB_SIZE, "pad_token_id": 0, "decoder_start_token_id": 0}
     liquid = LiquidConfig(
         hidden_size=settings.hidden_size,
@@ -95,32 +95,32 @@ def build(settings: Seq2SeqSpeedSettings) -> PreTrainedModel:
 
 @torch.no_grad()
 def encode(model: PreTrainedModel, source: torch.Tensor, tokens: torch.Tensor, device: str) -> float:
-    """Seconds of the encoder on `tokens`."""
+    """Return the seconds of the encoder on `tokens`."""
     return timed(lambda: model.get_encoder()(tokens), device)
 
 
 @torch.no_grad()
 def decode(model: PreTrainedModel, source: torch.Tensor, tokens: torch.Tensor, device: str) -> float:
-    """Seconds of the decoder on `tokens`, logits included."""
+    """Return the seconds of the decoder on `tokens`, logits included."""
     encoded = model.get_encoder()(source)
     return timed(lambda: model(encoder_outputs=encoded, decoder_input_ids=tokens, use_cache=False), device)
 
 
 @torch.no_grad()
 def joint(model: PreTrainedModel, source: torch.Tensor, tokens: torch.Tensor, device: str) -> float:
-    """Seconds of both on `tokens`."""
+    """Return the seconds of encoder and decoder on `tokens`."""
     return timed(lambda: model(input_ids=tokens, decoder_input_ids=tokens, use_cache=False), device)
 
 
 def train(model: PreTrainedModel, source: torch.Tensor, tokens: torch.Tensor, device: str) -> float:
-    """Seconds of one forward and backward pass of both on `tokens`."""
+    """Return the seconds of a forward and backward pass of encoder and decoder on `tokens`."""
     model.train().zero_grad()
     return timed(lambda: model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward(), device)
 
 
 @torch.no_grad()
 def decode_token(model: PreTrainedModel, source: torch.Tensor, tokens: torch.Tensor, device: str) -> float:
-    """Seconds per token behind a target of `tokens`."""
+    """Return the seconds per decoded token after a target of `tokens`."""
     cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
     inputs = {"encoder_outputs": model.get_encoder()(source), "past_key_values": cache, "use_cache": True}
     model(decoder_input_ids=tokens, **inputs)
@@ -137,7 +137,7 @@ def decode_token(model: PreTrainedModel, source: torch.Tensor, tokens: torch.Ten
 def run_seq2seq_speed(
     runs: Iterable[Seq2SeqSpeedSettings], path: Path, report: Callable[[str], None] = lambda line: None
 ) -> list[tuple[Seq2SeqSpeedSettings, SpeedMeasures]]:
-    """Every run in a fresh process, finished ones taken from the CSV at `path`."""
+    """Measure each run in a fresh process; finished ones are read from the CSV at `path`."""
     results = ResultsFile(path, Seq2SeqSpeedSettings, SpeedMeasures)
     finished = []
     for run in runs:

@@ -1,4 +1,4 @@
-"""Flow attention as an operation, search and attention, beside torch's causal attention over all tokens."""
+"""One head of flow attention, neighbour search included, and of torch's causal attention over all tokens."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from dfn_hf.modeling.dfn.layers import ball
+from dfn_hf.modeling.dfn.entities import squash_to_ball
 from dfn_hf.modeling.ops.cell_grid import GRID, ball_cells_per_axis, geometric_cell_sizes
 from dfn_hf.modeling.ops.cell_lists import CellGrids, grid_constants
 from dfn_hf.modeling.ops.dispatch import triton_available
@@ -32,9 +32,12 @@ NUM_CLUSTERS = 2000
 
 @dataclass(frozen=True)
 class OperationSettings:
-    """One operation over one row; the defaults are a DFN's but for tables, of which it has twice as many half as deep.
+    """One operation on one row.
 
-    `dtype` is that of values, and of all that `SDPA` reads.
+    The defaults are those of a DFN, except for 8 tables of 16 candidates instead of 16 tables of 8.
+
+    Attributes:
+        dtype: of the values of flow attention, and of queries, keys and values of `SDPA`.
     """
 
     operation: str = NATIVE["cpu"]
@@ -62,22 +65,22 @@ class OperationSettings:
 
 
 def operations(device: str) -> tuple[str, ...]:
-    """What is measured on a device, the compiled form first."""
+    """Return the operations of a device, the compiled flow attention first."""
     return (NATIVE[torch.device(device).type], TORCH, SDPA)
 
 
 def run_operations(
     runs: Iterable[OperationSettings], time_limit: float, path: Path, report: Callable[[str], None] = lambda line: None
 ) -> list[tuple[OperationSettings, Timing]]:
-    """The operations take turns; finished runs from the CSV at `path`. See `run_over_lengths`."""
+    """Measure the runs in round-robin order; finished ones are read from the CSV at `path`. See `run_over_lengths`."""
     return run_over_lengths(runs, ResultsFile(path, OperationSettings, Timing), prepare_operation, time_limit, report)
 
 
 def prepare_operation(settings: OperationSettings) -> Callable[[], Timing]:
-    """A turn: the operation, once, on inputs that are drawn before.
+    """Draw the inputs, and return a callable that times the operation once.
 
     Raises:
-        ValueError: an operation or a kind of work that is unknown, or that cannot be had here.
+        ValueError: the operation or workload is unknown or not available on this machine.
     """
     set_up_device(settings.device, settings.threads)
     known = operations(settings.device)
@@ -108,7 +111,7 @@ def prepare_operation(settings: OperationSettings) -> Callable[[], Timing]:
 
 @contextmanager
 def torch_alone() -> Iterator[None]:
-    """Without code of this package's own."""
+    """Disable the C and Triton kernels."""
     before = os.environ.get(SWITCH)
     os.environ[SWITCH] = "0"
     try:
@@ -126,7 +129,7 @@ def _flow_attention(
     moved, rest = clustered_positions(settings, generator)
     if settings.operation != TORCH and search_library(rest) is None and not triton_available(rest.device):
         raise ValueError(
-            f"operation is {settings.operation!r}, which needs a C compiler, or on a GPU Triton, and {SWITCH} not 0"
+            f"operation is {settings.operation!r}, which needs a C compiler (Triton on a GPU) and {SWITCH} other than 0"
         )
     rotation, shift = (
         constant.to(device) for constant in grid_constants(settings.position_dim, settings.num_tables, 0)
@@ -135,7 +138,7 @@ def _flow_attention(
     grids = CellGrids(rotation, shift, sizes, ball_cells_per_axis(settings.position_dim, sizes))
     index = torch.arange(length, device=device)[None]
     rows = index.expand(heads, -1)
-    # The affinity −γ‖q − k‖² with γ = 0.3 as a product: see `augment_key`.
+    # The affinity −γ‖q − k‖² with γ = 0.3 as a dot product; see `augment_key`.
     key = torch.cat([rest, -0.3 * rest.square().sum(dim=-1, keepdim=True)], dim=-1)[None]
     query = torch.cat([0.6 * moved, torch.ones_like(moved[..., :1])], dim=-1)[None]
     value = torch.randn(1, heads, length, settings.width, generator=generator).to(device, dtype_named(settings.dtype))
@@ -171,16 +174,16 @@ def _attention(
 
 
 def clustered_positions(settings: OperationSettings, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Moved and rest positions `[heads, length, position_dim]` as tokens have: few places often, many seldom, blurred.
+    """Draw moved and rest positions, float32 `[heads, length, position_dim]` on the ball and the grid of the search.
 
-    On the ball and on the grid of the search, float32.
+    The positions are noisy copies of cluster centres with a skewed frequency, as those of tokens.
     """
     places = torch.randn(settings.heads, NUM_CLUSTERS, settings.position_dim, generator=generator)
     kinds = (torch.rand(settings.length, generator=generator).pow(3) * NUM_CLUSTERS).long()
 
     def positions() -> torch.Tensor:
         blur = torch.randn(settings.heads, settings.length, settings.position_dim, generator=generator)
-        drawn = ball(1.2 * places[:, kinds] + 0.15 * blur)
+        drawn = squash_to_ball(1.2 * places[:, kinds] + 0.15 * blur)
         return ((drawn * GRID).round() / GRID).to(settings.device)
 
     return positions(), positions()

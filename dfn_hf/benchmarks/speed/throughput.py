@@ -1,4 +1,4 @@
-"""Throughput and peak memory of models of equal size: forward pass, training step, and decoding behind a context."""
+"""Time and peak memory of models of equal size over the length: forward pass, training step and decoding."""
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -18,12 +18,12 @@ from .scaling import corpus_bytes, log_log_slope
 
 WORKS = ("forward", "training", "decoding")
 WARM_UP_LENGTH = 512
-DECODED = 32  # tokens that are timed behind the context
+DECODED = 32  # timed tokens after the context
 
 
 @dataclass(frozen=True)
 class SpeedSettings:
-    """One model, one kind of work, one length; the median of `repeats` after a warm-up counts."""
+    """One model, workload and length with batch size 1; the result is the median of `repeats` after a warm-up."""
 
     model: str = "flownetwork"
     work: str = "forward"
@@ -39,7 +39,7 @@ class SpeedSettings:
 
 @dataclass(frozen=True)
 class SpeedMeasures:
-    """Seconds of a forward pass over the length, of a training step on it, or of one token behind it."""
+    """Seconds of a forward pass over the length, of a training step, or of one decoded token; peak MiB."""
 
     parameters: int
     seconds: float
@@ -48,10 +48,10 @@ class SpeedMeasures:
 
 
 def measure_speed(settings: SpeedSettings) -> SpeedMeasures:
-    """Time the work on the corpus' bytes, one row; only in a fresh process is the peak its own.
+    """Time the workload on bytes of the corpus; run it in a fresh process for a valid peak memory.
 
     Raises:
-        ValueError: an unknown kind of work.
+        ValueError: the workload is unknown.
     """
     if settings.work not in WORKS:
         raise ValueError(f"work is {settings.work!r}: choose one of {', '.join(WORKS)}")
@@ -79,19 +79,19 @@ def measure_speed(settings: SpeedSettings) -> SpeedMeasures:
 
 @torch.no_grad()
 def forward(model: PreTrainedModel, input_ids: torch.Tensor, device: str) -> float:
-    """Seconds of one pass, last logits only."""
+    """Return the seconds of a forward pass that computes only the last logits."""
     return timed(lambda: model(input_ids, use_cache=False, logits_to_keep=1), device)
 
 
 def train(model: PreTrainedModel, input_ids: torch.Tensor, device: str) -> float:
-    """Seconds of one forward and backward pass."""
+    """Return the seconds of a forward and backward pass."""
     model.train().zero_grad()
     return timed(lambda: model(input_ids, labels=input_ids, use_cache=False).loss.backward(), device)
 
 
 @torch.no_grad()
 def decode(model: PreTrainedModel, input_ids: torch.Tensor, device: str) -> float:
-    """Seconds per token behind a context of `input_ids`."""
+    """Return the seconds per decoded token after a context of `input_ids`."""
     cache = DynamicCache(config=model.config)
     model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
     token = input_ids[:, :1]
@@ -105,7 +105,7 @@ def decode(model: PreTrainedModel, input_ids: torch.Tensor, device: str) -> floa
 
 
 def timed(work: Callable[[], object], device: str) -> float:
-    """Seconds that `work` takes."""
+    """Return the seconds of one call of `function`."""
     synchronize(device)
     started = clock(device)
     work()
@@ -116,7 +116,7 @@ def timed(work: Callable[[], object], device: str) -> float:
 def run_speed(
     runs: Iterable[SpeedSettings], path: Path, report: Callable[[str], None] = lambda line: None
 ) -> list[tuple[SpeedSettings, SpeedMeasures]]:
-    """Every run in a fresh process, finished ones taken from the CSV at `path`."""
+    """Measure each run in a fresh process; finished ones are read from the CSV at `path`."""
     results = ResultsFile(path, SpeedSettings, SpeedMeasures)
     finished = []
     for run in runs:
@@ -127,10 +127,10 @@ def run_speed(
 
 
 def speed_table(results: Sequence[tuple[Any, SpeedMeasures]]) -> str:
-    """One line per work and length; times relative to the first model; below, slopes of time over length.
+    """Return a table with one row per workload and length, followed by parameters and log-log slopes.
 
     Args:
-        results: settings that have `model`, `work` and `length`, with what was measured.
+        results: settings with `model`, `work` and `length`, and their results; ratios are relative to the first model.
     """
     models = list(dict.fromkeys(run.model for run, _ in results))
     found = {(run.work, run.length, run.model): measures for run, measures in results}
