@@ -1,24 +1,33 @@
 import json
+import logging
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from transformers import AutoModelForCausalLM, pipeline
 from typer.testing import CliRunner
 
-from dfn_hf.assets import corpus
+import dfn_hf
+from dfn_hf import presets, seq2seq_presets
+from dfn_hf.assets import corpus, verses
 from dfn_hf.assets.tokenizers import load_tokenizer
-from dfn_hf.cli import demo
-from dfn_hf.cli.app import app
+from dfn_hf.cli import demonstration, options, train
+from dfn_hf.cli import text as text_commands
+from dfn_hf.cli.app import LAZY_GROUPS, app
+from dfn_hf.cli.errors import is_user_error, one_line
+from dfn_hf.cli.quiet import IMPORT_NOTICES, silence_libraries
 from dfn_hf.data import lm_blocks as blocks
 from tests.support.marks import first_quickly
 
-SMALL = ["--tokenizer", "byte", "--block-size", "48", "--batch-size", "4", "--steps", "4", "--save-every", "2"]
+ROOT = Path(__file__).parents[2]
+SMALL = ["--tokenizer", "byte", "--block-size", "48", "--batch-size", "4", "--max-steps", "4", "--save-steps", "2"]
 TINY = [
-    *("--set", "hidden_size=16", "--set", "num_hidden_layers=2", "--set", "num_attention_heads=2"),
-    *("--set", "intermediate_size=24"),
+    f"--config-override={field}"
+    for field in ("hidden_size=16", "num_hidden_layers=2", "num_attention_heads=2", "intermediate_size=24")
 ]
 
 
@@ -27,13 +36,12 @@ def run(*arguments):
 
 
 def fails(*arguments):
-    """The one line that a mistake is answered with, after the progress bars of what went well before."""
+    """The one line on stderr that reports a mistake."""
     result = run(*arguments)
     assert result.exit_code == 1, result.output
-    said = [line for line in result.stderr.splitlines() if line and not line.startswith("Map")]
-    assert len(said) == 1
-    assert said[0].startswith("Error: ")
-    return said[0]
+    (line,) = [line for line in result.stderr.splitlines() if line and not line.startswith("Map")]
+    assert line.startswith("Error: ")
+    return line
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +56,7 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(text, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "model"
-    result = run("train", folder, "--data", text / "gotham.txt", *SMALL, *TINY)
+    result = run("train", "lm", folder, "--data", text / "gotham.txt", *SMALL, *TINY)
     assert result.exit_code == 0, result.output
     return folder
 
@@ -88,7 +96,7 @@ def test_info_tells_size_state_and_provenance(model, text):
 
 
 def test_info_state_of_a_llama_is_its_keys_and_values(text, tmp_path):
-    result = run("train", tmp_path / "llama", "--data", text / "gotham.txt", "--model", "llama", *SMALL, *TINY)
+    result = run("train", "lm", tmp_path / "llama", "--data", text / "gotham.txt", "--model", "llama", *SMALL, *TINY)
     assert result.exit_code == 0, result.output
     layers, keys_and_values, hidden_size, bytes_each = 2, 2, 16, 4
     assert (
@@ -106,9 +114,9 @@ def test_info_state_of_a_flownetwork_is_its_slots():
 
 def test_fine_tunes_with_lora_on_a_stream(model, text, tmp_path):
     result = run(
-        *("train", tmp_path / "tuned", "--from", model, "--lora", "--lora-rank", 2),
+        *("train", "lm", tmp_path / "tuned", "--init-from", model, "--lora", "--lora-rank", 2),
         *("--data", text / "gotham.jsonl", "--text-field", "body", "--streaming", "--validation-blocks", 8),
-        *("--block-size", 48, "--batch-size", 4, "--steps", 4, "--save-every", 2),
+        *("--block-size", 48, "--batch-size", 4, "--max-steps", 4, "--save-steps", 2),
     )
     assert result.exit_code == 0, result.output
     assert (tmp_path / "tuned" / "adapter" / "adapter_model.safetensors").is_file()
@@ -119,48 +127,72 @@ def test_unknown_option_is_a_usage_error(model):
     assert run("generate", model, "--bogus").exit_code == 2
 
 
-COMMANDS = sorted(command.callback.__name__ for command in app.registered_commands)
+COMMANDS = [[command.callback.__name__] for command in app.registered_commands]
+COMMANDS += [["train", command.callback.__name__] for command in train.app.registered_commands]
 
 
-@pytest.mark.parametrize("command", [[], ["bench"], *([name] for name in COMMANDS)], ids=" ".join)
+@pytest.mark.parametrize("command", [[], ["train"], ["bench"], *COMMANDS], ids=" ".join)
 def test_help_of_every_command(command):
     result = run(*command, "--help")
     assert result.exit_code == 0
-    if command and command != ["bench"]:
+    if command in COMMANDS:
         assert "dfn-hf" in result.stdout
+
+
+def test_help_names_every_command_and_group():
+    listed = run("--help").stdout
+    assert all(name in listed for name in (*LAZY_GROUPS, *(command[0] for command in COMMANDS)))
+
+
+def test_version():
+    result = run("--version")
+    assert result.exit_code == 0 and result.stdout.strip() == f"dfn-hf {dfn_hf.__version__}"
+
+
+def choices(annotation):
+    """The values of an option with fixed choices."""
+    literal, *_ = get_args(get_args(annotation)[0])
+    return get_args(literal)
+
+
+def test_choices_are_those_of_the_presets():
+    assert choices(options.CausalModel) == presets.ARCHITECTURES
+    assert choices(options.Seq2SeqModel) == seq2seq_presets.ARCHITECTURES
+    assert choices(options.Size) == tuple(presets.SIZES)
+    assert choices(options.Seq2SeqSize) == tuple(seq2seq_presets.SIZES)
+    assert get_args(text_commands.Split) == corpus.SPLITS == verses.SPLITS
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["generate", "MODEL", "--temperature", "-1"], "temperature must be at least 0"),
         (["generate", "MODEL", "--top-p", "0"], "top_p must be above 0"),
-        (["generate", "MODEL", "--top-k", "-1"], "top_k must be at least 0"),
-        (["generate", "MODEL", "--max-new-tokens", "0"], "max_new_tokens must be at least 1"),
-        (["generate", "nowhere"], "'nowhere' is no folder and no Hub id"),
+        (["generate", "nowhere"], "'nowhere' is neither a folder nor a Hub id"),
         (["info", "TEXT"], "holds no config.json"),
         (["evaluate", "MODEL", "--data", "TEXT/missing.txt"], "there is no file or folder"),
-        (["evaluate", "MODEL", "--split", "dev"], "the corpus has no split 'dev'"),
-        (["evaluate", "MODEL", "--context-length", "0"], "context_length must be at least 1"),
-        (["train", "OUT", "--data", "TEXT/missing"], "there is no file or folder"),
-        (["train", "OUT", "--data", "TEXT/gotham.jsonl"], "no text in the field 'text'"),
-        (["train", "OUT", "--data", "EMPTY"], "holds no text"),
-        (["train", "OUT", "--data", "TEXT/gotham.txt", "--block-size", "1"], "at least 2"),
-        (["train", "OUT", "--steps", "0"], "max_steps must be at least 1"),
-        (["train", "OUT", "--learning-rate", "0"], "learning_rate must be above 0"),
-        (["train", "OUT", "--set", "hidden_size"], "not of the form FIELD=VALUE"),
-        (["train", "OUT", "--set", "hidden=3"], "no field 'hidden'"),
-        (["train", "OUT", "--set", "hidden_size=33"], "`hidden_size` (33) must be a multiple"),
-        (["train", "OUT", "--set", 'hidden_size="wide"'], "hidden_size"),
-        (["train", "OUT", "--size", "huge"], "size is 'huge'"),
-        (["train", "OUT", "--lora"], "--lora needs --from"),
-        (["train", "OUT", "--from", "MODEL", "--tokenizer", "byte"], "leave out --tokenizer"),
-        (["train", "OUT", "--from", "MODEL", "--data", "TEXT", "--lora", "--lora-rank", "0"], "rank must be"),
-        (["train", "OUT", "--validation-data", "TEXT"], "--validation-data needs --data"),
-        (["train", "MODEL", "--data", "TEXT/gotham.txt", "--from", "MODEL"], "is not empty"),
-        (["train", "MODEL", "--resume"], "holds a finished model"),
-        (["train", "OUT", "--from", "MODEL", "--size", "large"], "leave out --size"),
-        (["train", "OUT", "--from", "MODEL", "--model", "llama"], "leave out --model"),
+        (["train", "lm", "OUT", "--data", "TEXT/missing"], "there is no file or folder"),
+        (["train", "lm", "OUT", "--data", "TEXT/gotham.jsonl"], "no text in the field 'text'"),
+        (["train", "lm", "OUT", "--data", "EMPTY"], "holds no text"),
+        (["train", "lm", "OUT", "--learning-rate", "0"], "learning_rate must be above 0"),
+        (["train", "lm", "OUT", "--warmup-ratio", "1"], "warmup_ratio must be at least 0 and below 1"),
+        (["train", "lm", "OUT", "--config-override", "hidden_size"], "not of the form NAME=VALUE"),
+        (["train", "lm", "OUT", "--config-override", "hidden=3"], "no field 'hidden'"),
+        (["train", "lm", "OUT", "--config-override", "hidden_size=33"], "`hidden_size` (33) must be a multiple"),
+        (["train", "lm", "OUT", "--config-override", 'hidden_size="wide"'], "hidden_size"),
+        (["train", "lm", "OUT", "--config-override", "vocab_size=9"], "leave out --config-override vocab_size"),
+        (["train", "lm", "OUT", "--lora"], "--lora needs --init-from"),
+        (["train", "lm", "OUT", "--init-from", "MODEL", "--tokenizer", "byte"], "leave out --tokenizer"),
+        (["train", "lm", "OUT", "--init-from", "MODEL", "--size", "large"], "leave out --size"),
+        (["train", "lm", "OUT", "--init-from", "MODEL", "--model", "llama"], "leave out --model"),
+        (["train", "lm", "OUT", "--init-from", "nowhere"], "'nowhere' is neither a folder nor a Hub id"),
+        (["train", "lm", "OUT", "--validation-data", "TEXT"], "--validation-data needs --data"),
+        (["train", "lm", "MODEL", "--data", "TEXT/gotham.txt", "--init-from", "MODEL"], "is not empty"),
+        (["train", "lm", "MODEL", "--resume"], "holds a finished model"),
+        (["distill", "OUT", "--student", "MODEL", "--teacher", "nowhere"], "'nowhere' is neither"),
+        (["convert", "TEXT/missing.pt", "OUT"], "there is no file"),
+        (["convert", "TEXT/gotham.txt", "MODEL"], "exists already"),
+        (["plot", "MODEL", "OUT"], "is not a picture"),
+        (["push", "TEXT", "me/model"], "holds no config.json"),
     ],
 )
 def test_mistakes_are_one_clear_line_and_write_nothing(model, text, tmp_path, arguments, words):
@@ -188,6 +220,75 @@ def test_cut_off_weights_are_named(model, tmp_path):
     fails("generate", tmp_path / "cut")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "dfn-tiny", "--max-new-tokens", "0"],
+        ["generate", "dfn-tiny", "--top-k", "-1"],
+        ["evaluate", "dfn-tiny", "--split", "dev"],
+        ["train", "lm", "OUT", "--max-steps", "0"],
+        ["train", "lm", "OUT", "--block-size", "1"],
+        ["train", "lm", "OUT", "--size", "huge"],
+        ["train", "lm", "OUT", "--lora", "--lora-rank", "0"],
+        ["train", "lm"],
+    ],
+)
+def test_values_out_of_range_are_usage_errors(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments).exit_code == 2
+    assert not any(tmp_path.iterdir())
+
+
+HEAVY = ("torch", "transformers", "datasets", "matplotlib", "peft", "accelerate", "pandas", "sacrebleu")
+LIGHT = [
+    ["--help"],
+    ["--version"],
+    ["train", "lm", "--help"],
+    ["bench", "--help"],
+    ["generate", "dfn-tiny", "--bogus"],
+    ["evaluate", "no-such-folder/"],
+    ["info", "no-such-model"],
+    ["train", "lm", "OUT", "--data", "missing.txt"],
+    ["train", "lm", "OUT", "--init-from", "missing"],
+    ["train", "lm", "OUT", "--learning-rate", "0"],
+    ["train", "lm", "."],
+    ["translate", "liquid-tiny", "--data", "missing.jsonl"],
+    ["convert", "missing.pt", "OUT"],
+    ["plot", "dfn-tiny", "picture.txt"],
+]
+
+
+@pytest.mark.parametrize("arguments", LIGHT, ids=" ".join)
+def test_help_and_mistakes_import_nothing_heavy(arguments, tmp_path):
+    (tmp_path / "file.txt").write_text("")
+    code = f"""
+import atexit, sys
+atexit.register(lambda: print("imported:", *[name for name in {HEAVY} if name in sys.modules], file=sys.stderr))
+from dfn_hf_cli import main
+sys.argv = ["dfn-hf", *{arguments}]
+main()
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.stderr.splitlines()[-1] == "imported:", ended.stderr
+    assert ended.returncode in (0, 1, 2) and "Traceback" not in ended.stderr
+
+
+def test_notices_of_optional_packages_are_dropped_and_warnings_kept(caplog):
+    silence_libraries()
+    for name, notice in IMPORT_NOTICES.items():
+        logging.getLogger(name).warning(notice)
+        logging.getLogger(name).warning("another warning")
+    assert [record.getMessage() for record in caplog.records] == len(IMPORT_NOTICES) * ["another warning"]
+
+
+def test_missing_extras_are_named():
+    error = ModuleNotFoundError("No module named 'matplotlib.pyplot'", name="matplotlib.pyplot")
+    assert is_user_error(error) and one_line(error) == "this command needs matplotlib: pip install 'dfn-hf[plot]'"
+    assert not is_user_error(ModuleNotFoundError("No module named 'dfn'", name="dfn"))
+
+
 def test_traceback_on_request():
     result = run("--traceback", "generate", "nowhere")
     assert isinstance(result.exception, ValueError)
@@ -200,14 +301,14 @@ PICTURES = {"dfn": ("loss_curves.png", "flow_map.png"), "flownetwork": ("loss_cu
 def test_demo_trains_compares_reloads_and_draws(architecture, tmp_path, monkeypatch, capfd):
     documents = {split: corpus.load_corpus(split).select(range(1)) for split in ("train", "validation")}
     short = {split: rows.map(lambda row: {"text": row["text"][:6000]}) for split, rows in documents.items()}
-    for module in (blocks, demo):
+    for module in (blocks, demonstration):
         monkeypatch.setattr(module, "load_corpus", short.get)
     play = short["validation"][0]["text"]
-    monkeypatch.setattr(demo, "MAPPED", (play[:40], play[900:940]))
-    monkeypatch.setattr(demo, "READER", None)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(Path(demo.__file__).parents[1]), *sys.path])))
+    monkeypatch.setattr(demonstration, "MAPPED", (play[:40], play[900:940]))
+    monkeypatch.setattr(demonstration, "READER", None)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), *filter(None, sys.path)]))
 
-    demo.run_demo(tmp_path, architecture, steps=1)
+    demonstration.run_demo(tmp_path, architecture, steps=1)
 
     said = capfd.readouterr().out
     for words in ("perplexity", "bits/byte", "top-1", f"{architecture} ", "llama ", "To-morrow"):
@@ -220,5 +321,5 @@ def test_demo_trains_compares_reloads_and_draws(architecture, tmp_path, monkeypa
 
 def test_demo_is_not_of_the_baseline(tmp_path):
     with pytest.raises(ValueError, match="dfn or flownetwork"):
-        demo.run_demo(tmp_path, "llama")
+        demonstration.run_demo(tmp_path, "llama")
     assert not any(tmp_path.iterdir())

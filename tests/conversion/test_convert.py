@@ -16,11 +16,11 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from dfn_hf.cli.app import app
-from dfn_hf.hub.convert import convert
 from dfn_hf.conversion import writer as writing
 from dfn_hf.conversion.checkpoint_file import read_checkpoint
 from dfn_hf.conversion.formats.dfn import DFN
 from dfn_hf.conversion.report import read_report
+from dfn_hf.hub.convert import convert
 from tests.support.native_checkpoints import (
     SIZES,
     random_checkpoint,
@@ -55,7 +55,7 @@ def refused(source, output, *options) -> str:
 
 
 def test_command_writes_a_model_its_report_and_its_card(checkpoint, weights, tmp_path):
-    result = command(checkpoint, tmp_path / "out", "--native", "--set", "num_entities=16")
+    result = command(checkpoint, tmp_path / "out", "--native", "--config-override", "num_entities=16")
     assert result.exit_code == 0
     report = read_report(tmp_path / "out")
     assert (
@@ -204,9 +204,10 @@ def test_wrong_keys_and_shapes_are_named(weights, tmp_path, change, message):
 
 def test_settings_are_checked(checkpoint, tmp_path):
     assert "num_heads has no meaning" in refused(checkpoint, tmp_path / "out", "--num-heads", 4)
-    assert "k is 'many': it must be of type int" in refused(checkpoint, tmp_path / "out", "--set", "k=many")
+    override = "--config-override"
+    assert "k is 'many': it must be of type int" in refused(checkpoint, tmp_path / "out", override, "k=many")
     assert "`k` (99) must be below `num_entities`" in refused(
-        checkpoint, tmp_path / "out", "--native", "--set", "k=99"
+        checkpoint, tmp_path / "out", "--native", override, "k=99"
     )
 
 
@@ -256,7 +257,7 @@ def test_a_native_model_is_described_and_not_taken_for_a_language_model(tmp_path
     result = CliRunner().invoke(app, ["info", str(tmp_path / "out")])
     assert result.exit_code == 0 and "flownetwork_native" in result.stdout
     result = CliRunner().invoke(app, ["generate", str(tmp_path / "out"), "--prompt", "abc"])
-    assert result.exit_code == 1 and "is no language model" in result.stderr
+    assert result.exit_code == 1 and "is not a language model" in result.stderr
 
 
 def test_a_llama_without_a_tokenizer_is_refused(tmp_path):

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from dfn_hf.cli.app import is_user_error
-from dfn_hf.hub.convert import convert
+from dfn_hf.cli.errors import is_user_error
 from dfn_hf.conversion.detect import LAYOUTS
+from dfn_hf.hub.convert import convert
 from tests.support.native_checkpoints import random_weights
 
 FILES = 10_000

@@ -107,8 +107,8 @@ def test_the_command_pushes_a_private_model_with_its_card(address, tmp_path):
         from typer.testing import CliRunner
         from dfn_hf.cli import app
         Path("text.txt").write_text("To be, or not to be, that is the question. " * 50)
-        train = ["train", "model", "--steps", "2", "--batch-size", "2", "--block-size", "32", "--size", "tiny"]
-        train += ["--data", "text.txt", "--push-to-hub", "tester/trained"]
+        train = ["train", "lm", "model", "--max-steps", "2", "--batch-size", "2", "--block-size", "32"]
+        train += ["--size", "tiny", "--data", "text.txt", "--push-to-hub", "tester/trained"]
         for command in (train, ["push", "model", "tester/private", "--private"], ["info", "tester/private"]):
             result = CliRunner().invoke(app, command)
             assert result.exit_code == 0, result.output

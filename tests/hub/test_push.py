@@ -66,7 +66,7 @@ def test_no_token_is_said_before_training_starts(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "get_token", lambda: None)
     with pytest.raises(ValueError, match="no Hub token: run `hf auth login`"):
         hub.push_folder(folder, "model")
-    result = CliRunner().invoke(app, ["train", str(tmp_path / "out"), "--push-to-hub", "me/model"])
+    result = CliRunner().invoke(app, ["train", "lm", str(tmp_path / "out"), "--push-to-hub", "me/model"])
     assert result.exit_code == 1
     assert result.stderr == "Error: there is no Hub token: run `hf auth login` or set HF_TOKEN\n"
     assert not (tmp_path / "out").exists()

@@ -152,10 +152,10 @@ def test_a_trainer_finds_the_layers_to_shard_by(family, auto_class):
 def test_the_command_trains_on_two_processes_as_on_one(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"The {number} little letters lay in a long line." for number in range(900)))
-    size = ["--size", "tiny", "--block-size", "48", "--steps", "4"]
-    alone = [sys.executable, "-m", "dfn_hf.cli", "train", tmp_path / "alone", "--batch-size", "4"]
+    size = ["--size", "tiny", "--block-size", "48", "--max-steps", "4"]
+    alone = [sys.executable, "-m", "dfn_hf.cli", "train", "lm", tmp_path / "alone", "--batch-size", "4"]
     both = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    both += ["-m", "dfn_hf.cli", "train", tmp_path / "both", "--batch-size", "2"]
+    both += ["-m", "dfn_hf.cli", "train", "lm", tmp_path / "both", "--batch-size", "2"]
     losses = []
     for command in (alone, both):
         arguments = [str(word) for word in (*command, "--data", text, *size)]

@@ -47,13 +47,13 @@ def test_pictures_are_drawn_from_the_command_line(model, tokenizer, tmp_path):
     folder, picture = tmp_path / "model", tmp_path / "picture.png"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    result = CliRunner().invoke(app, ["show", str(folder), str(picture), "--text", TEXT])
+    result = CliRunner().invoke(app, ["plot", str(folder), str(picture), "--text", TEXT])
     assert result.exit_code == 0, result.output
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
-    again = CliRunner().invoke(app, ["show", str(folder), str(picture)])
+    again = CliRunner().invoke(app, ["plot", str(folder), str(picture)])
     assert again.exit_code == 1 and "exists" in again.output
     of_tokens = tmp_path / "tokens.png"
-    assert CliRunner().invoke(app, ["show", "dfn-tiny", str(of_tokens)]).exit_code == 0
+    assert CliRunner().invoke(app, ["plot", "dfn-tiny", str(of_tokens)]).exit_code == 0
     assert of_tokens.stat().st_size > 20_000
 
 
@@ -68,8 +68,8 @@ def test_what_cannot_be_shown_is_said(model, tokenizer, tmp_path):
         read_entities(new_causal_lm(tokenizer, hidden_size=16, num_hidden_layers=1), tokenizer, TEXT)
     for arguments, said in (
         (["flownetwork-tiny", "a.png"], "only a DFN"),
-        (["dfn-tiny", "a.txt"], "endings"),
+        (["dfn-tiny", "a.txt"], "end the name in"),
     ):
-        result = CliRunner().invoke(app, ["show", *arguments])
+        result = CliRunner().invoke(app, ["plot", *arguments])
         assert result.exit_code == 1 and said in result.output
     assert plot_entities(read_entities(model, tokenizer, TEXT)).axes

@@ -81,24 +81,24 @@ def test_pictures_are_drawn_from_the_command_line(model, image, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     model.save_pretrained("my-field")
     Image.fromarray(image).save("cat.png")
-    result = CliRunner().invoke(app, ["show", "my-field", "picture.png", "--field", "cat.png"])
+    result = CliRunner().invoke(app, ["plot", "my-field", "picture.png", "--field", "cat.png"])
     assert result.exit_code == 0, result.output
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-    more = ["show", "my-field", "more.svg", "--field", "cat.png", "--num-entities", "60", "--layer", "1"]
+    more = ["plot", "my-field", "more.svg", "--field", "cat.png", "--num-entities", "60", "--layer", "1"]
     assert CliRunner().invoke(app, more).exit_code == 0
     np.save("sound.npy", np.zeros(9))
     for arguments, said in (
         (["my-field", "picture.png", "--field", "cat.png"], "exists"),
-        (["my-field", "a.txt", "--field", "cat.png"], "endings"),
+        (["my-field", "a.txt", "--field", "cat.png"], "end the name in"),
         (["my-field", "a.png", "--field", "dog.png"], "there is no file or folder"),
-        (["my-field", "a.png", "--field", "sound.npy"], "sound.npy has 1 axes, and the model's fields 2"),
+        (["my-field", "a.png", "--field", "sound.npy"], "sound.npy has 1 axes, and the model's fields have 2"),
         (["my-field", "a.png", "--field", "cat.png", "--layer", "2"], "layers 0 to 1"),
         (["my-field", "a.png", "--field", "cat.png", "--text", "Out"], "give one"),
-        (["my-field", "a.png", "--num-entities", "3"], "--num-entities is for --field"),
+        (["my-field", "a.png", "--num-entities", "3"], "--num-entities needs --field"),
         (["my-field", "a.png", "--field", "cat.png", "--num-entities", "241"], "cat.png has 240 samples"),
-        (["dfn-tiny", "a.png", "--field", "cat.png"], "no model of fields"),
+        (["dfn-tiny", "a.png", "--field", "cat.png"], "not a model of fields"),
     ):
-        result = CliRunner().invoke(app, ["show", *arguments])
+        result = CliRunner().invoke(app, ["plot", *arguments])
         assert result.exit_code == 1 and said in result.output, (arguments, result.output)
 
 

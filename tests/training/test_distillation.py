@@ -175,8 +175,8 @@ def test_command(teacher, tokenizer, tmp_path):
     llama_to_dfn(teacher, **WINDOWS)[0].save_pretrained(start)
     tokenizer.save_pretrained(start)
     text.write_text(load_corpus("validation")["text"][3][:4000])
-    command = ["distill", output, "--from", start, "--teacher", teacher, "--data", text, "--block-size", 64]
-    ran = CliRunner().invoke(app, [str(word) for word in [*command, "--steps", 2, "--batch-size", 2]])
+    command = ["distill", output, "--student", start, "--teacher", teacher, "--data", text, "--block-size", 64]
+    ran = CliRunner().invoke(app, [str(word) for word in [*command, "--max-steps", 2, "--batch-size", 2]])
     assert ran.exit_code == 0, ran.output
     assert "teacher" in ran.output and "256" in ran.output
     assert "Distilled from" in (output / "README.md").read_text()

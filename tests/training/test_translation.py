@@ -211,11 +211,11 @@ def test_train_and_translate_on_ones_own_pairs(tmp_path, tokenizer):
     lines = [{"translation": {"en": f"the number {n}", "es": f"el número {n}"}} for n in range(12)]
     data = write_lines(tmp_path / "pairs.jsonl", lines)
     fields = ["--source-field", "en", "--target-field", "es"]
-    settings = [part for field, value in SMALL.items() for part in ("--set", f"{field}={value}")]
+    settings = [part for field, value in SMALL.items() for part in ("--config-override", f"{field}={value}")]
     write_lines(data, [*lines, {"translation": {"en": "long " * 40, "es": "largo"}}])
     trained = run(
-        "train", tmp_path / "model", "--model", "liquid", "--data", data, *fields, *settings, "--steps", 2,
-        "--batch-size", 4, "--block-size", 32,
+        "train", "seq2seq", tmp_path / "model", "--data", data, *fields, *settings, "--max-steps", 2,
+        "--batch-size", 4, "--max-length", 32,
     )  # fmt: skip
     assert trained.exit_code == 0, trained.output
     assert "1 pairs are longer than 32 tokens" in trained.output
@@ -234,15 +234,26 @@ def test_train_and_translate_on_ones_own_pairs(tmp_path, tokenizer):
     assert len(written) == 12 and written[3].keys() == {"source", "target", "translation"}
     assert written[3]["source"] == "the number 3"
     assert f"{model.num_parameters():,}" in run("info", tmp_path / "model").stdout
-    more = run("train", tmp_path / "more", "--from", tmp_path / "model", "--data", data, *fields, "--steps", 1)
+    more = run(
+        "train",
+        "seq2seq",
+        tmp_path / "more",
+        "--init-from",
+        tmp_path / "model",
+        "--data",
+        data,
+        *fields,
+        "--max-steps",
+        1,
+    )
     assert more.exit_code == 0, more.output
 
 
 def test_lora_leaves_the_merged_model_and_the_adapter(folder, tmp_path):
     data = write_lines(tmp_path / "pairs.jsonl", [{"source": f"number {n}", "target": f"{n}"} for n in range(12)])
     trained = run(
-        "train", tmp_path / "tuned", "--from", folder, "--data", data, "--lora", "--lora-rank", 2, "--steps", 3,
-        "--learning-rate", 0.1, "--warmup", 0, "--batch-size", 4,
+        "train", "seq2seq", tmp_path / "tuned", "--init-from", folder, "--data", data, "--lora", "--lora-rank", 2,
+        "--max-steps", 3, "--learning-rate", 0.1, "--warmup-ratio", 0, "--batch-size", 4,
     )  # fmt: skip
     assert trained.exit_code == 0, trained.output
     base, merged = (load_seq2seq_lm(str(place))[0].eval() for place in (folder, tmp_path / "tuned"))
@@ -260,16 +271,14 @@ def test_lora_leaves_the_merged_model_and_the_adapter(folder, tmp_path):
     [
         (["translate", "MODEL"], "one of three"),
         (["translate", "MODEL", "a text", "--split", "test"], "one of three"),
-        (["translate", "MODEL", "--split", "dev"], "no split 'dev'"),
-        (["train", "OUT", "--model", "liquid", "--streaming"], "causal models"),
-        (["train", "OUT", "--model", "liquid", "--set", "width=3"], "no field 'width'"),
-        (["train", "OUT", "--model", "liquid", "--data", "nowhere.jsonl"], "no file or folder"),
-        (["train", "OUT", "--model", "liqid"], "choose one of dfn, flownetwork, llama, liquid, t5"),
-        (["train", "OUT", "--model", "liquid", "--source-field", "en"], "fields of --data"),
-        (["train", "OUT", "--data", "pairs.jsonl", "--source-field", "en"], "add --model liquid"),
-        (["translate", "MODEL", "a text", "--shuffled"], "--shuffled and --output are for"),
+        (["train", "seq2seq", "OUT", "--config-override", "width=3"], "no field 'width'"),
+        (["train", "seq2seq", "OUT", "--data", "nowhere.jsonl"], "no file or folder"),
+        (["train", "seq2seq", "OUT", "--source-field", "en"], "fields of --data"),
+        (["train", "seq2seq", "OUT", "--init-from", "dfn-tiny"], "needs an encoder-decoder"),
+        (["train", "lm", "OUT", "--init-from", "liquid-tiny"], "needs a causal language model"),
+        (["translate", "MODEL", "a text", "--shuffle-sources"], "--shuffle-sources is for --data and --split"),
         (["translate", "MODEL", " "], "a text is blank"),
-        (["translate", "dfn-tiny", "a text"], "continues text"),
+        (["translate", "dfn-tiny", "a text"], "needs an encoder-decoder"),
         (["generate", "liquid-tiny"], "an encoder-decoder"),
     ],
 )
