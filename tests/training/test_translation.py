@@ -87,7 +87,7 @@ def test_encoded_pairs_end_and_long_ones_are_left_out(tokenizer):
     assert len(encoded) == 1
     assert encoded[0]["input_ids"][-1] == encoded[0]["labels"][-1] == tokenizer.eos_token_id
     assert tokenizer.decode(encoded[0]["labels"], skip_special_tokens=True) == "En el principio"
-    with pytest.raises(ValueError, match=r"longer than 1 tokens a side.*--block-size"):
+    with pytest.raises(ValueError, match=r"longer than 1 tokens a side.*--max-length"):
         encode_pairs(pairs, tokenizer, max_length=1)
 
 
