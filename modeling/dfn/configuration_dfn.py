@@ -21,7 +21,7 @@ AUTO_MAP = {
 ENTITY_SAMPLINGS = ("token", "adaptive", "uniform")
 FLOW_NORMS = ("entity", "running", "rms", "none")
 SEARCHES = ("cells", "exact")
-MAX_CELLS = 2**20  # of a table; every row of a cache holds the newest entity of each
+MAX_CELLS = 2**20  # per table: a cache stores one entity index per cell, row and head
 
 
 @strict
@@ -30,69 +30,88 @@ class DFNConfig(HubCodeMixin, PreTrainedConfig):
     Configuration of a Dynamic Flow Network. The defaults give a small model.
 
     Args:
-        vocab_size (`int`, defaults to 4096): Tokens of the vocabulary.
-        hidden_size (`int`, defaults to 256): Width of an entity's state.
-        num_hidden_layers (`int`, defaults to 4): Layers.
-        num_attention_heads (`int`, defaults to 4): Heads; each has its own positions and its own share of the values.
+        vocab_size (`int`, defaults to 4096): Size of the vocabulary.
+        hidden_size (`int`, defaults to 256): Width of the states.
+        num_hidden_layers (`int`, defaults to 4): Number of DFN layers.
+        num_attention_heads (`int`, defaults to 4): Number of heads; each has its own positions.
         intermediate_size (`int`, defaults to 768): Inner width of the Dynamic Field MLP.
-        position_dim (`int`, defaults to 4): Dimensions of a head's position space. 8 costs more search and finds more.
-        num_neighbors (`int`, defaults to 16): K, entities read beyond the local window. 0 turns the search off.
-        local_window (`int`, defaults to 32): W, most recent entities always read, the entity itself included.
-        num_tables (`int`, defaults to 16): Grids of the cell search.
-        candidates_per_table (`int`, defaults to 8): Most recent entities of a cell that are ranked. Many tables with
-            few candidates each find more than few tables with many.
-        cell_sizes (`list[float]`, *optional*): Edge of each table's cells; geometric from 8 to 0.35 if not given.
-        flow_step (`float`, defaults to 1.0): α, how far an entity moves along its flow; 0 is the ablation without.
-        moved_query (`bool`, defaults to `True`): The moved entity reads others at their rest positions. If
-            `False` all are found where they have moved to, the paper's single position p'.
-        flow_norm (`str`, defaults to `"entity"`): What FlowNorm averages the squared flow over: `"entity"` itself or
-            the `"running"` mean so far. `"rms"` is RMSNorm and `"none"` nothing, for ablations.
-        conv_kernel (`int`, defaults to 4): Taps of the short causal convolution.
-        output_gate (`bool`, defaults to `True`): Gate what an entity has read. `False` with `gated_mlp` and
-            `flow_norm="rms"` leaves a Llama's parts around the flow attention.
-        gated_mlp (`bool`, defaults to `False`): The Dynamic Field MLP is SwiGLU, not GELU.
-        search_implementation (`str`, defaults to `"cells"`): `"cells"`, O(n log n), or `"exact"`, O(n²). Read at every
-            call: it may be changed on a built model.
-        search_seed (`int`, defaults to 0): Draws the grids when a model is initialised. They are saved with it.
-        carry_positions (`bool`, defaults to `False`): Positions of a layer start from the layer before's moved ones.
-        memory_slots (`int`, defaults to 0): Slots of the persistent field memory. 0 turns it off.
-        memory_chunk (`int`, defaults to 64): Entities that are pooled into the memory at a time.
-        memory_decay (`float`, defaults to 0.9): β before training, of each slot.
-        readout_window (`int`, defaults to 1): Most recent entities whose weighted mean is read out.
-        is_causal (`bool`, defaults to `True`): Entities read those before them. If `False` those on both sides, for
-            embeddings and classification; fields are always read so.
-        entity_sampling (`str`, defaults to `"token"`): What becomes an entity: each `"token"` (of a field, each
-            sample), or spans of samples, short where information is dense (`"adaptive"`) or of one length
-            (`"uniform"`).
-        entity_rate (`float`, defaults to 0.25): Entities per byte of text that spans are to have.
-        max_entity_length (`int`, defaults to 64): Most bytes of an entity.
-        ratio_loss_coef (`float`, defaults to 0.03): Weight of the loss that holds `entity_rate`.
-        num_sample_layers (`int`, defaults to 1): DFN layers over samples (bytes, pixels) on each side of the
-            entities; they read their local window.
-        sample_intermediate_size (`int`, *optional*): Inner width of their MLP; `hidden_size` if not given.
+        position_dim (`int`, defaults to 4): Dimensions of each head's position space. 8 finds more neighbours that
+            matter, at a slower search.
+        num_neighbors (`int`, defaults to 16): K, nearest neighbours beyond the local window. 0 disables the search.
+        local_window (`int`, defaults to 32): W, number of most recent entities that are always attended to, the entity
+            itself included.
+        num_tables (`int`, defaults to 16): Number of grids (hash tables) of the neighbour search.
+        candidates_per_table (`int`, defaults to 8): Most recent entities of a cell that are compared with the query.
+            At equal cost, many tables with few candidates find more neighbours than few tables with many candidates.
+        cell_sizes (`list[float]`, *optional*): Edge length of each table's cells; by default a geometric series from 8
+            to 0.35.
+        flow_step (`float`, defaults to 1.0): α, factor of the flow in the moved position; 0 disables the flow.
+        moved_query (`bool`, defaults to `True`): Use moved positions for queries and rest positions for keys. With
+            `False` both use the moved position, the paper's single position p'.
+        flow_norm (`str`, defaults to `"entity"`): What FlowNorm averages the squared flow over: `"entity"`, the entity
+            itself, or `"running"`, all entities up to it. `"rms"` uses RMSNorm and `"none"` no norm, for ablations.
+        conv_kernel (`int`, defaults to 4): Number of taps of the short convolution.
+        output_gate (`bool`, defaults to `True`): Gate the output of the flow attention.
+        gated_mlp (`bool`, defaults to `False`): Use SwiGLU instead of GELU in the Dynamic Field MLP. With
+            `output_gate=False` and `flow_norm="rms"`, the rest of the layer equals a Llama's.
+        search_implementation (`str`, defaults to `"cells"`): `"cells"`, O(n log n), or `"exact"`, O(n²). It is read
+            at every call and may be changed on a built model.
+        search_seed (`int`, defaults to 0): Seed of the grids, used when a model is initialised. Grids are saved with
+            the weights.
+        carry_positions (`bool`, defaults to `False`): Add the previous layer's moved positions to the positions.
+        memory_slots (`int`, defaults to 0): Slots of the persistent field memory. 0 disables it.
+        memory_chunk (`int`, defaults to 64): Number of entities that are pooled into the memory together.
+        memory_decay (`float`, defaults to 0.9): Initial value of each slot's decay β.
+        readout_window (`int`, defaults to 1): Number of most recent states whose weighted mean the head reads.
+        is_causal (`bool`, defaults to `True`): Attend to preceding entities only. `False` attends to both sides, for
+            embeddings and classification; models of fields always do.
+        entity_sampling (`str`, defaults to `"token"`): What becomes an entity: each token (of a field, each sample)
+            with `"token"`; spans of samples that are short where information is dense with `"adaptive"`; spans of
+            equal length with `"uniform"`.
+        entity_rate (`float`, defaults to 0.25): Target number of entities per byte of text.
+        max_entity_length (`int`, defaults to 64): Maximum bytes per entity.
+        ratio_loss_coef (`float`, defaults to 0.03): Weight of the loss that keeps `entity_rate`.
+        num_sample_layers (`int`, defaults to 1): Number of DFN layers over samples (bytes, pixels) before, and in
+            texts also after, the layers over entities. They attend to their local window only.
+        sample_intermediate_size (`int`, *optional*): Inner width of the MLP of those layers; default: `hidden_size`.
         coordinate_dim (`int`, defaults to 2): Dimensions of a field: 1 for sound, 2 for images, 3 for video.
-        value_dim (`int`, defaults to 1): Values of a field's sample: 1 for grey, 3 for colour.
-        num_entities (`int`, defaults to 256): Entities that a field is sampled into.
+        value_dim (`int`, defaults to 1): Values per sample of a field: 1 for grey, 3 for colour.
+        num_entities (`int`, defaults to 256): Number of entities of a field.
         projection_dim (`int`, defaults to 128): Width of contrastive embeddings.
-        contrastive_fields (`bool`, defaults to `False`): A tower for fields too, in `DFNForContrastive`.
-        hidden_dropout (`float`, defaults to 0.0): Dropout on what each block adds to the state.
-        attention_dropout (`float`, defaults to 0.0): Dropout on flow weights.
-        norm_eps (`float`, defaults to 1e-6): Added to mean squares before their root is taken.
-        initializer_range (`float`, *optional*): Standard deviation of embeddings and projections; 1/sqrt(hidden_size)
-            if not given.
+        contrastive_fields (`bool`, defaults to `False`): Give `DFNForContrastive` an encoder for fields.
+        hidden_dropout (`float`, defaults to 0.0): Dropout on the output of attention and MLP.
+        attention_dropout (`float`, defaults to 0.0): Dropout on attention weights.
+        norm_eps (`float`, defaults to 1e-6): Added to mean squares before the root.
+        initializer_range (`float`, *optional*): Standard deviation of initial embeddings and projections; default:
+            1/sqrt(hidden_size).
         tie_word_embeddings (`bool`, defaults to `True`): Share the embedding with the output layer.
-        use_cache (`bool`, defaults to `True`): Return the state for continuation.
+        use_cache (`bool`, defaults to `True`): Return the cache for continuation.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special tokens.
 
     Raises:
-        ValueError: a field out of range, or fields that contradict each other; the message names them.
-        huggingface_hub.errors.StrictDataclassError: a field of the wrong type.
+        ValueError: a field is out of range, or fields contradict each other; the message names them.
+        huggingface_hub.errors.StrictDataclassError: a field has the wrong type.
+
+    Example:
+        >>> from dfn_hf import DFNConfig, DFNForCausalLM
+        >>> config = DFNConfig(vocab_size=256, hidden_size=32, num_neighbors=8, local_window=16)
+        >>> model = DFNForCausalLM(config)
+        >>> model.config.num_neighbors
+        8
     """
 
     model_type = "dfn"
     keys_to_ignore_at_inference = [
-        "past_key_values", "cache", "entities", "density", "boundary_probs", "boundary_mask", "token_loss", "ratio_loss", "prediction_loss",
-    ]  # fmt: skip
+        "past_key_values",
+        "cache",
+        "entities",
+        "density",
+        "boundary_probs",
+        "boundary_mask",
+        "token_loss",
+        "ratio_loss",
+        "prediction_loss",
+    ]
 
     vocab_size: int = 4096
     hidden_size: int = 256
@@ -145,21 +164,25 @@ class DFNConfig(HubCodeMixin, PreTrainedConfig):
         if self.initializer_range is None:
             self.initializer_range = self.hidden_size**-0.5 if self.hidden_size > 0 else 1.0
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
-        self.validate_architecture()  # here too, where its ValueError reaches the user as it is
+        self.validate_architecture()  # here too: a validator's ValueError reaches the user wrapped in another error
         super().__post_init__(**kwargs)
 
     @property
     def layer_types(self) -> list[str]:
-        """Every layer keeps its state in a `cache.FlowCacheLayer`; those over samples come first."""
+        """One entry per layer, which selects `cache.FlowCacheLayer`; layers over bytes come first."""
         return ["flow_state"] * (2 * self.causal_sample_layers + self.num_hidden_layers)
 
     @property
     def causal_sample_layers(self) -> int:
-        """Layers over samples on each side of the entities of a text."""
+        """Number of layers over bytes before, and again after, the layers over entities of a text."""
         return 0 if self.entity_sampling == "token" else self.num_sample_layers
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> "DFNConfig":
-        """Transformers sizes the cache by `num_hidden_layers` of what it gets here: with the layers over samples."""
+        """Return the configuration by which transformers sizes a cache.
+
+        A cache has one layer for each of `layer_types`, but transformers reads `num_hidden_layers`. With layers over
+        bytes, the returned copy therefore counts them in `num_hidden_layers`.
+        """
         if not decoder or self.entity_sampling == "token":
             return self
         config = copy.copy(self)
@@ -167,7 +190,7 @@ class DFNConfig(HubCodeMixin, PreTrainedConfig):
         return config
 
     def of_sample_layers(self) -> "DFNConfig":
-        """The configuration of the layers over samples."""
+        """Return the configuration of the layers over samples: no neighbours, no memory, a smaller MLP."""
         config = copy.copy(self)
         config.num_neighbors = config.memory_slots = 0
         config.carry_positions = False
@@ -175,10 +198,10 @@ class DFNConfig(HubCodeMixin, PreTrainedConfig):
         return config
 
     def validate_layer_type(self):
-        """Nothing to check: `layer_types` is derived."""
+        """Override transformers' check of `layer_types`, which is derived here."""
 
     def validate_architecture(self):
-        """Reject values out of range and fields that contradict each other."""
+        """Raise a ValueError for a field out of range and for fields that contradict each other."""
         for field in (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
             "position_dim", "local_window", "num_tables", "candidates_per_table", "conv_kernel", "readout_window",
@@ -193,16 +216,14 @@ class DFNConfig(HubCodeMixin, PreTrainedConfig):
             raise ValueError(f"`norm_eps` must be finite and positive, got {self.norm_eps}.")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
-                f"`pad_token_id` must lie in the vocabulary (`vocab_size` is {self.vocab_size}) or be None, "
-                f"got {self.pad_token_id}."
+                f"`pad_token_id` must be None or less than `vocab_size` ({self.vocab_size}) and not negative, got "
+                f"{self.pad_token_id}."
             )
         if self.memory_chunk < 2:
-            raise ValueError(
-                f"`memory_chunk` must be at least 2 for there to be something to pool, got {self.memory_chunk}."
-            )
+            raise ValueError(f"`memory_chunk` must be at least 2, got {self.memory_chunk}.")
         for field in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"`{field}` must lie in [0, 1), got {getattr(self, field)}.")
+                raise ValueError(f"`{field}` must be in [0, 1), got {getattr(self, field)}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
@@ -214,16 +235,17 @@ class DFNConfig(HubCodeMixin, PreTrainedConfig):
             raise ValueError(f"`search_implementation` must be one of {SEARCHES}, got {self.search_implementation!r}.")
         self._validate_sampling()
         if not 0 < self.memory_decay < 1:
-            raise ValueError(f"`memory_decay` must lie in (0, 1), got {self.memory_decay}.")
+            raise ValueError(f"`memory_decay` must be in (0, 1), got {self.memory_decay}.")
         sizes = check_cell_sizes(self.cell_sizes, self.num_tables, self.candidates_per_table)
         cells = max(ball_cells_per_axis(self.position_dim, sizes)) ** grid_axes(self.position_dim)
         if cells > MAX_CELLS:
             raise ValueError(
-                f"`cell_sizes` down to {min(sizes):g} divide the ball of `position_dim` {self.position_dim} into "
-                f"{cells} cells: a table may have at most {MAX_CELLS}, take larger cells."
+                f"`cell_sizes` with minimum {min(sizes):g} and `position_dim` {self.position_dim} give {cells} cells "
+                f"per table, more than {MAX_CELLS}: use larger cells."
             )
 
     def _validate_sampling(self):
+        """The part of `validate_architecture` about `entity_sampling` and `is_causal`."""
         if self.entity_sampling not in ENTITY_SAMPLINGS:
             raise ValueError(f"`entity_sampling` must be one of {ENTITY_SAMPLINGS}, got {self.entity_sampling!r}.")
         if self.sample_intermediate_size is not None and self.sample_intermediate_size < 1:
@@ -232,25 +254,25 @@ class DFNConfig(HubCodeMixin, PreTrainedConfig):
             )
         if not 1 / self.max_entity_length <= self.entity_rate < 1:
             raise ValueError(
-                f"`entity_rate` must lie between 1/`max_entity_length` (1/{self.max_entity_length}) and 1, got "
-                f"{self.entity_rate}."
+                f"`entity_rate` must be at least 1/`max_entity_length` (1/{self.max_entity_length}) and less than 1, "
+                f"got {self.entity_rate}."
             )
         if self.entity_sampling != "token" and self.local_window < 2:
             raise ValueError(
-                f"`local_window` ({self.local_window}) is all that layers over samples read: with `entity_sampling` "
-                f"{self.entity_sampling!r} it must be at least 2."
+                f"`local_window` must be at least 2 with `entity_sampling={self.entity_sampling!r}`, because layers "
+                f"over samples attend to nothing else; got {self.local_window}."
             )
         if self.entity_sampling != "token" and self.readout_window > 1:
             raise ValueError(
-                f"`readout_window` ({self.readout_window}) reads tokens: with `entity_sampling` "
-                f"{self.entity_sampling!r} it must be 1."
+                f"`readout_window` must be 1 with `entity_sampling={self.entity_sampling!r}`, got "
+                f"{self.readout_window}."
             )
         if not self.is_causal:
             for field, off in (("memory_slots", 0), ("readout_window", 1)):
                 if getattr(self, field) != off:
                     raise ValueError(
-                        f"`{field}` ({getattr(self, field)}) goes from left to right: without `is_causal` it must be "
-                        f"{off}."
+                        f"`{field}` must be {off} with `is_causal=False`, because it works from left to right only, "
+                        f"got {getattr(self, field)}."
                     )
 
 

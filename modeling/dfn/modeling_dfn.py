@@ -1,9 +1,9 @@
-"""Dynamic Flow Networks: entities that flow to a place and read what is near, layer upon layer (`dfn_layer.py`).
+"""Dynamic Flow Networks: a causal language model whose tokens attend to a local window and to nearest neighbours.
 
-Rows are left-aligned behind the model's boundary (`row_layout.py`); state lives in `cache.FlowCacheLayer`.
+The neighbours of a token are the k nearest preceding tokens in a learnt position space (`layers.py`). Rows are
+left-aligned inside the model (`modules/row_layout.py`); layers keep their state in `modules.cache.FlowCacheLayer`.
 
-Shape letters: B batch, M entities of this call, N stored entities, H heads, P position_dim, D value features per head,
-K neighbours, C memory chunks, S memory slots.
+Shape letters: B batch, M tokens of this call, N tokens so far, E entities completed in this call, H heads.
 """
 
 import math
@@ -32,10 +32,13 @@ from ..modules.forward_utils import (
     next_token_labels,
     prepare_forward,
 )
+from ..modules.outputs import OutputCollector, add_grad_only
 from ..modules.rms_norm import RMSNorm
-from ..modules.row_layout import RowLayout, pad_index
+from ..modules.row_layout import RowLayout
 from ..ops.chunking import apply_chunked
-from .configuration_dfn import SEARCHES, DFNConfig
+from .attention import DynamicFlowAttention, PersistentFieldMemory
+from .checks import check_search
+from .configuration_dfn import DFNConfig
 from .dynamic_chunking import (
     COORDINATE_FEATURES,
     Dechunking,
@@ -44,7 +47,8 @@ from .dynamic_chunking import (
     SampledEntities,
     should_pack,
 )
-from .layers import DFNLayer, DynamicFlowAttention, Entities, FlowNorm, PersistentFieldMemory, identity_conv_init
+from .entities import Entities, pad_entities, unpack_entities
+from .layers import DFNLayer, FlowNorm, identity_conv_init
 
 
 @dataclass
@@ -52,17 +56,20 @@ class DFNModelOutput(BaseModelOutputWithPast):
     """
     Attributes:
         last_hidden_state: `[B, M, hidden_size]`, zero where padded.
-        past_key_values: the state for continuation; named `cache` by transformers 5.24 and later.
-        hidden_states: embeddings and each layer's output, the last one after the final norm. With `entity_sampling`,
-            of the layers over bytes too; an entity's stands at the byte that completed it, with zeros elsewhere.
-        attentions: per layer the flow weights among tokens `[B, H, M, N]`; memory takes what is left to 1.
-        entities: per layer `Entities`; with `entity_sampling` those completed in this call, left-aligned.
-        boundary_probs: `[B, M]`, how uncertain what follows a byte is; from 1/2 on it completes an entity. 0 where padded.
-            With `entity_sampling`, as the next two.
+        past_key_values: cache for continuation; named `cache` by transformers 5.24 and later.
+        hidden_states: input of each layer `[B, M, hidden_size]`, and the output of the final norm last. With
+            `entity_sampling="adaptive"` or "uniform" this includes the byte-level layers; an entity's state is at the
+            byte that completes it, and other bytes are zero.
+        attentions: per layer attention weights between tokens `[B, H, M, N]`. With memory slots a row sums to less
+            than 1.
+        entities: per layer `Entities` of the M tokens. With `entity_sampling="adaptive"` or "uniform", those of the E
+            entities, left-aligned.
+        boundary_probs: `[B, M]`, probability that a byte completes an entity; 0 where padded. This and
+            `boundary_mask` are None with `entity_sampling="token"`.
         boundary_mask: int64 `[B, M]`, 1 at bytes that complete an entity.
-        ratio_loss: `[B]`, how far each row is from `entity_rate`; with `entity_sampling="adaptive"`.
-        prediction_loss: `[B]`, how far from the flow of a byte the next one lies; likewise, where the model is causal. Bytes
-            of this call count alone, not one that follows in the next.
+        ratio_loss: `[B]`, deviation of each row from `entity_rate`; only with `entity_sampling="adaptive"`.
+        prediction_loss: `[B]`, mean squared error of the predicted next byte embedding, over the bytes of this call
+            that have a next one in it; only with `entity_sampling="adaptive"` and `is_causal`.
     """
 
     entities: tuple[Entities, ...] | None = None
@@ -76,10 +83,11 @@ class DFNModelOutput(BaseModelOutputWithPast):
 class DFNCausalLMOutput(CausalLMOutputWithPast):
     """
     Attributes:
-        loss: scalar, next-token cross-entropy; with `entity_sampling="adaptive"`, and `ratio_loss_coef` times `ratio_loss`.
-            Its gradient is that of `prediction_loss`, too.
+        loss: scalar, next-token cross-entropy. With `entity_sampling="adaptive"`, plus `ratio_loss_coef` times
+            `ratio_loss`; its gradient then also contains the gradient of `prediction_loss`.
         logits: `[B, M, vocab_size]`.
-        token_loss, ratio_loss, prediction_loss: scalars, what such a loss is made of.
+        token_loss, ratio_loss, prediction_loss: scalars, the parts of that loss; only with
+            `entity_sampling="adaptive"`.
         past_key_values, hidden_states, attentions, entities, boundary_probs, boundary_mask: see `DFNModelOutput`.
     """
 
@@ -92,6 +100,8 @@ class DFNCausalLMOutput(CausalLMOutputWithPast):
 
 
 class DFNPreTrainedModel(PreTrainedModel):
+    """Base class: initialisation, and what transformers has to know of all DFN models."""
+
     config: DFNConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -103,16 +113,17 @@ class DFNPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
-        """Stated here: transformers guesses it from the source file, which differs in a saved folder."""
+        """Overridden because transformers infers it from the source file, which differs in a saved folder."""
         return True
 
     @property
     def _can_compile_fullgraph(self) -> bool:
-        """A step has the same shapes whatever the data, and a cache of fixed shape can hold its state."""
+        """Whether a decode step has fixed shapes, so that it can be compiled and run with a `StaticCache`."""
         return self.config.entity_sampling == "token"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        """Initialise the parameters and buffers of one module."""
         config = self.config
         if isinstance(module, nn.Linear):
             init.normal_(module.weight, std=getattr(module, "init_std", config.initializer_range))
@@ -132,24 +143,26 @@ class DFNPreTrainedModel(PreTrainedModel):
             init.normal_(module.position, std=1.0)
             init.zeros_(module.influence)
         elif isinstance(module, DynamicFlowAttention):
-            # ‖q − k‖² grows with the dimension: 1.2 / P keeps the first logits within a few units.
+            # ‖q − k‖² grows with the dimension P; 1.2 / P keeps the initial logits within a few units.
             init.constant_(module.log_sharpness, math.log(1.2 / config.position_dim))
             init.copy_(module.log_fading, torch.linspace(0.7, -3.0, module.num_heads))
             module.reset_grids()
 
 
-class Seen:
-    """What the layers of one call are asked to show."""
-
-    def __init__(self, wants_weights: bool, wants_states: bool, wants_entities: bool):
-        self.wants_weights, self.wants_states, self.wants_entities = wants_weights, wants_states, wants_entities
-        self.states: list[torch.Tensor] = []
-        self.weights: list[torch.Tensor] = []
-        self.entities: list[Entities] = []
-
-
 class DFNModel(DFNPreTrainedModel):
-    """Embeddings, DFN layers, readout and final norm; with `entity_sampling`, the layers over samples around them."""
+    """A DFN without a head: embeddings, DFN layers, readout and final norm.
+
+    With `entity_sampling="adaptive"` or "uniform", byte-level layers make entities, the DFN layers run on entities,
+    and more byte-level layers follow (`dynamic_chunking.py`).
+
+    Example:
+        >>> import torch
+        >>> from dfn_hf import DFNConfig, DFNModel
+        >>> model = DFNModel(DFNConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2)).eval()
+        >>> outputs = model(torch.randint(32, (1, 50)), output_entities=True)
+        >>> outputs.last_hidden_state.shape, outputs.entities[0].neighbors.shape
+        (torch.Size([1, 50, 16]), torch.Size([1, 4, 50, 16]))
+    """
 
     def __init__(self, config: DFNConfig):
         super().__init__(config)
@@ -190,21 +203,23 @@ class DFNModel(DFNPreTrainedModel):
     ) -> DFNModelOutput:
         """
         Args:
-            input_ids: int64 `[B, M]`, or `inputs_embeds` `[B, M, hidden_size]`: exactly one of them.
-            attention_mask: `[B, M]`, or `[B, columns before + M]` with a cache; 0 is padding, anywhere in a row.
-            position_ids: `[B, M]` or `[1, M]`. There are no position embeddings; without mask and cache, positions
-                that start again mark packed segments.
-            past_key_values: `DynamicCache(config=model.config)`, or `StaticCache` with a `max_cache_len` too, to
-                continue from; updated in place.
-            use_cache: return the state; the config's value by default, never while gradients are checkpointed.
-            segment_ids: int64 `[B, M]`, packed documents: an entity sees its own segment only; negative is padding.
-            output_attentions: return dense flow weights, O(M²) memory.
+            input_ids: int64 `[B, M]`. Pass exactly one of `input_ids` and `inputs_embeds`.
+            attention_mask: `[B, M]`, or `[B, past + M]` with a cache; 0 is padding, at any position of a row.
+            position_ids: `[B, M]` or `[1, M]`. DFN has no position embeddings. Without mask and cache, positions that
+                restart mark packed segments.
+            past_key_values: cache to continue from: `DynamicCache(config=model.config)`, or a `StaticCache` with
+                `max_cache_len`. Updated in place.
+            inputs_embeds: `[B, M, hidden_size]`.
+            use_cache: return the cache; default: `config.use_cache`. Ignored during gradient checkpointing.
+            segment_ids: int64 `[B, M]`, for packed documents: a token attends to its own segment only. Negative ids
+                are padding.
+            output_attentions: return dense attention weights, O(M N) memory.
             output_hidden_states: return the states of every layer.
             output_entities: return positions, influence and neighbours of every layer.
-            cache: what transformers 5.24 and later call `past_key_values`.
+            cache: name of `past_key_values` in transformers 5.24 and later.
 
         Raises:
-            ValueError: inputs that do not fit together; the message names them and the remedy.
+            ValueError: the inputs contradict each other; the message names them and the remedy.
         """
         config = self.config
         past_key_values = resolve_cache_argument(past_key_values, cache)
@@ -214,7 +229,8 @@ class DFNModel(DFNPreTrainedModel):
         if not config.is_causal:
             if past_key_values is not None:
                 raise ValueError(
-                    "past_key_values is of no use where `is_causal` is False: tokens to come are read too."
+                    "past_key_values requires `is_causal=True`: a bidirectional model has to process the whole row "
+                    "again, so call it without a cache."
                 )
             use_cache = False
         rows, states, past_key_values = prepare_forward(
@@ -222,115 +238,133 @@ class DFNModel(DFNPreTrainedModel):
         )
         check_search(config, states[-1])
         hidden_states = rows.unpad(inputs_embeds)
-        del inputs_embeds  # a million tokens are a gigabyte of it
-        seen = Seen(output_attentions, output_hidden_states, output_entities)
+        del inputs_embeds  # frees 1 GB for a million tokens
+        outputs = OutputCollector(
+            rows, attentions=output_attentions, hidden_states=output_hidden_states, entities=output_entities
+        )
+        chunking_outputs = {}
         if self.sampling is None:
-            hidden_states, sampled = self._run_tokens(hidden_states, rows, states, seen), {}
+            hidden_states = self._run_tokens(hidden_states, rows, states, outputs)
         else:
-            hidden_states, sampled = self._run_sampled(hidden_states, rows, states, seen)
+            hidden_states, chunking_outputs = self._run_sampled(hidden_states, rows, states, outputs)
         hidden_states = rows.pad(apply_chunked(self.norm, hidden_states))
-        if output_hidden_states:
-            seen.states.append(hidden_states)
+        outputs.add(hidden_states=hidden_states)
         finish_forward(past_key_values, states)
         return DFNModelOutput(
             last_hidden_state=hidden_states,
             **{CACHE_NAME: past_key_values},
-            hidden_states=tuple(seen.states) if output_hidden_states else None,
-            attentions=tuple(seen.weights) if output_attentions else None,
-            entities=tuple(seen.entities) if output_entities else None,
-            **sampled,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+            entities=outputs.get("entities"),
+            **chunking_outputs,
         )
 
-    def _run_tokens(self, hidden_states: torch.Tensor, rows: RowLayout, states: list, seen: "Seen") -> torch.Tensor:
-        """Each token an entity."""
+    def _run_tokens(
+        self, hidden_states: torch.Tensor, rows: RowLayout, states: list, outputs: OutputCollector
+    ) -> torch.Tensor:
+        """Run the DFN layers on tokens `[B, M, hidden_size]`."""
         origin = None
         for layer, state in zip(self._entity_layers(), states, strict=True):
-            if seen.wants_states:
-                columns, hidden_states = rows.pad_with_grad(hidden_states)
-                seen.states.append(columns)
+            hidden_states = outputs.add_hidden_states(hidden_states)
             hidden_states, origin, influence, entities, weights = layer(
-                hidden_states, origin, rows, past_key_values=state, output_attentions=seen.wants_weights
+                hidden_states, origin, rows, past_key_values=state, output_attentions=outputs.keeps("attentions")
             )
-            if seen.wants_weights:
-                seen.weights.append(weights)
-            if seen.wants_entities:
-                seen.entities.append(pad_entities(entities, rows, state))
+            outputs.add(attentions=weights)
+            if outputs.keeps("entities"):
+                outputs.add(entities=pad_entities(entities, rows, state))
         if self.config.readout_window > 1:
-            # Kept by the first layer, whose refusal of a crop comes before any layer was cropped.
+            # Stored in the first layer: its state then refuses an impossible crop before another layer is cropped.
             hidden_states = self._read_out(hidden_states, influence, rows, states[0])
         return hidden_states
 
     def _run_sampled(
-        self, hidden_states: torch.Tensor, rows: RowLayout, states: list, seen: "Seen"
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Bytes → entities → bytes."""
-        if seen.wants_weights:
+        self, hidden_states: torch.Tensor, rows: RowLayout, states: list, outputs: OutputCollector
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor | None]]:
+        """Run byte-level layers, entity-level layers and byte-level layers.
+
+        Args:
+            hidden_states: `[B, M, hidden_size]`, of bytes.
+            states: caches of all layers in the order of `config.layer_types`, or None each.
+
+        Returns:
+            (states of bytes `[B, M, hidden_size]`, the fields of `DFNModelOutput` from `boundary_probs` on).
+        """
+        if outputs.keeps("attentions"):
             raise ValueError(
-                "output_attentions is of tokens, and with `entity_sampling` "
-                f"{self.config.entity_sampling!r} layers read entities: ask for output_entities."
+                "output_attentions requires `entity_sampling='token'`, got "
+                f"{self.config.entity_sampling!r}, whose layers attend to entities: use output_entities."
             )
-        sides = len(self.sample_encoder)
-        encoder_states, decoder_states, entity_states = states[:sides], states[sides : 2 * sides], states[2 * sides :]
-        # States that have seen both sides have seen what would be foretold.
+        num_layers = len(self.sample_encoder)
+        encoder_states, decoder_states = states[:num_layers], states[num_layers : 2 * num_layers]
+        entity_states = states[2 * num_layers :]
+        # A bidirectional state contains the next byte, so predicting it would be trivial.
         embeddings = hidden_states if self.config.is_causal else None
-        hidden_states = self._run_sample_layers(self.sample_encoder, hidden_states, rows, encoder_states, seen)
+        hidden_states = self._run_sample_layers(self.sample_encoder, hidden_states, rows, encoder_states, outputs)
         sampled = self.sampling(hidden_states, rows, encoder_states[-1], entity_states[0], embeddings)
         del embeddings
         for state in entity_states:
             if state is not None:
                 state.set_layout(sampled.layout.rows)
-        entities = self._run_entities(sampled, rows, entity_states, seen)
+        entities = self._run_entities(sampled, rows, entity_states, outputs)
         hidden_states = self.dechunking(hidden_states, entities, sampled, entity_states[0])
-        hidden_states = self._run_sample_layers(self.sample_decoder, hidden_states, rows, decoder_states, seen)
-        ratio_loss = self.sampling.ratio_loss(sampled, rows) if self.sampling.adaptive else None
-        boundary_probs, boundary_mask = (
-            rows.pad(sampled.boundary_probs * rows.token_mask()),
-            sampled.layout.rows.mask.long(),
-        )
-        losses = {"ratio_loss": ratio_loss, "prediction_loss": sampled.prediction_loss}
-        return hidden_states, {"boundary_probs": boundary_probs, "boundary_mask": boundary_mask, **losses}
+        hidden_states = self._run_sample_layers(self.sample_decoder, hidden_states, rows, decoder_states, outputs)
+        return hidden_states, {
+            "boundary_probs": rows.pad(sampled.boundary_probs * rows.token_mask()),
+            "boundary_mask": sampled.layout.rows.mask.long(),
+            "ratio_loss": self.sampling.ratio_loss(sampled, rows) if self.sampling.adaptive else None,
+            "prediction_loss": sampled.prediction_loss,
+        }
 
     def _run_sample_layers(
-        self, layers, hidden_states: torch.Tensor, rows: RowLayout, states, seen: "Seen"
+        self, layers, hidden_states: torch.Tensor, rows: RowLayout, states: list, outputs: OutputCollector
     ) -> torch.Tensor:
+        """Run byte-level layers on `[B, M, hidden_size]`."""
         for layer, state in zip(layers, states, strict=True):
-            if seen.wants_states:
-                columns, hidden_states = rows.pad_with_grad(hidden_states)
-                seen.states.append(columns)
+            hidden_states = outputs.add_hidden_states(hidden_states)
             hidden_states = layer(hidden_states, None, rows, past_key_values=state)[0]
         return hidden_states
 
-    def _run_entities(self, sampled: SampledEntities, rows: RowLayout, states: list, seen: "Seen") -> torch.Tensor:
-        """The DFN layers over entities, and a norm: `[B, E, hidden_size]`."""
+    def _run_entities(
+        self, sampled: SampledEntities, rows: RowLayout, states: list, outputs: OutputCollector
+    ) -> torch.Tensor:
+        """Run the DFN layers on entities, and the norm after them; returns `[B, E, hidden_size]`."""
         layout, hidden_states, origin = sampled.layout, sampled.states, None
         coordinates, log_mass, entity_rows, packed = sampled.coordinates, sampled.log_mass, layout.rows, None
-        # A running mean over one packed row would be a difference of sums over other rows.
+        # Not with a running mean: in one packed row it is a difference of sums that include other rows.
         if states[0] is None and self.config.flow_norm != "running" and should_pack(entity_rows):
             packed = PackedEntities(entity_rows)
             hidden_states, coordinates, log_mass = (packed.pack(x) for x in (hidden_states, coordinates, log_mass))
             entity_rows = packed.rows
         for layer, state in zip(self._entity_layers(), states, strict=True):
-            if seen.wants_states:
-                laid = hidden_states if packed is None else packed.unpack(hidden_states)
-                columns, of_columns = rows.pad_with_grad(layout.at_samples(laid))
-                seen.states.append(columns)
-                laid = layout.of_samples(of_columns)
-                hidden_states = laid if packed is None else packed.pack(laid)
+            if outputs.keeps("hidden_states"):
+                unpacked = hidden_states if packed is None else packed.unpack(hidden_states)
+                at_bytes = outputs.add_hidden_states(layout.scatter_to_samples(unpacked))
+                unpacked = layout.gather_from_samples(at_bytes)
+                hidden_states = unpacked if packed is None else packed.pack(unpacked)
             if hidden_states.shape[1] == 0:
                 continue  # no entity was completed in this call
             hidden_states, origin, _, entities, _ = layer(
                 hidden_states, origin, entity_rows, coordinates, log_mass, past_key_values=state
             )
-            if seen.wants_entities:
-                seen.entities.append(entities if packed is None else unpack_entities(entities, packed))
+            if outputs.keeps("entities"):
+                outputs.add(entities=entities if packed is None else unpack_entities(entities, packed))
         hidden_states = apply_chunked(self.entity_norm, hidden_states)
         return hidden_states if packed is None else packed.unpack(hidden_states)
 
     def _entity_layers(self) -> nn.ModuleList:
-        return self.layers[: self.config.num_hidden_layers]  # early-exit decoding lowers it for its drafts
+        """The first `num_hidden_layers` layers: early-exit decoding lowers that number to draft tokens."""
+        return self.layers[: self.config.num_hidden_layers]
 
     def _read_out(self, hidden_states, influence, rows: RowLayout, state: FlowCacheLayer | None) -> torch.Tensor:
-        """s̄ (paper §3): mean of the `readout_window` most recent entities, weighted by softmax of their influence."""
+        """Average the last `readout_window` states, weighted by softmax of influence.
+
+        This is s̄ of Dynamic Flow Networks (Stürtz), §3.
+
+        Args:
+            hidden_states: `[B, M, hidden_size]`.
+            influence: `[B, H, M]`, of the last layer.
+            state: the first layer's cache, or None.
+        """
         before = self.config.readout_window - 1
         weight = influence.mean(dim=1).unsqueeze(-1)
         recent = torch.cat([hidden_states.to(weight.dtype), weight], dim=-1)
@@ -343,78 +377,27 @@ class DFNModel(DFNPreTrainedModel):
         return mean.to(hidden_states.dtype)
 
 
-def check_search(config: DFNConfig, state: FlowCacheLayer | None) -> None:
-    """The search may be changed between calls, but the index of one is not kept up by the other."""
-    if config.search_implementation not in SEARCHES:
-        raise ValueError(f"`search_implementation` must be one of {SEARCHES}, got {config.search_implementation!r}.")
-    if torch.compiler.is_exporting():
-        check_export(config)
-    if state is None or state.data("place") is None:
-        return
-    if (state.data("cell") is None) != (config.search_implementation == "exact") and state.seq_length > 0:
-        raise ValueError(
-            "`search_implementation` was changed while past_key_values was in use: start with an empty cache."
-        )
-
-
-def check_export(config: DFNConfig) -> None:
-    """An exported program can search exactly, an ONNX one not at all, and neither samples entities."""
-    if torch.onnx.is_in_onnx_export():
-        raise ValueError(
-            "DFN's search orders candidates by the bits of their distances, for which ONNX has no operator: "
-            "use `torch.export.export`."
-        )
-    if config.entity_sampling != "token":
-        raise ValueError(
-            f"With `entity_sampling` {config.entity_sampling!r} there are as many entities as the bytes ask for, "
-            "which no exported program can have: export a model of tokens."
-        )
-    if config.search_implementation != "exact":
-        raise ValueError(
-            "Cell lists are walked as the data ask, which no exported program can do: set "
-            "`model.config.search_implementation = 'exact'` first."
-        )
-
-
-def pad_entities(entities: Entities, rows: RowLayout, state: FlowCacheLayer | None) -> Entities:
-    """Entities of the rows → of the columns; neighbours are named by their column."""
-    columns = pad_index(rows, state)
-
-    def scatter(x):
-        return rows.pad(x.transpose(1, 2)).transpose(1, 2)
-
-    found = entities.neighbors
-    named = columns[:, None, None].expand(*found.shape[:3], -1).gather(-1, found.clamp(min=0))
-    # Shifted by one, so that the zero of padding means none.
-    neighbors = scatter(torch.where(found < 0, 0, named + 1)) - 1
-    return Entities(
-        *(scatter(x) for x in (entities.rest_positions, entities.moved_positions, entities.influence)), neighbors
-    )
-
-
-def unpack_entities(entities: Entities, packed: PackedEntities) -> Entities:
-    """Entities of one row → of the rows they were packed from; neighbours are places in their own row."""
-
-    def unpack(x):
-        return packed.unpack(x.transpose(1, 2)).transpose(1, 2)
-
-    found = entities.neighbors
-    own = found - (packed.rows.positions - packed.place)[:, None, :, None]
-    neighbors = unpack(torch.where(found < 0, 0, own + 1)) - 1
-    return Entities(
-        *(unpack(x) for x in (entities.rest_positions, entities.moved_positions, entities.influence)), neighbors
-    )
-
-
 class DFNForCausalLM(FlowGenerationMixin, DFNPreTrainedModel, GenerationMixin):
-    """DFN with a next-token head: P(t) = softmax(W_o s̄) (paper §3)."""
+    """DFN with a next-token head: P(t) = softmax(W_o s̄) (Dynamic Flow Networks (Stürtz), §3).
+
+    Example:
+        >>> import torch
+        >>> from dfn_hf import DFNConfig, DFNForCausalLM
+        >>> model = DFNForCausalLM(DFNConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2)).eval()
+        >>> ids = torch.randint(32, (1, 50))
+        >>> outputs = model(ids, labels=ids)
+        >>> outputs.logits.shape, outputs.loss.shape
+        (torch.Size([1, 50, 32]), torch.Size([]))
+        >>> model.generate(ids, max_new_tokens=5, do_sample=False).shape
+        torch.Size([1, 55])
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: DFNConfig):
         super().__init__(config)
         if not config.is_causal:
-            raise ValueError("A causal language model needs `is_causal`, which this configuration has set to False.")
+            raise ValueError("DFNForCausalLM requires `is_causal=True`, got False: set it in the configuration.")
         self.model = DFNModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -439,10 +422,11 @@ class DFNForCausalLM(FlowGenerationMixin, DFNPreTrainedModel, GenerationMixin):
     ) -> DFNCausalLMOutput:
         """
         Args:
-            labels: int64 `[B, M]`, the input ids themselves; −100 is not scored, nor is the first token of a segment.
-            logits_to_keep: compute the last so many logits, or those at these columns; 0 is all.
+            labels: int64 `[B, M]`, the input ids (the model shifts them). −100 is ignored, and so is the first token
+                of each segment.
+            logits_to_keep: number of last columns, or indices of columns, to compute logits for; 0 for all columns.
 
-        The others are those of `DFNModel.forward`.
+        The other arguments are those of `DFNModel.forward`.
         """
         outputs: DFNModelOutput = self.model(
             input_ids=input_ids,
@@ -475,7 +459,7 @@ class DFNForCausalLM(FlowGenerationMixin, DFNPreTrainedModel, GenerationMixin):
         )
 
     def _losses(self, logits, labels, outputs, num_items_in_batch=None, **kwargs) -> dict[str, torch.Tensor]:
-        """Next-token loss, and the rows' other losses as means over rows weighted by their labels."""
+        """Return the loss and its parts; auxiliary losses of rows are averaged with their label counts as weights."""
         loss = self.loss_function(
             logits=logits,
             labels=labels,
@@ -485,14 +469,23 @@ class DFNForCausalLM(FlowGenerationMixin, DFNPreTrainedModel, GenerationMixin):
         )
         scored = (labels[:, 1:] != -100).sum(dim=1)
         total = scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return _with_sampling(loss, outputs, scored, total, self.config.ratio_loss_coef)
+        return _add_sampling_losses(loss, outputs, scored, total, self.config.ratio_loss_coef)
 
 
 class DFNForSequenceClassification(LastTokenClassificationMixin, DFNPreTrainedModel):
-    """DFN with a linear head on the last real entity of each row.
+    """DFN with a linear head on the state of the last real token of each row.
 
-    With `entity_sampling="adaptive"` its loss holds `ratio_loss_coef` times the rows' mean `ratio_loss` too, and its
-    gradient that of their `prediction_loss`.
+    With `entity_sampling="adaptive"` the loss includes `ratio_loss_coef` times the mean `ratio_loss` of the rows, and
+    its gradient includes the gradient of their mean `prediction_loss`.
+
+    Example:
+        >>> import torch
+        >>> from dfn_hf import DFNConfig, DFNForSequenceClassification
+        >>> config = DFNConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, num_labels=3)
+        >>> model = DFNForSequenceClassification(config).eval()
+        >>> ids = torch.randint(32, (2, 50))
+        >>> model(ids, attention_mask=torch.ones_like(ids)).logits.shape
+        torch.Size([2, 3])
     """
 
     def __init__(self, config: DFNConfig):
@@ -503,22 +496,32 @@ class DFNForSequenceClassification(LastTokenClassificationMixin, DFNPreTrainedMo
         self.post_init()
 
     def _loss(self, logits, labels, outputs) -> torch.Tensor:
-        """The labels', and the mean over rows of what trains the sampling of entities."""
+        """Return the classification loss plus the mean auxiliary losses of the rows."""
         loss = super()._loss(logits, labels, outputs)
-        return _with_sampling(loss, outputs, 1, len(logits), self.config.ratio_loss_coef)["loss"]
+        return _add_sampling_losses(loss, outputs, 1, len(logits), self.config.ratio_loss_coef)["loss"]
 
 
-def _with_sampling(loss, outputs: DFNModelOutput, scored, total, ratio_loss_coef: float) -> dict[str, torch.Tensor]:
-    """A loss of tokens or labels, and those of the sampling of entities, where rows count as `scored` of `total`."""
+def _add_sampling_losses(
+    loss: torch.Tensor, outputs: DFNModelOutput, row_weights: torch.Tensor | int, total, ratio_loss_coef: float
+) -> dict[str, torch.Tensor]:
+    """Add the losses of `EntitySampling` to the loss of tokens or classes.
+
+    Args:
+        loss: scalar.
+        row_weights: weight of each row's losses, `[B]` or one number for all.
+        total: divisor of the weighted sums.
+
+    Returns:
+        `loss` and, with `entity_sampling="adaptive"`, its parts.
+    """
     if outputs.ratio_loss is None:
         return {"loss": loss}
-    parts = {"token_loss": loss, "ratio_loss": (scored * outputs.ratio_loss).sum() / total}
+    parts = {"token_loss": loss, "ratio_loss": (row_weights * outputs.ratio_loss).sum() / total}
     loss = loss + ratio_loss_coef * parts["ratio_loss"]
     if outputs.prediction_loss is not None:
-        parts["prediction_loss"] = (scored * outputs.prediction_loss).sum() / total
-        loss = (
-            loss + parts["prediction_loss"] - parts["prediction_loss"].detach()
-        )  # losses of models remain comparable
+        parts["prediction_loss"] = (row_weights * outputs.prediction_loss).sum() / total
+        # Only the gradient is added, so that the losses of different models remain comparable.
+        loss = add_grad_only(loss, parts["prediction_loss"])
     return {"loss": loss, **parts}
 
 

@@ -49,11 +49,11 @@ def test_cell_lists_are_refused_with_the_remedy():
 
 
 def test_sampled_entities_are_refused():
-    with pytest.raises(ValueError, match="as many entities as the bytes ask for"):
+    with pytest.raises(ValueError, match="number of entities depends on the input"):
         torch.export.export(make_small_model("dfn-adaptive"), (), draw_inputs("dfn", 0), strict=False)
 
 
 @pytest.mark.parametrize("make", [make_model, make_small_model])
 def test_onnx_is_refused_for_dfn(make):
-    with pytest.raises(torch.onnx.OnnxExporterError, match="bits of their distances, for which ONNX has no operator"):
+    with pytest.raises(torch.onnx.OnnxExporterError, match="cannot be exported to ONNX"):
         torch.onnx.export(make("dfn"), (), kwargs=draw_inputs("dfn", 0), dynamo=True, verbose=False)

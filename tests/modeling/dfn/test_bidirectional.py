@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from dfn_hf import DFNForCausalLM, DFNForSequenceClassification, DFNModel
-from dfn_hf.modeling.dfn.layers import DynamicFlowAttention
+from dfn_hf.modeling.dfn.attention import DynamicFlowAttention
 from dfn_hf.modeling.modules.row_layout import make_row_layout
 from dfn_hf.modeling.ops.neighbor_search import nearest_predecessors
 from tests.support.families import draw_dfn_config, draw_ids

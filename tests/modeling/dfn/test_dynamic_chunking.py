@@ -12,7 +12,7 @@ from dfn_hf.modeling.dfn.dynamic_chunking import (
     Dechunking,
     EntitySampling,
     PackedEntities,
-    lay_entities,
+    make_entity_layout,
     should_pack,
     sinusoidal_features,
 )
@@ -50,7 +50,7 @@ def reference(sampling, states, entities_of):
             last_dense = 0
         elif sampling.adaptive and dense >= 0.5:
             last_dense = t
-        if (t - last_dense) % sampling.longest == 0:
+        if (t - last_dense) % sampling.max_length == 0:
             spans.append((opened, t))
             opened = t + 1
     boundary_probs = torch.stack(boundary_probs)
@@ -167,7 +167,7 @@ def test_ratio_loss_is_least_where_the_rate_is_held(rate):
     def loss(share, mean):
         completes = torch.zeros(1, 100, dtype=torch.bool)
         completes[:, : round(100 * share)] = True
-        layout = lay_entities(completes, rows, None)
+        layout = make_entity_layout(completes, rows, None)
         sampled = type("Sampled", (), {"layout": layout, "boundary_probs": torch.full((1, 100), mean)})
         return sampling.ratio_loss(sampled, rows).item()
 

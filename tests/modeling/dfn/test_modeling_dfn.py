@@ -11,7 +11,9 @@ from transformers.utils import logging as transformers_logging
 
 from dfn_hf import DFNConfig, DFNForCausalLM, DFNForSequenceClassification, DFNModel
 from dfn_hf.assets.tokenizers import load_tokenizer
-from dfn_hf.modeling.dfn.layers import FlowNorm, PersistentFieldMemory, ball, make_norm
+from dfn_hf.modeling.dfn.attention import PersistentFieldMemory
+from dfn_hf.modeling.dfn.entities import squash_to_ball
+from dfn_hf.modeling.dfn.layers import FlowNorm, make_norm
 from dfn_hf.modeling.modules.cache import CACHE_NAME
 from dfn_hf.modeling.modules.row_layout import make_row_layout
 from dfn_hf.modeling.ops import chunking as pieces
@@ -46,10 +48,10 @@ def model():
 
 def test_ball_keeps_directions_within_its_radius():
     x = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 30
-    positions = ball(x)
+    positions = squash_to_ball(x)
     assert (positions.norm(dim=-1) < 2 * math.sqrt(4)).all()
     assert torch.allclose(F.cosine_similarity(x, positions), torch.ones(1000, dtype=torch.float64))
-    assert torch.allclose(ball(1e-6 * x), 2e-6 * x, rtol=1e-6)
+    assert torch.allclose(squash_to_ball(1e-6 * x), 2e-6 * x, rtol=1e-6)
 
 
 def draw_norm(flow_norm):
@@ -105,7 +107,7 @@ def test_memory_joins_one_softmax_with_the_entities():
     found, share = memory(y, total, query, sharpness, rows, None, torch.float64)
 
     slots, layout = memory.slots(y.transpose(1, 2).flatten(2), rows)
-    places = ball(memory.position)
+    places = squash_to_ball(memory.position)
     for head in range(2):
         gamma = sharpness[head]
         # The entities' logits leave −γ‖q‖² out, which is the same for all.

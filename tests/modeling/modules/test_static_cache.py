@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from dfn_hf.modeling.dfn import layers as dfn_layer
+from dfn_hf.modeling.dfn import attention as dfn_attention
 from tests.support.families import draw_ids, draw_model
 from tests.support.small_models import make_small_model
 
@@ -24,7 +24,7 @@ def form(request, monkeypatch):
     """Steps in torch operations are tested on the CPU too, where they are taken in C."""
     if request.param == "as on a GPU or compiled":
         monkeypatch.setattr(
-            dfn_layer,
+            dfn_attention,
             "is_decode_step",
             lambda state, x: state is not None and state.is_compileable and x.shape[2] == 1,
         )
