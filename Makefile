@@ -10,7 +10,7 @@ INSTALLED_DEMO := $(VENV)/.installed-demo
 TORCH := $(shell grep '^torch==' constraints.txt)
 PIP_INSTALL := $(BIN)/pip install --constraint constraints.txt
 
-.PHONY: demo test test-all conformance smoke lint format format-check types clean
+.PHONY: demo test test-all conformance smoke lint format format-check types docs clean
 
 demo: $(INSTALLED_DEMO)
 	$(BIN)/dfn-hf demo
@@ -39,6 +39,9 @@ format-check: $(INSTALLED)
 types: $(INSTALLED)
 	$(BIN)/mypy
 
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 # torch comes first and by its exact version: an unpinned request may download gigabytes of GPU libraries.
 $(VENV)/.torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -55,5 +58,5 @@ $(INSTALLED): pyproject.toml $(VENV)/.torch
 	touch $@ $(INSTALLED_DEMO)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
