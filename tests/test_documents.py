@@ -1,4 +1,4 @@
-"""The snippets of README and of the pages in `docs`, and the notebooks, do what they say."""
+"""The snippets, links and tables of README and of the pages in `docs`, and the notebooks."""
 
 import re
 import shlex
@@ -17,10 +17,15 @@ from tests.support.native_checkpoints import save_those_in_docs
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.compile(r"```python\n(.*?)```", flags=re.DOTALL)
+FENCED = re.compile(r"```.*?```", flags=re.DOTALL)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+GENERATED = {ROOT / "docs" / "reference" / "cli.md"}  # by docs/hooks/cli_reference.py when the site is built
+MAX_README_BYTES = 14_000
 SNIPPETS = PYTHON.findall(README)
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [
-    pytest.param(code, id=f"{page.stem}-{number}")
-    for page in sorted((ROOT / "docs").glob("*.md"))
+    pytest.param(code, id=f"{page.relative_to(ROOT / 'docs').with_suffix('')}-{number}")
+    for page in DOCS
     for number, code in enumerate(PYTHON.findall(page.read_text(encoding="utf-8")), start=1)
 ]
 TABLES = re.findall(r"`dfn-hf (bench [^`]*--results [^`]*)`", README)
@@ -42,7 +47,22 @@ def test_snippet_of_a_page_runs(code, tmp_path, monkeypatch, capsys):
 
 
 def test_readme_has_its_snippets():
-    assert len(SNIPPETS) == 7
+    assert len(SNIPPETS) == 4
+
+
+def test_readme_is_short():
+    assert len(README.encode()) <= MAX_README_BYTES
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *DOCS], ids=lambda page: str(page.relative_to(ROOT).with_suffix(""))
+)
+def test_relative_links_resolve(page):
+    text = FENCED.sub("", page.read_text(encoding="utf-8"))
+    targets = {target.partition("#")[0] for target in LINK.findall(text) if "://" not in target}
+    paths = {(page.parent / target).resolve() for target in targets if target}
+    missing = sorted(str(path.relative_to(ROOT)) for path in paths - GENERATED if not path.exists())
+    assert not missing, f"{page.relative_to(ROOT)} links to {missing}"
 
 
 @pytest.mark.parametrize("command", TABLES)
