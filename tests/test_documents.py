@@ -1,16 +1,12 @@
 """The snippets, links and tables of README and of the pages in `docs`, and the notebooks."""
 
 import re
-import shlex
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
-from typer.testing import CliRunner
 
-from dfn_hf.benchmarks.harness.results import ResultsFile
-from dfn_hf.cli.app import app
 from tests.support import hub_server
 from tests.support.native_checkpoints import save_those_in_docs
 
@@ -28,7 +24,6 @@ PAGES = [
     for page in DOCS
     for number, code in enumerate(PYTHON.findall(page.read_text(encoding="utf-8")), start=1)
 ]
-TABLES = re.findall(r"`dfn-hf (bench [^`]*--results [^`]*)`", README)
 
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
@@ -63,57 +58,6 @@ def test_relative_links_resolve(page):
     paths = {(page.parent / target).resolve() for target in targets if target}
     missing = sorted(str(path.relative_to(ROOT)) for path in paths - GENERATED if not path.exists())
     assert not missing, f"{page.relative_to(ROOT)} links to {missing}"
-
-
-@pytest.mark.parametrize("command", TABLES)
-def test_readme_tables_are_what_their_commands_print(command, tmp_path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(ResultsFile, "_append", lambda *_: pytest.fail("a run behind the README is missing"))
-    plotted = command.split()[1] in ("scaling", "peers", "operation")
-    plot = ["--plot", str(tmp_path / "plot.png")] if plotted else []
-    result = CliRunner().invoke(app, [*shlex.split(command), *plot])
-    assert result.exit_code == 0, result.output
-    table = [line for line in result.stdout.splitlines() if line.startswith("|")]
-    assert len(table) >= 3
-    assert "\n".join(table) in README
-
-
-def test_one_script_makes_every_table():
-    script = (ROOT / "benchmarks" / "all.sh").read_text().replace("\\\n", "")
-    made = [shlex.split(line)[1:] for line in script.splitlines() if line.startswith("dfn-hf ")]
-    assert made == [shlex.split(command.replace("benchmarks/results/", "")) for command in TABLES]
-
-
-def test_readme_has_its_tables():
-    assert [command.split()[1] for command in TABLES] == [
-        "bytes",
-        "million",
-        "fields",
-        "field-speed",
-        "contrastive",
-        "contrastive",
-        "memory",
-        "lm",
-        "speed",
-        "translation",
-        "translation",
-        "translation",
-        "translation",
-        "reversal",
-        "seq2seq-speed",
-        "scaling",
-        "million",
-        "peers",
-        "peers",
-        "operation",
-        "paper",
-        "long-lm",
-        "recall",
-        "retrieval",
-        "lm",
-        "ablations",
-        "quantization",
-    ]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.name)

@@ -6,18 +6,19 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import dfn_hf.seq2seq_presets
 from dfn_hf import LiquidConfig, LiquidForSeq2SeqLM
 from dfn_hf.benchmarks.baselines.ablated_liquid import remove_frequency_attention
 from dfn_hf.benchmarks.baselines.models import MODELS, ModelSize, build_model, count_parameters
-from dfn_hf.benchmarks.cli import smoke
-from dfn_hf.benchmarks.cli.app import app
+from dfn_hf.benchmarks.cli import app, smoke
 from dfn_hf.benchmarks.cli.smoke import TABLES, SmokeTable, leading_cells, run_smoke
-from dfn_hf.benchmarks.datasets.byte_windows import ByteWindows
+from dfn_hf.benchmarks.datasets.byte_windows import ByteWindows, corpus_bytes
 from dfn_hf.benchmarks.datasets.mqar import IGNORED, recall_accuracy, recall_batch, recall_batches
 from dfn_hf.benchmarks.harness.environment import peak_memory_mib, run_isolated
+from dfn_hf.benchmarks.harness.length_plots import log_log_slope
 from dfn_hf.benchmarks.harness.results import ResultsFile, markdown_table, mean_with_error
 from dfn_hf.benchmarks.harness.training_loop import fit
 from dfn_hf.benchmarks.quality import byte_lm, translation
@@ -25,10 +26,8 @@ from dfn_hf.benchmarks.recall import associative_recall as recall
 from dfn_hf.benchmarks.speed import seq2seq_speed
 from dfn_hf.benchmarks.speed import throughput as speed
 from dfn_hf.benchmarks.speed.scaling import (
-    ScalingMeasures,
+    ScalingResult,
     ScalingSettings,
-    corpus_bytes,
-    log_log_slope,
     scaling_table,
 )
 from dfn_hf.modeling.modules.row_layout import make_row_layout
@@ -43,7 +42,7 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Measures:
+class Result:
     steps: int | None
     loss: float
     machine: str
@@ -55,10 +54,10 @@ class TestResults:
 
         def measure(settings):
             calls.append(settings)
-            return Measures(steps=None, loss=float("nan"), machine="a, b")
+            return Result(steps=None, loss=float("nan"), machine="a, b")
 
         for _ in range(2):
-            results = ResultsFile(path, Settings, Measures)
+            results = ResultsFile(path, Settings, Result)
             for rate in (1e-3, 3e-3):
                 found = results.run(Settings("x, ±", rate), measure)
                 assert found.steps is None and math.isnan(found.loss) and found.machine == "a, b"
@@ -66,19 +65,19 @@ class TestResults:
 
     def test_a_row_cut_short_is_run_again_and_harms_no_other(self, tmp_path):
         path = tmp_path / "runs.csv"
-        results = ResultsFile(path, Settings, Measures)
+        results = ResultsFile(path, Settings, Result)
         for rate in (0.1, 0.2):
-            results.run(Settings("x", rate), lambda settings: Measures(1, 2.0, "m"))
+            results.run(Settings("x", rate), lambda settings: Result(1, 2.0, "m"))
         path.write_text(path.read_text()[:-10])
         assert [settings.rate for settings, _ in results.rows()] == [0.1]
-        results.run(Settings("x", 0.2), lambda settings: Measures(1, 3.0, "m"))
+        results.run(Settings("x", 0.2), lambda settings: Result(1, 3.0, "m"))
         assert [(settings.rate, found.loss) for settings, found in results.rows()] == [(0.1, 2.0), (0.2, 3.0)]
 
     def test_another_benchmarks_file_is_refused_and_kept(self, tmp_path):
         path = tmp_path / "runs.csv"
         path.write_text("a,b\n1,2\n")
         with pytest.raises(ValueError, match="other columns"):
-            ResultsFile(path, Settings, Measures)
+            ResultsFile(path, Settings, Result)
         assert path.read_text() == "a,b\n1,2\n"
 
     def test_mean_with_standard_error(self):
@@ -138,7 +137,7 @@ class TestByteText:
         windows = ByteWindows(texts, 5)
         documents = [text.encode() for text in texts]
         expected = [document[at : at + 5] for document in documents for at in range(len(document) - 4)]
-        rows = np.concatenate([batch["input_ids"].numpy() for batch in windows.even_batches(len(windows), 4)])
+        rows = np.concatenate([batch["input_ids"].numpy() for batch in windows.evenly_spaced_batches(len(windows), 4)])
         found = [bytes(row) for row in rows.astype(np.uint8)]
         assert found == expected
 
@@ -220,8 +219,7 @@ class TestMachine:
 
 def test_scaling_table_gives_slopes_and_what_a_token_and_head_costs():
     results = [
-        (ScalingSettings(length=n), ScalingMeasures(1, n / 1000, n / 2000, 500.0, 500.0 + n, "m"))
-        for n in (1000, 2000)
+        (ScalingSettings(length=n), ScalingResult(1, n / 1000, n / 2000, 500.0, 500.0 + n, "m")) for n in (1000, 2000)
     ]
     table = scaling_table(results)
     assert "| 1,000  | 1.00  | 125.00 " in table and "| 62.50 " in table
@@ -237,7 +235,9 @@ def run_cli(*arguments):
 SMALLEST = {table.command.split()[0]: table.command for table in TABLES}
 
 
-LONGER = [pytest.param(name, marks=pytest.mark.slow) for name in ("ablations", "scaling", "million", "retrieval")]
+LONGER = [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("ablations", "scaling", "million-tokens", "retrieval")
+]
 
 
 @pytest.mark.parametrize("name", ["recall", "lm", "long-lm", "reversal", *LONGER])
@@ -260,20 +260,20 @@ def test_every_benchmark_prints_its_table_and_resumes(name, tmp_path, monkeypatc
 
 class TestSmoke:
     def test_every_command_has_a_table(self):
-        commands = {command.name or command.callback.__name__ for command in app.registered_commands}
-        assert set(SMALLEST) == commands and len(TABLES) == len(commands)
+        commands = {command.name for command in app.registered_commands if command.name} | {"docs"}
+        assert set(SMALLEST) | {"docs"} == commands and len(TABLES) == len(SMALLEST)
 
     def test_a_missing_row_is_named(self):
-        table = SmokeTable(SMALLEST["million"], [("one pass",), ("two passes",), ("chunks of 500",)])
+        table = SmokeTable(SMALLEST["million-tokens"], [("one pass",), ("two passes",), ("chunks of 500",)])
         reports = []
-        assert run_smoke([table], reports.append) == [f"bench {table.command}: no row two passes"]
-        assert reports[0].startswith("million: 2 of 3 rows")
+        assert run_smoke(get_command(app), [table], reports.append) == [f"bench {table.command}: no row two passes"]
+        assert reports[0].startswith("million-tokens: 2 of 3 rows")
 
     def test_the_command_fails_for_it(self, monkeypatch):
-        monkeypatch.setattr(smoke, "run_smoke", lambda report: ["bench lm: no row dfn"])
+        monkeypatch.setattr(smoke, "run_smoke", lambda group, report: ["bench lm: no row dfn"])
         result = CliRunner().invoke(app, ["--smoke"])
         assert result.exit_code == 1 and "no row dfn" in result.stderr
-        monkeypatch.setattr(smoke, "run_smoke", lambda report: [])
+        monkeypatch.setattr(smoke, "run_smoke", lambda group, report: [])
         assert CliRunner().invoke(app, ["--smoke"]).exit_code == 0
 
     def test_leading_cells(self):
@@ -319,7 +319,7 @@ def test_without_far_neighbours_the_configuration_is_restored(monkeypatch):
 def test_translation_is_measured_beside_a_t5_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setattr(dfn_hf.seq2seq_presets, "SIZES", {"tiny": {"hidden_size": 16, "num_hidden_layers": 1}})
     models = ["liquid", "no frequency attention", "no LSTM", "t5"]
-    arguments = ["translation", *(word for model in models for word in ("--model", model)), "--steps", "2"]
+    arguments = ["translation", *(word for model in models for word in ("--model", model)), "--max-steps", "2"]
     arguments += ["--search-steps", "1", "--learning-rate", "1e-3", "--batch-size", "4", "--pairs", "8"]
     arguments += ["--results", str(tmp_path / "translation.csv")]
     first = CliRunner().invoke(app, arguments)
@@ -341,7 +341,7 @@ def test_translation_is_measured_beside_a_t5_and_resumes(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("command", "models", "works"),
+    ("command", "models", "workloads"),
     [
         ("speed", ["flownetwork", "llama"], ["forward", "training", "decoding"]),
         pytest.param(
@@ -352,7 +352,7 @@ def test_translation_is_measured_beside_a_t5_and_resumes(tmp_path, monkeypatch):
         ),
     ],
 )
-def test_speed_has_every_line_and_does_not_measure_twice(command, models, works, tmp_path, monkeypatch):
+def test_speed_has_every_line_and_does_not_measure_twice(command, models, workloads, tmp_path, monkeypatch):
     arguments = [command, "--length", "64", "--length", "128", "--repeats", "1"]
     arguments += ["--results", str(tmp_path / "speed.csv")]
     for module in (speed, seq2seq_speed):
@@ -360,8 +360,12 @@ def test_speed_has_every_line_and_does_not_measure_twice(command, models, works,
     first = CliRunner().invoke(app, arguments)
     assert first.exit_code == 0, first.output
     table = [[cell.strip() for cell in line.split("|")[1:3]] for line in first.stdout.splitlines() if line[:1] == "|"]
-    assert table[2:] == [[work, length] for work in works for length in ("64", "128")]
-    assert all(f"log-log slope of {work}, {model}, 64 to 128:" in first.stdout for work in works for model in models)
+    assert table[2:] == [[workload, length] for workload in workloads for length in ("64", "128")]
+    assert all(
+        f"log-log slope of {workload}, {model}, 64 to 128:" in first.stdout
+        for workload in workloads
+        for model in models
+    )
     for module in (speed, seq2seq_speed):
         monkeypatch.setattr(module, "run_isolated", lambda *_: pytest.fail("a finished run was repeated"))
     assert CliRunner().invoke(app, arguments).stdout == first.stdout

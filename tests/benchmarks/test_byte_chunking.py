@@ -1,4 +1,4 @@
-"""The measurement of bytes without tokens: equal parameters, equal operations, and where entities begin."""
+"""Byte language models with dynamic chunking: equal parameters, equal operations, and boundary placement."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,14 +12,14 @@ from dfn_hf.benchmarks.harness.flops import operations_per_token
 from dfn_hf.benchmarks.quality.byte_chunking import (
     EQUAL_COMPUTE,
     MODELS,
-    ByteEntitySettings,
+    ByteChunkingSettings,
     build,
-    byte_entities_table,
+    byte_chunking_table,
     placement,
-    run_byte_entities,
+    run_byte_chunking,
 )
 
-SMALL = ByteEntitySettings(
+SMALL = ByteChunkingSettings(
     steps=2,
     batch_size=2,
     length=64,
@@ -41,15 +41,15 @@ def models():
 
 
 def test_models_have_as_many_parameters_or_operations(models):
-    wanted = count_parameters(models["dfn"])
+    target = count_parameters(models["dfn"])
     for name in set(MODELS) - set(EQUAL_COMPUTE):
-        assert count_parameters(models[name]) == pytest.approx(wanted, rel=0.03), name
+        assert count_parameters(models[name]) == pytest.approx(target, rel=0.03), name
     ids = torch.zeros(1, SMALL.length, dtype=torch.long)
     cheap = operations_per_token(models["fixed spans"], ids)
     assert cheap < operations_per_token(models["dfn"], ids)
     for name in EQUAL_COMPUTE:
         assert operations_per_token(models[name], ids) == pytest.approx(cheap, rel=0.03), name
-        assert count_parameters(models[name]) < wanted
+        assert count_parameters(models[name]) < target
 
 
 def test_operations_are_those_of_the_maps_that_run():
@@ -79,21 +79,21 @@ def test_placement_counts_where_entities_begin():
 
 
 def test_runs_are_kept_and_printed(tmp_path):
-    path = tmp_path / "bytes.csv"
-    asked = {
+    path = tmp_path / "byte-chunking.csv"
+    options = {
         "models": ["adaptive", "dfn"],
         "seeds": [0],
         "learning_rates": [6e-3, 1e-9],
         "search_steps": 1,
         "path": path,
     }
-    finished = run_byte_entities(SMALL, **asked)
+    finished = run_byte_chunking(SMALL, **options)
     before = path.read_text()
-    assert finished == run_byte_entities(SMALL, **asked) and path.read_text() == before
+    assert finished == run_byte_chunking(SMALL, **options) and path.read_text() == before
     (settings, adaptive), (_, dfn) = finished
     assert settings.learning_rate == 6e-3
     assert adaptive.bytes_per_entity > 1 and dfn.bytes_per_entity == 1 and adaptive.loss > 0
-    table = byte_entities_table(finished)
+    table = byte_chunking_table(finished)
     assert "| adaptive" in table and "| dfn" in table
     with pytest.raises(ValueError, match="model is 'words'"):
         build(replace(SMALL, model="words"))

@@ -1,4 +1,4 @@
-"""The measurements of fields run, small, and print their tables."""
+"""The benchmarks of fields with small sizes."""
 
 from dataclasses import replace
 
@@ -30,7 +30,7 @@ def test_methods_are_measured_and_kept(tmp_path):
     ]
     finished = run_fields(runs, tmp_path / "fields.csv")
     assert finished == run_fields(runs, tmp_path / "fields.csv", report=pytest.fail)
-    adaptive, uniform, siren, resampling = (measures for _, measures in finished)
+    adaptive, uniform, siren, resampling = (result for _, result in finished)
     assert adaptive.entities == uniform.entities == 16 and siren.entities is None and resampling.parameters == 0
     assert siren.parameters == pytest.approx(adaptive.parameters, rel=0.05)
     assert -1 <= adaptive.correlation <= 1 and uniform.correlation is None
@@ -39,11 +39,11 @@ def test_methods_are_measured_and_kept(tmp_path):
 
 def test_photographs_are_reconstructed_from_a_quarter():
     settings = replace(TINY, side=64, method="pre-trained", pretraining_steps=1)
-    measures = measure_field(settings)
-    assert 900 < measures.samples < 1150 and measures.decibels > 10
-    again = replace(settings, seed=1), replace(measures, decibels=measures.decibels + 2)
-    (line,) = fields_table([(settings, measures), again]).splitlines()[2:]
-    assert "| 1 + 1 " in line and "| 2     |" in line and f"{measures.decibels + 1:.1f} ± 1.0" in line
+    result = measure_field(settings)
+    assert 900 < result.samples < 1150 and result.psnr_db > 10
+    again = replace(settings, seed=1), replace(result, psnr_db=result.psnr_db + 2)
+    (line,) = fields_table([(settings, result), again]).splitlines()[2:]
+    assert "| 1 + 1 " in line and "| 2     |" in line and f"{result.psnr_db + 1:.1f} ± 1.0" in line
     assert {run.seed for run in field_runs(TINY, ["camera"]) if run.method == "pre-trained"} == {0, 1, 2}
 
 

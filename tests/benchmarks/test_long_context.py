@@ -1,4 +1,4 @@
-"""The benchmarks of long contexts: what they ask, of which text, and that what they compute is what they say."""
+"""Benchmarks of long contexts: their tasks, their text, and their measurements."""
 
 import math
 from dataclasses import replace
@@ -59,7 +59,7 @@ class TestRetrieval:
     def test_a_context_too_short_is_refused_before_anything_is_trained(self, tmp_path, monkeypatch):
         monkeypatch.setattr(retrieval, "trained_model", None)
         runs = [retrieval.RetrievalSettings(length) for length in (8192, 3999)]
-        with pytest.raises(ValueError, match="^length is 3999: .* of 4000 tokens"):
+        with pytest.raises(ValueError, match="^length is 3999: .* at least 4000 tokens"):
             retrieval.run_retrieval(runs, tmp_path / "runs.csv")
         retrieval.planted_context(torch.Generator().manual_seed(0), 4000, 64)
 
@@ -67,7 +67,7 @@ class TestRetrieval:
         model = small_dfn().eval()
         context, keys, _ = retrieval.planted_context(torch.Generator().manual_seed(0), 4096, 64)
         state = retrieval.read_context(model, context, chunk_length=1000)
-        answers = [retrieval.ask(model, state, keys.flatten()) for _ in range(2)]
+        answers = [retrieval.answer_queries(model, state, keys.flatten()) for _ in range(2)]
         with torch.no_grad():
             expected = [
                 model(input_ids=torch.cat([context, key[None]])[None], logits_to_keep=1).logits[0, -1].argmax()
@@ -99,7 +99,7 @@ class TestRetrieval:
 
     def test_a_lesson_teaches_with_its_own_search_and_leaves_none_of_it(self, monkeypatch):
         read = []
-        lesson = retrieval.Lesson(
+        stage = retrieval.FineTuningStage(
             steps=2, batch_size=1, length=80, num_pairs=3, candidates_per_table=2, num_neighbors=5
         )
 
@@ -109,10 +109,10 @@ class TestRetrieval:
 
         fit = retrieval.fit
         monkeypatch.setattr(retrieval, "fit", noted)
-        monkeypatch.setattr(retrieval, "LESSONS", (lesson,))
-        settings = retrieval.RetrievalSettings(0, steps=1, lessons=1)
+        monkeypatch.setattr(retrieval, "FINE_TUNING_STAGES", (stage,))
+        settings = retrieval.RetrievalSettings(0, steps=1, stages=1)
         taught = retrieval.trained_model(settings, lambda line: None)
-        untaught = retrieval.trained_model(replace(settings, lessons=0), lambda line: None)
+        untaught = retrieval.trained_model(replace(settings, stages=0), lambda line: None)
         assert read == [(2, 5)]
         searches = [(one.config.candidates_per_table, one.config.num_neighbors) for one in (taught, untaught)]
         assert searches == [(8, 16), (8, 16)]
@@ -126,13 +126,13 @@ class TestRetrieval:
         assert retrieval.cache_mib(state) * 2**20 == sum(data.untyped_storage().nbytes() for data in held) > 0
 
     def test_the_table_counts_what_was_found(self):
-        measures = [
-            retrieval.RetrievalMeasures(found=found, seconds=2.0, peak_mib=500, cache_mib=30, machine="m")
+        result = [
+            retrieval.RetrievalResult(found=found, seconds=2.0, peak_mib=500, cache_mib=30, machine="m")
             for found in ([5, 4, 5], [3, 5, 5], [0, 0, 1])
         ]
         runs = [retrieval.RetrievalSettings(2**14, context) for context in (0, 1)]
         runs.append(retrieval.RetrievalSettings(2**14, num_neighbors=0))
-        lines = retrieval.retrieval_table(list(zip(runs, measures, strict=True))).splitlines()
+        lines = retrieval.retrieval_table(list(zip(runs, result, strict=True))).splitlines()
         cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
         assert cells[2][:6] == ["16,384", "16", "10", "0.80", "0.90", "1.00"]
         assert cells[3][:6] == ["16,384", "0", "5", "0.00", "0.00", "0.20"]
@@ -143,8 +143,8 @@ class TestTokenWindows:
         documents = [np.arange(10), np.arange(3), np.arange(100, 108)]
         windows = TokenWindows(documents, 4)
 
-        def rows(at_most):
-            batches = windows.consecutive_batches(at_most, 2)
+        def rows(max_windows):
+            batches = windows.consecutive_batches(max_windows, 2)
             return torch.cat([batch["input_ids"] for batch in batches]).tolist()
 
         expected = [[0, 1, 2, 3], [4, 5, 6, 7], [100, 101, 102, 103], [104, 105, 106, 107]]
@@ -189,18 +189,18 @@ class TestLongLM:
 
     def test_text_that_cannot_be_held_out_and_unknown_tokenizers_are_refused(self, tmp_path):
         (tmp_path / "one.txt").write_text("alone")
-        with pytest.raises(ValueError, match="holds one document"):
+        with pytest.raises(ValueError, match="has one document"):
             long_lm.token_documents(str(tmp_path), "byte")
         with pytest.raises(ValueError, match="tokenizer is 'words': choose one of bpe, byte"):
             long_lm.token_documents("corpus", "words")
 
     def test_the_rate_of_the_best_short_run_is_taken(self, tmp_path, monkeypatch):
-        measures = long_lm.LongLMMeasures(1, 2.0, 1.0, [2.0], [1.0], None, 1, 1.0, 1.0, 1.0, "m")
+        result = long_lm.LongLMResult(1, 2.0, 1.0, [2.0], [1.0], None, 1, 1.0, 1.0, 1.0, "m")
         losses = {1e-3: 3.0, 2e-3: 1.0, 4e-3: 2.0}
         monkeypatch.setattr(
             long_lm,
             "measure_long_lm",
-            lambda settings, report: replace(measures, loss=losses[settings.learning_rate]),
+            lambda settings, report: replace(result, loss=losses[settings.learning_rate]),
         )
         path = tmp_path / "long-lm.csv"
         ((run, _),) = long_lm.run_long_lm(
@@ -212,5 +212,5 @@ class TestLongLM:
             path=path,
         )
         assert (run.learning_rate, run.steps, run.model) == (2e-3, 9, "llama")
-        rows = ResultsFile(path, long_lm.LongLMSettings, long_lm.LongLMMeasures).rows()
+        rows = ResultsFile(path, long_lm.LongLMSettings, long_lm.LongLMResult).rows()
         assert [settings.steps for settings, _ in rows] == [3, 3, 3, 9]

@@ -1,4 +1,4 @@
-"""What a FlowNetwork's memory is for: an answer from far before its windows, asked for among other tokens."""
+"""Recall with FlowNetwork's memory: an answer beyond the reach of its windows, queried later in the row."""
 
 from itertools import islice
 
@@ -8,12 +8,12 @@ from transformers import DynamicCache
 
 from dfn_hf.benchmarks.datasets.mqar import IGNORED
 from dfn_hf.benchmarks.recall.memory_recall import (
-    ANSWER_PLACES,
+    ANSWER_POSITIONS,
     QUERIES,
     MemoryRecallSettings,
-    learn_memory_recall,
     memory_recall_accuracy,
     memory_recall_batches,
+    train_memory_recall,
 )
 from dfn_hf.modeling.modules.cache import CACHE_NAME
 
@@ -25,7 +25,7 @@ def test_rows_hold_one_answer_far_before_every_query():
     for batch in islice(memory_recall_batches(settings, seed=0), 3):
         ids, labels = batch["input_ids"], batch["labels"]
         is_answer = ids < settings.answers
-        assert (is_answer.sum(dim=1) == 1).all() and not is_answer[:, ANSWER_PLACES:].any()
+        assert (is_answer.sum(dim=1) == 1).all() and not is_answer[:, ANSWER_POSITIONS:].any()
         asked = labels[:, 1:] != IGNORED
         assert torch.equal(asked, ids[:, :-1] == query) and (asked.sum(dim=1) == QUERIES).all()
         assert not asked[:, : settings.length // 2].any()
@@ -43,7 +43,7 @@ def test_rows_of_a_seed_are_the_same_and_of_another_are_not():
 @pytest.mark.parametrize(("memory_size", "least", "most"), [(8, 0.95, 1.0), (0, 0.0, 0.1)])
 def test_memory_decides_whether_the_answer_is_recalled(memory_size, least, most):
     settings = MemoryRecallSettings(memory_size=memory_size)
-    model = learn_memory_recall(settings)
+    model = train_memory_recall(settings)
     assert least <= memory_recall_accuracy(model, settings) <= most
     model = model.double()
     ids = next(memory_recall_batches(settings, seed=1))["input_ids"]

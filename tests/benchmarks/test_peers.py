@@ -1,4 +1,4 @@
-"""DFN beside models of other families and beside torch's attention, over the length."""
+"""Benchmarks of DFN, models of other families and torch's attention over the length."""
 
 import dataclasses
 import sys
@@ -9,18 +9,17 @@ from typer.testing import CliRunner
 
 from dfn_hf.benchmarks.baselines.models import ModelSize, build_model, count_parameters
 from dfn_hf.benchmarks.baselines.peer_models import build_peer
-from dfn_hf.benchmarks.cli.app import app
+from dfn_hf.benchmarks.cli import app
 from dfn_hf.benchmarks.cli.smoke import TABLES
-from dfn_hf.benchmarks.harness import interleaving as turns
+from dfn_hf.benchmarks.harness import interleaving
 from dfn_hf.benchmarks.harness.environment import without_isolation
 from dfn_hf.benchmarks.harness.interleaving import Timing, expected_seconds, run_over_lengths
 from dfn_hf.benchmarks.harness.length_plots import break_even, lengths_table
 from dfn_hf.benchmarks.harness.results import ResultsFile
-from dfn_hf.benchmarks.speed import peers
-from dfn_hf.benchmarks.speed import single_head as operation
+from dfn_hf.benchmarks.speed import peers, single_head
 from dfn_hf.benchmarks.speed.paper_lengths import LENGTHS, REPORTED
 from dfn_hf.benchmarks.speed.peers import PeerSettings, peer_runs
-from dfn_hf.benchmarks.speed.single_head import NATIVE, SDPA, TORCH, OperationSettings
+from dfn_hf.benchmarks.speed.single_head import COMPILED, SDPA, TORCH, SingleHeadSettings
 
 FAMILIES = ("lfm2", "mamba2", "reformer")
 SIZE = ModelSize(vocab_size=256, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256)
@@ -30,7 +29,7 @@ SIZE = ModelSize(vocab_size=256, hidden_size=64, num_hidden_layers=3, num_attent
 class Settings:
     label: str
     length: int
-    work: str = "forward"
+    workload: str = "forward"
     repeats: int = 3
 
     @property
@@ -112,8 +111,8 @@ class TestPeers:
             build_peer("gla", SIZE, length=64)
         with pytest.raises(ValueError, match="choose one of dfn, .*lfm2, mamba2, reformer, gla"):
             build_peer("rwkv", SIZE, length=64)
-        for changed, field in (({"works": ["sleep"]}, "work"), ({"caches": ["paged"]}, "cache")):
-            options = {"models": ["dfn"], "works": ["forward"], "lengths": [8], "training_lengths": [8], **changed}
+        for changed, field in (({"workloads": ["sleep"]}, "workload"), ({"caches": ["paged"]}, "cache")):
+            options = {"models": ["dfn"], "workloads": ["forward"], "lengths": [8], "training_lengths": [8], **changed}
             with pytest.raises(ValueError, match=f"^{field} is "):
                 peer_runs(PeerSettings(), **options)
 
@@ -121,13 +120,13 @@ class TestPeers:
         runs = peer_runs(
             PeerSettings(),
             models=["dfn", "reformer"],
-            works=peers.WORKS,
+            workloads=peers.WORKLOADS,
             lengths=[128, 64],
             training_lengths=[32],
             caches=["dynamic", "static"],
         )
-        short = [(run.work, run.label) for run in runs if run.length == 64]
-        assert [run.length for run in runs if run.work == "training"] == [32, 32]
+        short = [(run.workload, run.label) for run in runs if run.length == 64]
+        assert [run.length for run in runs if run.workload == "training"] == [32, 32]
         assert short == [
             ("forward", "dfn"),
             ("forward", "reformer"),
@@ -145,7 +144,13 @@ class TestPeers:
 
         monkeypatch.setattr("transformers.PreTrainedModel.get_compiled_call", as_it_is)
         settings = PeerSettings(
-            model="llama", work="decoding", cache="static", length=40, hidden_size=64, num_hidden_layers=1, repeats=1
+            model="llama",
+            workload="decoding",
+            cache="static",
+            length=40,
+            hidden_size=64,
+            num_hidden_layers=1,
+            repeats=1,
         )
         turn = peers.prepare_peer(settings)
         for _ in range(1 + settings.repeats):  # as many as the cache has room for
@@ -157,7 +162,7 @@ class TestPeers:
 def test_a_dtype_that_is_none_is_refused_in_a_sentence(name):
     for prepare, settings in (
         (peers.prepare_peer, PeerSettings(dtype=name, length=8, hidden_size=16, num_hidden_layers=1)),
-        (operation.prepare_operation, OperationSettings(operation=operation.TORCH, dtype=name, length=8)),
+        (single_head.prepare_single_head, SingleHeadSettings(operation=single_head.TORCH, dtype=name, length=8)),
     ):
         with pytest.raises(ValueError, match=f"^dtype is '{name}': choose"):
             prepare(settings)
@@ -178,7 +183,7 @@ class TestTurns:
         results = ResultsFile(tmp_path / "runs.csv", Settings, Timing)
         runs = [Settings(label, length) for length in (100, 200) for label in ("a", "b")]
         with without_isolation():
-            found = run_over_lengths(runs, results, prepare, 0.0, together=True)
+            found = run_over_lengths(runs, results, prepare, 0.0, interleave_lengths=True)
         assert order == ["a", "b", "a", "b"] * 4
         assert [timing.seconds for _, timing in found] == [100, 100, 200, 200]
 
@@ -204,14 +209,14 @@ class TestTurns:
         assert expected_seconds([past(50, 9.0), past(100, 1.0), past(200, 8.0)], run) == pytest.approx(64.0)
 
     def test_another_run_is_prepared_when_the_one_before_has_left(self, monkeypatch):
-        monkeypatch.setattr(turns, "_prepared", {})
+        monkeypatch.setattr(interleaving, "_prepared", {})
         held = []
 
         def prepare(run):
-            held.append(len(turns._prepared))
+            held.append(len(interleaving._prepared))
             return lambda: run
 
-        assert [turns._turn(prepare, run) for run in ("a", "a", "b")] == ["a", "a", "b"]
+        assert [interleaving._timed_call(prepare, run) for run in ("a", "a", "b")] == ["a", "a", "b"]
         assert held == [0, 0]
 
 
@@ -234,19 +239,19 @@ class TestLengths:
             ["forward", "400", "10,000", "–", "–", "400", "–"],
         ]
         assert "forward, a: log-log slope 1.00 from 100 to 400 tokens" in table
-        assert "forward: a is quicker than b from 141 tokens on" in table
+        assert "forward: a is faster than b above 141 tokens" in table
 
 
 class TestOperation:
     @pytest.mark.parametrize("length", [33, 300])
     def test_all_forms_of_flow_attention_give_the_same(self, length):
         found = []
-        for name in (NATIVE["cpu"], TORCH):
-            settings = OperationSettings(operation=name, length=length, heads=2, width=8)
-            operate, inputs = operation._flow_attention(settings, torch.Generator().manual_seed(0))
+        for name in (COMPILED["cpu"], TORCH):
+            settings = SingleHeadSettings(operation=name, length=length, heads=2, width=8)
+            operate, inputs = single_head._flow_attention(settings, torch.Generator().manual_seed(0))
             for tensor in inputs:
                 tensor.requires_grad_()
-            with operation.torch_alone() if name == TORCH else torch.enable_grad():
+            with single_head.torch_operations_only() if name == TORCH else torch.enable_grad():
                 y = operate()
                 y.square().sum().backward()
             found.append([y, *(tensor.grad for tensor in inputs)])
@@ -256,38 +261,38 @@ class TestOperation:
 
     def test_torch_alone_ends(self, monkeypatch):
         for before in (None, "0", "1"):
-            monkeypatch.delenv(operation.SWITCH, raising=False)
+            monkeypatch.delenv(single_head.SWITCH, raising=False)
             if before is not None:
-                monkeypatch.setenv(operation.SWITCH, before)
-            with operation.torch_alone():
-                assert operation.os.environ[operation.SWITCH] == "0"
-            assert operation.os.environ.get(operation.SWITCH) == before
+                monkeypatch.setenv(single_head.SWITCH, before)
+            with single_head.torch_operations_only():
+                assert single_head.os.environ[single_head.SWITCH] == "0"
+            assert single_head.os.environ.get(single_head.SWITCH) == before
 
-    @pytest.mark.parametrize("name", [NATIVE["cpu"], TORCH, SDPA])
+    @pytest.mark.parametrize("name", [COMPILED["cpu"], TORCH, SDPA])
     def test_backward_gives_gradients_and_takes_longer(self, name):
-        settings = OperationSettings(operation=name, length=512)
+        settings = SingleHeadSettings(operation=name, length=512)
         times = {}
-        for work in operation.WORKS:
-            turn = operation.prepare_operation(dataclasses.replace(settings, work=work))
+        for workload in single_head.WORKLOADS:
+            turn = single_head.prepare_single_head(dataclasses.replace(settings, workload=workload))
             turn()
-            times[work] = min(turn().seconds for _ in range(5))
+            times[workload] = min(turn().seconds for _ in range(5))
         assert times["forward and backward"] > 1.2 * times["forward"] > 0
 
     def test_what_cannot_be_had_is_said(self, monkeypatch):
         with pytest.raises(ValueError, match="^operation is 'flow attention .Triton.'"):
-            operation.prepare_operation(OperationSettings(operation=NATIVE["cuda"]))
-        with pytest.raises(ValueError, match="^work is 'backward'"):
-            operation.prepare_operation(OperationSettings(work="backward"))
-        monkeypatch.setenv(operation.SWITCH, "0")
+            single_head.prepare_single_head(SingleHeadSettings(operation=COMPILED["cuda"]))
+        with pytest.raises(ValueError, match="^workload is 'backward'"):
+            single_head.prepare_single_head(SingleHeadSettings(workload="backward"))
+        monkeypatch.setenv(single_head.SWITCH, "0")
         with pytest.raises(ValueError, match="needs a C compiler"):
-            operation.prepare_operation(OperationSettings())
+            single_head.prepare_single_head(SingleHeadSettings())
 
 
 def test_the_papers_lengths_are_measured():
     assert set(REPORTED) < set(LENGTHS)
 
 
-@pytest.mark.parametrize("name", ["peers", "operation", "paper"])
+@pytest.mark.parametrize("name", ["peers", "single-head", "paper-lengths"])
 def test_tables_are_complete_and_not_measured_twice(name, tmp_path, monkeypatch):
     arguments = next(table.command for table in TABLES if table.command.split()[0] == name).split()
     arguments += ["--model", "dfn", "--model", "llama"] if name == "peers" else []
@@ -295,6 +300,6 @@ def test_tables_are_complete_and_not_measured_twice(name, tmp_path, monkeypatch)
     with without_isolation():
         first = CliRunner().invoke(app, arguments, catch_exceptions=False)
         assert first.exit_code == 0 and "machine: " in first.stdout
-        assert name == "paper" or (tmp_path / "results.png").stat().st_size > 1000
+        assert name == "paper-lengths" or (tmp_path / "results.png").stat().st_size > 1000
         monkeypatch.setattr(ResultsFile, "_append", lambda *_: pytest.fail("a finished run was run again"))
         assert CliRunner().invoke(app, arguments, catch_exceptions=False).stdout == first.stdout

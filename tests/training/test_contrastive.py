@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer
 from dfn_hf import DFNConfig
 from dfn_hf.assets.tokenizers import load_tokenizer
 from dfn_hf.assets.verses import load_verses
-from dfn_hf.benchmarks.datasets.labelled_fields import written_fields
+from dfn_hf.benchmarks.datasets.labelled_fields import handwritten_digit_fields
 from dfn_hf.benchmarks.datasets.spoken_digits import CUTS, HELD_OUT, WORDS, spoken_digits
 from dfn_hf.benchmarks.quality import contrastive
 from dfn_hf.benchmarks.quality.contrastive import (
@@ -21,7 +21,7 @@ from dfn_hf.benchmarks.quality.contrastive import (
     ContrastiveSettings,
     contrastive_table,
     measure_contrastive,
-    planned_runs,
+    contrastive_runs,
     run_contrastive,
 )
 from dfn_hf.data.audio import BANDS, read_recording, spectrum_field
@@ -126,9 +126,9 @@ def test_rows_are_embedded_alike_in_any_batch(tokenizer):
     model = make_model(tokenizer, contrastive_fields=True)
     collator = ContrastiveCollator(tokenizer.pad_token_id)
     for rows in (text_view(TEXTS, tokenizer), draw_fields(4)):
-        together = embed(model, rows, collator, batch_size=3)
+        interleave_lengths = embed(model, rows, collator, batch_size=3)
         for number, row in enumerate(rows):
-            assert torch.allclose(embed(model, [row], collator)[0], together[number], atol=1e-5)
+            assert torch.allclose(embed(model, [row], collator)[0], interleave_lengths[number], atol=1e-5)
 
 
 def test_a_run_learns_and_its_folder_embeds(tokenizer, tmp_path):
@@ -223,7 +223,7 @@ def test_held_out_takes_are_of_other_recordings(tmp_path):
 
 
 def test_images_are_held_out_by_their_place():
-    train, held_out = written_fields()
+    train, held_out = handwritten_digit_fields()
     assert (len(train.fields), len(held_out.fields)) == (1347, 450)
     assert held_out.fields[0]["values"].shape == (64, 1) and held_out.captions[7] == "a handwritten seven"
 
@@ -231,11 +231,13 @@ def test_images_are_held_out_by_their_place():
 def test_every_model_has_a_row_of_the_table(tmp_path, monkeypatch):
     write_recordings(tmp_path)
     monkeypatch.setattr(contrastive, "CANDIDATES", 20)
-    monkeypatch.setattr(contrastive, "DISTORTED_COPIES", 1)
+    monkeypatch.setattr(contrastive, "AUGMENTED_COPIES", 1)
     small = {"steps": 2, "batch_size": 8, "hidden_size": 16, "pairs": 40}
     runs = [ContrastiveSettings(task=task, model=model, **small) for task, models in TASKS.items() for model in models]
-    assert {(run.task, run.model) for run in planned_runs(TASKS, [0, 1])} == {(run.task, run.model) for run in runs}
-    assert len(planned_runs(TASKS, [0, 1])) == 2 * len(runs) - 4
+    assert {(run.task, run.model) for run in contrastive_runs(TASKS, [0, 1])} == {
+        (run.task, run.model) for run in runs
+    }
+    assert len(contrastive_runs(TASKS, [0, 1])) == 2 * len(runs) - 4
     finished = run_contrastive(runs, tmp_path / "contrastive.csv", tmp_path)
     assert run_contrastive(runs, tmp_path / "contrastive.csv") == finished
     table = contrastive_table(finished)

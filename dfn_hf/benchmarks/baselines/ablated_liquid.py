@@ -7,7 +7,7 @@ from dfn_hf import LiquidForSeq2SeqLM
 from dfn_hf.modeling.liquid.frequency_attention import FrequencyHyenaAttention
 
 
-class PlainFrames(nn.Module):
+class IdentityFrequencyAttention(nn.Module):
     """Replaces `FrequencyHyenaAttention` by the identity, and keeps its output projection and norm.
 
     Args:
@@ -34,4 +34,4 @@ class PlainFrames(nn.Module):
 def remove_frequency_attention(model: LiquidForSeq2SeqLM) -> None:
     """Replace the frequency attention of encoder and decoder in place."""
     for embedding, coarse in ((model.model.encoder.embedding, True), (model.model.decoder.embedding, False)):
-        embedding.frequency_attention = PlainFrames(embedding.frequency_attention, coarse)
+        embedding.frequency_attention = IdentityFrequencyAttention(embedding.frequency_attention, coarse)

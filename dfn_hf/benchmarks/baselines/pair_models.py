@@ -24,7 +24,7 @@ from dfn_hf.modeling.dfn.modeling_dfn_contrastive import (
 
 
 class PairModel(nn.Module, ABC):
-    """Returns the outputs of `DFNForContrastive` for two views of texts; a subclass defines the embedding of a text."""
+    """Model of two text views with the outputs of `DFNForContrastive`; a subclass defines the embedding of a text."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +114,10 @@ class TransformerPairModel(PairModel):
         others = self.projection.weight.numel() + 1
         width = 1 + round((parameters - others - minimum) / (second - minimum))
         if width < 1:
-            raise ValueError(f"a BERT with hidden_size {hidden_size} has more than {parameters:,} parameters: choose a smaller hidden_size")
+            raise ValueError(
+                f"a BERT with hidden_size {hidden_size} has more than {parameters:,} parameters: choose a smaller "
+                "hidden_size"
+            )
         self.model = tower(width)
 
     def embed_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, side: int) -> torch.Tensor:

@@ -56,7 +56,7 @@ def build_peer(name: str, size: ModelSize, *, length: int, device: str = "cpu") 
 
 
 def build_lfm2(size: ModelSize) -> PreTrainedModel:
-    """Build an LFM2: one attention layer after every two layers of gated short convolutions, four query heads per key."""
+    """Build an LFM2: one attention layer after two layers of gated short convolutions, four query heads per key."""
     config = Lfm2Config(
         **_common(size),
         num_hidden_layers=size.num_hidden_layers,

@@ -1,4 +1,4 @@
-"""The commands of `dfn-hf bench`."""
+"""The commands of `dfn-hf bench`; importing this package imports typer and the standard library only."""
 
 from .app import app
 

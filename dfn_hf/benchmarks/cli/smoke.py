@@ -1,7 +1,5 @@
-"""`dfn-hf bench --smoke`: every table at its smallest, and the rows that it must have."""
+"""`dfn-hf bench --smoke`: all benchmarks with minimal sizes, and the rows that their tables must contain."""
 
-import contextlib
-import io
 import shlex
 import tempfile
 import time
@@ -9,21 +7,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from typer.main import get_command
+import click
 
 from ..harness.environment import without_isolation
 from ..quality.ablations import VARIANTS
 from ..quality.byte_chunking import MODELS as BYTE_MODELS
 from ..quality.quantization import CHECKPOINTS
-from ..speed.peers import WORKS as PEER_WORKS
-from ..speed.seq2seq_speed import WORKS as SEQ2SEQ_WORKS
-from ..speed.single_head import WORKS as OPERATION_WORKS
-from ..speed.throughput import WORKS
+from ..speed.peers import WORKLOADS as PEER_WORKLOADS
+from ..speed.seq2seq_speed import WORKLOADS as SEQ2SEQ_WORKLOADS
+from ..speed.single_head import WORKLOADS as SINGLE_HEAD_WORKLOADS
+from ..speed.throughput import WORKLOADS
+from .output import captured_output
 
 
 @dataclass(frozen=True)
 class SmokeTable:
-    """A benchmark's command without `--results`, and the first cells of each row that it must print."""
+    """Arguments of a benchmark command without `--results`, and the first cells of each row of its table."""
 
     command: str
     rows: Sequence[tuple[str, ...]]
@@ -31,12 +30,12 @@ class SmokeTable:
 
 TABLES = (
     SmokeTable(
-        "recall --seeds 1 --steps 2 --tuning-steps 1 --long-length 128 --longest-length 160 --long-num-pairs 16",
+        "recall --seeds 1 --max-steps 2 --tuning-steps 1 --long-length 128 --longest-length 160 --long-num-pairs 16",
         [("dfn", "1"), ("llama-conv", "1")],
     ),
     SmokeTable(
-        "lm --seeds 2 --steps 2 --search-steps 1 --length 32 --batch-size 2 --hidden-size 32 --intermediate-size 64 "
-        "--num-hidden-layers 1 --evaluation-windows 4",
+        "lm --seeds 2 --max-steps 2 --search-steps 1 --length 32 --batch-size 2 --hidden-size 32 "
+        "--intermediate-size 64 --num-hidden-layers 1 --evaluation-windows 4",
         [("dfn",), ("llama",), ("llama-conv",)],
     ),
     SmokeTable(
@@ -48,46 +47,46 @@ TABLES = (
         [("256",), ("512",)],
     ),
     SmokeTable(
-        "million --length 2048 --chunk-length 500 --hidden-size 32 --num-hidden-layers 2",
+        "million-tokens --length 2048 --chunk-length 500 --hidden-size 32 --num-hidden-layers 2",
         [("one pass",), ("chunks of 500",)],
     ),
     SmokeTable(
-        "retrieval --length 8192 --contexts 1 --control-contexts 1 --steps 1 --lessons 0 --chunk-length 5000",
+        "retrieval --length 8192 --contexts 1 --control-contexts 1 --max-steps 1 --stages 0 --chunk-length 5000",
         [("8,192", "16", "5"), ("8,192", "0", "5")],
     ),
     SmokeTable(
-        "long-lm --steps 2 --search-steps 1 --length 300 --hidden-size 32 --intermediate-size 256 "
+        "long-lm --max-steps 2 --search-steps 1 --length 300 --hidden-size 32 --intermediate-size 256 "
         "--num-hidden-layers 1 --evaluation-windows 2 --tokenizer byte",
         [("dfn", "nats per token"), ("llama", "bits per byte"), ("dfn", "nats per token, K = 0")],
     ),
     SmokeTable(
-        "bytes --seeds 1 --steps 2 --search-steps 1 --learning-rate 6e-3 --length 64 --batch-size 2 "
+        "byte-chunking --seeds 1 --max-steps 2 --search-steps 1 --learning-rate 6e-3 --length 64 --batch-size 2 "
         "--evaluation-windows 4",
         [(model,) for model in BYTE_MODELS],
     ),
     SmokeTable(
-        "fields --field camera --side 64 --steps 3",
+        "fields --field camera --side 64 --max-steps 3",
         [("camera", method) for method in ("adaptive", "uniform", "siren", "resampling")]
-        + [("camera, a quarter given", method) for method in ("pre-trained", "from scratch")],
+        + [("camera, 1/4 of samples", method) for method in ("pre-trained", "from scratch")],
     ),
     SmokeTable("field-speed --side 16 --side 32", [("256",), ("1,024",)]),
     SmokeTable(
-        "contrastive --task images --steps 1", [("images", model) for model in ("dfn", "class-mean", "logistic")]
+        "contrastive --task images --max-steps 1", [("images", model) for model in ("dfn", "class-mean", "logistic")]
     ),
-    SmokeTable("memory --seeds 1 --steps 1", [("8", "1"), ("0", "1")]),
-    SmokeTable("speed --length 64 --repeats 1", [(work, "64") for work in WORKS]),
+    SmokeTable("memory --seeds 1 --max-steps 1", [("8", "1"), ("0", "1")]),
+    SmokeTable("speed --length 64 --repeats 1", [(work, "64") for work in WORKLOADS]),
     SmokeTable(
         "peers --length 64 --training-length 64 --repeats 1 --num-hidden-layers 1",
-        [(work, "64") for work in PEER_WORKS],
+        [(work, "64") for work in PEER_WORKLOADS],
     ),
-    SmokeTable("operation --length 64 --repeats 1", [(work, "64") for work in OPERATION_WORKS]),
-    SmokeTable("paper --length 32 --length 512 --hidden-size 32 --num-hidden-layers 1", [("32",), ("512",)]),
+    SmokeTable("single-head --length 64 --repeats 1", [(work, "64") for work in SINGLE_HEAD_WORKLOADS]),
+    SmokeTable("paper-lengths --length 32 --length 512 --hidden-size 32 --num-hidden-layers 1", [("32",), ("512",)]),
     SmokeTable(
-        "translation --steps 1 --search-steps 1 --learning-rate 1e-3 --batch-size 2 --pairs 4 --no-scores",
+        "translation --max-steps 1 --search-steps 1 --learning-rate 1e-3 --batch-size 2 --pairs 4 --no-scores",
         [("liquid",), ("t5",)],
     ),
-    SmokeTable("reversal --seeds 1 --steps 1", [("32", "8")]),
-    SmokeTable("seq2seq-speed --length 64 --repeats 1", [(work, "64") for work in SEQ2SEQ_WORKS]),
+    SmokeTable("reversal --seeds 1 --max-steps 1", [("32", "8")]),
+    SmokeTable("seq2seq-speed --length 64 --repeats 1", [(work, "64") for work in SEQ2SEQ_WORKLOADS]),
     SmokeTable(
         'quantization --format bfloat16 --format "bitsandbytes NF4" --documents 1 --pairs 8',
         [(name,) for name in CHECKPOINTS],
@@ -95,39 +94,37 @@ TABLES = (
 )
 
 
-def run_smoke(tables: Sequence[SmokeTable] = TABLES, report: Callable[[str], None] = lambda line: None) -> list[str]:
-    """Print the tables in their smallest form; their times and peaks of memory mean nothing.
+def run_smoke(
+    group: click.Command, tables: Sequence[SmokeTable] = TABLES, report: Callable[[str], None] = lambda line: None
+) -> list[str]:
+    """Run benchmarks with minimal sizes and check the rows of their tables; times and peak memory are not meaningful.
 
     Args:
-        tables: what to run, each with an empty file of results.
-        report: takes a line per table, with the seconds that it took.
+        group: the command `dfn-hf bench`.
+        tables: the benchmarks; each starts with an empty CSV file.
+        report: receives one line per table, with its time in seconds.
 
     Returns:
-        A line for each row that its table lacks.
+        One line per missing row.
     """
-    lacking = []
+    lines = []
     for table in tables:
         started = time.perf_counter()
-        output = printed(table.command)
+        output = output_of(group, table.command)
         missing = [" | ".join(row) for row in table.rows if row not in leading_cells(output, len(row))]
-        lacking += [f"bench {table.command}: no row {row}" for row in missing]
+        lines += [f"bench {table.command}: no row {row}" for row in missing]
         count, seconds = len(table.rows) - len(missing), time.perf_counter() - started
         report(f"{table.command.split()[0]}: {count} of {len(table.rows)} rows, {seconds:.0f} s")
-    return lacking
+    return lines
 
 
-def printed(command: str) -> str:
-    """What a benchmark prints where no run is finished yet."""
-    from .app import app
-
-    output = io.StringIO()
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(output), without_isolation():
-        results = Path(folder) / "results.csv"
-        get_command(app).main([*shlex.split(command), "--results", str(results)], standalone_mode=False)
-    return output.getvalue()
+def output_of(group: click.Command, command: str) -> str:
+    """Return the output of a benchmark command that starts with an empty CSV file."""
+    with tempfile.TemporaryDirectory() as folder, without_isolation():
+        return captured_output(group, [*shlex.split(command), "--results", str(Path(folder) / "results.csv")])
 
 
 def leading_cells(output: str, count: int) -> set[tuple[str, ...]]:
-    """The first cells of every line of a table."""
+    """Return the first `count` cells of each row of the tables in an output."""
     lines = [line.split("|")[1:-1] for line in output.splitlines() if line.startswith("|")]
     return {tuple(cell.strip() for cell in line[:count]) for line in lines}

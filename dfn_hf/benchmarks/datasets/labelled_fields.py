@@ -15,7 +15,7 @@ from .spoken_digits import WORDS, spoken_digits
 
 TRAINED_IMAGES = 1347  # of 1,797
 SIDE = 8
-MOMENTS = 16
+NUM_FRAMES = 16
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class LabelledFields:
     fields: list[Row]
     labels: list[int]
     captions: tuple[str, ...]
-    distort: Callable[[Row, np.random.Generator], Row] | None
+    augment: Callable[[Row, np.random.Generator], Row] | None
     vector: Callable[[Row], np.ndarray]
 
     def batches(
@@ -44,37 +44,37 @@ class LabelledFields:
         of_label = [np.flatnonzero(np.equal(self.labels, label)) for label in range(len(captions))]
         while True:
             fields = [self.fields[generator.choice(numbers)] for numbers in of_label]
-            if self.distort is not None:
-                fields = [self.distort(field, generator) for field in fields]
+            if self.augment is not None:
+                fields = [self.augment(field, generator) for field in fields]
             yield collator(pair_views(fields, captions))
 
-    def distorted(self, copies: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    def augmented_vectors(self, copies: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Return vectors `[fields · (copies + 1), …]` of all fields and their augmented copies, and the labels."""
         generator = np.random.default_rng(seed)
         fields = list(self.fields)
-        if self.distort is not None:
-            fields += [self.distort(field, generator) for _ in range(copies) for field in self.fields]
+        if self.augment is not None:
+            fields += [self.augment(field, generator) for _ in range(copies) for field in self.fields]
         return np.stack([self.vector(field) for field in fields]), np.tile(
             self.labels, len(fields) // len(self.fields)
         )
 
 
-def spoken_fields(folder: str | Path) -> tuple[LabelledFields, LabelledFields]:
+def spoken_digit_fields(folder: str | Path) -> tuple[LabelledFields, LabelledFields]:
     """Return training fields and held-out fields from other recordings of the same speaker; see `spoken_digits`."""
     train, held_out = (
         LabelledFields(
             fields=[spectrum_field(take.samples, take.rate) for take in takes],
             labels=[WORDS.index(take.word) for take in takes],
             captions=WORDS,
-            distort=distort_sound,
-            vector=lambda field: stretched(field["values"], MOMENTS).flatten().numpy(),
+            augment=augment_sound,
+            vector=lambda field: resample_time(field["values"], NUM_FRAMES).flatten().numpy(),
         )
         for takes in spoken_digits(folder)
     )
     return train, held_out
 
 
-def written_fields() -> tuple[LabelledFields, LabelledFields]:
+def handwritten_digit_fields() -> tuple[LabelledFields, LabelledFields]:
     """Return the first 1,347 images for training and the last 450 as held-out fields.
 
     The data set is ordered by writer, so the held-out images come from other writers.
@@ -93,7 +93,7 @@ def written_fields() -> tuple[LabelledFields, LabelledFields]:
             fields=fields[part],
             labels=digits[part].tolist(),
             captions=tuple(f"a handwritten {word}" for word in WORDS),
-            distort=None,
+            augment=None,
             vector=lambda field: field["values"].flatten().numpy(),
         )
         for part in (slice(TRAINED_IMAGES), slice(TRAINED_IMAGES, None))
@@ -101,21 +101,21 @@ def written_fields() -> tuple[LabelledFields, LabelledFields]:
     return train, held_out
 
 
-def stretched(values: torch.Tensor, moments: int) -> torch.Tensor:
+def resample_time(values: torch.Tensor, num_frames: int) -> torch.Tensor:
     """Resample values `[frames, bands]` linearly to `num_frames` frames over the same duration."""
-    return interpolate(values.T[None], size=moments, mode="linear")[0].T
+    return interpolate(values.T[None], size=num_frames, mode="linear")[0].T
 
 
-def distort_sound(field: Row, generator: np.random.Generator) -> Row:
+def augment_sound(field: Row, generator: np.random.Generator) -> Row:
     """Change the speed and pitch of a sound, cut its ends, add noise, and mask a frequency band and a time span."""
     values = field["values"]
     bands = values.shape[1]
-    values = stretched(values, max(MOMENTS, round(len(values) * generator.uniform(0.75, 1.3))))
+    values = resample_time(values, max(NUM_FRAMES, round(len(values) * generator.uniform(0.75, 1.3))))
     places = torch.arange(bands) + generator.uniform(-1.5, 1.5)
     lower = places.floor().long()
-    share = (places - lower).float()
+    fraction = (places - lower).float()
     low, high = (values[:, number.clamp(0, bands - 1)] for number in (lower, lower + 1))
-    values = low * (1 - share) + high * share
+    values = low * (1 - fraction) + high * fraction
     first, last = generator.integers(0, max(1, len(values) // 8), 2)
     values = values[first : len(values) - last]
     values = values + 0.2 * torch.from_numpy(generator.standard_normal(values.shape)).float()

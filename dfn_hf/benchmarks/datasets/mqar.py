@@ -27,7 +27,9 @@ def recall_batch(
     """
     half = vocab_size // 2
     if num_pairs > half:
-        raise ValueError(f"num_pairs is {num_pairs}: a vocabulary of {vocab_size} tokens has {half} keys, so choose at most {half}")
+        raise ValueError(
+            f"num_pairs is {num_pairs}: a vocabulary of {vocab_size} tokens has {half} keys, so choose at most {half}"
+        )
     if length < 4 * num_pairs:
         raise ValueError(f"length is {length}: {num_pairs} pairs and queries need at least {4 * num_pairs} tokens")
 

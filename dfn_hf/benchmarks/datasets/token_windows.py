@@ -37,11 +37,11 @@ class TokenWindows:
         while True:
             yield self._batch(generator.integers(len(self), size=batch_size))
 
-    def even_batches(self, num_windows: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+    def evenly_spaced_batches(self, num_windows: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield `num_windows` evenly spaced windows in batches."""
         yield from self._batches(np.linspace(0, len(self) - 1, num_windows).astype(np.int64), batch_size)
 
-    def consecutive_batches(self, at_most: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+    def consecutive_batches(self, max_windows: int, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
         """Yield non-overlapping windows from the start of each document in batches; an incomplete last one is dropped.
 
         If there are more than `max_windows`, this number of evenly spaced ones is yielded.
@@ -53,7 +53,7 @@ class TokenWindows:
                 for first, through in zip(firsts, self._windows_through, strict=True)
             ]
         )
-        number = min(at_most, len(windows))
+        number = min(max_windows, len(windows))
         yield from self._batches(windows[np.arange(number) * len(windows) // number], batch_size)
 
     def _batches(self, windows: np.ndarray, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:

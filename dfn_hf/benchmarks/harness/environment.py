@@ -107,8 +107,8 @@ def fresh_process() -> Iterator[Callable[..., Any]]:
                 return pool.submit(function, *arguments).result()
             except BrokenProcessPool as error:
                 raise MemoryError(
-                    f"the process running {function.__name__} ended without a result: it most likely ran out of memory, so choose "
-                    "a smaller length"
+                    f"the process of {function.__name__} ended without a result, most likely for lack of memory: "
+                    "choose a smaller length"
                 ) from error
 
         yield call

@@ -49,22 +49,22 @@ def counting(model: nn.Module) -> Iterator[list[int]]:
             hook.remove()
 
 
-def of_linear(module, args, kwargs, output) -> int:
+def linear_operations(module, args, kwargs, output) -> int:
     return 2 * module.weight.numel() * (output.numel() // output.shape[-1])
 
 
-def of_convolution(module, args, kwargs, output) -> int:
+def convolution_operations(module, args, kwargs, output) -> int:
     return 2 * module.weight[0].numel() * output.numel()
 
 
-def of_attention(module, args, kwargs, output) -> int:
+def attention_operations(module, args, kwargs, output) -> int:
     states = args[0] if args else kwargs["hidden_states"]
     batch, length, _ = states.shape
     pairs = batch * module.config.num_attention_heads * length * (length + 1) // 2
     return 2 * pairs * 2 * module.head_dim
 
 
-def of_flow_attention(module, args, kwargs, output) -> int:
+def flow_attention_operations(module, args, kwargs, output) -> int:
     config, states = module.config, args[0]
     sides = 1 if config.is_causal else 2
     places = states.shape[0] * states.shape[1] * config.num_attention_heads * sides
@@ -78,8 +78,8 @@ def of_flow_attention(module, args, kwargs, output) -> int:
 
 
 COUNTS = {
-    nn.Linear: of_linear,
-    nn.Conv1d: of_convolution,
-    LlamaAttention: of_attention,
-    DynamicFlowAttention: of_flow_attention,
+    nn.Linear: linear_operations,
+    nn.Conv1d: convolution_operations,
+    LlamaAttention: attention_operations,
+    DynamicFlowAttention: flow_attention_operations,
 }

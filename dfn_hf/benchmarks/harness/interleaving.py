@@ -31,7 +31,7 @@ class Run(Dataclass, Hashable, Protocol):
     @property
     def label(self) -> str: ...
     @property
-    def work(self) -> str: ...
+    def workload(self) -> str: ...
     @property
     def length(self) -> int: ...
     @property
@@ -51,7 +51,7 @@ def run_over_lengths(
     time_limit: float,
     report: Callable[[str], None] = lambda line: None,
     *,
-    together: bool = False,
+    interleave_lengths: bool = False,
 ) -> list[tuple[RunT, TimingT]]:
     """Measure the runs, and take finished ones from `results`.
 
@@ -70,29 +70,28 @@ def run_over_lengths(
     finished: list[tuple[RunT, TimingT]] = []
     known = {run for run, _ in results.rows()}
 
-    def home(run: RunT) -> Hashable:
-        return (run.label, run.length) if together else run.label
+    def process_key(run: RunT) -> Hashable:
+        return (run.label, run.length) if interleave_lengths else run.label
 
-    for work, of_work in groupby(runs, key=lambda run: run.work):
+    for workload, of_workload in groupby(runs, key=lambda run: run.workload):
         with ExitStack() as stack:
             processes: dict[Hashable, Callable[..., TimingT]] = {}
-            for _, of_turn in groupby(of_work, key=lambda run: None if together else run.length):
-                due = [run for run in of_turn if expected_seconds(finished, run) <= time_limit]
+            for _, of_round in groupby(of_workload, key=lambda run: None if interleave_lengths else run.length):
+                due = [run for run in of_round if expected_seconds(finished, run) <= time_limit]
                 missing = [run for run in due if run not in known]
                 for run in missing:
-                    if home(run) not in processes:
-                        processes[home(run)] = stack.enter_context(fresh_process())
-                measured = take_turns({run: processes[home(run)] for run in missing}, prepare)
+                    if process_key(run) not in processes:
+                        processes[process_key(run)] = stack.enter_context(fresh_process())
+                measured = run_round_robin({run: processes[process_key(run)] for run in missing}, prepare)
                 for run in due:
                     timing = results.run(run, measured.__getitem__)
-                    report(
-                        f"{work} at {run.length:,}, {run.label}: {timing.seconds:.4g} s, {timing.peak_mib:,.0f} MiB"
-                    )
+                    cost = f"{timing.seconds:.4g} s, {timing.peak_mib:,.0f} MiB"
+                    report(f"{workload} at {run.length:,}, {run.label}: {cost}")
                     finished.append((run, timing))
     return finished
 
 
-def take_turns(
+def run_round_robin(
     processes: Mapping[RunT, Callable[..., TimingT]], prepare: Callable[[RunT], Callable[[], TimingT]]
 ) -> dict[RunT, TimingT]:
     """Call each run once as a warm-up, then `repeats` times in round-robin order.
@@ -100,20 +99,20 @@ def take_turns(
     Returns:
         The last timing of each run, its seconds replaced by the median.
     """
-    turns: dict[RunT, list[TimingT]] = {run: [] for run in processes}
+    timings: dict[RunT, list[TimingT]] = {run: [] for run in processes}
     for _ in range(1 + max((run.repeats for run in processes), default=0)):
         for run, call in processes.items():
-            turns[run].append(call(_turn, prepare, run))
+            timings[run].append(call(_timed_call, prepare, run))
     return {
-        run: replace(timings[-1], seconds=float(f"{statistics.median(one.seconds for one in timings[1:]):.4g}"))
-        for run, timings in turns.items()
+        run: replace(calls[-1], seconds=float(f"{statistics.median(one.seconds for one in calls[1:]):.4g}"))
+        for run, calls in timings.items()
     }
 
 
 _prepared: dict[Run, Callable[[], Timing]] = {}  # at most one entry: the last run of this process
 
 
-def _turn(prepare: Callable[[RunT], Callable[[], TimingT]], run: RunT) -> Timing:
+def _timed_call(prepare: Callable[[RunT], Callable[[], TimingT]], run: RunT) -> Timing:
     if run not in _prepared:
         _prepared.clear()  # frees the memory of the previous run first
         _prepared[run] = prepare(run)
@@ -128,7 +127,7 @@ def expected_seconds(finished: Sequence[tuple[RunT, TimingT]], run: RunT) -> flo
     before = [
         (past.length, timing.seconds)
         for past, timing in finished
-        if (past.label, past.work) == (run.label, run.work) and past.length < run.length
+        if (past.label, past.workload) == (run.label, run.workload) and past.length < run.length
     ][-2:]
     if not before:
         return 0.0

@@ -1,10 +1,10 @@
 """Time and peak memory over the length: tables, figures, log-log slopes and break-even lengths."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..speed.scaling import log_log_slope
 from .interleaving import RunT, TimingT
 from .results import markdown_table
 
@@ -17,21 +17,32 @@ def lengths_table(results: Sequence[tuple[RunT, TimingT]], unit: str = "µs per 
         unit: unit of the seconds of a call divided by the run's `tokens`.
     """
     labels = list(dict.fromkeys(run.label for run, _ in results))
-    found = {(run.work, run.length, run.label): (run, timing) for run, timing in results}
-    header = ["work", "tokens", *(f"{label}, {unit}" for label in labels)]
+    found = {(run.workload, run.length, run.label): (run, timing) for run, timing in results}
+    header = ["workload", "tokens", *(f"{label}, {unit}" for label in labels)]
     header += [f"{label} / {labels[0]}" for label in labels[1:]] + [f"{label}, peak MiB" for label in labels]
     lines = []
-    for work, length in dict.fromkeys((run.work, run.length) for run, _ in results):
-        first = found.get((work, length, labels[0]))
+    for workload, length in dict.fromkeys((run.workload, run.length) for run, _ in results):
+        first = found.get((workload, length, labels[0]))
         times, ratios, peaks = (["–"] * len(labels) for _ in range(3))
         for place, label in enumerate(labels):
-            if (work, length, label) in found:
-                run, timing = found[work, length, label]
+            if (workload, length, label) in found:
+                run, timing = found[workload, length, label]
                 times[place] = _three_digits(1e6 * timing.seconds / run.tokens)
                 ratios[place] = f"{timing.seconds / first[1].seconds:.2f}" if first else "–"
                 peaks[place] = f"{timing.peak_mib:,.0f}"
-        lines.append([work, f"{length:,}", *times, *ratios[1:], *peaks])
+        lines.append([workload, f"{length:,}", *times, *ratios[1:], *peaks])
     return "\n".join([markdown_table(header, lines), "", *_comparisons(results, labels)])
+
+
+def log_log_slope(lengths: Sequence[int], values: Sequence[float]) -> float | None:
+    """Return the least-squares slope of log(value) over log(length): 1 is linear, 2 quadratic.
+
+    None for fewer than two lengths, or if a value is 0 (a short pass may need no additional memory).
+    """
+    if len(lengths) < 2 or min(values) <= 0:
+        return None
+    logs = [math.log(length) for length in lengths]
+    return statistics.linear_regression(logs, [math.log(value) for value in values]).slope
 
 
 def break_even(lengths: Sequence[int], first: Sequence[float], other: Sequence[float]) -> float | None:
@@ -49,22 +60,24 @@ def break_even(lengths: Sequence[int], first: Sequence[float], other: Sequence[f
     at = behind[-1]
     if at == len(lengths) - 1:
         return None
-    share = advantage[at] / (advantage[at] - advantage[at + 1])
-    return math.exp(math.log(lengths[at]) + share * math.log(lengths[at + 1] / lengths[at]))
+    fraction = advantage[at] / (advantage[at] - advantage[at + 1])
+    return math.exp(math.log(lengths[at]) + fraction * math.log(lengths[at + 1] / lengths[at]))
 
 
 def plot_lengths(results: Sequence[tuple[RunT, TimingT]], path: Path) -> None:
     """Save a figure with one log-log panel of seconds over tokens per workload."""
     import matplotlib.pyplot as plt
 
-    works = list(dict.fromkeys(run.work for run, _ in results))
+    workloads = list(dict.fromkeys(run.workload for run, _ in results))
     labels = list(dict.fromkeys(run.label for run, _ in results))
-    figure, axes = plt.subplots(1, len(works), figsize=(4 * len(works), 4), layout="constrained", squeeze=False)
-    for work, part in zip(works, axes[0], strict=True):
+    figure, axes = plt.subplots(
+        1, len(workloads), figsize=(4 * len(workloads), 4), layout="constrained", squeeze=False
+    )
+    for workload, part in zip(workloads, axes[0], strict=True):
         for label in labels:
-            points = _points(results, work, label)
+            points = _points(results, workload, label)
             part.plot(points.keys(), points.values(), marker="o", markersize=4, label=label)
-        part.set(xlabel="tokens", ylabel="seconds", title=work, yscale="log")
+        part.set(xlabel="tokens", ylabel="seconds", title=workload, yscale="log")
         part.set_xscale("log", base=2)
         part.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k")
         part.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
@@ -77,13 +90,13 @@ def plot_lengths(results: Sequence[tuple[RunT, TimingT]], path: Path) -> None:
 
 def _comparisons(results: Sequence[tuple[RunT, TimingT]], labels: Sequence[str]) -> list[str]:
     lines = []
-    for work in dict.fromkeys(run.work for run, _ in results):
-        seconds = {label: _points(results, work, label) for label in labels}
+    for workload in dict.fromkeys(run.workload for run, _ in results):
+        seconds = {label: _points(results, workload, label) for label in labels}
         for label, points in seconds.items():
             slope = log_log_slope(list(points), list(points.values()))
             if slope is not None:
                 shortest, longest = min(points), max(points)
-                lines.append(f"{work}, {label}: log-log slope {slope:.2f} from {shortest:,} to {longest:,} tokens")
+                lines.append(f"{workload}, {label}: log-log slope {slope:.2f} from {shortest:,} to {longest:,} tokens")
         first = seconds[labels[0]]
         for label in labels[1:]:
             common = [length for length in first if length in seconds[label]]
@@ -92,7 +105,7 @@ def _comparisons(results: Sequence[tuple[RunT, TimingT]], labels: Sequence[str])
             at = break_even(common, [first[n] for n in common], [seconds[label][n] for n in common])
             where = f"above {at:,.0f} tokens" if at else "at every measured length"
             where = f"at no measured length up to {common[-1]:,} tokens" if at is None else where
-            lines.append(f"{work}: {labels[0]} is faster than {label} {where}")
+            lines.append(f"{workload}: {labels[0]} is faster than {label} {where}")
     return lines
 
 
@@ -100,5 +113,5 @@ def _three_digits(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _points(results: Sequence[tuple[RunT, TimingT]], work: str, label: str) -> dict[int, float]:
-    return {run.length: timing.seconds for run, timing in results if (run.work, run.label) == (work, label)}
+def _points(results: Sequence[tuple[RunT, TimingT]], workload: str, label: str) -> dict[int, float]:
+    return {run.length: timing.seconds for run, timing in results if (run.workload, run.label) == (workload, label)}

@@ -4,22 +4,22 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .results import MeasuresT, ResultsFile, SettingsT
+from .results import ResultsFile, ResultT, SettingsT
 
 SEARCH_SEED = 1000
 
 
 def run_at_best_rates(
-    results: ResultsFile[SettingsT, MeasuresT],
+    results: ResultsFile[SettingsT, ResultT],
     settings: SettingsT,
-    measure: Callable[[SettingsT, Callable[[str], None]], MeasuresT],
+    measure: Callable[[SettingsT, Callable[[str], None]], ResultT],
     *,
     models: Sequence[str],
     seeds: Iterable[int],
     learning_rates: Sequence[float],
     search_steps: int,
     report: Callable[[str], None],
-) -> list[tuple[SettingsT, MeasuresT]]:
+) -> list[tuple[SettingsT, ResultT]]:
     """Measure every model with every seed, each model at its best learning rate.
 
     The best rate has the lowest loss in short runs with the seed `SEARCH_SEED`.

@@ -20,10 +20,10 @@ class Dataclass(Protocol):
 
 
 SettingsT = TypeVar("SettingsT", bound=Dataclass)
-MeasuresT = TypeVar("MeasuresT", bound=Dataclass)
+ResultT = TypeVar("ResultT", bound=Dataclass)
 
 
-class ResultsFile(Generic[SettingsT, MeasuresT]):
+class ResultsFile(Generic[SettingsT, ResultT]):
     """The finished runs of one benchmark.
 
     Strings are stored unquoted, every other value as JSON.
@@ -37,14 +37,14 @@ class ResultsFile(Generic[SettingsT, MeasuresT]):
         ValueError: the file has the columns of another benchmark, or an unreadable cell.
     """
 
-    def __init__(self, path: str | Path, settings: type[SettingsT], measures: type[MeasuresT]):
+    def __init__(self, path: str | Path, settings: type[SettingsT], result: type[ResultT]):
         self.path = Path(path)
         self._settings = settings
-        self._measures = measures
-        self._columns = [field.name for field in (*dataclasses.fields(settings), *dataclasses.fields(measures))]
+        self._result_type = result
+        self._columns = [field.name for field in (*dataclasses.fields(settings), *dataclasses.fields(result))]
         self.rows()
 
-    def rows(self) -> list[tuple[SettingsT, MeasuresT]]:
+    def rows(self) -> list[tuple[SettingsT, ResultT]]:
         """Return the finished runs, oldest first. An incomplete last row, left by a killed process, is ignored."""
         if not self.path.exists():
             return []
@@ -56,18 +56,18 @@ class ResultsFile(Generic[SettingsT, MeasuresT]):
                     f"({', '.join(self._columns)}): choose another --results file"
                 )
             complete = [row for row in reader if None not in row.values()]
-        return [(self._read(self._settings, row), self._read(self._measures, row)) for row in complete]
+        return [(self._read(self._settings, row), self._read(self._result_type, row)) for row in complete]
 
-    def run(self, settings: SettingsT, measure: Callable[[SettingsT], MeasuresT]) -> MeasuresT:
-        """Return the stored result of these settings; if there is none, call `measure(settings)` and store its result."""
-        for done, measures in self.rows():
+    def run(self, settings: SettingsT, measure: Callable[[SettingsT], ResultT]) -> ResultT:
+        """Return the stored result of these settings; without one, call `measure(settings)` and store its result."""
+        for done, result in self.rows():
             if done == settings:
-                return measures
-        measures = measure(settings)
-        self._append(settings, measures)
-        return measures
+                return result
+        result = measure(settings)
+        self._append(settings, result)
+        return result
 
-    def _append(self, settings: SettingsT, measures: MeasuresT) -> None:
+    def _append(self, settings: SettingsT, result: ResultT) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
@@ -76,7 +76,7 @@ class ResultsFile(Generic[SettingsT, MeasuresT]):
             writer.writerow(self._columns)
         elif not existing.endswith(b"\n"):
             text.write("\n")
-        cells = [*vars(settings).values(), *vars(measures).values()]
+        cells = [*vars(settings).values(), *vars(result).values()]
         writer.writerow([cell if isinstance(cell, str) else json.dumps(cell) for cell in cells])
         with self.path.open("a", encoding="utf-8") as file:
             file.write(text.getvalue())

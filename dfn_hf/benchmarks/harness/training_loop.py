@@ -12,11 +12,11 @@ from .environment import clock, synchronize
 
 MAX_GRADIENT_NORM = 1.0
 WEIGHT_DECAY = 0.1
-WARMUP_SHARE = 0.05
+WARMUP_RATIO = 0.05
 
 
 @dataclass(frozen=True)
-class Fit:
+class FitResult:
     """Training time without evaluations, and the largest gradient norm.
 
     Attributes:
@@ -37,10 +37,10 @@ def fit(
     steps: int,
     learning_rate: float,
     weight_decay: float = WEIGHT_DECAY,
-    decay_share: float = 1.0,
+    decay_ratio: float = 1.0,
     evaluate_every: int = 100,
     evaluate: Callable[[int], None] | None = None,
-) -> Fit:
+) -> FitResult:
     """Train `model` for `steps` batches.
 
     The learning rate warms up over the first 5 % of the steps, stays constant, and decays to 0 over the last
@@ -67,8 +67,8 @@ def fit(
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
-    warmup_steps = round(WARMUP_SHARE * steps)
-    decay_steps = round(decay_share * (steps - warmup_steps))
+    warmup_steps = round(WARMUP_RATIO * steps)
+    decay_steps = round(decay_ratio * (steps - warmup_steps))
     scheduler = get_wsd_schedule(optimizer, warmup_steps, decay_steps, num_training_steps=steps)
     commit_memory = getattr(model, "commit_memory", None)
     model.train()
@@ -98,4 +98,4 @@ def fit(
     model.eval()
     if evaluate is not None:
         evaluate(steps)
-    return Fit(seconds=seconds, wall_seconds=wall_seconds, largest_gradient_norm=largest)
+    return FitResult(seconds=seconds, wall_seconds=wall_seconds, largest_gradient_norm=largest)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..harness.environment import peak_memory_mib, run_isolated, set_up_device
 from ..harness.results import ResultsFile, markdown_table, mean_with_error
-from ..recall.associative_recall import RecallSettings, learn_recall, long_recall
+from ..recall.associative_recall import RecallSettings, long_recall, train_recall
 from .byte_lm import ByteLMSettings, measure_byte_lm
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -50,7 +50,7 @@ class AblationSettings:
 
 
 @dataclass(frozen=True)
-class AblationMeasures:
+class AblationResult:
     """Byte language model: loss in nats per byte, accuracies, peak MiB, largest gradient norm. Recall: accuracies."""
 
     loss: float
@@ -63,7 +63,7 @@ class AblationMeasures:
     machine: str
 
 
-def measure_ablation(settings: AblationSettings, threads: int) -> AblationMeasures:
+def measure_ablation(settings: AblationSettings, threads: int) -> AblationResult:
     """Train both models of one variant, each in a fresh process.
 
     Raises:
@@ -71,24 +71,24 @@ def measure_ablation(settings: AblationSettings, threads: int) -> AblationMeasur
     """
     if settings.variant not in VARIANTS:
         raise ValueError(f"variant is {settings.variant!r}: choose one of {', '.join(VARIANTS)}")
-    measures = run_isolated(_train_byte_lm, settings, threads)
-    return AblationMeasures(**measures, **run_isolated(_train_recall, settings, threads))
+    result = run_isolated(_train_byte_lm, settings, threads)
+    return AblationResult(**result, **run_isolated(_train_recall, settings, threads))
 
 
 def run_ablations(
     settings: Iterable[AblationSettings], path: Path, threads: int, report: Callable[[str], None] = lambda line: None
-) -> list[tuple[AblationSettings, AblationMeasures]]:
+) -> list[tuple[AblationSettings, AblationResult]]:
     """Measure the runs; finished ones are read from the CSV at `path`."""
-    results = ResultsFile(path, AblationSettings, AblationMeasures)
+    results = ResultsFile(path, AblationSettings, AblationResult)
     finished = []
     for run in settings:
-        measures = results.run(run, partial(measure_ablation, threads=threads))
-        report(f"{run.variant}, seed {run.seed}: loss {measures.loss:.3f}, long recall {measures.long_recall:.3f}")
-        finished.append((run, measures))
+        result = results.run(run, partial(measure_ablation, threads=threads))
+        report(f"{run.variant}, seed {run.seed}: loss {result.loss:.3f}, long recall {result.long_recall:.3f}")
+        finished.append((run, result))
     return finished
 
 
-def ablation_table(results: Sequence[tuple[AblationSettings, AblationMeasures]]) -> str:
+def ablation_table(results: Sequence[tuple[AblationSettings, AblationResult]]) -> str:
     """Return a table with one row per variant: mean ± standard error over seeds."""
     settings = results[0][0]
     columns: dict[str, tuple[str, int]] = {
@@ -102,7 +102,7 @@ def ablation_table(results: Sequence[tuple[AblationSettings, AblationMeasures]])
     }
     lines = []
     for variant in dict.fromkeys(run.variant for run, _ in results):
-        found = [measures for run, measures in results if run.variant == variant]
+        found = [result for run, result in results if run.variant == variant]
         cells = [mean_with_error([getattr(one, field) for one in found], digits) for field, digits in columns.values()]
         lines.append((variant, str(len(found)), *cells))
     return markdown_table(("variant", "seeds", *columns), lines)
@@ -110,7 +110,7 @@ def ablation_table(results: Sequence[tuple[AblationSettings, AblationMeasures]])
 
 def _train_byte_lm(settings: AblationSettings, threads: int) -> dict[str, Any]:
     set_up_device(settings.device, threads)
-    measures = measure_byte_lm(
+    result = measure_byte_lm(
         ByteLMSettings(
             seed=settings.seed,
             learning_rate=settings.learning_rate,
@@ -127,12 +127,12 @@ def _train_byte_lm(settings: AblationSettings, threads: int) -> dict[str, Any]:
         **VARIANTS[settings.variant],
     )
     return {
-        "loss": measures.loss,
-        "top1": measures.top1,
-        "top5": measures.top5,
-        "largest_gradient_norm": measures.largest_gradient_norm,
+        "loss": result.loss,
+        "top1": result.top1,
+        "top5": result.top5,
+        "largest_gradient_norm": result.largest_gradient_norm,
         "peak_mib": round(peak_memory_mib(settings.device), 1),
-        "machine": measures.machine,
+        "machine": result.machine,
     }
 
 
@@ -153,5 +153,5 @@ def _train_recall(settings: AblationSettings, threads: int) -> dict[str, Any]:
         evaluation_seed=settings.evaluation_seed,
         device=settings.device,
     )
-    learnt = learn_recall(recall, **VARIANTS[settings.variant])
-    return {"short_recall": learnt.accuracy, "long_recall": long_recall(learnt.model, recall)}
+    trained_recall = train_recall(recall, **VARIANTS[settings.variant])
+    return {"short_recall": trained_recall.accuracy, "long_recall": long_recall(trained_recall.model, recall)}

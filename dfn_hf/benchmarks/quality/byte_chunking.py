@@ -14,23 +14,23 @@ from transformers import PreTrainedModel, set_seed
 from dfn_hf import DFNConfig, DFNForCausalLM
 
 from ..baselines.models import ModelSize, build_llama, build_model, count_parameters
-from ..datasets.byte_windows import VOCAB_SIZE
+from ..datasets.byte_windows import VOCAB_SIZE, corpus_windows
 from ..harness.environment import describe_machine
 from ..harness.flops import operations_per_token
 from ..harness.lr_search import run_at_best_rates
 from ..harness.results import ResultsFile, markdown_table, mean_with_error
 from ..harness.training_loop import fit
-from .byte_lm import _windows, validate
+from .byte_lm import validate
 
 SAMPLINGS = {"adaptive": "adaptive", "fixed spans": "uniform"}
 EQUAL_COMPUTE = {"dfn of equal compute": "dfn", "llama of equal compute": "llama"}
 MODELS = (*SAMPLINGS, "dfn", "llama", *EQUAL_COMPUTE)
-CHEAP_LAYERS = 3  # of the models of equal compute
+EQUAL_COMPUTE_LAYERS = 3  # of the models of equal compute
 LETTERS = torch.tensor([byte for byte in range(256) if chr(byte).isascii() and chr(byte).isalpha()])
 
 
 @dataclass(frozen=True)
-class ByteEntitySettings:
+class ByteChunkingSettings:
     """One training run.
 
     The sizes are those of the DFN with one entity per byte; the other models match its number of parameters.
@@ -58,7 +58,7 @@ class ByteEntitySettings:
 
 
 @dataclass(frozen=True)
-class ByteEntityMeasures:
+class ByteChunkingResult:
     """Measurements on evenly spaced windows of the validation split.
 
     Attributes:
@@ -85,9 +85,9 @@ class ByteEntityMeasures:
     machine: str
 
 
-def measure_byte_entities(
-    settings: ByteEntitySettings, report: Callable[[str], None] = lambda line: None
-) -> ByteEntityMeasures:
+def measure_byte_chunking(
+    settings: ByteChunkingSettings, report: Callable[[str], None] = lambda line: None
+) -> ByteChunkingResult:
     """Train a model on random windows of the train split and evaluate it on the validation split."""
     set_seed(settings.seed)
     model = build(settings)
@@ -101,17 +101,17 @@ def measure_byte_entities(
 
     trained = fit(
         model,
-        _windows("train", settings.length).random_batches(settings.batch_size, settings.seed),
+        corpus_windows("train", settings.length).random_batches(settings.batch_size, settings.seed),
         steps=settings.steps,
         learning_rate=settings.learning_rate,
         evaluate=announce,
     )
-    windows = _windows("validation", settings.length)
-    held_out = list(windows.even_batches(settings.evaluation_windows, settings.batch_size))
+    windows = corpus_windows("validation", settings.length)
+    held_out = list(windows.evenly_spaced_batches(settings.evaluation_windows, settings.batch_size))
     validation = validate(model, iter(held_out))
     rate, word_starts, word_insides = np.mean([placement(model, batch["input_ids"]) for batch in held_out], axis=0)
     operations = [operations_per_token(model, batch["input_ids"].to(settings.device)) for batch in held_out]
-    return ByteEntityMeasures(
+    return ByteChunkingResult(
         parameters=count_parameters(model),
         operations=round(np.mean(operations)),
         loss=validation.loss,
@@ -125,7 +125,7 @@ def measure_byte_entities(
     )
 
 
-def build(settings: ByteEntitySettings) -> PreTrainedModel:
+def build(settings: ByteChunkingSettings) -> PreTrainedModel:
     """Build a randomly initialised model; the caller sets the random seed.
 
     Raises:
@@ -159,7 +159,7 @@ def build(settings: ByteEntitySettings) -> PreTrainedModel:
     def sampling_dfn(width: int) -> PreTrainedModel:
         return DFNForCausalLM(DFNConfig(**vars(size) | options | {"intermediate_size": width}))
 
-    sampled = fitted(sampling_dfn, parameters, count_parameters)
+    sampled = match_width(sampling_dfn, parameters, count_parameters)
     if settings.model in SAMPLINGS:
         return torch.nn.Module.to(sampled, settings.device)
 
@@ -169,15 +169,15 @@ def build(settings: ByteEntitySettings) -> PreTrainedModel:
         return operations_per_token(model, ids)
 
     def cheap(width: int) -> PreTrainedModel:
-        narrow = replace(size, num_hidden_layers=CHEAP_LAYERS, intermediate_size=width)
+        narrow = replace(size, num_hidden_layers=EQUAL_COMPUTE_LAYERS, intermediate_size=width)
         if EQUAL_COMPUTE[settings.model] == "llama":
             return build_llama(narrow)
         return DFNForCausalLM(DFNConfig(**vars(narrow)))
 
-    return torch.nn.Module.to(fitted(cheap, operations(sampled), operations), settings.device)
+    return torch.nn.Module.to(match_width(cheap, operations(sampled), operations), settings.device)
 
 
-def fitted(
+def match_width(
     make: Callable[[int], PreTrainedModel], target: float, measure: Callable[[PreTrainedModel], float]
 ) -> PreTrainedModel:
     """Build the model whose width brings a measure closest to its target; the measure is linear in the width.
@@ -193,8 +193,10 @@ def fitted(
     minimum, second = (measure(make(width)) for width in (1, 2))
     width = 1 + round((target - minimum) / (second - minimum))
     if width < 1:
-        raise ValueError(f"the model of width 1 has {minimum:,.0f} parameters or operations, the target is {target:,.0f}: choose "
-            "larger sizes")
+        raise ValueError(
+            f"the model of width 1 has {minimum:,.0f} parameters or operations, the target is {target:,.0f}: choose "
+            "larger sizes"
+        )
     return make(width)
 
 
@@ -219,8 +221,8 @@ def placement(model: PreTrainedModel, input_ids: torch.Tensor) -> tuple[float, f
     return shares[0].item(), shares[1].item(), shares[2].item()
 
 
-def run_byte_entities(
-    settings: ByteEntitySettings,
+def run_byte_chunking(
+    settings: ByteChunkingSettings,
     *,
     models: Sequence[str],
     seeds: Iterable[int],
@@ -228,15 +230,15 @@ def run_byte_entities(
     search_steps: int,
     path: Path,
     report: Callable[[str], None] = lambda line: None,
-) -> list[tuple[ByteEntitySettings, ByteEntityMeasures]]:
+) -> list[tuple[ByteChunkingSettings, ByteChunkingResult]]:
     """Measure every model with every seed on the same batches, at its best learning rate; see `run_at_best_rates`.
 
     Finished runs are read from the CSV at `path`.
     """
     return run_at_best_rates(
-        ResultsFile(path, ByteEntitySettings, ByteEntityMeasures),
+        ResultsFile(path, ByteChunkingSettings, ByteChunkingResult),
         settings,
-        measure_byte_entities,
+        measure_byte_chunking,
         models=models,
         seeds=seeds,
         learning_rates=learning_rates,
@@ -245,7 +247,7 @@ def run_byte_entities(
     )
 
 
-def byte_entities_table(results: list[tuple[ByteEntitySettings, ByteEntityMeasures]]) -> str:
+def byte_chunking_table(results: list[tuple[ByteChunkingSettings, ByteChunkingResult]]) -> str:
     """Return a table with one row per model: mean ± standard error over seeds."""
     header = (
         "model",
@@ -262,8 +264,8 @@ def byte_entities_table(results: list[tuple[ByteEntitySettings, ByteEntityMeasur
     )
     lines = []
     for name in dict.fromkeys(run.model for run, _ in results):
-        runs = [(run, measures) for run, measures in results if run.model == name]
-        found = [measures for _, measures in runs]
+        runs = [(run, result) for run, result in results if run.model == name]
+        found = [result for _, result in runs]
         sampled = name in SAMPLINGS
         lines.append(
             (

@@ -3,16 +3,13 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, set_seed
 
-from dfn_hf.assets.corpus import load_corpus
-
 from ..baselines.models import ModelSize, build_model, count_parameters
-from ..datasets.byte_windows import VOCAB_SIZE, ByteWindows
+from ..datasets.byte_windows import VOCAB_SIZE, corpus_windows
 from ..harness.environment import describe_machine
 from ..harness.lr_search import SEARCH_SEED
 from ..harness.results import ResultsFile, markdown_table, mean_with_error
@@ -46,7 +43,7 @@ class ByteLMSettings:
 
 
 @dataclass(frozen=True)
-class ByteLMMeasures:
+class ByteLMResult:
     """Validation loss in nats per byte, top-1 and top-5 accuracy, and training time in seconds."""
 
     parameters: int
@@ -70,8 +67,8 @@ class Validation:
 
 def measure_byte_lm(
     settings: ByteLMSettings, report: Callable[[str], None] = lambda line: None, **dfn_options
-) -> ByteLMMeasures:
-    """Train a model on random windows of the train split; evaluate it on evenly spaced windows of the validation split."""
+) -> ByteLMResult:
+    """Train a model on random windows of the train split; evaluate it on evenly spaced validation windows."""
     set_seed(settings.seed)
     size = ModelSize(
         vocab_size=VOCAB_SIZE,
@@ -92,15 +89,18 @@ def measure_byte_lm(
 
     trained = fit(
         model,
-        _windows("train", settings.length).random_batches(settings.batch_size, settings.seed),
+        corpus_windows("train", settings.length).random_batches(settings.batch_size, settings.seed),
         steps=settings.steps,
         learning_rate=settings.learning_rate,
         evaluate=announce,
     )
     validation = validate(
-        model, _windows("validation", settings.length).even_batches(settings.evaluation_windows, settings.batch_size)
+        model,
+        corpus_windows("validation", settings.length).evenly_spaced_batches(
+            settings.evaluation_windows, settings.batch_size
+        ),
     )
-    return ByteLMMeasures(
+    return ByteLMResult(
         parameters=count_parameters(model),
         **vars(validation),
         largest_gradient_norm=round(trained.largest_gradient_norm, 3),
@@ -136,7 +136,7 @@ def run_byte_lm(
     search_steps: int,
     path: Path,
     report: Callable[[str], None] = lambda line: None,
-) -> list[tuple[ByteLMSettings, ByteLMMeasures]]:
+) -> list[tuple[ByteLMSettings, ByteLMResult]]:
     """Measure every model with every seed, at its best learning rate and initialisation.
 
     Short runs of `search_steps` steps with the seed `SEARCH_SEED` try each of `learning_rates` with each of
@@ -152,9 +152,9 @@ def run_byte_lm(
         path: the CSV file.
         report: receives one line per event.
     """
-    results = ResultsFile(path, ByteLMSettings, ByteLMMeasures)
+    results = ResultsFile(path, ByteLMSettings, ByteLMResult)
 
-    def run(**changes) -> tuple[ByteLMSettings, ByteLMMeasures]:
+    def run(**changes) -> tuple[ByteLMSettings, ByteLMResult]:
         changed = replace(settings, **changes)
         return changed, results.run(changed, lambda missing: measure_byte_lm(missing, report))
 
@@ -174,7 +174,7 @@ def run_byte_lm(
     return [run(model=model, seed=seed, **best[model]) for seed in seeds for model in models]
 
 
-def byte_lm_table(results: list[tuple[ByteLMSettings, ByteLMMeasures]]) -> str:
+def byte_lm_table(results: list[tuple[ByteLMSettings, ByteLMResult]]) -> str:
     """Return a table with one row per model: mean ± standard error over seeds."""
     header = (
         "model",
@@ -191,7 +191,7 @@ def byte_lm_table(results: list[tuple[ByteLMSettings, ByteLMMeasures]]) -> str:
     lines = []
     for name in dict.fromkeys(run.model for run, _ in results):
         runs = [run for run, _ in results if run.model == name]
-        found = [measures for run, measures in results if run.model == name]
+        found = [result for run, result in results if run.model == name]
         lines.append(
             (
                 name,
@@ -211,8 +211,3 @@ def byte_lm_table(results: list[tuple[ByteLMSettings, ByteLMMeasures]]) -> str:
 
 def _initial_std(settings: ByteLMSettings) -> float:
     return settings.hidden_size**-0.5 if settings.initializer_range is None else settings.initializer_range
-
-
-@cache
-def _windows(split: str, length: int) -> ByteWindows:
-    return ByteWindows(load_corpus(split)["text"], length)

@@ -23,7 +23,7 @@ from dfn_hf.evaluation.retrieval_metrics import embed, retrieval
 from dfn_hf.modeling.dfn.modeling_dfn_contrastive import DFNForContrastive
 
 from ..baselines.pair_models import BagPairModel, TransformerPairModel, ngram_rows
-from ..datasets.labelled_fields import LabelledFields, spoken_fields, written_fields
+from ..datasets.labelled_fields import LabelledFields, handwritten_digit_fields, spoken_digit_fields
 from ..harness.environment import describe_machine
 from ..harness.results import ResultsFile, markdown_table, mean_with_error
 from ..harness.training_loop import fit
@@ -35,16 +35,16 @@ TASKS: dict[str, tuple[str, ...]] = {
     "sounds": ("dfn", *CLASSIFIERS),
     "images": ("dfn", *CLASSIFIERS),
 }
-RECIPES: dict[str, dict[str, Any]] = {
+TASK_SETTINGS: dict[str, dict[str, Any]] = {
     "verses": {},
     "sounds": {"steps": 300, "hidden_size": 64, "num_hidden_layers": 2, "learning_rate": 1e-3},
     "images": {"steps": 1600, "hidden_size": 64, "num_hidden_layers": 2, "learning_rate": 3e-3},
 }
-RATES: dict[str, dict[str, Any]] = {bag: {"learning_rate": 1e-2} for bag in BAGS}
+LEARNING_RATES: dict[str, dict[str, Any]] = {bag: {"learning_rate": 1e-2} for bag in BAGS}
 CANDIDATES = 1000
 LONGEST_NGRAM = 3
 NGRAM_BUCKETS = 2**14
-DISTORTED_COPIES = 20
+AUGMENTED_COPIES = 20
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class ContrastiveSettings:
 
 
 @dataclass(frozen=True)
-class ContrastiveMeasures:
+class ContrastiveResult:
     """Retrieval of held-out views.
 
     Attributes:
@@ -92,10 +92,10 @@ class ContrastiveMeasures:
     machine: str
 
 
-def planned_runs(tasks: Iterable[str], seeds: Iterable[int]) -> list[ContrastiveSettings]:
+def contrastive_runs(tasks: Iterable[str], seeds: Iterable[int]) -> list[ContrastiveSettings]:
     """Return the runs of every model of each task with its tuned settings; classifiers have one seed."""
     return [
-        ContrastiveSettings(task=task, model=model, seed=seed, **RECIPES[task], **RATES.get(model, {}))
+        ContrastiveSettings(task=task, model=model, seed=seed, **TASK_SETTINGS[task], **LEARNING_RATES.get(model, {}))
         for task in tasks
         for model in TASKS[task]
         for seed in ([0] if model in CLASSIFIERS else seeds)
@@ -104,7 +104,7 @@ def planned_runs(tasks: Iterable[str], seeds: Iterable[int]) -> list[Contrastive
 
 def measure_contrastive(
     settings: ContrastiveSettings, sounds_folder: str | Path = "", report: Callable[[str], None] = lambda line: None
-) -> ContrastiveMeasures:
+) -> ContrastiveResult:
     """Train a model and evaluate retrieval on the held-out views.
 
     Args:
@@ -123,12 +123,12 @@ def measure_contrastive(
     set_seed(settings.seed)
     if settings.task == "verses":
         return _measure_verses(settings, report)
-    train, held_out = spoken_fields(sounds_folder) if settings.task == "sounds" else written_fields()
+    train, held_out = spoken_digit_fields(sounds_folder) if settings.task == "sounds" else handwritten_digit_fields()
     measure = _measure_classifier if settings.model in CLASSIFIERS else _measure_fields
     return measure(settings, train, held_out, report)
 
 
-def _measure_verses(settings: ContrastiveSettings, report: Callable[[str], None]) -> ContrastiveMeasures:
+def _measure_verses(settings: ContrastiveSettings, report: Callable[[str], None]) -> ContrastiveResult:
     tokenizer = load_tokenizer("byte" if settings.model == "bytes" else "bpe-en-es")
     train = load_verses("train")[: settings.pairs]
     held_out = concatenate_datasets([load_verses("test"), load_verses("validation")])[:CANDIDATES]
@@ -174,8 +174,8 @@ def _measure_verses(settings: ContrastiveSettings, report: Callable[[str], None]
         evaluate=announce,
     )
     found = retrieval(*embed_pairs(model, queries, collator))
-    return ContrastiveMeasures(
-        parameters=_count(model),
+    return ContrastiveResult(
+        parameters=_num_parameters(model),
         recall=found.recall_at_1,
         back_recall=found.back_recall_at_1,
         recall_at_10=found.recall_at_10,
@@ -218,7 +218,7 @@ def _measure_fields(
     train: LabelledFields,
     held_out: LabelledFields,
     report: Callable[[str], None],
-) -> ContrastiveMeasures:
+) -> ContrastiveResult:
     tokenizer = load_tokenizer("byte")
     model = DFNForContrastive(
         _config(
@@ -250,7 +250,7 @@ def _measure_fields(
         learning_rate=settings.learning_rate,
         evaluate=announce,
     )
-    return _of_fields(settings, held_out, _count(model), accuracy(), trained.seconds)
+    return _classification_result(settings, held_out, _num_parameters(model), accuracy(), trained.seconds)
 
 
 def _measure_classifier(
@@ -258,12 +258,12 @@ def _measure_classifier(
     train: LabelledFields,
     held_out: LabelledFields,
     report: Callable[[str], None],
-) -> ContrastiveMeasures:
-    """Fit nearest class means or logistic regression to the fields as vectors, augmented copies included."""
+) -> ContrastiveResult:
+    """FitResult nearest class means or logistic regression to the fields as vectors, augmented copies included."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.neighbors import NearestCentroid
 
-    vectors, labels = train.distorted(DISTORTED_COPIES, settings.seed)
+    vectors, labels = train.augmented_vectors(AUGMENTED_COPIES, settings.seed)
     queries = np.stack([held_out.vector(field) for field in held_out.fields])
     logistic = settings.model == "logistic"
     classifier = LogisticRegression(max_iter=1000) if logistic else NearestCentroid()
@@ -271,13 +271,13 @@ def _measure_classifier(
     accuracy = float(np.mean(classifier.predict(queries) == held_out.labels))
     parameters = len(train.captions) * (vectors.shape[1] + logistic)
     report(f"{settings.task}, {settings.model}: accuracy {accuracy:.3f}")
-    return _of_fields(settings, held_out, parameters, accuracy, 0.0)
+    return _classification_result(settings, held_out, parameters, accuracy, 0.0)
 
 
-def _of_fields(
+def _classification_result(
     settings: ContrastiveSettings, held_out: LabelledFields, parameters: int, accuracy: float, seconds: float
-) -> ContrastiveMeasures:
-    return ContrastiveMeasures(
+) -> ContrastiveResult:
+    return ContrastiveResult(
         parameters=parameters,
         recall=accuracy,
         back_recall=None,
@@ -301,7 +301,7 @@ def _config(settings: ContrastiveSettings, vocab_size: int, **fields: Any) -> DF
     )
 
 
-def _count(model: torch.nn.Module) -> int:
+def _num_parameters(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -310,17 +310,17 @@ def run_contrastive(
     path: Path,
     sounds_folder: str | Path = "",
     report: Callable[[str], None] = lambda line: None,
-) -> list[tuple[ContrastiveSettings, ContrastiveMeasures]]:
+) -> list[tuple[ContrastiveSettings, ContrastiveResult]]:
     """Measure the runs; finished ones are read from the CSV at `path`. See `measure_contrastive`."""
-    results = ResultsFile(path, ContrastiveSettings, ContrastiveMeasures)
+    results = ResultsFile(path, ContrastiveSettings, ContrastiveResult)
 
-    def measure(settings: ContrastiveSettings) -> ContrastiveMeasures:
+    def measure(settings: ContrastiveSettings) -> ContrastiveResult:
         return measure_contrastive(settings, sounds_folder, report)
 
     return [(run, results.run(run, measure)) for run in runs]
 
 
-def contrastive_table(results: list[tuple[ContrastiveSettings, ContrastiveMeasures]]) -> str:
+def contrastive_table(results: list[tuple[ContrastiveSettings, ContrastiveResult]]) -> str:
     """Return a table with one row per task and model: mean ± standard error over seeds."""
     header = (
         "task", "model", "parameters", "seeds", "held out", "candidates", "recall@1", "recall@1, reverse", "recall@10",
@@ -328,7 +328,7 @@ def contrastive_table(results: list[tuple[ContrastiveSettings, ContrastiveMeasur
     )  # fmt: skip
     lines = []
     for task, model in dict.fromkeys((run.task, run.model) for run, _ in results):
-        found = [measures for run, measures in results if (run.task, run.model) == (task, model)]
+        found = [result for run, result in results if (run.task, run.model) == (task, model)]
         lines.append(
             (
                 task,

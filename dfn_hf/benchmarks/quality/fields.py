@@ -30,7 +30,7 @@ PRETRAINING_SEEDS = 3
 SIREN_LAYERS = 3
 SIREN_RATES = (3e-4, 1e-3)
 # ω₀ of the first layer by coordinate_dim: sound, images and video (Sitzmann et al. 2020, §4 and supplement)
-SIREN_FIRST_FREQUENCY = {1: 3000.0, 2: 30.0, 3: 30.0}
+SIREN_INITIAL_FREQUENCY = {1: 3000.0, 2: 30.0, 3: 30.0}
 CLIP = (8, 48, 48)
 CROP = 64
 
@@ -61,12 +61,12 @@ class FieldSettings:
 
 
 @dataclass(frozen=True)
-class FieldMeasures:
+class FieldResult:
     """Reconstruction quality.
 
     Attributes:
-        decibels: PSNR in dB; SNR for sound; for `PRETRAINING` the PSNR at the masked samples.
-        first_decibels: the same before training; None for methods without entities.
+        psnr_db: PSNR in dB; SNR for sound; for `PRETRAINING` the PSNR at the masked samples.
+        initial_psnr_db: the same before training; None for methods without entities.
         correlation: Pearson correlation of density and gradient magnitude; None without adaptive entities.
         seconds: training time.
     """
@@ -74,8 +74,8 @@ class FieldMeasures:
     samples: int
     entities: int | None
     parameters: int
-    decibels: float
-    first_decibels: float | None
+    psnr_db: float
+    initial_psnr_db: float | None
     correlation: float | None
     seconds: float
     machine: str
@@ -128,8 +128,8 @@ def draw_clip(frames: int, height: int, width: int) -> np.ndarray:
 
 def measure_field(
     settings: FieldSettings, recording: Path | None = None, report: Callable[[str], None] = lambda line: None
-) -> FieldMeasures:
-    """Fit one field, or reconstruct it from a quarter of its samples; the seed determines all random numbers."""
+) -> FieldResult:
+    """FitResult one field, or reconstruct it from a quarter of its samples; the seed determines all random numbers."""
     set_seed(settings.seed)
     if settings.method in PRETRAINING:
         return _measure_quarter(settings)
@@ -141,7 +141,7 @@ def measure_field(
     if settings.method == "resampling":
         values = torch.from_numpy(array).float()
         coarse = _resample(values, axes, settings.samples_per_entity)
-        return FieldMeasures(array.size, None, 0, quality(coarse, values), None, None, 0.0, describe_machine("cpu"))
+        return FieldResult(array.size, None, 0, quality(coarse, values), None, None, 0.0, describe_machine("cpu"))
     fields = [array_field(array, axes)]
     if settings.method == "frames":
         fields = [array_field(frame, axes - 1) for frame in array]
@@ -161,19 +161,19 @@ def measure_field(
     if settings.method == "adaptive":
         correlation = _correlation(array if axes > 1 else array[:, 0], output.density)
     report(f"{settings.field}, {settings.method}: {quality(output.reconstruction, batch['values']):.2f} dB")
-    return FieldMeasures(
+    return FieldResult(
         samples=batch["values"].shape[0] * batch["values"].shape[1],
         entities=None if settings.method == "siren" else entities * len(fields),
         parameters=count_parameters(model),
-        decibels=quality(output.reconstruction, batch["values"]),
-        first_decibels=first,
+        psnr_db=quality(output.reconstruction, batch["values"]),
+        initial_psnr_db=first,
         correlation=correlation,
         seconds=round(seconds, 1),
         machine=describe_machine("cpu"),
     )
 
 
-def _measure_quarter(settings: FieldSettings) -> FieldMeasures:
+def _measure_quarter(settings: FieldSettings) -> FieldResult:
     """Reconstruct a photograph from a quarter of its samples, with or without pre-training on other photographs.
 
     Training on the photograph uses only this quarter, and masks a quarter of it.
@@ -202,12 +202,12 @@ def _measure_quarter(settings: FieldSettings) -> FieldMeasures:
         seconds += fit(
             model, batches, steps=settings.steps, learning_rate=settings.learning_rate / 3, weight_decay=0.0
         ).seconds
-    return FieldMeasures(
+    return FieldResult(
         samples=sum(int(crop["mask"].sum()) for crop in crops),
         entities=entities * len(crops),
         parameters=count_parameters(model),
-        decibels=_hidden_psnr(model, whole, crops),
-        first_decibels=first,
+        psnr_db=_hidden_psnr(model, whole, crops),
+        initial_psnr_db=first,
         correlation=None,
         seconds=round(seconds, 1),
         machine=describe_machine("cpu"),
@@ -291,7 +291,7 @@ def _correlation(array: np.ndarray, density: torch.Tensor) -> float:
 
 
 class Siren(PreTrainedModel):
-    """SIREN (Sitzmann et al. 2020), a sine network from coordinates to values, with at most `parameters` parameters."""
+    """SIREN (Sitzmann et al. 2020), a sine network from coordinates to values with at most `parameters` parameters."""
 
     def __init__(self, parameters: int, coordinate_dim: int, value_dim: int):
         super().__init__(PreTrainedConfig())
@@ -300,7 +300,7 @@ class Siren(PreTrainedModel):
         sizes = [coordinate_dim, *[width] * SIREN_LAYERS, value_dim]
         layers = [nn.Linear(*pair) for pair in zip(sizes, sizes[1:], strict=False)]
         self.layers = nn.ModuleList(layers)
-        self.frequency = SIREN_FIRST_FREQUENCY[coordinate_dim]
+        self.frequency = SIREN_INITIAL_FREQUENCY[coordinate_dim]
         for index, layer in enumerate(layers):
             bound = 1 / coordinate_dim if index == 0 else math.sqrt(6 / width) / 30
             nn.init.uniform_(layer.weight, -bound, bound)
@@ -330,9 +330,9 @@ def run_fields(
     path: Path,
     recording: Path | None = None,
     report: Callable[[str], None] = lambda line: None,
-) -> list[tuple[FieldSettings, FieldMeasures]]:
+) -> list[tuple[FieldSettings, FieldResult]]:
     """Measure the runs; finished ones are read from the CSV at `path`."""
-    results = ResultsFile(path, FieldSettings, FieldMeasures)
+    results = ResultsFile(path, FieldSettings, FieldResult)
     return [(run, results.run(run, lambda missing: measure_field(missing, recording, report))) for run in runs]
 
 
@@ -353,7 +353,7 @@ def field_runs(settings: FieldSettings, fields: Sequence[str]) -> list[FieldSett
     return runs
 
 
-def fields_table(finished: list[tuple[FieldSettings, FieldMeasures]]) -> str:
+def fields_table(finished: list[tuple[FieldSettings, FieldResult]]) -> str:
     """Return a table with one row per field and method: mean ± standard error over seeds."""
     header = (
         "field",
@@ -370,20 +370,20 @@ def fields_table(finished: list[tuple[FieldSettings, FieldMeasures]]) -> str:
     )
     lines = []
     for run in dict.fromkeys(replace(settings, seed=0) for settings, _ in finished):
-        found = [measures for settings, measures in finished if replace(settings, seed=0) == run]
+        found = [result for settings, result in finished if replace(settings, seed=0) == run]
         lines.append(
             (
                 Path(run.field).name + (", 1/4 of samples" if run.method in PRETRAINING else ""),
                 run.method,
                 str(len(found)),
-                f"{round(np.mean([measures.samples for measures in found])):,}",
+                f"{round(np.mean([result.samples for result in found])):,}",
                 "–" if found[0].entities is None else f"{found[0].entities:,}",
                 f"{found[0].parameters:,}",
                 _steps(run),
-                mean_with_error([measures.first_decibels for measures in found], 1),
-                mean_with_error([measures.decibels for measures in found], 1),
-                mean_with_error([measures.correlation for measures in found], 2),
-                mean_with_error([measures.seconds for measures in found], 0),
+                mean_with_error([result.initial_psnr_db for result in found], 1),
+                mean_with_error([result.psnr_db for result in found], 1),
+                mean_with_error([result.correlation for result in found], 2),
+                mean_with_error([result.seconds for result in found], 0),
             )
         )
     return markdown_table(header, lines)

@@ -24,9 +24,9 @@ from ..harness.lr_search import run_at_best_rates
 from ..harness.results import ResultsFile, markdown_table, mean_with_error
 from ..harness.training_loop import fit
 
-EMBEDDED = "corpus"
+BUNDLED_CORPUS = "corpus"
 TOKENIZERS = ("bpe", "byte")  # byte-level tokenizers: the number of bytes per token is known
-FIRST_BUCKET = 256
+INITIAL_BUCKET = 256
 HELD_OUT_FRACTION = 0.05
 REPORT_EVERY = 20
 
@@ -53,12 +53,12 @@ class LongLMSettings:
     intermediate_size: int = 384
     evaluation_windows: int = 64
     tokenizer: str = "bpe"
-    data: str = EMBEDDED
+    data: str = BUNDLED_CORPUS
     device: str = "cpu"
 
 
 @dataclass(frozen=True)
-class LongLMMeasures:
+class LongLMResult:
     """Held-out loss by position, and training time in seconds.
 
     Attributes:
@@ -83,7 +83,7 @@ class LongLMMeasures:
     machine: str
 
 
-def measure_long_lm(settings: LongLMSettings, report: Callable[[str], None] = lambda line: None) -> LongLMMeasures:
+def measure_long_lm(settings: LongLMSettings, report: Callable[[str], None] = lambda line: None) -> LongLMResult:
     """Train a model on random windows of the training text; evaluate it on non-overlapping held-out windows.
 
     Raises:
@@ -122,7 +122,7 @@ def measure_long_lm(settings: LongLMSettings, report: Callable[[str], None] = la
     )
     num_bytes = token_bytes(tokenizer)[targets]
     buckets = position_buckets(settings.length)
-    return LongLMMeasures(
+    return LongLMResult(
         parameters=count_parameters(model),
         loss=losses.mean().item(),
         bits_per_byte=bits_per_byte(losses, num_bytes),
@@ -153,7 +153,7 @@ def held_out_losses(
 
 def position_buckets(length: int) -> list[slice]:
     """Return slices of `held_out_losses` for the positions 1 to 255, 256 to 511, 512 to 1,023, … of a window."""
-    edges = [1, *(edge for power in range(20) if (edge := FIRST_BUCKET << power) < length), length]
+    edges = [1, *(edge for power in range(20) if (edge := INITIAL_BUCKET << power) < length), length]
     return [slice(first - 1, end - 1) for first, end in itertools.pairwise(edges)]
 
 
@@ -185,11 +185,13 @@ def token_documents(data: str, tokenizer_name: str) -> tuple[list[np.ndarray], l
     def tokens(texts: Iterable[str]) -> list[np.ndarray]:
         return [np.array(token_ids(text, tokenizer), dtype=np.int32) for text in texts]
 
-    if data == EMBEDDED:
+    if data == BUNDLED_CORPUS:
         return tokens(load_corpus("train")["text"]), tokens(load_corpus("validation")["text"])
     documents = tokens(load_text(data)["text"])
     if len(documents) < 2:
-        raise ValueError(f"data {data!r} has one document, but one more is needed as held-out text: pass several documents")
+        raise ValueError(
+            f"data {data!r} has one document, but one more is needed as held-out text: pass several documents"
+        )
     sizes = np.cumsum([len(document) for document in documents])
     kept = max(1, int(np.searchsorted(sizes, (1 - HELD_OUT_FRACTION) * sizes[-1], side="right")))
     return documents[:kept], documents[kept:]
@@ -204,13 +206,13 @@ def run_long_lm(
     search_steps: int,
     path: Path,
     report: Callable[[str], None] = lambda line: None,
-) -> list[tuple[LongLMSettings, LongLMMeasures]]:
+) -> list[tuple[LongLMSettings, LongLMResult]]:
     """Measure every model with every seed on the same batches, at its best learning rate; see `run_at_best_rates`.
 
     Finished runs are read from the CSV at `path`.
     """
     return run_at_best_rates(
-        ResultsFile(path, LongLMSettings, LongLMMeasures),
+        ResultsFile(path, LongLMSettings, LongLMResult),
         settings,
         measure_long_lm,
         models=models,
@@ -221,15 +223,15 @@ def run_long_lm(
     )
 
 
-def long_lm_table(results: list[tuple[LongLMSettings, LongLMMeasures]]) -> str:
+def long_lm_table(results: list[tuple[LongLMSettings, LongLMResult]]) -> str:
     """Return a table of the loss by position and a table of the runs: mean ± standard error over seeds."""
     settings = results[0][0]
     buckets = position_buckets(settings.length)
     positions = [f"{bucket.start + 1 if bucket.start else 0:,}–{bucket.stop:,}" for bucket in buckets]
     names = list(dict.fromkeys(run.model for run, _ in results))
-    found = {name: [measures for run, measures in results if run.model == name] for name in names}
+    found = {name: [result for run, result in results if run.model == name] for name in names}
 
-    def per_bucket(unit: str, values: Callable[[LongLMMeasures], list[float] | None]) -> list[tuple[str, ...]]:
+    def per_bucket(unit: str, values: Callable[[LongLMResult], list[float] | None]) -> list[tuple[str, ...]]:
         lines = []
         for name in names:
             measured = [values(one) for one in found[name]]

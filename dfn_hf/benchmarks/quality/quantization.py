@@ -49,7 +49,7 @@ class QuantizationSettings:
 
 
 @dataclass(frozen=True)
-class QuantizationMeasures:
+class QuantizationResult:
     """Loss in nats per token, number of quantized linear layers, and number of linear layers."""
 
     loss: float
@@ -87,12 +87,12 @@ def loading_options(name: str, checkpoint: str) -> dict[str, Any]:
 
 
 def four_bit_exceptions(checkpoint: str) -> list[str] | None:
-    """Return the modules to leave unquantized: 4-bit kernels on a CPU need inputs in multiples of 64, outputs of 32."""
+    """Return the modules to leave unquantized: 4-bit CPU kernels need inputs in multiples of 64, outputs of 32."""
     maps = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "lm_head"]
     return maps if load_config(checkpoint).intermediate_size % 64 else None
 
 
-def measure_quantization(settings: QuantizationSettings) -> QuantizationMeasures:
+def measure_quantization(settings: QuantizationSettings) -> QuantizationResult:
     """Load the checkpoint in the format and evaluate its loss on the validation split."""
     path = checkpoint_path(settings.checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -104,7 +104,7 @@ def measure_quantization(settings: QuantizationSettings) -> QuantizationMeasures
     else:
         loss = loss_on_corpus(model, tokenizer, settings.documents)
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    return QuantizationMeasures(
+    return QuantizationResult(
         loss=loss,
         quantized=sum(is_quantized(module) for module in linear),
         linear=len(linear),
@@ -130,28 +130,28 @@ def is_quantized(linear: nn.Linear) -> bool:
 
 def run_quantization(
     runs: Iterable[QuantizationSettings], path: Path, report: Callable[[str], None] = lambda line: None
-) -> list[tuple[QuantizationSettings, QuantizationMeasures]]:
+) -> list[tuple[QuantizationSettings, QuantizationResult]]:
     """Measure the runs; finished ones are read from the CSV at `path`."""
-    results = ResultsFile(path, QuantizationSettings, QuantizationMeasures)
+    results = ResultsFile(path, QuantizationSettings, QuantizationResult)
 
-    def measure(settings: QuantizationSettings) -> QuantizationMeasures:
+    def measure(settings: QuantizationSettings) -> QuantizationResult:
         report(f"{settings.checkpoint} in {settings.format}")
         return measure_quantization(settings)
 
     return [(run, results.run(run, measure)) for run in runs]
 
 
-def quantization_table(results: list[tuple[QuantizationSettings, QuantizationMeasures]]) -> str:
+def quantization_table(results: list[tuple[QuantizationSettings, QuantizationResult]]) -> str:
     """Return a table with one row per checkpoint: its float32 loss and the increase of each format."""
-    found = {(run.checkpoint, run.format): measures for run, measures in results}
+    found = {(run.checkpoint, run.format): result for run, result in results}
     formats = [name for name in FORMATS if any(run.format == name for run, _ in results)]
     lines = []
     for checkpoint in dict.fromkeys(run.checkpoint for run, _ in results):
         whole = found[checkpoint, "float32"]
         cells = []
         for name in formats:
-            measures = found[checkpoint, name]
-            share = f" ({measures.quantized} of {measures.linear})" if measures.quantized else ""
-            cells.append(f"{measures.loss - whole.loss:+.4f}{share}")
+            result = found[checkpoint, name]
+            share = f" ({result.quantized} of {result.linear})" if result.quantized else ""
+            cells.append(f"{result.loss - whole.loss:+.4f}{share}")
         lines.append((checkpoint, f"{whole.loss:.4f}", *cells))
     return markdown_table(("checkpoint", "float32", *formats), lines)

@@ -15,8 +15,8 @@ from ..harness.results import ResultsFile, markdown_table, mean_with_error
 from ..harness.training_loop import fit
 
 EVALUATION_SEED = 70_000
-EVALUATED = 500
-START, FIRST_LETTER = 1, 2  # token 0 is padding
+NUM_EVALUATION_STRINGS = 500
+START_ID, INITIAL_LETTER_ID = 1, 2  # token 0 is padding
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ReversalSettings:
 
 
 @dataclass(frozen=True)
-class ReversalMeasures:
+class ReversalResult:
     """Accuracy on unseen strings: fraction of correct tokens and of correct strings."""
 
     parameters: int
@@ -49,7 +49,7 @@ class ReversalMeasures:
 def strings(settings: ReversalSettings, count: int, generator: torch.Generator) -> torch.Tensor:
     """Draw random strings, int64 `[count, length]`."""
     size = (count, settings.length)
-    return torch.randint(FIRST_LETTER, FIRST_LETTER + settings.letters, size, generator=generator)
+    return torch.randint(INITIAL_LETTER_ID, INITIAL_LETTER_ID + settings.letters, size, generator=generator)
 
 
 def reversal_batches(settings: ReversalSettings) -> Iterator[dict[str, torch.Tensor]]:
@@ -60,13 +60,11 @@ def reversal_batches(settings: ReversalSettings) -> Iterator[dict[str, torch.Ten
         yield {"input_ids": drawn, "labels": drawn.flip(1)}
 
 
-def measure_reversal(
-    settings: ReversalSettings, report: Callable[[str], None] = lambda line: None
-) -> ReversalMeasures:
+def measure_reversal(settings: ReversalSettings, report: Callable[[str], None] = lambda line: None) -> ReversalResult:
     """Train a Liquid and evaluate its greedy generations."""
     set_seed(settings.seed)
     config = LiquidConfig(
-        vocab_size=FIRST_LETTER + settings.letters,
+        vocab_size=INITIAL_LETTER_ID + settings.letters,
         hidden_size=settings.hidden_size,
         num_hidden_layers=settings.num_hidden_layers,
         intermediate_size=2 * settings.hidden_size,
@@ -74,10 +72,12 @@ def measure_reversal(
         frame_length=32,
         max_position_embeddings=settings.length,
         learned_positions=True,
-        decoder_start_token_id=START,
+        decoder_start_token_id=START_ID,
     )
     model = torch.nn.Module.to(LiquidForSeq2SeqLM(config), settings.device)
-    fresh = strings(settings, EVALUATED, torch.Generator().manual_seed(EVALUATION_SEED)).to(settings.device)
+    fresh = strings(settings, NUM_EVALUATION_STRINGS, torch.Generator().manual_seed(EVALUATION_SEED)).to(
+        settings.device
+    )
 
     @torch.no_grad()
     def correct() -> torch.Tensor:
@@ -97,7 +97,7 @@ def measure_reversal(
         evaluate=announce,
     )
     found = correct()
-    return ReversalMeasures(
+    return ReversalResult(
         parameters=model.num_parameters(),
         tokens=found.float().mean().item(),
         strings=found.all(dim=1).float().mean().item(),
@@ -108,15 +108,15 @@ def measure_reversal(
 
 def run_reversal(
     runs: Iterable[ReversalSettings], path: Path, report: Callable[[str], None] = lambda line: None
-) -> list[tuple[ReversalSettings, ReversalMeasures]]:
+) -> list[tuple[ReversalSettings, ReversalResult]]:
     """Measure the runs; finished ones are read from the CSV at `path`."""
-    results = ResultsFile(path, ReversalSettings, ReversalMeasures)
+    results = ResultsFile(path, ReversalSettings, ReversalResult)
     return [(run, results.run(run, lambda settings: measure_reversal(settings, report))) for run in runs]
 
 
-def reversal_table(results: list[tuple[ReversalSettings, ReversalMeasures]]) -> str:
+def reversal_table(results: list[tuple[ReversalSettings, ReversalResult]]) -> str:
     """Return a table with one row: mean ± standard error over seeds."""
-    settings, found = results[0][0], [measures for _, measures in results]
+    settings, found = results[0][0], [result for _, result in results]
     header = ("length", "window", "parameters", "steps", "seeds", "token accuracy", "string accuracy", "wall-clock s")
     line = (
         str(settings.length),

@@ -25,10 +25,10 @@ from ..harness.results import ResultsFile, markdown_table, mean_with_error
 from ..harness.training_loop import fit
 
 TOKENIZER = "bpe-en-es"
-WITHOUT_FREQUENCY = "no frequency attention"
+NO_FREQUENCY_ATTENTION = "no frequency attention"
 VARIANTS: dict[str, dict[str, Any]] = {
     "liquid": {},
-    WITHOUT_FREQUENCY: {},
+    NO_FREQUENCY_ATTENTION: {},
     "no offsets": {"max_offset": 0},
     "1 expert": {"num_experts": 1},
     "no LSTM": {"lstm_hidden_size": 0},
@@ -59,7 +59,7 @@ class TranslationSettings:
 
 
 @dataclass(frozen=True)
-class TranslationMeasures:
+class TranslationResult:
     """Validation loss in nats per token; chrF and BLEU on the test split, and chrF with shuffled sources."""
 
     parameters: int
@@ -73,7 +73,7 @@ class TranslationMeasures:
 
 def measure_translation(
     settings: TranslationSettings, report: Callable[[str], None] = lambda line: None
-) -> TranslationMeasures:
+) -> TranslationResult:
     """Train a model, evaluate its validation loss and, if `settings.scored`, translate the test split.
 
     Raises:
@@ -90,7 +90,7 @@ def measure_translation(
         seed=settings.seed,
         **VARIANTS.get(settings.model, {}),
     )
-    if settings.model == WITHOUT_FREQUENCY:
+    if settings.model == NO_FREQUENCY_ATTENTION:
         remove_frequency_attention(model)
     model = torch.nn.Module.to(model, settings.device)
     train, validation = encoded(settings.max_length, settings.pairs)
@@ -113,7 +113,7 @@ def measure_translation(
         scores = score_translations(translate(model, tokenizer, sources), references)
         chrf, bleu = scores.chrf, scores.bleu
         shuffled = score_translations(translate(model, tokenizer, shuffle_sources(sources)), references).chrf
-    return TranslationMeasures(
+    return TranslationResult(
         parameters=model.num_parameters(),
         loss=validation_loss(model, validation, collate),
         chrf=chrf,
@@ -180,16 +180,16 @@ def run_translation(
     search_steps: int,
     path: Path,
     report: Callable[[str], None] = lambda line: None,
-) -> list[tuple[TranslationSettings, TranslationMeasures]]:
+) -> list[tuple[TranslationSettings, TranslationResult]]:
     """Measure every model with every seed, Liquid and T5 each at its best learning rate in short runs.
 
     The variants of Liquid use Liquid's learning rate. With `search_steps` 0, every model trains at every rate.
     Finished runs are read from the CSV at `path`. Batches depend only on the seed, so all models train on the same
     ones.
     """
-    results = ResultsFile(path, TranslationSettings, TranslationMeasures)
+    results = ResultsFile(path, TranslationSettings, TranslationResult)
 
-    def run(**changes: Any) -> tuple[TranslationSettings, TranslationMeasures]:
+    def run(**changes: Any) -> tuple[TranslationSettings, TranslationResult]:
         changed = replace(settings, **changes)
         return changed, results.run(changed, lambda missing: measure_translation(missing, report))
 
@@ -215,7 +215,7 @@ def run_translation(
     ]
 
 
-def translation_table(results: list[tuple[TranslationSettings, TranslationMeasures]]) -> str:
+def translation_table(results: list[tuple[TranslationSettings, TranslationResult]]) -> str:
     """Return a table with one row per model and learning rate: mean ± standard error over seeds."""
     scored = any(run.scored for run, _ in results)
     scores = ("chrF", "BLEU", "chrF, shuffled sources") if scored else ()
@@ -225,7 +225,7 @@ def translation_table(results: list[tuple[TranslationSettings, TranslationMeasur
     lines = []
     for name, rate in dict.fromkeys((run.model, run.learning_rate) for run, _ in results):
         runs = [run for run, _ in results if (run.model, run.learning_rate) == (name, rate)]
-        found = [measures for run, measures in results if (run.model, run.learning_rate) == (name, rate)]
+        found = [result for run, result in results if (run.model, run.learning_rate) == (name, rate)]
         reached = [[getattr(one, score) for one in found] for score in ("chrf", "bleu", "shuffled_chrf")]
         lines.append(
             (

@@ -17,8 +17,8 @@ from ..harness.environment import describe_machine
 from ..harness.results import ResultsFile, markdown_table, mean_with_error
 from ..harness.training_loop import fit
 
-LEARNT = 0.99
-DECAY_SHARE = 0.2
+LEARNED_ACCURACY = 0.99
+DECAY_RATIO = 0.2
 FINE_TUNING_SEED = 20_000
 
 
@@ -64,7 +64,7 @@ class RecallSettings:
 
 
 @dataclass(frozen=True)
-class RecallMeasures:
+class RecallResult:
     """Accuracies on query tokens.
 
     Attributes:
@@ -89,8 +89,8 @@ class RecallMeasures:
 
 
 @dataclass(frozen=True)
-class LearntRecall:
-    """A model trained on the short task, its accuracy on this task, and the first step with `LEARNT` accuracy."""
+class TrainedRecall:
+    """A model trained on the short task, its accuracy there, and the first step with `LEARNED_ACCURACY`."""
 
     model: PreTrainedModel
     accuracy: float
@@ -98,9 +98,9 @@ class LearntRecall:
     largest_gradient_norm: float
 
 
-def learn_recall(
+def train_recall(
     settings: RecallSettings, report: Callable[[str], None] = lambda line: None, **dfn_options
-) -> LearntRecall:
+) -> TrainedRecall:
     """Train a model on the short task, with the neighbour search of the evaluation from the first step."""
     set_seed(settings.seed)
     size = ModelSize(
@@ -127,13 +127,13 @@ def learn_recall(
         steps=settings.steps,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
-        decay_share=DECAY_SHARE,
+        decay_ratio=DECAY_RATIO,
         evaluate=evaluate,
     )
-    return LearntRecall(
+    return TrainedRecall(
         model=model,
         accuracy=accuracies[settings.steps],
-        steps_to_learn=next((step for step, accuracy in accuracies.items() if accuracy >= LEARNT), None),
+        steps_to_learn=next((step for step, accuracy in accuracies.items() if accuracy >= LEARNED_ACCURACY), None),
         largest_gradient_norm=trained.largest_gradient_norm,
     )
 
@@ -151,11 +151,11 @@ def long_recall(model: PreTrainedModel, settings: RecallSettings) -> float:
     )
 
 
-def measure_recall(settings: RecallSettings, report: Callable[[str], None] = lambda line: None) -> RecallMeasures:
+def measure_recall(settings: RecallSettings, report: Callable[[str], None] = lambda line: None) -> RecallResult:
     """Train on the short task, evaluate on the long ones, fine-tune, and evaluate on the longest one."""
     started = time.perf_counter()
-    learnt = learn_recall(settings, report)
-    model = learnt.model
+    trained_recall = train_recall(settings, report)
+    model = trained_recall.model
     long = long_recall(model, settings)
     long_without_far = _long_recall_without_far(model, settings)
     longest_before_tuning = _longest_recall(model, settings)
@@ -169,10 +169,10 @@ def measure_recall(settings: RecallSettings, report: Callable[[str], None] = lam
             geometric_cell_sizes(settings.num_tables, settings.tuning_coarsest_cell, settings.tuning_finest_cell),
         )
     _fine_tune(model, settings)
-    return RecallMeasures(
+    return RecallResult(
         parameters=count_parameters(model),
-        steps_to_learn=learnt.steps_to_learn,
-        short=learnt.accuracy,
+        steps_to_learn=trained_recall.steps_to_learn,
+        short=trained_recall.accuracy,
         long=long,
         long_without_far=long_without_far,
         longest_before_tuning=longest_before_tuning,
@@ -184,20 +184,20 @@ def measure_recall(settings: RecallSettings, report: Callable[[str], None] = lam
 
 def run_recall(
     runs: Iterable[RecallSettings], path: Path, report: Callable[[str], None] = lambda line: None
-) -> list[tuple[RecallSettings, RecallMeasures]]:
+) -> list[tuple[RecallSettings, RecallResult]]:
     """Measure the runs; finished ones are read from the CSV at `path`."""
-    results = ResultsFile(path, RecallSettings, RecallMeasures)
+    results = ResultsFile(path, RecallSettings, RecallResult)
     return [(run, results.run(run, lambda settings: measure_recall(settings, report))) for run in runs]
 
 
-def recall_table(results: list[tuple[RecallSettings, RecallMeasures]]) -> str:
+def recall_table(results: list[tuple[RecallSettings, RecallResult]]) -> str:
     """Return a table with one row per model: mean ± standard error over seeds."""
     settings = results[0][0]
     header = (
         "model",
         "seeds",
         f"{settings.length} tokens, {settings.num_pairs} pairs",
-        f"steps to {LEARNT}",
+        f"steps to {LEARNED_ACCURACY}",
         f"{settings.long_length} / {settings.long_num_pairs}, zero-shot",
         f"{settings.long_length} / {settings.long_num_pairs}, K = 0",
         f"{settings.longest_length} / {settings.longest_num_pairs}, zero-shot",
@@ -207,7 +207,7 @@ def recall_table(results: list[tuple[RecallSettings, RecallMeasures]]) -> str:
     )
     lines = []
     for name in dict.fromkeys(run.model for run, _ in results):
-        found = [measures for run, measures in results if run.model == name]
+        found = [result for run, result in results if run.model == name]
         lines.append(
             (
                 name,
@@ -273,5 +273,5 @@ def _fine_tune(model: PreTrainedModel, settings: RecallSettings) -> None:
         steps=settings.tuning_steps,
         learning_rate=settings.tuning_learning_rate,
         weight_decay=settings.weight_decay,
-        decay_share=DECAY_SHARE,
+        decay_ratio=DECAY_RATIO,
     )

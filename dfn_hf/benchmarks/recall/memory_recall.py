@@ -16,7 +16,7 @@ from ..harness.results import ResultsFile, markdown_table, mean_with_error
 from ..harness.training_loop import fit
 
 EVALUATION_SEED = 60_000
-ANSWER_PLACES = 4  # the answer is at one of the first four positions
+ANSWER_POSITIONS = 4  # the answer is at one of the first four positions
 QUERIES = 16
 
 
@@ -39,7 +39,7 @@ class MemoryRecallSettings:
     batch_size: int = 64
     learning_rate: float = 3e-3
     weight_decay: float = 0.01
-    decay_share: float = 0.3
+    decay_ratio: float = 0.3
     device: str = "cpu"
 
     @property
@@ -50,11 +50,11 @@ class MemoryRecallSettings:
     @property
     def distance(self) -> int:
         """Minimum distance in tokens from the answer to a query."""
-        return self.length // 2 - ANSWER_PLACES + 1
+        return self.length // 2 - ANSWER_POSITIONS + 1
 
 
 @dataclass(frozen=True)
-class MemoryRecallMeasures:
+class MemoryRecallResult:
     """Top-1 accuracy on the queries of unseen rows, and wall-clock seconds."""
 
     accuracy: float
@@ -74,14 +74,14 @@ def memory_recall_batches(settings: MemoryRecallSettings, seed: int) -> Iterator
     while True:
         input_ids = torch.randint(settings.answers, query, (batch, length), generator=generator)
         answers = torch.randint(settings.answers, (batch, 1), generator=generator)
-        input_ids.scatter_(1, torch.randint(ANSWER_PLACES, (batch, 1), generator=generator), answers)
+        input_ids.scatter_(1, torch.randint(ANSWER_POSITIONS, (batch, 1), generator=generator), answers)
         places = half + torch.rand(batch, length - half - 1, generator=generator).argsort(dim=1)[:, :QUERIES]
         input_ids.scatter_(1, places, query)
         labels = torch.full_like(input_ids, IGNORED).scatter_(1, places + 1, answers.expand_as(places))
         yield {"input_ids": input_ids, "labels": labels}
 
 
-def learn_memory_recall(
+def train_memory_recall(
     settings: MemoryRecallSettings, report: Callable[[str], None] = lambda line: None
 ) -> FlowNetworkForCausalLM:
     """Train a FlowNetwork on the task."""
@@ -110,7 +110,7 @@ def learn_memory_recall(
         steps=settings.steps,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
-        decay_share=settings.decay_share,
+        decay_ratio=settings.decay_ratio,
         evaluate=announce,
     )
     return model
@@ -131,11 +131,11 @@ def memory_recall_accuracy(model: PreTrainedModel, settings: MemoryRecallSetting
 
 def measure_memory_recall(
     settings: MemoryRecallSettings, report: Callable[[str], None] = lambda line: None
-) -> MemoryRecallMeasures:
+) -> MemoryRecallResult:
     """Train a model and evaluate its accuracy."""
     started = time.perf_counter()
-    model = learn_memory_recall(settings, report)
-    return MemoryRecallMeasures(
+    model = train_memory_recall(settings, report)
+    return MemoryRecallResult(
         accuracy=memory_recall_accuracy(model, settings),
         seconds=round(time.perf_counter() - started, 1),
         machine=describe_machine(settings.device),
@@ -144,13 +144,13 @@ def measure_memory_recall(
 
 def run_memory_recall(
     runs: Iterable[MemoryRecallSettings], path: Path, report: Callable[[str], None] = lambda line: None
-) -> list[tuple[MemoryRecallSettings, MemoryRecallMeasures]]:
+) -> list[tuple[MemoryRecallSettings, MemoryRecallResult]]:
     """Measure the runs; finished ones are read from the CSV at `path`."""
-    results = ResultsFile(path, MemoryRecallSettings, MemoryRecallMeasures)
+    results = ResultsFile(path, MemoryRecallSettings, MemoryRecallResult)
     return [(run, results.run(run, lambda settings: measure_memory_recall(settings, report))) for run in runs]
 
 
-def memory_recall_table(results: list[tuple[MemoryRecallSettings, MemoryRecallMeasures]]) -> str:
+def memory_recall_table(results: list[tuple[MemoryRecallSettings, MemoryRecallResult]]) -> str:
     """Return a table with one row per memory size: mean ± standard error over seeds."""
     header = (
         "memory slots",
@@ -163,9 +163,9 @@ def memory_recall_table(results: list[tuple[MemoryRecallSettings, MemoryRecallMe
     )
     lines = []
     for size in dict.fromkeys(run.memory_size for run, _ in results):
-        found = [(run, measures) for run, measures in results if run.memory_size == size]
+        found = [(run, result) for run, result in results if run.memory_size == size]
         settings = found[0][0]
-        accuracies = [measures.accuracy for _, measures in found]
+        accuracies = [result.accuracy for _, result in found]
         lines.append(
             (
                 str(size),

@@ -17,7 +17,7 @@ from ..datasets.mqar import IGNORED
 from ..harness.environment import clock, describe_machine, peak_memory_mib, run_isolated, set_up_device
 from ..harness.results import ResultsFile, markdown_table
 from ..harness.training_loop import fit
-from .associative_recall import DECAY_SHARE, FINE_TUNING_SEED, RecallSettings, learn_recall, with_cell_sizes
+from .associative_recall import DECAY_RATIO, FINE_TUNING_SEED, RecallSettings, train_recall, with_cell_sizes
 
 DEPTHS = (0.01, 0.5, 0.99)
 PAIRS_PER_DEPTH = 5
@@ -27,14 +27,14 @@ CONTEXT_SEED = 70_000
 
 
 @dataclass(frozen=True)
-class Lesson:
+class FineTuningStage:
     """One stage of the fine-tuning on batches of `planted_batch`.
 
     A stage limits candidates or neighbours per token, which makes a context of thousands of tokens as hard for the
     neighbour search as a longer one.
 
     Attributes:
-        sharpened: factor of γ, applied before the stage.
+        gamma_factor: factor of γ, applied before the stage.
     """
 
     steps: int
@@ -43,15 +43,21 @@ class Lesson:
     num_pairs: int
     candidates_per_table: int
     num_neighbors: int
-    sharpened: float = 1.0
+    gamma_factor: float = 1.0
 
 
-LESSONS = (
-    Lesson(steps=250, batch_size=8, length=1024, num_pairs=8, candidates_per_table=4, num_neighbors=16),
-    Lesson(steps=400, batch_size=1, length=8192, num_pairs=24, candidates_per_table=8, num_neighbors=4),
-    Lesson(steps=600, batch_size=1, length=16_384, num_pairs=30, candidates_per_table=8, num_neighbors=4),
-    Lesson(
-        steps=400, batch_size=1, length=16_384, num_pairs=30, candidates_per_table=8, num_neighbors=16, sharpened=4.0
+FINE_TUNING_STAGES = (
+    FineTuningStage(steps=250, batch_size=8, length=1024, num_pairs=8, candidates_per_table=4, num_neighbors=16),
+    FineTuningStage(steps=400, batch_size=1, length=8192, num_pairs=24, candidates_per_table=8, num_neighbors=4),
+    FineTuningStage(steps=600, batch_size=1, length=16_384, num_pairs=30, candidates_per_table=8, num_neighbors=4),
+    FineTuningStage(
+        steps=400,
+        batch_size=1,
+        length=16_384,
+        num_pairs=30,
+        candidates_per_table=8,
+        num_neighbors=16,
+        gamma_factor=4.0,
     ),
 )
 
@@ -64,8 +70,8 @@ class RetrievalSettings:
         context: seed offset of the context's tokens.
         num_neighbors: 0 is the control, the same weights without far neighbours.
         num_tables: tables of the search during reading.
-        steps: training steps of `learn_recall`.
-        lessons: number of fine-tuning stages of `LESSONS`.
+        steps: training steps of `train_recall`.
+        stages: number of fine-tuning stages of `FINE_TUNING_STAGES`.
         coarsest_cell: largest cell edge during fine-tuning and reading.
         finest_cell: smallest cell edge during fine-tuning and reading.
     """
@@ -79,7 +85,7 @@ class RetrievalSettings:
     seed: int = 0
     vocab_size: int = 64
     steps: int = 600
-    lessons: int = len(LESSONS)
+    stages: int = len(FINE_TUNING_STAGES)
     tuning_learning_rate: float = 1e-3
     coarsest_cell: float = 2.0
     finest_cell: float = 1.0
@@ -88,7 +94,7 @@ class RetrievalSettings:
 
 
 @dataclass(frozen=True)
-class RetrievalMeasures:
+class RetrievalResult:
     """Retrieval from one context.
 
     Attributes:
@@ -153,7 +159,9 @@ def planted_context(
     """
     half, num_pairs = vocab_size // 2, len(DEPTHS) * PAIRS_PER_DEPTH
     if num_pairs >= half:
-        raise ValueError(f"vocab_size is {vocab_size}: {num_pairs} pairs need a vocabulary of more than {2 * num_pairs} tokens")
+        raise ValueError(
+            f"vocab_size is {vocab_size}: {num_pairs} pairs need a vocabulary of more than {2 * num_pairs} tokens"
+        )
     check_length(length)
     starts = [int(depth * length) + GAP * pair for depth in DEPTHS for pair in range(PAIRS_PER_DEPTH)]
     keys = torch.randperm(half, generator=generator)[:num_pairs]
@@ -181,7 +189,7 @@ def read_context(model: DFNForCausalLM, context: torch.Tensor, chunk_length: int
 
 
 @torch.no_grad()
-def ask(model: DFNForCausalLM, state: DynamicCache, keys: torch.Tensor) -> torch.Tensor:
+def answer_queries(model: DFNForCausalLM, state: DynamicCache, keys: torch.Tensor) -> torch.Tensor:
     """Return the top-1 prediction after each of `keys` `[num_keys]`; each key is removed from the cache again."""
     state.activate_past_recording()
     answers = []
@@ -198,10 +206,10 @@ def cache_mib(state: DynamicCache) -> float:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**20
 
 
-def measure_retrieval(settings: RetrievalSettings, report: Callable[[str], None]) -> RetrievalMeasures:
+def measure_retrieval(settings: RetrievalSettings, report: Callable[[str], None]) -> RetrievalResult:
     """Train the model once per process, and read one context in a fresh process."""
     unread = replace(settings, length=0, context=0, num_neighbors=RetrievalSettings.num_neighbors)
-    return run_isolated(_read_and_ask, trained_model(unread, report), settings)
+    return run_isolated(_measure_context, trained_model(unread, report), settings)
 
 
 @cache
@@ -210,44 +218,44 @@ def trained_model(settings: RetrievalSettings, report: Callable[[str], None]) ->
     recall = RecallSettings(
         seed=settings.seed, vocab_size=settings.vocab_size, steps=settings.steps, device=settings.device
     )
-    model = learn_recall(recall, report, position_dim=settings.position_dim).model
+    model = train_recall(recall, report, position_dim=settings.position_dim).model
     model = with_cell_sizes(
         model, geometric_cell_sizes(recall.num_tables, settings.coarsest_cell, settings.finest_cell)
     )
-    for number, lesson in enumerate(LESSONS[: settings.lessons], start=1):
-        report(f"fine-tuning: stage {number}, {lesson.steps} steps of {lesson.batch_size} x {lesson.length:,} tokens")
-        teach(model, lesson, settings)
+    for number, stage in enumerate(FINE_TUNING_STAGES[: settings.stages], start=1):
+        report(f"fine-tuning: stage {number}, {stage.steps} steps of {stage.batch_size} x {stage.length:,} tokens")
+        fine_tune(model, stage, settings)
     model.config.candidates_per_table, model.config.num_neighbors = recall.candidates_per_table, settings.num_neighbors
     return with_tables(model, geometric_cell_sizes(settings.num_tables, settings.coarsest_cell, settings.finest_cell))
 
 
-def teach(model: DFNForCausalLM, lesson: Lesson, settings: RetrievalSettings) -> None:
+def fine_tune(model: DFNForCausalLM, stage: FineTuningStage, settings: RetrievalSettings) -> None:
     """Fine-tune `model` on one stage; its configuration keeps the search settings of the stage."""
-    model.config.candidates_per_table, model.config.num_neighbors = lesson.candidates_per_table, lesson.num_neighbors
+    model.config.candidates_per_table, model.config.num_neighbors = stage.candidates_per_table, stage.num_neighbors
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.attention.log_sharpness += math.log(lesson.sharpened)
+            layer.attention.log_sharpness += math.log(stage.gamma_factor)
     batches = planted_batches(
         FINE_TUNING_SEED + settings.seed,
-        batch_size=lesson.batch_size,
-        length=lesson.length,
-        num_pairs=lesson.num_pairs,
+        batch_size=stage.batch_size,
+        length=stage.length,
+        num_pairs=stage.num_pairs,
         vocab_size=settings.vocab_size,
     )
     fit(
         model,
         batches,
-        steps=lesson.steps,
+        steps=stage.steps,
         learning_rate=settings.tuning_learning_rate,
         weight_decay=RecallSettings.weight_decay,
-        decay_share=DECAY_SHARE,
+        decay_ratio=DECAY_RATIO,
     )
 
 
 def with_tables(model: DFNForCausalLM, cell_sizes: list[float]) -> DFNForCausalLM:
     """Return a model with the same weights and one new table per element of `cell_sizes`.
 
-    `from_pretrained(folder, num_tables=…, cell_sizes=…, ignore_mismatched_sizes=True)` does the same for a saved model.
+    For a saved model, use `from_pretrained(folder, num_tables=…, cell_sizes=…, ignore_mismatched_sizes=True)`.
     """
     changes = {"num_tables": len(cell_sizes), "cell_sizes": cell_sizes}
     other = torch.nn.Module.to(DFNForCausalLM(DFNConfig.from_dict(model.config.to_dict() | changes)), model.device)
@@ -258,7 +266,7 @@ def with_tables(model: DFNForCausalLM, cell_sizes: list[float]) -> DFNForCausalL
 
 def run_retrieval(
     runs: Iterable[RetrievalSettings], path: Path, report: Callable[[str], None] = lambda line: None
-) -> list[tuple[RetrievalSettings, RetrievalMeasures]]:
+) -> list[tuple[RetrievalSettings, RetrievalResult]]:
     """Measure the runs; finished ones are read from the CSV at `path`.
 
     Raises:
@@ -267,20 +275,20 @@ def run_retrieval(
     runs = list(runs)
     for run in runs:
         check_length(run.length)
-    results = ResultsFile(path, RetrievalSettings, RetrievalMeasures)
+    results = ResultsFile(path, RetrievalSettings, RetrievalResult)
 
-    def measure(settings: RetrievalSettings) -> RetrievalMeasures:
-        measures = measure_retrieval(settings, report)
+    def measure(settings: RetrievalSettings) -> RetrievalResult:
+        result = measure_retrieval(settings, report)
         report(
             f"{settings.length:,} tokens, K = {settings.num_neighbors}, context {settings.context}: "
-            f"{measures.found} of {PAIRS_PER_DEPTH}, {measures.seconds:.0f} s"
+            f"{result.found} of {PAIRS_PER_DEPTH}, {result.seconds:.0f} s"
         )
-        return measures
+        return result
 
     return [(run, results.run(run, measure)) for run in runs]
 
 
-def retrieval_table(results: list[tuple[RetrievalSettings, RetrievalMeasures]]) -> str:
+def retrieval_table(results: list[tuple[RetrievalSettings, RetrievalResult]]) -> str:
     """Return a table with one row per length and number of neighbours: accuracy per depth, time and memory."""
     header = (
         "tokens",
@@ -310,7 +318,7 @@ def retrieval_table(results: list[tuple[RetrievalSettings, RetrievalMeasures]]) 
     return markdown_table(header, lines)
 
 
-def _read_and_ask(model: DFNForCausalLM, settings: RetrievalSettings) -> RetrievalMeasures:
+def _measure_context(model: DFNForCausalLM, settings: RetrievalSettings) -> RetrievalResult:
     set_up_device(settings.device, settings.threads)
     model.config.num_neighbors = settings.num_neighbors
     generator = torch.Generator().manual_seed(CONTEXT_SEED + settings.context)
@@ -318,8 +326,8 @@ def _read_and_ask(model: DFNForCausalLM, settings: RetrievalSettings) -> Retriev
     started = clock(settings.device)
     state = read_context(model, context.to(model.device), settings.chunk_length)
     seconds = clock(settings.device) - started
-    answers = ask(model, state, keys.flatten().to(model.device)).cpu()
-    return RetrievalMeasures(
+    answers = answer_queries(model, state, keys.flatten().to(model.device)).cpu()
+    return RetrievalResult(
         found=(answers.view_as(values) == values).sum(dim=1).tolist(),
         seconds=round(seconds, 1),
         peak_mib=round(peak_memory_mib(settings.device), 1),

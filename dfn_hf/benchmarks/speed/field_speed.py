@@ -31,7 +31,7 @@ class FieldSpeedSettings:
 
 
 @dataclass(frozen=True)
-class FieldSpeedMeasures:
+class FieldSpeedResult:
     """Seconds of a forward pass that reconstructs every sample, and peak MiB of the process."""
 
     seconds: float
@@ -39,13 +39,13 @@ class FieldSpeedMeasures:
     machine: str
 
 
-def measure_field_speed(settings: FieldSpeedSettings) -> FieldSpeedMeasures:
+def measure_field_speed(settings: FieldSpeedSettings) -> FieldSpeedResult:
     """Measure one image in a fresh process."""
     return run_isolated(_forward, settings)
 
 
 @torch.no_grad()
-def _forward(settings: FieldSpeedSettings) -> FieldSpeedMeasures:
+def _forward(settings: FieldSpeedSettings) -> FieldSpeedResult:
     set_up_device("cpu", settings.threads)
     set_seed(0)
     coordinates = grid_coordinates(settings.side, settings.side)[None]
@@ -65,40 +65,40 @@ def _forward(settings: FieldSpeedSettings) -> FieldSpeedMeasures:
     measured = model(settings.side**2 // settings.samples_per_entity)
     started = clock("cpu")
     measured(coordinates, values)
-    return FieldSpeedMeasures(
+    return FieldSpeedResult(
         round(clock("cpu") - started, 2), round(peak_memory_mib("cpu"), 1), describe_machine("cpu")
     )
 
 
 def run_field_speed(
     runs: Iterable[FieldSpeedSettings], path: Path, report: Callable[[str], None] = lambda line: None
-) -> list[tuple[FieldSpeedSettings, FieldSpeedMeasures]]:
+) -> list[tuple[FieldSpeedSettings, FieldSpeedResult]]:
     """Measure the runs; finished ones are read from the CSV at `path`."""
-    results = ResultsFile(path, FieldSpeedSettings, FieldSpeedMeasures)
+    results = ResultsFile(path, FieldSpeedSettings, FieldSpeedResult)
     finished = []
     for settings in runs:
-        measures = results.run(settings, measure_field_speed)
-        report(f"{settings.side**2:,} samples: {measures.seconds:.1f} s, {measures.peak_mib:,.0f} MiB")
-        finished.append((settings, measures))
+        result = results.run(settings, measure_field_speed)
+        report(f"{settings.side**2:,} samples: {result.seconds:.1f} s, {result.peak_mib:,.0f} MiB")
+        finished.append((settings, result))
     return finished
 
 
-def field_speed_table(finished: list[tuple[FieldSpeedSettings, FieldSpeedMeasures]]) -> str:
+def field_speed_table(finished: list[tuple[FieldSpeedSettings, FieldSpeedResult]]) -> str:
     """Return a table with one row per size, followed by the slope of log time over log samples."""
     lines = [
         (
             f"{settings.side**2:,}",
             f"{settings.side**2 // settings.samples_per_entity:,}",
-            f"{measures.seconds:.2f}",
-            f"{1e6 * measures.seconds / settings.side**2:.1f}",
-            f"{measures.peak_mib / 1024:.2f}",
+            f"{result.seconds:.2f}",
+            f"{1e6 * result.seconds / settings.side**2:.1f}",
+            f"{result.peak_mib / 1024:.2f}",
         )
-        for settings, measures in finished
+        for settings, result in finished
     ]
     table = markdown_table(("samples", "entities", "time s", "µs per sample", "peak GiB"), lines)
     if len(finished) < 2:
         return table
-    points = [(2 * math.log(settings.side), math.log(measures.seconds)) for settings, measures in finished]
+    points = [(2 * math.log(settings.side), math.log(result.seconds)) for settings, result in finished]
     (x_mean, y_mean) = (sum(axis) / len(points) for axis in zip(*points, strict=True))
     slope = sum((x - x_mean) * (y - y_mean) for x, y in points) / sum((x - x_mean) ** 2 for x, _ in points)
     return f"{table}\n\nslope of log time over log samples: {slope:.2f}"

@@ -8,14 +8,13 @@ from transformers import DynamicCache, PreTrainedModel, set_seed
 
 from dfn_hf import DFNConfig, DFNForCausalLM
 
-from ..datasets.byte_windows import VOCAB_SIZE
+from ..datasets.byte_windows import VOCAB_SIZE, corpus_bytes
 from ..harness.environment import clock, describe_machine, peak_memory_mib, run_isolated, set_up_device, synchronize
 from ..harness.results import ResultsFile, markdown_table
-from .scaling import corpus_bytes
 
 
 @dataclass(frozen=True)
-class MillionSettings:
+class MillionTokensSettings:
     """Sizes of model and input; other configuration fields have their defaults.
 
     Attributes:
@@ -34,7 +33,7 @@ class MillionSettings:
 
 
 @dataclass(frozen=True)
-class MillionMeasures:
+class MillionTokensResult:
     """Seconds and peak MiB of both passes, the largest difference of their last logits, and the standard deviation."""
 
     seconds: float
@@ -46,11 +45,11 @@ class MillionMeasures:
     machine: str
 
 
-def measure_million(settings: MillionSettings) -> MillionMeasures:
+def measure_million_tokens(settings: MillionTokensSettings) -> MillionTokensResult:
     """Measure one pass and the chunked pass, each in a fresh process."""
     logits, seconds, peak, machine = run_isolated(_last_logits, settings, settings.length)
     chunked, chunked_seconds, chunked_peak, _ = run_isolated(_last_logits, settings, settings.chunk_length)
-    return MillionMeasures(
+    return MillionTokensResult(
         seconds=round(seconds, 1),
         peak_mib=round(peak, 1),
         chunked_seconds=round(chunked_seconds, 1),
@@ -61,29 +60,29 @@ def measure_million(settings: MillionSettings) -> MillionMeasures:
     )
 
 
-def run_million(settings: MillionSettings, path: Path) -> MillionMeasures:
+def run_million_tokens(settings: MillionTokensSettings, path: Path) -> MillionTokensResult:
     """Measure the settings; a finished run is read from the CSV at `path`."""
-    return ResultsFile(path, MillionSettings, MillionMeasures).run(settings, measure_million)
+    return ResultsFile(path, MillionTokensSettings, MillionTokensResult).run(settings, measure_million_tokens)
 
 
-def million_table(settings: MillionSettings, measures: MillionMeasures) -> str:
+def million_tokens_table(settings: MillionTokensSettings, result: MillionTokensResult) -> str:
     """Return a table with one row per pass, followed by the difference of the last logits."""
     per_token_and_head = settings.length * settings.num_hidden_layers * settings.num_attention_heads / 1e6
     lines = [
         (way, f"{seconds:,.0f}", f"{seconds / per_token_and_head:.1f}", f"{peak / 1024:.2f}")
         for way, seconds, peak in (
-            ("one pass", measures.seconds, measures.peak_mib),
-            (f"chunks of {settings.chunk_length:,}", measures.chunked_seconds, measures.chunked_peak_mib),
+            ("one pass", result.seconds, result.peak_mib),
+            (f"chunks of {settings.chunk_length:,}", result.chunked_seconds, result.chunked_peak_mib),
         )
     ]
     table = markdown_table((f"{settings.length:,} tokens", "time s", "µs per token and head", "peak GiB"), lines)
     return (
-        f"{table}\n\nlast logits: largest difference {measures.largest_difference:.1e}, "
-        f"standard deviation {measures.logits_deviation:.2f}"
+        f"{table}\n\nlast logits: largest difference {result.largest_difference:.1e}, "
+        f"standard deviation {result.logits_deviation:.2f}"
     )
 
 
-def _last_logits(settings: MillionSettings, chunk_length: int) -> tuple[torch.Tensor, float, float, str]:
+def _last_logits(settings: MillionTokensSettings, chunk_length: int) -> tuple[torch.Tensor, float, float, str]:
     set_up_device(settings.device, settings.threads)
     model = _build(settings)
     input_ids = corpus_bytes(settings.length).to(device=settings.device)
@@ -94,7 +93,7 @@ def _last_logits(settings: MillionSettings, chunk_length: int) -> tuple[torch.Te
     return logits.cpu(), seconds, peak_memory_mib(settings.device), describe_machine(settings.device)
 
 
-def _build(settings: MillionSettings) -> PreTrainedModel:
+def _build(settings: MillionTokensSettings) -> PreTrainedModel:
     set_seed(0)
     config = DFNConfig(
         vocab_size=VOCAB_SIZE,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from ..harness.results import markdown_table
-from .scaling import ScalingMeasures, ScalingSettings
+from .scaling import ScalingResult, ScalingSettings
 
 # Seconds and MB of GPU memory by length, from the README of the paper's repository, on an unnamed GPU. The timed code
 # is an MLP per token and attention among the 64 tokens with the largest norm.
@@ -18,17 +18,17 @@ REPORTED = {
 LENGTHS = (32, 512, 8192, 65536, 204800, 256000, 512000, 768000)
 
 
-def paper_table(results: Sequence[tuple[ScalingSettings, ScalingMeasures]]) -> str:
+def paper_lengths_table(results: Sequence[tuple[ScalingSettings, ScalingResult]]) -> str:
     """Return a table with one row per length; "–" if the paper's repository does not report it."""
     lines = []
-    for run, measures in results:
+    for run, result in results:
         reported = REPORTED.get(run.length)
         lines.append(
             (
                 f"{run.length:,}",
-                f"{measures.seconds:.3f}",
-                f"{1e6 * measures.seconds / run.length:.1f}",
-                f"{measures.peak_mib:,.0f}",
+                f"{result.seconds:.3f}",
+                f"{1e6 * result.seconds / run.length:.1f}",
+                f"{result.peak_mib:,.0f}",
                 *(("–", "–") if reported is None else (f"{reported[0]:.3f}", f"{reported[1]:,.1f}")),
             )
         )

@@ -12,15 +12,14 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache, set_seed
 
 from ..baselines.models import ModelSize, count_parameters
 from ..baselines.peer_models import build_peer
-from ..datasets.byte_windows import VOCAB_SIZE
+from ..datasets.byte_windows import VOCAB_SIZE, corpus_bytes
 from ..harness.environment import describe_machine, dtype_named, peak_memory_mib, set_up_device
 from ..harness.interleaving import Timing, run_over_lengths
 from ..harness.length_plots import lengths_table
 from ..harness.results import ResultsFile
-from .scaling import corpus_bytes
-from .throughput import DECODED, forward, timed, train
+from .throughput import DECODED_TOKENS, forward, timed, train
 
-WORKS = ("forward", "training", "prefill", "decoding")
+WORKLOADS = ("forward", "training", "prefill", "decoding")
 CACHES = ("dynamic", "static")
 # A Reformer's cached step differs from its full pass; llama-conv has no cache.
 UNCACHED = ("reformer", "llama-conv")
@@ -36,7 +35,7 @@ class PeerSettings:
     """
 
     model: str = "dfn"
-    work: str = "forward"
+    workload: str = "forward"
     length: int = 1024
     cache: str = "dynamic"
     hidden_size: int = 128
@@ -54,7 +53,7 @@ class PeerSettings:
 
     @property
     def tokens(self) -> int:
-        return 1 if self.work == "decoding" else self.length
+        return 1 if self.workload == "decoding" else self.length
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def peer_runs(
     settings: PeerSettings,
     *,
     models: Sequence[str],
-    works: Sequence[str],
+    workloads: Sequence[str],
     lengths: Sequence[int],
     training_lengths: Sequence[int],
     caches: Sequence[str] = ("dynamic",),
@@ -78,17 +77,17 @@ def peer_runs(
     Raises:
         ValueError: a workload or cache is unknown.
     """
-    for name, given, known in (("work", works, WORKS), ("cache", caches, CACHES)):
+    for name, given, known in (("workload", workloads, WORKLOADS), ("cache", caches, CACHES)):
         for value in given:
             if value not in known:
                 raise ValueError(f"{name} is {value!r}: choose one of {', '.join(known)}")
     return [
-        replace(settings, model=model, work=work, length=length, cache=kind)
-        for work in works
-        for length in sorted(training_lengths if work == "training" else lengths)
+        replace(settings, model=model, workload=workload, length=length, cache=kind)
+        for workload in workloads
+        for length in sorted(training_lengths if workload == "training" else lengths)
         for model in models
-        for kind in (caches if work == "decoding" else ("dynamic",))
-        if model not in UNCACHED or work in ("forward", "training")
+        for kind in (caches if workload == "decoding" else ("dynamic",))
+        if model not in UNCACHED or workload in ("forward", "training")
     ]
 
 
@@ -98,11 +97,11 @@ def run_peers(
     path: Path,
     report: Callable[[str], None] = lambda line: None,
     *,
-    together: bool = False,
+    interleave_lengths: bool = False,
 ) -> list[tuple[PeerSettings, PeerTiming]]:
     """Measure the runs in round-robin order; finished ones are read from the CSV at `path`. See `run_over_lengths`."""
     results = ResultsFile(path, PeerSettings, PeerTiming)
-    return run_over_lengths(runs, results, prepare_peer, time_limit, report, together=together)
+    return run_over_lengths(runs, results, prepare_peer, time_limit, report, interleave_lengths=interleave_lengths)
 
 
 def prepare_peer(settings: PeerSettings) -> Callable[[], PeerTiming]:
@@ -119,13 +118,13 @@ def prepare_peer(settings: PeerSettings) -> Callable[[], PeerTiming]:
     model = build_peer(settings.model, size, length=settings.length, device=settings.device).eval()
     model = torch.nn.Module.to(model, dtype_named(settings.dtype))
     input_ids = corpus_bytes(settings.length).to(settings.device)
-    if settings.work == "decoding":
-        work = _decoding(model, input_ids, settings)
+    if settings.workload == "decoding":
+        call = _decoding(model, input_ids, settings)
     else:
-        works = {"forward": forward, "training": train, "prefill": _prefill}
-        work = partial(works[settings.work], model, input_ids, settings.device)
+        functions = {"forward": forward, "training": train, "prefill": _prefill}
+        call = partial(functions[settings.workload], model, input_ids, settings.device)
     return lambda: PeerTiming(
-        seconds=work(),
+        seconds=call(),
         peak_mib=round(peak_memory_mib(settings.device), 1),
         machine=describe_machine(settings.device),
         parameters=count_parameters(model),
@@ -138,7 +137,7 @@ def peers_table(results: Sequence[tuple[PeerSettings, PeerTiming]]) -> str:
     per_layer: dict[str, list[float]] = {}
     for run, timing in results:
         parameters.setdefault(run.model, set()).add(timing.parameters)
-        if run.work == "decoding":
+        if run.workload == "decoding":
             per_layer.setdefault(run.label, []).append(1e6 * timing.seconds / run.num_hidden_layers)
     lines = [lengths_table(results)]
     lines += [f"decoding, {label}: {_range(found)} µs per token and layer" for label, found in per_layer.items()]
@@ -159,7 +158,7 @@ def _decoding(model: PreTrainedModel, input_ids: torch.Tensor, settings: PeerSet
     """Return a callable that decodes the next tokens after `input_ids` and returns the seconds per token."""
     state: Any = None  # the model creates its cache
     if settings.cache == "static":
-        state = StaticCache(model.config, max_cache_len=settings.length + (1 + settings.repeats) * DECODED)
+        state = StaticCache(model.config, max_cache_len=settings.length + (1 + settings.repeats) * DECODED_TOKENS)
     with torch.no_grad():
         if settings.model == "llama":
             state = DynamicCache(config=model.config) if state is None else state
@@ -173,10 +172,10 @@ def _decoding(model: PreTrainedModel, input_ids: torch.Tensor, settings: PeerSet
     @torch.no_grad()
     def steps() -> None:
         nonlocal state
-        for _ in range(DECODED):
+        for _ in range(DECODED_TOKENS):
             state = _read(model, step, token, state)
 
-    return lambda: timed(steps, settings.device) / DECODED
+    return lambda: timed(steps, settings.device) / DECODED_TOKENS
 
 
 def _read(model: PreTrainedModel, call: Callable[..., Any], input_ids: torch.Tensor, state: Any) -> Any:
@@ -186,7 +185,7 @@ def _read(model: PreTrainedModel, call: Callable[..., Any], input_ids: torch.Ten
 
 
 def _fill(state: DynamicCache | StaticCache, model: PreTrainedModel, settings: PeerSettings) -> None:
-    """Fill a Llama's cache with random keys and values: a step takes the same time, and the quadratic prefill is saved."""
+    """Fill a Llama's cache with random keys and values; steps take the same time, without a quadratic prefill."""
     config = model.config
     shape = (1, config.num_key_value_heads, settings.length, config.head_dim)
     for layer in range(config.num_hidden_layers):

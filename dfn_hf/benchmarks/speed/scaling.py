@@ -1,6 +1,5 @@
 """Time and memory of a forward pass over the length: DFN and a Llama with torch's fused attention."""
 
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,11 +9,10 @@ from pathlib import Path
 import torch
 from transformers import set_seed
 
-from dfn_hf.assets.corpus import load_corpus
-
 from ..baselines.models import ModelSize, build_model, count_parameters
-from ..datasets.byte_windows import VOCAB_SIZE
+from ..datasets.byte_windows import VOCAB_SIZE, corpus_bytes
 from ..harness.environment import clock, describe_machine, peak_memory_mib, run_isolated, set_up_device, synchronize
+from ..harness.length_plots import log_log_slope
 from ..harness.results import ResultsFile, markdown_table
 
 WARM_UP_LENGTH = 4096
@@ -36,7 +34,7 @@ class ScalingSettings:
 
 
 @dataclass(frozen=True)
-class ScalingMeasures:
+class ScalingResult:
     """Median seconds of a forward pass and of its token mixers, and memory before and at its peak.
 
     The token mixer is the attention module of a layer, with its projections and DFN's neighbour search.
@@ -50,7 +48,7 @@ class ScalingMeasures:
     machine: str
 
 
-def measure_scaling(settings: ScalingSettings) -> ScalingMeasures:
+def measure_scaling(settings: ScalingSettings) -> ScalingResult:
     """Time `settings.repeats` passes over bytes of the corpus; run it in a fresh process for a valid peak memory."""
     set_up_device(settings.device, settings.threads)
     set_seed(0)
@@ -71,7 +69,7 @@ def measure_scaling(settings: ScalingSettings) -> ScalingMeasures:
         mixers.seconds = 0.0
         passes.append(_forward(model, input_ids, settings.device))
         mixer_passes.append(mixers.seconds)
-    return ScalingMeasures(
+    return ScalingResult(
         parameters=count_parameters(model),
         seconds=round(statistics.median(passes), 4),
         mixer_seconds=round(statistics.median(mixer_passes), 4),
@@ -88,37 +86,26 @@ def run_scaling(
     baseline_lengths: Sequence[int],
     path: Path,
     report: Callable[[str], None] = lambda line: None,
-) -> list[tuple[ScalingSettings, ScalingMeasures]]:
+) -> list[tuple[ScalingSettings, ScalingResult]]:
     """Measure DFN at `lengths` and Llama at `baseline_lengths`, each in a fresh process.
 
     Finished runs are read from the CSV at `path`.
     """
-    results = ResultsFile(path, ScalingSettings, ScalingMeasures)
+    results = ResultsFile(path, ScalingSettings, ScalingResult)
     runs = [replace(settings, model="dfn", length=length) for length in lengths]
     runs += [replace(settings, model="llama", length=length) for length in baseline_lengths]
     finished = []
     for run in runs:
-        measures = results.run(run, partial(run_isolated, measure_scaling))
-        report(f"{run.model}, {run.length:,} tokens: {measures.seconds:.2f} s, {measures.peak_mib:,.0f} MiB")
-        finished.append((run, measures))
+        result = results.run(run, partial(run_isolated, measure_scaling))
+        report(f"{run.model}, {run.length:,} tokens: {result.seconds:.2f} s, {result.peak_mib:,.0f} MiB")
+        finished.append((run, result))
     return finished
 
 
-def log_log_slope(lengths: Sequence[int], values: Sequence[float]) -> float | None:
-    """Return the least-squares slope of log(value) over log(length): 1 is linear, 2 quadratic.
-
-    None for fewer than two lengths, or if a value is 0 (a short pass may need no additional memory).
-    """
-    if len(lengths) < 2 or min(values) <= 0:
-        return None
-    logs = [math.log(length) for length in lengths]
-    return statistics.linear_regression(logs, [math.log(value) for value in values]).slope
-
-
-def scaling_table(results: Sequence[tuple[ScalingSettings, ScalingMeasures]]) -> str:
+def scaling_table(results: Sequence[tuple[ScalingSettings, ScalingResult]]) -> str:
     """Return a table with one row per length, followed by the slopes of time and of memory above the idle process."""
     by_model = {
-        name: {run.length: measures for run, measures in results if run.model == name} for name in ("dfn", "llama")
+        name: {run.length: result for run, result in results if run.model == name} for name in ("dfn", "llama")
     }
     settings = results[0][0]
     per_token_and_head = settings.num_hidden_layers * settings.num_attention_heads / 1e6
@@ -145,13 +132,13 @@ def scaling_table(results: Sequence[tuple[ScalingSettings, ScalingMeasures]]) ->
     return "\n".join([markdown_table(header, lines), "", *_slope_lines(by_model)])
 
 
-def plot_scaling(results: Sequence[tuple[ScalingSettings, ScalingMeasures]], path: Path) -> None:
+def plot_scaling(results: Sequence[tuple[ScalingSettings, ScalingResult]], path: Path) -> None:
     """Save a log-log figure of seconds and peak memory over the length."""
     import matplotlib.pyplot as plt
 
     figure, (time_axes, memory_axes) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for name, label, marker in (("dfn", "DFN", "o"), ("llama", "Llama, fused attention", "s")):
-        points = sorted((run.length, measures) for run, measures in results if run.model == name)
+        points = sorted((run.length, result) for run, result in results if run.model == name)
         if points:
             lengths = [length for length, _ in points]
             time_axes.loglog(lengths, [one.seconds for _, one in points], marker=marker, label=label, base=2)
@@ -166,20 +153,6 @@ def plot_scaling(results: Sequence[tuple[ScalingSettings, ScalingMeasures]], pat
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def corpus_bytes(length: int) -> torch.Tensor:
-    """Return the first `length` bytes of the bundled train split, `[1, length]` int64.
-
-    Raises:
-        ValueError: the split is shorter.
-    """
-    text = bytearray()
-    for document in load_corpus("train")["text"]:
-        text += document.encode("utf-8")
-        if len(text) >= length:
-            return torch.frombuffer(text[:length], dtype=torch.uint8).long()[None]
-    raise ValueError(f"length is {length:,}: choose at most {len(text):,}, the bytes of the bundled train split")
 
 
 class _MixerTime:
@@ -216,14 +189,14 @@ def _forward(model: torch.nn.Module, input_ids: torch.Tensor, device: str) -> fl
     return clock(device) - started
 
 
-def _slope_lines(by_model: dict[str, dict[int, ScalingMeasures]]) -> list[str]:
+def _slope_lines(by_model: dict[str, dict[int, ScalingResult]]) -> list[str]:
     lines = []
-    for name, measures in by_model.items():
-        lengths = sorted(measures)
+    for name, result in by_model.items():
+        lengths = sorted(result)
         slopes = {
-            "time": log_log_slope(lengths, [measures[length].seconds for length in lengths]),
+            "time": log_log_slope(lengths, [result[length].seconds for length in lengths]),
             "memory beyond idle": log_log_slope(
-                lengths, [measures[length].peak_mib - measures[length].idle_mib for length in lengths]
+                lengths, [result[length].peak_mib - result[length].idle_mib for length in lengths]
             ),
         }
         known = [f"of {quantity} {slope:.3f}" for quantity, slope in slopes.items() if slope is not None]

@@ -13,13 +13,12 @@ from dfn_hf import LiquidConfig, LiquidForSeq2SeqLM
 from dfn_hf.seq2seq_presets import matching_t5
 
 from ..baselines.models import count_parameters
-from ..datasets.byte_windows import VOCAB_SIZE
+from ..datasets.byte_windows import VOCAB_SIZE, corpus_bytes
 from ..harness.environment import describe_machine, peak_memory_mib, run_isolated, set_up_device
 from ..harness.results import ResultsFile
-from .scaling import corpus_bytes
-from .throughput import DECODED, WARM_UP_LENGTH, SpeedMeasures, timed
+from .throughput import DECODED_TOKENS, WARM_UP_LENGTH, SpeedResult, timed
 
-WORKS = ("encoder", "decoder", "joint", "training", "decoding")
+WORKLOADS = ("encoder", "decoder", "joint", "training", "decoding")
 MODELS = ("liquid", "liquid-no-lstm", "t5")
 
 
@@ -28,14 +27,14 @@ class Seq2SeqSpeedSettings:
     """One model, workload and length with batch size 1; the result is the median of `repeats` after a warm-up.
 
     Attributes:
-        work: "encoder": a source of `length` tokens. "decoder": a target of `length` tokens with teacher forcing,
+        workload: "encoder": a source of `length` tokens. "decoder": a target of `length` tokens with teacher forcing,
             given a source of `source_length`. "joint": source and target of `length` tokens. "training": the same with
             the backward pass. "decoding": one token after a target of `length`, given a source of `source_length`.
         num_hidden_layers: layers of the encoder, and of the decoder.
     """
 
     model: str = "liquid"
-    work: str = "encoder"
+    workload: str = "encoder"
     length: int = 8192
     source_length: int = 512
     hidden_size: int = 128
@@ -47,7 +46,7 @@ class Seq2SeqSpeedSettings:
     device: str = "cpu"
 
 
-def measure_seq2seq_speed(settings: Seq2SeqSpeedSettings) -> SpeedMeasures:
+def measure_seq2seq_speed(settings: Seq2SeqSpeedSettings) -> SpeedResult:
     """Time the workload on bytes of the corpus; run it in a fresh process for a valid peak memory.
 
     Raises:
@@ -55,21 +54,21 @@ def measure_seq2seq_speed(settings: Seq2SeqSpeedSettings) -> SpeedMeasures:
     """
     if settings.model not in MODELS:
         raise ValueError(f"model is {settings.model!r}: choose one of {', '.join(MODELS)}")
-    if settings.work not in WORKS:
-        raise ValueError(f"work is {settings.work!r}: choose one of {', '.join(WORKS)}")
+    if settings.workload not in WORKLOADS:
+        raise ValueError(f"workload is {settings.workload!r}: choose one of {', '.join(WORKLOADS)}")
     set_up_device(settings.device, settings.threads)
     set_seed(0)
-    model = torch.nn.Module.to(build(settings), settings.device).eval()
+    model = torch.nn.Module.to(build_seq2seq_model(settings), settings.device).eval()
     tokens = corpus_bytes(max(settings.length, WARM_UP_LENGTH)).to(settings.device)
-    work = {"encoder": encode, "decoder": decode, "joint": joint, "training": train, "decoding": decode_token}
+    functions = {"encoder": encode, "decoder": decode, "joint": joint, "training": train, "decoding": decode_token}
     source = tokens[:, : settings.source_length]
 
     def run(length: int) -> float:
-        return work[settings.work](model, source, tokens[:, :length], settings.device)
+        return functions[settings.workload](model, source, tokens[:, :length], settings.device)
 
     run(min(settings.length, WARM_UP_LENGTH))
     seconds = [run(settings.length) for _ in range(settings.repeats)]
-    return SpeedMeasures(
+    return SpeedResult(
         parameters=count_parameters(model),
         seconds=round(statistics.median(seconds), 5),
         peak_mib=round(peak_memory_mib(settings.device), 1),
@@ -77,7 +76,7 @@ def measure_seq2seq_speed(settings: Seq2SeqSpeedSettings) -> SpeedMeasures:
     )
 
 
-def build(settings: Seq2SeqSpeedSettings) -> PreTrainedModel:
+def build_seq2seq_model(settings: Seq2SeqSpeedSettings) -> PreTrainedModel:
     """Build the model; the T5 matches the number of parameters of Liquid with its LSTM."""
     tokens = {"vocab_size": VOCAB_SIZE, "pad_token_id": 0, "decoder_start_token_id": 0}
     liquid = LiquidConfig(
@@ -128,20 +127,20 @@ def decode_token(model: PreTrainedModel, source: torch.Tensor, tokens: torch.Ten
     model(decoder_input_ids=token, **inputs)
 
     def steps() -> None:
-        for _ in range(DECODED):
+        for _ in range(DECODED_TOKENS):
             model(decoder_input_ids=token, **inputs)
 
-    return timed(steps, device) / DECODED
+    return timed(steps, device) / DECODED_TOKENS
 
 
 def run_seq2seq_speed(
     runs: Iterable[Seq2SeqSpeedSettings], path: Path, report: Callable[[str], None] = lambda line: None
-) -> list[tuple[Seq2SeqSpeedSettings, SpeedMeasures]]:
+) -> list[tuple[Seq2SeqSpeedSettings, SpeedResult]]:
     """Measure each run in a fresh process; finished ones are read from the CSV at `path`."""
-    results = ResultsFile(path, Seq2SeqSpeedSettings, SpeedMeasures)
+    results = ResultsFile(path, Seq2SeqSpeedSettings, SpeedResult)
     finished = []
     for run in runs:
-        measures = results.run(run, partial(run_isolated, measure_seq2seq_speed))
-        report(f"{run.model}, {run.work} at {run.length:,}: {measures.seconds:.4f} s, {measures.peak_mib:,.0f} MiB")
-        finished.append((run, measures))
+        result = results.run(run, partial(run_isolated, measure_seq2seq_speed))
+        report(f"{run.model}, {run.workload} at {run.length:,}: {result.seconds:.4f} s, {result.peak_mib:,.0f} MiB")
+        finished.append((run, result))
     return finished

@@ -23,15 +23,15 @@ from ..harness.interleaving import Timing, run_over_lengths
 from ..harness.results import ResultsFile
 from .throughput import timed
 
-WORKS = ("forward", "forward and backward")
-NATIVE = {"cpu": "flow attention (C)", "cuda": "flow attention (Triton)"}
+WORKLOADS = ("forward", "forward and backward")
+COMPILED = {"cpu": "flow attention (C)", "cuda": "flow attention (Triton)"}
 TORCH = "flow attention (torch)"
 SDPA = "causal attention"
 NUM_CLUSTERS = 2000
 
 
 @dataclass(frozen=True)
-class OperationSettings:
+class SingleHeadSettings:
     """One operation on one row.
 
     The defaults are those of a DFN, except for 8 tables of 16 candidates instead of 16 tables of 8.
@@ -40,8 +40,8 @@ class OperationSettings:
         dtype: of the values of flow attention, and of queries, keys and values of `SDPA`.
     """
 
-    operation: str = NATIVE["cpu"]
-    work: str = "forward"
+    operation: str = COMPILED["cpu"]
+    workload: str = "forward"
     length: int = 1024
     heads: int = 1
     width: int = 64
@@ -66,17 +66,22 @@ class OperationSettings:
 
 def operations(device: str) -> tuple[str, ...]:
     """Return the operations of a device, the compiled flow attention first."""
-    return (NATIVE[torch.device(device).type], TORCH, SDPA)
+    return (COMPILED[torch.device(device).type], TORCH, SDPA)
 
 
-def run_operations(
-    runs: Iterable[OperationSettings], time_limit: float, path: Path, report: Callable[[str], None] = lambda line: None
-) -> list[tuple[OperationSettings, Timing]]:
+def run_single_head(
+    runs: Iterable[SingleHeadSettings],
+    time_limit: float,
+    path: Path,
+    report: Callable[[str], None] = lambda line: None,
+) -> list[tuple[SingleHeadSettings, Timing]]:
     """Measure the runs in round-robin order; finished ones are read from the CSV at `path`. See `run_over_lengths`."""
-    return run_over_lengths(runs, ResultsFile(path, OperationSettings, Timing), prepare_operation, time_limit, report)
+    return run_over_lengths(
+        runs, ResultsFile(path, SingleHeadSettings, Timing), prepare_single_head, time_limit, report
+    )
 
 
-def prepare_operation(settings: OperationSettings) -> Callable[[], Timing]:
+def prepare_single_head(settings: SingleHeadSettings) -> Callable[[], Timing]:
     """Draw the inputs, and return a callable that times the operation once.
 
     Raises:
@@ -86,31 +91,31 @@ def prepare_operation(settings: OperationSettings) -> Callable[[], Timing]:
     known = operations(settings.device)
     if settings.operation not in known:
         raise ValueError(f"operation is {settings.operation!r}: choose one of {', '.join(known)}")
-    if settings.work not in WORKS:
-        raise ValueError(f"work is {settings.work!r}: choose one of {', '.join(WORKS)}")
-    with_gradients = settings.work != "forward"
+    if settings.workload not in WORKLOADS:
+        raise ValueError(f"workload is {settings.workload!r}: choose one of {', '.join(WORKLOADS)}")
+    with_gradients = settings.workload != "forward"
     make = _attention if settings.operation == SDPA else _flow_attention
     operate, inputs = make(settings, torch.Generator().manual_seed(0))
     for tensor in inputs:
         tensor.requires_grad_(with_gradients)
 
-    def work() -> None:
+    def run_once() -> None:
         for tensor in inputs:
             tensor.grad = None
         y = operate()
         if with_gradients:
             y.backward(torch.ones_like(y))
 
-    def turn() -> Timing:
-        with torch_alone() if settings.operation == TORCH else nullcontext():
-            seconds = timed(work, settings.device)
+    def timed_call() -> Timing:
+        with torch_operations_only() if settings.operation == TORCH else nullcontext():
+            seconds = timed(run_once, settings.device)
         return Timing(seconds, round(peak_memory_mib(settings.device), 1), describe_machine(settings.device))
 
-    return turn
+    return timed_call
 
 
 @contextmanager
-def torch_alone() -> Iterator[None]:
+def torch_operations_only() -> Iterator[None]:
     """Disable the C and Triton kernels."""
     before = os.environ.get(SWITCH)
     os.environ[SWITCH] = "0"
@@ -123,13 +128,13 @@ def torch_alone() -> Iterator[None]:
 
 
 def _flow_attention(
-    settings: OperationSettings, generator: torch.Generator
+    settings: SingleHeadSettings, generator: torch.Generator
 ) -> tuple[Callable[[], torch.Tensor], Sequence[torch.Tensor]]:
     heads, length, device = settings.heads, settings.length, settings.device
     moved, rest = clustered_positions(settings, generator)
     if settings.operation != TORCH and search_library(rest) is None and not triton_available(rest.device):
         raise ValueError(
-            f"operation is {settings.operation!r}, which needs a C compiler (Triton on a GPU) and {SWITCH} other than 0"
+            f"operation is {settings.operation!r}, which needs a C compiler (on a GPU: Triton) and {SWITCH} not 0"
         )
     rotation, shift = (
         constant.to(device) for constant in grid_constants(settings.position_dim, settings.num_tables, 0)
@@ -142,7 +147,7 @@ def _flow_attention(
     key = torch.cat([rest, -0.3 * rest.square().sum(dim=-1, keepdim=True)], dim=-1)[None]
     query = torch.cat([0.6 * moved, torch.ones_like(moved[..., :1])], dim=-1)[None]
     value = torch.randn(1, heads, length, settings.width, generator=generator).to(device, dtype_named(settings.dtype))
-    fading = torch.rand(heads, generator=generator).to(device)
+    decay = torch.rand(heads, generator=generator).to(device)
 
     def operate() -> torch.Tensor:
         with torch.no_grad():
@@ -158,13 +163,13 @@ def _flow_attention(
                 settings.candidates_per_table,
                 table_offsets=grids.table_offsets,
             )
-        return flow_attention(query, key, value, fading, index, index, neighbors[None], settings.window)[0]
+        return flow_attention(query, key, value, decay, index, index, neighbors[None], settings.window)[0]
 
-    return operate, (query, key, value, fading)
+    return operate, (query, key, value, decay)
 
 
 def _attention(
-    settings: OperationSettings, generator: torch.Generator
+    settings: SingleHeadSettings, generator: torch.Generator
 ) -> tuple[Callable[[], torch.Tensor], Sequence[torch.Tensor]]:
     shape = (1, settings.heads, settings.length, settings.width)
     query, key, value = (
@@ -173,7 +178,7 @@ def _attention(
     return lambda: F.scaled_dot_product_attention(query, key, value, is_causal=True), (query, key, value)
 
 
-def clustered_positions(settings: OperationSettings, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def clustered_positions(settings: SingleHeadSettings, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw moved and rest positions, float32 `[heads, length, position_dim]` on the ball and the grid of the search.
 
     The positions are noisy copies of cluster centres with a skewed frequency, as those of tokens.

@@ -1,0 +1,138 @@
+"""Commands that measure ablations, translation, reversal and quantization."""
+
+from typing import Annotated
+
+import typer
+
+from .options import Device, LearningRates, MaxSteps, Results, Seeds, Threads, results_path
+from .output import print_table, report_progress
+
+
+def ablations(
+    variants: Annotated[
+        list[str] | None, typer.Option("--variant", help="Name of a variant; repeatable. Default: all.")
+    ] = None,
+    seeds: Seeds = 2,
+    lm_steps: Annotated[int, typer.Option(min=1, help="Training steps of the byte language model.")] = 400,
+    recall_steps: Annotated[int, typer.Option(min=1, help="Training steps of the recall model.")] = 1000,
+    long_length: Annotated[int, typer.Option(help="Tokens of the long recall task.")] = 2048,
+    long_num_pairs: Annotated[int, typer.Option(help="Key-value pairs of the long recall task.")] = 120,
+    results: Results = None,
+    threads: Threads = 1,
+    device: Device = "cpu",
+) -> None:
+    """Ablations of DFN: loss, accuracy, long recall, memory and gradient norm with one part removed or changed.
+
+    Example: dfn-hf bench ablations --variant full --variant "no far neighbours (K = 0)"
+    """
+    from ..quality.ablations import VARIANTS, AblationSettings, ablation_table, run_ablations
+
+    runs = [
+        AblationSettings(
+            variant=variant,
+            seed=seed,
+            lm_steps=lm_steps,
+            recall_steps=recall_steps,
+            long_length=long_length,
+            long_num_pairs=long_num_pairs,
+            device=device,
+        )
+        for variant in variants or VARIANTS
+        for seed in range(seeds)
+    ]
+    path = results_path(results, "ablations.csv")
+    finished = run_ablations(runs, path, threads, report_progress)
+    print_table(ablation_table(finished), finished, path)
+
+
+def translation(
+    models: Annotated[
+        list[str],
+        typer.Option("--model", help="liquid, t5, or an ablation of liquid such as 'no LSTM'; repeatable."),
+    ] = ["liquid", "t5"],  # noqa: B006
+    seeds: Seeds = 1,
+    max_steps: MaxSteps = 10000,
+    search_steps: Annotated[
+        int, typer.Option(min=0, help="Training steps of the learning-rate search; 0 trains fully at every rate.")
+    ] = 600,
+    learning_rates: LearningRates = [1e-3, 2e-3, 4e-3],  # noqa: B006
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs per training step.")] = 32,
+    pairs: Annotated[int | None, typer.Option(min=1, help="Pairs of each split. Default: all.")] = None,
+    scores: Annotated[
+        bool, typer.Option(help="Translate the test split, with its sources and with shuffled sources.")
+    ] = True,
+    results: Results = None,
+    threads: Threads = 1,
+    device: Device = "cpu",
+) -> None:
+    """English-Spanish translation of the bundled verses: Liquid, a T5 of equal size, and ablations of Liquid.
+
+    Example: dfn-hf bench translation --model liquid --model "no LSTM" --max-steps 800 --no-scores
+    """
+    from ..harness.environment import set_up_device
+    from ..quality.translation import TranslationSettings, run_translation, translation_table
+
+    set_up_device(device, threads)
+    path = results_path(results, "translation.csv")
+    finished = run_translation(
+        TranslationSettings(steps=max_steps, batch_size=batch_size, pairs=pairs, scored=scores, device=device),
+        models=models,
+        seeds=range(seeds),
+        learning_rates=learning_rates,
+        search_steps=search_steps,
+        path=path,
+        report=report_progress,
+    )
+    print_table(translation_table(finished), finished, path)
+
+
+def reversal(
+    seeds: Seeds = 3,
+    max_steps: MaxSteps = 600,
+    results: Results = None,
+    threads: Threads = 1,
+    device: Device = "cpu",
+) -> None:
+    """String reversal with Liquid: strings of 32 letters, attention windows of 8.
+
+    Example: dfn-hf bench reversal --seeds 1 --threads 2
+    """
+    from ..harness.environment import set_up_device
+    from ..quality.reversal import ReversalSettings, reversal_table, run_reversal
+
+    set_up_device(device, threads)
+    path = results_path(results, "reversal.csv")
+    runs = [ReversalSettings(seed=seed, steps=max_steps, device=device) for seed in range(seeds)]
+    finished = run_reversal(runs, path, report_progress)
+    print_table(reversal_table(finished), finished, path)
+
+
+def quantization(
+    checkpoints: Annotated[
+        list[str] | None, typer.Option("--checkpoint", help="Bundled checkpoint; repeatable. Default: all.")
+    ] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="Format, such as bfloat16 or 'bitsandbytes NF4'; repeatable. Default: all."),
+    ] = None,
+    documents: Annotated[int, typer.Option(min=1, help="Validation texts of a language model.")] = 64,
+    pairs: Annotated[int, typer.Option(min=1, help="Validation pairs of an encoder-decoder.")] = 256,
+    results: Results = None,
+    threads: Threads = 1,
+) -> None:
+    """Loss of the bundled checkpoints in bfloat16 and in the formats of bitsandbytes and torchao.
+
+    Example: dfn-hf bench quantization --checkpoint dfn-tiny --format "bitsandbytes NF4"
+    """
+    from ..harness.environment import set_up_device
+    from ..quality.quantization import CHECKPOINTS, FORMATS, QuantizationSettings, quantization_table, run_quantization
+
+    set_up_device("cpu", threads)
+    runs = [
+        QuantizationSettings(checkpoint, name, documents, pairs)
+        for checkpoint in checkpoints or CHECKPOINTS
+        for name in ("float32", *(formats or FORMATS))
+    ]
+    path = results_path(results, "quantization.csv")
+    finished = run_quantization(runs, path, report_progress)
+    print_table(quantization_table(finished), finished, path)
