@@ -15,9 +15,10 @@ import ast
 import io
 import sys
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import TypeGuard
 
 ROOT = Path(__file__).parent
 KERNELS = ROOT / "ops" / "kernels"
@@ -31,7 +32,16 @@ class HubCodeMixin:
 
     `PreTrainedModel.save_pretrained`, `push_to_hub` and `Trainer` save the configuration too: one method serves all.
     Merged files leave this class out: transformers copies the code of classes that it loaded from a saved folder.
+
+    Attributes:
+        when_created: called whenever a configuration is created, unpickled or copied.
     """
+
+    when_created: Callable[[], None] = staticmethod(lambda: None)
+
+    def __new__(cls, *args, **kwargs):
+        cls.when_created()
+        return super().__new__(cls)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Write the family's code, then the configuration; arguments of `PreTrainedConfig.save_pretrained`."""
@@ -123,32 +133,30 @@ def needs_triton(path: Path) -> bool:
     return any(is_guarded_import(node) for node in parsed(path).body)
 
 
-def is_guarded_import(node: ast.stmt) -> bool:
+def is_guarded_import(node: ast.stmt) -> TypeGuard[ast.Try]:
     return isinstance(node, ast.Try) and all(isinstance(inner, ast.Import | ast.ImportFrom) for inner in node.body)
 
 
 def imports_of(paths: list[Path], names: dict[Path, str], within_try: bool = False) -> str:
     """The import statements at the top of a merged file, each once: standard library, packages, other merged files."""
-    modules, members = set(), {}
+    modules: set[str] = set()
+    members: dict[str, set[str]] = {}
     for path in paths:
-        statements = parsed(path).body
+        statements = list(parsed(path).body)
         if within_try:
-            statements = [
-                *statements,
-                *(inner for node in statements if is_guarded_import(node) for inner in node.body),
-            ]
-        for node in statements:
-            if isinstance(node, ast.Import):
-                modules.update(ast.unparse(node).splitlines())
-            elif isinstance(node, ast.ImportFrom) and not node.level:
-                members.setdefault(node.module, set()).update(ast.unparse(alias) for alias in node.names)
+            statements += [inner for node in parsed(path).body if is_guarded_import(node) for inner in node.body]
+        for statement in statements:
+            if isinstance(statement, ast.Import):
+                modules.add(ast.unparse(statement))
+            elif isinstance(statement, ast.ImportFrom) and statement.module and not statement.level:
+                members.setdefault(statement.module, set()).update(ast.unparse(alias) for alias in statement.names)
         for node, target in relative_imports(path):
             if node.col_offset == 0 and target not in NOT_MERGED and names[target] != names[path]:
                 module = "." + Path(names[target]).stem
                 members.setdefault(module, set()).update(alias.name for alias in node.names)
-    statements = [(line.split()[1], line) for line in modules]
-    statements += [(module, from_import(module, members[module])) for module in members]
-    return "\n".join(line for _, line in sorted(statements, key=lambda found: import_order(found[0])))
+    lines = [(line.split()[1], line) for line in modules]
+    lines += [(module, from_import(module, members[module])) for module in members]
+    return "\n".join(line for _, line in sorted(lines, key=lambda found: import_order(found[0])))
 
 
 def from_import(module: str, members: Iterable[str]) -> str:
@@ -166,45 +174,45 @@ def import_order(module: str) -> tuple[int, str]:
 
 def body_of(path: Path, names: dict[Path, str]) -> str:
     """A module without its imports and `__all__`, below a comment with its path."""
-    text = path.read_text(encoding="utf-8")
-    lines = text.splitlines()
-    for node, target in relative_imports(path):
-        indent = " " * node.col_offset
-        replaced = f"{indent}from .{Path(names[target]).stem} import " if target in names else None
-        if node.col_offset == 0 or names[target] == names[path]:
-            lines[node.lineno - 1 : node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)
-        else:
-            lines[node.lineno - 1] = replaced + ", ".join(alias.name for alias in node.names)
-            lines[node.lineno : node.end_lineno] = [None] * (node.end_lineno - node.lineno)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    edits: list[tuple[ast.stmt, str]] = []
+    for inner, target in relative_imports(path):
+        if inner.col_offset:
+            edits.append((inner, "" if names[target] == names[path] else import_in_function(inner, names[target])))
     for node in parsed(path).body:
         if isinstance(node, ast.Import | ast.ImportFrom) or is_guarded_import(node) or is_export_list(node):
-            lines[node.lineno - 1 : node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)
-        elif (source := named_c_source(node)) is not None:
-            lines[node.lineno - 1] = (
-                f'{node.targets[0].id} = r"""\n{(KERNELS / source).read_text(encoding="utf-8")}"""'
-            )
+            edits.append((node, ""))
+        elif isinstance(node, ast.Assign) and (source := named_c_source(node)) is not None:
+            code = (KERNELS / source).read_text(encoding="utf-8")
+            edits.append((node, f'{ast.unparse(node.targets[0])} = r"""\n{code}"""'))
         elif isinstance(node, ast.ClassDef):
-            line = lines[node.lineno - 1]
-            lines[node.lineno - 1] = line.replace(f"{HubCodeMixin.__name__}, ", "")
-    body = "\n".join(line for line in lines if line is not None).strip("\n")
+            lines[node.lineno - 1] = lines[node.lineno - 1].replace(f"{HubCodeMixin.__name__}, ", "")
+    for node, text in sorted(edits, key=lambda edit: edit[0].lineno, reverse=True):
+        lines[node.lineno - 1 : node.end_lineno] = [text] if text else []
+    body = "\n".join(lines).strip("\n")
     return f"# {path.relative_to(ROOT.parent).as_posix()}\n{body}"
+
+
+def import_in_function(node: ast.ImportFrom, file: str) -> str:
+    """An import inside a function, from the merged file that holds the module."""
+    names = ", ".join(alias.name for alias in node.names)
+    return f"{' ' * node.col_offset}from .{Path(file).stem} import {names}"
 
 
 def is_export_list(node: ast.stmt) -> bool:
     return isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
 
 
-def named_c_source(node: ast.stmt) -> str | None:
-    """The file name in `NAME = c_source("file.c")`, None for another statement."""
-    if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
-        if ast.unparse(node.value.func) == "c_source":
-            return ast.literal_eval(node.value.args[0])
+def named_c_source(node: ast.Assign) -> str | None:
+    """The file name in `NAME = c_source("file.c")`, None for another assignment."""
+    if isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "c_source":
+        return ast.literal_eval(node.value.args[0])
     return None
 
 
 def indented(text: str) -> str:
     """`text` one level deeper; the lines inside multi-line strings stay as they are."""
-    inside = set()
+    inside: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.STRING:
             inside.update(range(token.start[0] + 1, token.end[0] + 1))

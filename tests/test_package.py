@@ -45,7 +45,7 @@ def probe(cwd: Path, python_path: Path | None = None, setup: str = "") -> list[P
 def in_checkout(checkout: Path) -> list[Path]:
     return [
         checkout / "dfn_hf" / "__init__.py",
-        checkout / "modeling" / "flow_search.py",
+        checkout / "modeling" / "ops" / "neighbor_search.py",
         checkout / "conversion" / "__init__.py",
     ]
 
@@ -93,7 +93,7 @@ def test_wheel_holds_every_module_and_data_file(wheel, checkout):
     assert not any(name.startswith(("modeling/", "conversion/", "tests/", "build/")) for name in held)
     dist_info = f"dfn_hf-{dfn_hf.__version__}.dist-info"
     assert f"{dist_info}/licenses/LICENSE" in held
-    assert "dfn-hf = dfn_hf.cli:app" in zipfile.ZipFile(wheel).read(f"{dist_info}/entry_points.txt").decode()
+    assert "dfn-hf = dfn_hf_cli:main" in zipfile.ZipFile(wheel).read(f"{dist_info}/entry_points.txt").decode()
 
 
 def test_sdist_holds_what_a_developer_needs(sdist):
@@ -103,7 +103,7 @@ def test_sdist_holds_what_a_developer_needs(sdist):
         "constraints.txt",
         "CHANGELOG.md",
         "LICENSE",
-        "modeling/flow_search.py",
+        "modeling/ops/neighbor_search.py",
         "docs/guides/peft.md",
     } <= held
 
@@ -111,7 +111,7 @@ def test_sdist_holds_what_a_developer_needs(sdist):
 def test_wheel_works_anywhere(installed, tmp_path):
     assert probe(tmp_path, python_path=installed) == [
         installed / "dfn_hf" / "__init__.py",
-        installed / "dfn_hf" / "modeling" / "flow_search.py",
+        installed / "dfn_hf" / "modeling" / "ops" / "neighbor_search.py",
         installed / "dfn_hf" / "conversion" / "__init__.py",
     ]
 

@@ -11,7 +11,7 @@ from transformers import AutoConfig
 
 from dfn_hf import DFNConfig, FlowNetworkConfig, LiquidConfig
 from dfn_hf.modeling import hub_code
-from dfn_hf.registration import FAMILIES
+from dfn_hf.registration import CONFIGURATIONS, model_classes
 
 FILES = {
     "dfn": {"configuration_dfn.py", "dfn_kernels.py", "modeling_dfn.py"},
@@ -21,7 +21,7 @@ FILES = {
     "flownetwork_native": {"configuration_flownetwork_native.py", "modeling_flownetwork_native.py"},
     "liquid_native": {"configuration_liquid_native.py", "modeling_liquid_native.py"},
 }
-CONFIGS = list(FAMILIES)
+CONFIGS = CONFIGURATIONS
 
 
 def files_of(config) -> dict[str, str]:
@@ -138,7 +138,7 @@ def test_what_transformers_guesses_from_source_is_the_same_in_a_saved_folder(con
     from transformers import AutoModel
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-    model_class = FAMILIES[config][AutoModel]
+    model_class = model_classes()[config][AutoModel]
     config().save_pretrained(tmp_path)
     travelled = get_class_from_dynamic_module(config().auto_map["AutoModel"], str(tmp_path))
     for guess in ("_can_set_attn_implementation", "_can_set_experts_implementation"):
