@@ -223,7 +223,7 @@ class DFNConfig(HubCodeMixin, PreTrainedConfig):
             raise ValueError(f"`memory_chunk` must be at least 2, got {self.memory_chunk}.")
         for field in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"`{field}` must be in [0, 1), got {getattr(self, field)}.")
+                raise ValueError(f"`{field}` must lie in [0, 1), got {getattr(self, field)}.")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) must be a multiple of `num_attention_heads` "
@@ -235,7 +235,7 @@ class DFNConfig(HubCodeMixin, PreTrainedConfig):
             raise ValueError(f"`search_implementation` must be one of {SEARCHES}, got {self.search_implementation!r}.")
         self._validate_sampling()
         if not 0 < self.memory_decay < 1:
-            raise ValueError(f"`memory_decay` must be in (0, 1), got {self.memory_decay}.")
+            raise ValueError(f"`memory_decay` must lie in (0, 1), got {self.memory_decay}.")
         sizes = check_cell_sizes(self.cell_sizes, self.num_tables, self.candidates_per_table)
         cells = max(ball_cells_per_axis(self.position_dim, sizes)) ** grid_axes(self.position_dim)
         if cells > MAX_CELLS:

@@ -1,12 +1,12 @@
-"""Contrastive DFN: two views of one thing, each a text or a field, embedded close to each other and far from all else.
+"""Contrastive DFN: embeds two views of the same thing, each a text or a field, close together.
 
     e     = normalise(W · mean of a view's states over its real tokens or entities)
-    ℓ_ij  = exp(s) e_i · e'_j                                     row i: view i against every pair
-    loss  = ½ Σ over both directions of the mean cross-entropy of ℓ with the diagonal as its labels
+    ℓ_ij  = exp(s) e_i · e'_j                                     view i against pair j
+    loss  = ½ Σ over both directions of the mean cross-entropy of ℓ with the diagonal as labels
             + ratio_loss_coef · mean of the texts' ratio losses, with `entity_sampling="adaptive"`
 
-Symmetric InfoNCE with in-batch negatives and a learned temperature: CLIP (Radford et al. 2021, arXiv 2103.00020,
-fig. 3).
+This is symmetric InfoNCE with in-batch negatives and a learnt temperature, as in CLIP (Radford et al. 2021, arXiv
+2103.00020, fig. 3).
 
 Shape letters: B batch, M tokens, N samples of a field, E entities of a field.
 """
@@ -34,10 +34,10 @@ MAX_LOG_SCALE = math.log(100)
 class DFNContrastiveOutput(ModelOutput):
     """
     Attributes:
-        loss: scalar, symmetric InfoNCE; over several processes that of this process's rows against everyone's pairs.
-        logits_per_pair: `[B, B]`, row i is view i against every pair of this process.
-        embeds: `[B, projection_dim]`, of length 1, float32 or float64.
-        pair_embeds: the same of the second views.
+        loss: scalar, symmetric InfoNCE; with several processes, of this process's rows and the pairs of all processes.
+        logits_per_pair: `[B, B]`, row i compares view i with every pair of this process.
+        embeds: `[B, projection_dim]`, unit length, float32 or float64.
+        pair_embeds: `[B, projection_dim]`, embeddings of the second views.
     """
 
     loss: torch.FloatTensor | None = None
@@ -49,16 +49,24 @@ class DFNContrastiveOutput(ModelOutput):
 class DFNForContrastive(DFNPreTrainedModel):
     """A bidirectional DFN that embeds texts and, with `contrastive_fields`, fields into one space.
 
-    Both texts of a pair go through `model` and `projection`, both fields through `field_model` and
-    `field_projection`. The configuration is copied, and the copy has `is_causal` False: `DFNModel` loads from a saved
-    folder and gives the states that are pooled here.
+    Both texts of a pair use `model` and `projection`; both fields use `field_model` and `field_projection`. The model
+    keeps a copy of the configuration with `is_causal=False`, so that `DFNModel.from_pretrained` on a saved folder
+    gives the states that are pooled here.
 
     Raises:
-        ValueError: the configuration has what goes from left to right only (`memory_slots`, `readout_window`).
+        ValueError: the configuration has `memory_slots` or `readout_window`, which require a causal model.
+
+    Example:
+        >>> import torch
+        >>> from dfn_hf import DFNConfig, DFNForContrastive
+        >>> model = DFNForContrastive(DFNConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, projection_dim=8))
+        >>> outputs = model(torch.randint(32, (4, 20)), pair_input_ids=torch.randint(32, (4, 30)))
+        >>> outputs.embeds.shape, outputs.logits_per_pair.shape, outputs.loss.shape
+        (torch.Size([4, 8]), torch.Size([4, 4]), torch.Size([]))
     """
 
     _keep_in_fp32_modules_strict = [*DFNPreTrainedModel._keep_in_fp32_modules_strict, "logit_scale"]
-    accepts_loss_kwargs = False  # for the Trainer: the loss is a mean over this batch, accumulated or not
+    accepts_loss_kwargs = False  # tells the Trainer that the loss is a mean over each micro-batch
 
     def __init__(self, config: DFNConfig):
         config = copy.deepcopy(config)
@@ -71,11 +79,12 @@ class DFNForContrastive(DFNPreTrainedModel):
         if config.contrastive_fields:
             self.field_model = DFNFieldModel(config)
             self.field_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.empty(1, dtype=torch.float32))  # its log, as in CLIP
+        self.logit_scale = nn.Parameter(torch.empty(1, dtype=torch.float32))  # log of the scale, as in CLIP
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        """Initialise the parameters and buffers of one module."""
         super()._init_weights(module)
         if isinstance(module, DFNForContrastive):
             init.constant_(module.logit_scale, -math.log(INITIAL_TEMPERATURE))
@@ -100,54 +109,59 @@ class DFNForContrastive(DFNPreTrainedModel):
     ) -> DFNContrastiveOutput:
         """
         Args:
-            input_ids: int64 `[B, M]`, a text each, or `inputs_embeds` `[B, M, hidden_size]`.
-            attention_mask: `[B, M]`, 0 is padding, anywhere in a row; without it every token is real.
-            coordinates, values: `[B, N, coordinate_dim]` and `[B, N, value_dim]`, a field each in the place of a text.
-            mask: bool `[B, N]`, which samples of the fields there are; without it all.
-            pair_input_ids, pair_inputs_embeds, pair_attention_mask, pair_coordinates, pair_values, pair_mask: the
-                second views, row i that of row i; without them the first are embedded and nothing is compared.
-            return_loss: compute the loss of pairs. Where `torch.distributed` runs, every process must then make the
-                same call with as many rows: each compares its rows with those of all.
+            input_ids: int64 `[B, M]`, texts.
+            attention_mask: `[B, M]`; 0 is padding, at any position of a row. None if all tokens are real.
+            coordinates: `[B, N, coordinate_dim]`, fields instead of texts.
+            values: `[B, N, value_dim]`, of those fields.
+            mask: bool `[B, N]`, True where a sample of the field is given; None if all are.
+            inputs_embeds: `[B, M, hidden_size]`, instead of `input_ids`.
+            pair_input_ids, pair_attention_mask, pair_coordinates, pair_values, pair_mask, pair_inputs_embeds: the
+                second views, as above; row i is the pair of row i. Without them only `embeds` is returned.
+            return_loss: compute the loss. With `torch.distributed`, every process must make the same call with the
+                same number of rows, because each process compares its rows with the pairs of all.
 
         Raises:
-            ValueError: a view is neither or both of text and field; a field where there is no tower for one; a view
-                of nothing but padding; other numbers of first and second views; or training on one pair alone.
+            ValueError: a view has neither text nor field, or both; a field is passed to a model without
+                `contrastive_fields`; a row is all padding; the numbers of views differ; or training on one pair.
         """
-        embeds, ratio = self._embed("", input_ids, inputs_embeds, attention_mask, coordinates, values, mask)
+        embeds, ratio_loss = self._embed("", input_ids, inputs_embeds, attention_mask, coordinates, values, mask)
         pair = (pair_input_ids, pair_inputs_embeds, pair_attention_mask, pair_coordinates, pair_values, pair_mask)
         if all(view is None for view in pair):
             return DFNContrastiveOutput(embeds=embeds)
-        pair_embeds, pair_ratio = self._embed("pair_", *pair)
+        pair_embeds, pair_ratio_loss = self._embed("pair_", *pair)
         if len(embeds) != len(pair_embeds):
             raise ValueError(
-                f"There are {len(embeds)} first views and {len(pair_embeds)} second: row i of one must be the pair of "
-                "row i of the other."
+                f"The inputs have {len(embeds)} first views and {len(pair_embeds)} second views: pass one second view "
+                "for each first view."
             )
         scale = capped_scale(self.logit_scale.to(embeds.dtype))
         loss = None
         if return_loss:
             if self.training and len(embeds) * world_size() == 1:
-                raise ValueError("One pair has no other to be told from: train on batches of two pairs or more.")
+                raise ValueError("A batch of one pair has no negatives: train on batches of at least two pairs.")
             loss = info_nce(embeds, pair_embeds, scale)
-            ratios = [rows for rows in (ratio, pair_ratio) if rows is not None]
-            if ratios:
-                loss = loss + self.config.ratio_loss_coef * torch.cat(ratios).mean()
+            ratio_losses = [losses for losses in (ratio_loss, pair_ratio_loss) if losses is not None]
+            if ratio_losses:
+                loss = loss + self.config.ratio_loss_coef * torch.cat(ratio_losses).mean()
         with torch.autocast(embeds.device.type, enabled=False):
             logits = scale * embeds @ pair_embeds.T
         return DFNContrastiveOutput(loss=loss, logits_per_pair=logits, embeds=embeds, pair_embeds=pair_embeds)
 
     def _embed(self, prefix, input_ids, inputs_embeds, attention_mask, coordinates, values, mask):
-        """One view → (`[B, projection_dim]`, of length 1; `[B]`, its ratio losses, or None).
+        """Embed one view.
 
         Args:
-            prefix: of its arguments' names.
+            prefix: prefix of the view's argument names, for messages.
+
+        Returns:
+            (unit vectors `[B, projection_dim]`, ratio losses `[B]` or None).
         """
         is_text = input_ids is not None or inputs_embeds is not None
         is_field = coordinates is not None or values is not None
         if is_text == is_field:
             raise ValueError(
-                f"Pass {'either' if is_text else 'one of'} a text ({prefix}input_ids or {prefix}inputs_embeds) or a "
-                f"field ({prefix}coordinates and {prefix}values){', not both' if is_text else ''}."
+                f"Pass a text ({prefix}input_ids or {prefix}inputs_embeds) or a field ({prefix}coordinates and "
+                f"{prefix}values){', not both' if is_text else ''}."
             )
         if is_text:
             outputs = self.model(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
@@ -156,11 +170,11 @@ class DFNForContrastive(DFNPreTrainedModel):
         else:
             if self.field_model is None:
                 raise ValueError(
-                    f"{prefix}coordinates and {prefix}values are of a field, and this model reads texts alone: make "
-                    "it with `contrastive_fields=True` in its configuration."
+                    f"{prefix}coordinates and {prefix}values require a model with `contrastive_fields=True`: set it "
+                    "in the configuration."
                 )
             if coordinates is None or values is None:
-                raise ValueError(f"A field is {prefix}coordinates and {prefix}values: pass both.")
+                raise ValueError(f"A field requires {prefix}coordinates and {prefix}values: pass both.")
             outputs = self.field_model(coordinates=coordinates, values=values, mask=mask)
             real = outputs.entity_mask
             projection = self.field_projection
@@ -172,58 +186,61 @@ class DFNForContrastive(DFNPreTrainedModel):
 
 
 def masked_mean(states: torch.Tensor, mask: torch.Tensor | None, name: str) -> torch.Tensor:
-    """Mean of `[B, M, hidden_size]` over the places where `mask` `[B, M]` is not 0, in at least float32.
+    """Return the mean of `[B, M, hidden_size]` over positions where `mask` `[B, M]` is not 0, in float32 or float64.
+
+    Args:
+        name: the mask's name, for the message.
 
     Raises:
-        ValueError: a row has no such place, where that can be told without waiting for a GPU; `name` is the mask's.
+        ValueError: a row's mask is 0 everywhere. Checked on CPUs only, because a GPU would have to synchronise.
     """
     states = states.to(torch.promote_types(states.dtype, torch.float32))
     if mask is None:
         return states.mean(dim=1)
     real = mask.bool()
     if real.device.type == "cpu" and not torch.compiler.is_compiling() and not real.any(dim=1).all():
-        raise ValueError(f"{name} is 0 everywhere in a row: there is nothing to embed, leave the row out.")
+        raise ValueError(f"{name} is 0 everywhere in a row: remove the row, or mark a real position with 1.")
     sums = states.masked_fill(~real[..., None], 0).sum(dim=1)
     return sums / real.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 def capped_scale(log_scale: torch.Tensor) -> torch.Tensor:
-    """exp(log_scale), at most 100; its gradient passes, so that a scale beyond 100 can come back."""
+    """Return min(exp(log_scale), 100), with the gradient of exp, so that a scale above 100 can decrease again."""
     return (log_scale - (log_scale - MAX_LOG_SCALE).clamp(min=0).detach()).exp()
 
 
 def info_nce(embeds: torch.Tensor, pair_embeds: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Symmetric InfoNCE of rows `[B, projection_dim]`, a scalar.
+    """Return the symmetric InfoNCE loss of embeddings `[B, projection_dim]`, a scalar.
 
-    Over several processes it is that of this process's rows against the pairs of all: its mean over processes, which
-    `DistributedDataParallel` takes of the gradients, is the loss of the whole batch.
+    With several processes it compares this process's rows with the pairs of all processes. `DistributedDataParallel`
+    averages gradients over processes, which gives the gradient of the whole batch's loss.
     """
     first = dist.get_rank() * len(embeds) if world_size() > 1 else 0
     targets = torch.arange(first, first + len(embeds), device=embeds.device)
     with torch.autocast(embeds.device.type, enabled=False):
-        forth = scale * embeds @ gathered(pair_embeds).T
-        back = scale * pair_embeds @ gathered(embeds).T
-        return (F.cross_entropy(forth, targets) + F.cross_entropy(back, targets)) / 2
+        forward_logits = scale * embeds @ gather_from_processes(pair_embeds).T
+        backward_logits = scale * pair_embeds @ gather_from_processes(embeds).T
+        return (F.cross_entropy(forward_logits, targets) + F.cross_entropy(backward_logits, targets)) / 2
 
 
 def world_size() -> int:
-    """Processes that train together."""
+    """Return the number of processes; 1 without `torch.distributed`."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def gathered(rows: torch.Tensor) -> torch.Tensor:
-    """The rows of all processes `[processes · B, …]`, in the order of their ranks, with gradient."""
+def gather_from_processes(rows: torch.Tensor) -> torch.Tensor:
+    """Gather the rows `[B, …]` of all processes in rank order, with gradient: `[processes · B, …]`."""
     return GatherRows.apply(rows) if world_size() > 1 else rows
 
 
 class GatherRows(torch.autograd.Function):
-    """All processes' rows; backward sums what every process's loss asks of the rows of this one."""
+    """Concatenates the rows of all processes; backward sums the gradients that all processes have for each row."""
 
     @staticmethod
     def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
-        everyones = [torch.empty_like(rows) for _ in range(world_size())]
-        dist.all_gather(everyones, rows.contiguous())
-        return torch.cat(everyones)
+        all_rows = [torch.empty_like(rows) for _ in range(world_size())]
+        dist.all_gather(all_rows, rows.contiguous())
+        return torch.cat(all_rows)
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,8 @@
-"""transformers' own tests of models, from the source distribution of the installed release.
+"""Fetches transformers' own model tests from the source distribution of the installed release.
 
-pip fetches the archive once; it is kept beside this file and never committed. The archive has the top-level files of
-transformers' `tests` alone: the mixins of generation and export that they import are not in it, and stand empty here.
+pip downloads the archive once; the tests are kept beside this file and are not committed. The archive contains only
+the top-level files of transformers' `tests`. The generation and export mixins that they import are replaced by empty
+classes.
 """
 
 import subprocess
@@ -27,7 +28,7 @@ FETCHED = Path(__file__).parent / "fetched"
 
 
 def fetch_common_tests() -> Path:
-    """The folder to import the package of transformers' tests from, named `common_tests_<version>`."""
+    """Fetch the tests if necessary and return the folder that contains the package `common_tests_<version>`."""
     version = transformers.__version__
     package = FETCHED / package_name()
     FETCHED.mkdir(exist_ok=True)
@@ -45,7 +46,7 @@ def package_name() -> str:
 
 
 def download(version: str, folder: Path) -> Path:
-    """The archive of a release."""
+    """Download the source distribution of a transformers release into `folder` and return its path."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-build-isolation"]
     command += ["--no-binary", ":all:", "--dest", str(folder), f"transformers=={version}"]
     subprocess.run(command, check=True)
@@ -53,7 +54,7 @@ def download(version: str, folder: Path) -> Path:
 
 
 def unpack(archive: Path, version: str, package: Path) -> None:
-    """Write the files named in `FILES`, unchanged, and the stand-ins into `package`."""
+    """Write the unchanged files named in `FILES` and the stand-ins into `package`."""
     for name, text in STAND_INS.items():
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / name).write_text(text)

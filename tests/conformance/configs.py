@@ -1,4 +1,4 @@
-"""The smallest configurations that set every mechanism of a family in motion."""
+"""Small configurations that use every mechanism of their family."""
 
 from typing import Any
 
@@ -46,7 +46,7 @@ def flownetwork_config(**overrides) -> FlowNetworkConfig:
 
 
 def liquid_config(**overrides) -> LiquidConfig:
-    """With one block on either side: with two, half precision makes differences that grow beyond the tests'."""
+    """One block in encoder and decoder: with two, half-precision differences exceed the tests' tolerance."""
     options: dict[str, Any] = {
         "hidden_size": 32,
         "num_hidden_layers": 1,

@@ -1,4 +1,4 @@
-"""The marks that transformers' tests carry, and the table of what they said."""
+"""Registers the marks of transformers' tests and prints a table of their outcomes."""
 
 from collections import Counter
 
@@ -26,16 +26,16 @@ MARKS = (
     "is_training_test",
     "torch_compile_test",
 )
-OF_THE_MACHINE = ("test requires", "test is slow", "Not a prioritized model")
+MACHINE_REASONS = ("test requires", "test is slow", "Not a prioritized model")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     for mark in MARKS:
-        config.addinivalue_line("markers", f"{mark}: one of transformers' marks")
+        config.addinivalue_line("markers", f"{mark}: a mark of transformers' tests")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """A Markdown table of the classes in `test_conformance.py`, and what was skipped because of a model."""
+    """Print a Markdown table of outcomes per class of `test_conformance.py`, and the tests skipped for a model."""
     counts: dict[str, Counter] = {}
     reasons: dict[str, set[str]] = {}
     for outcome in ("passed", "failed", "error", "skipped"):
@@ -46,7 +46,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             kind = outcome
             if outcome == "skipped":
                 reason = report.longrepr[2].removeprefix("Skipped: ")
-                kind = "machine" if reason.startswith(OF_THE_MACHINE) else "model"
+                kind = "machine" if reason.startswith(MACHINE_REASONS) else "model"
                 if kind == "model":
                     reasons.setdefault(reason, set()).add(report.nodeid.split("::")[2])
             counts.setdefault(family, Counter())[kind] += 1

@@ -1,6 +1,6 @@
-"""Every family under transformers' own tests of models, with no test overridden and no tolerance changed.
+"""Runs transformers' own model tests on every family; no test is overridden and no tolerance is changed.
 
-Each family is tested twice: as initialised by default, and with weights large enough that every part matters.
+Each family is tested twice: with default initialisation, and with weights so large that every part affects the output.
 """
 
 import importlib
@@ -32,7 +32,7 @@ common = importlib.import_module(f"{package_name()}.test_modeling_common")
 training = importlib.import_module(f"{package_name()}.test_training_mixin")
 configuration = importlib.import_module(f"{package_name()}.test_configuration_common")
 
-# The tests look a head's task up by its class name in these tables, which hold transformers' own families alone.
+# The tests look up the task of a head by class name in these tables, which list only transformers' own families.
 modeling_auto.MODEL_MAPPING_NAMES.update(dfn="DFNModel", flownetwork="FlowNetworkModel", liquid="LiquidModel")
 modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.update(dfn="DFNForCausalLM", flownetwork="FlowNetworkForCausalLM")
 modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.update(liquid="LiquidForSeq2SeqLM")
@@ -43,10 +43,9 @@ modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.update(
 )
 
 LARGE = 0.5
-LARGE_WITH_SAMPLING = (
-    0.2  # at 0.5 what a batch's shapes round, which its bytes decide, grows just beyond 1e-5
-)
-LARGE_WITH_SDPA = 0.2  # at 0.5 a Llama's eager and sdpa attention differ more than the tests allow
+# With 0.5 rounding differences exceed 1e-5: the number of entities, and with it the shapes, depends on the bytes.
+LARGE_WITH_SAMPLING = 0.2
+LARGE_WITH_SDPA = 0.2  # with 0.5, eager and sdpa attention of a Llama differ by more than the tests' tolerance
 DFN = (DFNModel, DFNForCausalLM, DFNForSequenceClassification)
 FLOWNETWORK = (FlowNetworkModel, FlowNetworkForCausalLM, FlowNetworkForSequenceClassification)
 LIQUID = (LiquidModel, LiquidForSeq2SeqLM)
@@ -54,7 +53,7 @@ LIQUID_ENCODER = (LiquidForSequenceClassification,)
 
 
 class CommonTests(common.ModelTesterMixin):
-    """transformers' tests of any model, and those of its configuration."""
+    """transformers' common tests of a model and of its configuration."""
 
     config_class: type
 

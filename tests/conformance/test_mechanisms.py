@@ -1,4 +1,4 @@
-"""In the models that transformers' tests see, everything that makes their families is at work."""
+"""Checks that the models of the conformance tests use every mechanism of their family."""
 
 from functools import partial
 
@@ -19,11 +19,11 @@ def make(model_class, config, scale):
 
 
 def outputs_of(model: nn.Module, run, ending: str) -> list[torch.Tensor]:
-    """What the modules whose names end so give while the model runs, their first outputs."""
-    seen: list[torch.Tensor] = []
+    """Return the first output of every module whose name ends with `ending`, while `run` runs the model."""
+    outputs: list[torch.Tensor] = []
 
     def record(module, args, output):
-        seen.append(output[0] if isinstance(output, tuple) else output)
+        outputs.append(output[0] if isinstance(output, tuple) else output)
 
     hooks = [module.register_forward_hook(record) for name, module in model.named_modules() if name.endswith(ending)]
     assert hooks, ending
@@ -31,7 +31,7 @@ def outputs_of(model: nn.Module, run, ending: str) -> list[torch.Tensor]:
         run()
     for hook in hooks:
         hook.remove()
-    return seen
+    return outputs
 
 
 def differs_by_token(x: torch.Tensor) -> bool:
@@ -39,7 +39,7 @@ def differs_by_token(x: torch.Tensor) -> bool:
 
 
 @scales
-def test_dfn_finds_far_neighbours_moves_and_reads_its_memory(scale):
+def test_dfn_uses_neighbors_flow_and_memory(scale):
     model = make(DFNModel, dfn_config, scale)
     ids = draw_ids()
     with torch.no_grad():
@@ -47,11 +47,11 @@ def test_dfn_finds_far_neighbours_moves_and_reads_its_memory(scale):
     for entities, weights in zip(outputs.entities, outputs.attentions, strict=True):
         assert (entities.neighbors >= 0).any()
         assert (entities.moved_positions - entities.rest_positions).abs().max() > 0
-        assert (weights.sum(dim=-1) < 1 - 1e-4).any(), "the memory has no share"
+        assert (weights.sum(dim=-1) < 1 - 1e-4).any(), "the memory has no softmax weight"
 
 
 @scales
-def test_adaptive_dfn_places_entities_and_finds_far_ones(scale):
+def test_adaptive_dfn_uses_entities_and_neighbors(scale):
     model = make(DFNModel, adaptive_dfn_config, scale)
     with torch.no_grad():
         outputs = model(draw_ids(), output_entities=True)
@@ -62,7 +62,7 @@ def test_adaptive_dfn_places_entities_and_finds_far_ones(scale):
 
 
 @scales
-def test_flownetwork_leaves_out_varies_and_remembers(scale):
+def test_flownetwork_uses_sparsity_windows_and_memory(scale):
     model = make(FlowNetworkModel, flownetwork_config, scale)
     run = partial(model, draw_ids(), output_flows=True)
     with torch.no_grad():
@@ -78,7 +78,7 @@ def test_flownetwork_leaves_out_varies_and_remembers(scale):
 
 
 @scales
-def test_liquid_compresses_routes_bends_and_remembers(scale):
+def test_liquid_uses_compression_experts_offsets_and_lstm(scale):
     model = make(LiquidModel, liquid_config, scale)
     run = partial(model, draw_ids(), decoder_input_ids=draw_ids(), output_router_logits=True)
     with torch.no_grad():

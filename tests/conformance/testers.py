@@ -1,4 +1,4 @@
-"""Small models with every mechanism in motion, as transformers' test mixins ask for them."""
+"""Model testers that transformers' test mixins expect: small models that use every mechanism."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,10 +12,10 @@ BATCH, LENGTH = 2, 24
 
 
 class EncoderTester:
-    """Inputs of a model of one text, rows of unequal length padded on the right.
+    """Inputs of a model of one text: two rows, one of them padded on the right.
 
     Args:
-        get_config: gives a fresh configuration.
+        get_config: returns a new configuration.
     """
 
     batch_size = BATCH
@@ -41,7 +41,7 @@ class DecoderTester(EncoderTester):
 
     Args:
         get_config: as for `EncoderTester`.
-        classes: the model without a head, its language model and its classifier.
+        classes: base model, causal language model and sequence classifier.
     """
 
     def __init__(self, get_config: Callable[[], PreTrainedConfig], classes: tuple[type[PreTrainedModel], ...]):
@@ -50,7 +50,7 @@ class DecoderTester(EncoderTester):
 
 
 class Seq2SeqTester(EncoderTester):
-    """Inputs of an encoder-decoder; transformers' tests take one mask for both sides, so both are as long."""
+    """Inputs of an encoder-decoder model; both texts have one length, because the tests use one mask for both."""
 
     def prepare_config_and_inputs_for_common(self) -> tuple[PreTrainedConfig, dict[str, Any]]:
         config, inputs = super().prepare_config_and_inputs_for_common()

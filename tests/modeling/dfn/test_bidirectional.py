@@ -1,4 +1,4 @@
-"""A model that is not causal: what lies on both sides of an entity, against a loop over the equation."""
+"""Bidirectional DFN: attention to both sides of an entity, compared with a loop over the equation."""
 
 import random
 
@@ -32,8 +32,8 @@ def states(model, ids, **inputs):
         return model(ids, **inputs).last_hidden_state
 
 
-def both_sides_reference(attention: DynamicFlowAttention, u: torch.Tensor) -> torch.Tensor:
-    """y of one row `[M, hidden_size]` by a loop over entities."""
+def bidirectional_reference(attention: DynamicFlowAttention, u: torch.Tensor) -> torch.Tensor:
+    """Compute y of one row `[1, M, hidden_size]` by a loop over entities."""
     config = attention.config
     rest, moved, influence, _ = attention.entities(u, None)
     value = attention.value_proj(u).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
@@ -59,20 +59,20 @@ def both_sides_reference(attention: DynamicFlowAttention, u: torch.Tensor) -> to
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_both_sides_are_read_as_the_equation_says(seed):
+def test_attention_equals_a_loop_over_entities(seed):
     model = draw(seed, search_implementation="exact", moved_query=True)
     attention = model.layers[0].attention
     torch.manual_seed(seed)
     u = torch.randn(1, 40, model.config.hidden_size, dtype=torch.float64)
     probe = torch.randn_like(u)
     results = []
-    for read in (
+    for attend in (
         lambda x: attention(x, make_row_layout(1, 40, x.device), None, None, False)[0],
-        lambda x: both_sides_reference(attention, x),
+        lambda x: bidirectional_reference(attention, x),
     ):
         attention.zero_grad()
         x = u.clone().requires_grad_()
-        y = read(x)
+        y = attend(x)
         (y * probe).sum().backward()
         results.append([y.detach(), x.grad, *(parameter.grad.clone() for parameter in attention.parameters())])
     for ours, expected in zip(*results, strict=True):
@@ -80,7 +80,7 @@ def test_both_sides_are_read_as_the_equation_says(seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_padding_rows_and_segments_change_nothing(seed):
+def test_padding_rows_and_segments_are_independent(seed):
     model = draw(seed)
     ids = draw_ids(2, 45, seed)
     alone = states(model, ids)
@@ -100,17 +100,17 @@ def test_padding_rows_and_segments_change_nothing(seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_token_changes_states_on_both_sides(seed):
+def test_token_changes_states_on_both_sides(seed):
     model = draw(seed)
     ids = draw_ids(1, 45, seed)
     changed = ids.clone()
     changed[0, 22] = (changed[0, 22] + 1) % 40
-    moved = (states(model, ids) - states(model, changed)).abs().amax(dim=-1)[0]
-    assert moved[21] > 1e-3 and moved[23] > 1e-3
+    change = (states(model, ids) - states(model, changed)).abs().amax(dim=-1)[0]
+    assert change[21] > 1e-3 and change[23] > 1e-3
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_flow_weights_are_those_that_were_used(seed):
+def test_returned_weights_reproduce_the_output(seed):
     model = draw(seed)
     ids = draw_ids(2, 30, seed)
     mask = torch.ones_like(ids)
@@ -129,12 +129,12 @@ def test_flow_weights_are_those_that_were_used(seed):
         torch.ones(1, dtype=torch.float64),
         **STRICT,
     )
-    found = outputs.entities[0].neighbors
-    assert found.shape[-1] == 2 * model.config.num_neighbors
-    assert (found > torch.arange(30)[:, None]).any()
+    neighbors = outputs.entities[0].neighbors
+    assert neighbors.shape[-1] == 2 * model.config.num_neighbors
+    assert (neighbors > torch.arange(30)[:, None]).any()
 
 
-def test_heads_and_contradictions():
+def test_heads_and_refused_options():
     config = draw_dfn_config(random.Random(0), memory_slots=0, readout_window=1, is_causal=False, num_labels=3)
     model = DFNForSequenceClassification(config)
     assert model(draw_ids(1, 9, 0)).logits.shape == (1, 3)

@@ -1,4 +1,4 @@
-"""DFNConfig: defaults, what it refuses and how it is written down."""
+"""DFNConfig: defaults, validation and serialisation."""
 
 import json
 from ast import literal_eval
@@ -68,7 +68,7 @@ SAMPLED = {
 
 
 @pytest.mark.parametrize("model_class", [DFNModel, DFNForCausalLM, DFNForSequenceClassification])
-def test_a_model_of_the_defaults_runs(model_class):
+def test_default_model_runs(model_class):
     model = model_class(DFNConfig()).eval()
     assert sum(parameter.numel() for parameter in model.parameters()) < 5e6
     with torch.no_grad():
@@ -95,7 +95,7 @@ def test_every_field_changes_and_is_documented():
     assert all(f"{name} (`" in DFNConfig.__doc__ or f"{name}, " in DFNConfig.__doc__ for name in own)
 
 
-def test_defaults_that_the_docstring_states():
+def test_docstring_states_the_defaults():
     for line in DFNConfig.__doc__.splitlines():
         if ", defaults to `" in line:
             names, default = line.split(" (`")[0].strip(), line.split("defaults to ")[1].split(")")[0]
@@ -103,31 +103,31 @@ def test_defaults_that_the_docstring_states():
             assert all(getattr(DFNConfig(), name) == stated for name in names.split(", ")), names
 
 
-def test_a_model_of_samples_follows_its_fields():
+def test_contrastive_model_uses_the_sampling_options():
     model = DFNForContrastive(DFNConfig(**SAMPLED))
     views = model(torch.randint(50, (2, 30)), pair_coordinates=torch.rand(2, 40, 1), pair_values=torch.randn(2, 40, 3))
     assert views.embeds.shape == views.pair_embeds.shape == (2, 12)
 
 
-def test_a_model_follows_every_field():
+def test_model_runs_with_every_option_changed():
     model = DFNForCausalLM(DFNConfig(**CHANGED)).eval()
     with torch.no_grad():
         assert model(torch.randint(50, (2, 30))).logits.shape == (2, 30, 50)
 
 
-def test_auto_map_keeps_what_others_added():
+def test_auto_map_keeps_other_entries():
     config = DFNConfig(auto_map={"AutoTokenizer": "tokenization.Tokenizer"})
     assert config.auto_map == {**AUTO_MAP, "AutoTokenizer": "tokenization.Tokenizer"}
 
 
-def test_unknown_fields_are_kept_as_those_of_every_configuration_are():
+def test_unknown_fields_are_kept():
     config = DFNConfig(note="mine", id2label={0: "a", 1: "b", 2: "c"})
     assert config.note == "mine" and config.num_labels == 3
     assert DFNConfig.from_dict(config.to_dict()).note == "mine"
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "expected_parts"),
     [
         *(
             ({name: 0}, [name, "at least 1", "0"])
@@ -162,15 +162,15 @@ def test_unknown_fields_are_kept_as_those_of_every_configuration_are():
         ({"pad_token_id": -1}, ["pad_token_id", "-1"]),
     ],
 )  # fmt: skip
-def test_what_contradicts_is_named(fields, told):
+def test_messages_name_field_and_value(fields, expected_parts):
     with pytest.raises(ValueError) as error:
         DFNConfig(**fields)
-    for part in told:
+    for part in expected_parts:
         assert part in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "expected_parts"),
     [
         ({"hidden_size": "wide"}, ["hidden_size", "int", "wide"]),
         ({"hidden_size": 16.0}, ["hidden_size", "int", "16.0"]),
@@ -178,14 +178,14 @@ def test_what_contradicts_is_named(fields, told):
         ({"cell_sizes": 1.0}, ["cell_sizes", "1.0"]),
     ],
 )
-def test_what_is_of_another_type_is_named(fields, told):
+def test_messages_name_wrong_types(fields, expected_parts):
     with pytest.raises(StrictDataclassError) as error:
         DFNConfig(**fields)
-    for part in told:
+    for part in expected_parts:
         assert part in str(error.value)
 
 
-def test_a_contradiction_made_later_is_found_when_saving(tmp_path):
+def test_saving_validates_changed_fields(tmp_path):
     config = DFNConfig()
     config.num_attention_heads = 7
     with pytest.raises(StrictDataclassError, match="num_attention_heads"):

@@ -1,4 +1,4 @@
-"""Entities sampled from bytes, against a loop over the equations; what they are in a model."""
+"""Dynamic chunking of bytes: compared with a loop over the equations, and inside models."""
 
 import random
 
@@ -37,7 +37,14 @@ def make_sampling(seed, **options):
 
 
 def reference(sampling, states, entities_of):
-    """One row `[M, D]` of samples by a loop: what each is given, `entities_of` standing for the layers between."""
+    """Sample and dechunk one row `[M, D]` by a loop.
+
+    Args:
+        entities_of: stands in for the entity-level layers, `[E, D]` → `[E, D]`.
+
+    Returns:
+        (states after dechunking `[M, D]`, spans of the entities, log mass `[E]`, coordinates `[E, F]`).
+    """
     boundary_probs, spans, opened = [], [], 0
     for t in range(len(states)):
         if t == 0 or not sampling.adaptive:
@@ -73,7 +80,7 @@ def reference(sampling, states, entities_of):
 
 @pytest.mark.parametrize("options", [{}, {"entity_sampling": "uniform", "entity_rate": 1 / 3}])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_sampling_and_the_way_back_are_the_equations(seed, options):
+def test_sampling_and_dechunking_equal_a_loop(seed, options):
     sampling, dechunking = make_sampling(seed, **options), Dechunking()
     torch.manual_seed(seed)
     states = torch.randn(3, 29, HIDDEN, dtype=torch.float64)
@@ -107,22 +114,22 @@ def test_sampling_and_the_way_back_are_the_equations(seed, options):
         assert gradient.any() and torch.allclose(gradient, parameter.grad, **STRICT)
 
 
-def test_the_flow_foretells_the_sample_that_follows_in_its_segment():
+def test_prediction_loss_covers_next_samples_of_the_segment():
     sampling, embeddings = make_sampling(0), torch.randn(2, 9, HIDDEN, dtype=torch.float64, requires_grad=True)
     states = torch.randn(2, 9, HIDDEN, dtype=torch.float64)
     segments = torch.tensor([[0, 0, 0, 0, 1, 1, 2, 2, 2], [0, 0, 0, 0, 0, 0, 0, -1, -1]])
     rows = make_row_layout(2, 9, states.device, segment_ids=segments)
-    found = sampling(states, rows, None, None, embeddings).prediction_loss
-    found.sum().backward()
+    loss = sampling(states, rows, None, None, embeddings).prediction_loss
+    loss.sum().backward()
     assert embeddings.grad is None and sampling.flow_map.weight.grad.any()
-    flow, aims = sampling.flow_map(sampling.norm(states)), F.normalize(embeddings, dim=-1)
-    for row, places in enumerate(([0, 1, 2, 4, 6, 7], range(6))):
-        expected = sum((aims[row, t + 1] - flow[row, t]).square().sum() for t in places) / 6
-        assert torch.allclose(found[row], expected, **STRICT)
+    flow, targets = sampling.flow_map(sampling.norm(states)), F.normalize(embeddings, dim=-1)
+    for row, positions in enumerate(([0, 1, 2, 4, 6, 7], range(6))):
+        expected = sum((targets[row, t + 1] - flow[row, t]).square().sum() for t in positions) / 6
+        assert torch.allclose(loss[row], expected, **STRICT)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_losses_of_a_padded_row_are_those_of_the_row_alone(side):
+def test_losses_of_padded_rows_equal_those_of_single_rows(side):
     model, ids = draw_model("dfn-adaptive", 0), draw_ids(3, 20, 0)
     mask = torch.ones_like(ids)
     for row, pads in enumerate((0, 4, 13)):
@@ -135,12 +142,12 @@ def test_losses_of_a_padded_row_are_those_of_the_row_alone(side):
                 assert torch.allclose(outputs[name][row], alone[name][0], **STRICT), name
 
 
-def test_a_flow_becomes_as_long_as_what_follows_is_certain():
+def test_boundary_probs_learn_to_mark_uncertain_bytes():
     torch.manual_seed(0)
     model = DFNForCausalLM(DFNConfig(vocab_size=16, hidden_size=32, num_hidden_layers=1, entity_sampling="adaptive"))
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(150):
-        ids = torch.randint(8, 16, (8, 60))  # every other token is 8 less than the one before: certain
+        ids = torch.randint(8, 16, (8, 60))  # every second token is 8 less than the previous one, so it is certain
         ids[:, 1::2] = ids[:, ::2] - 8
         model(ids, labels=ids).loss.backward()
         optimizer.step()
@@ -150,7 +157,7 @@ def test_a_flow_becomes_as_long_as_what_follows_is_certain():
     assert boundary_probs[:, 1::2].mean() > boundary_probs[:, ::2].mean() + 0.3
 
 
-def test_a_long_text_is_smoothed_as_a_short_one():
+def test_smoothing_of_many_entities_equals_a_loop():
     sampling, dechunking = make_sampling(0), Dechunking()
     states = torch.randn(1, 400, HIDDEN, dtype=torch.float64)
     sampled = sampling(states, make_row_layout(1, 400, states.device), None, None)
@@ -160,7 +167,7 @@ def test_a_long_text_is_smoothed_as_a_short_one():
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.5])
-def test_ratio_loss_is_least_where_the_rate_is_held(rate):
+def test_ratio_loss_is_minimal_at_the_target_rate(rate):
     sampling = make_sampling(0, entity_rate=rate)
     rows = make_row_layout(1, 100, torch.device("cpu"))
 
@@ -178,7 +185,7 @@ def test_ratio_loss_is_least_where_the_rate_is_held(rate):
         assert wrong_way > loss(share, rate)
 
 
-def test_padding_rows_alone_and_packed_give_the_same():
+def test_packed_rows_equal_single_rows():
     model = draw_model("dfn-adaptive", 3, flow_norm="entity").eval()
     ids = draw_ids(6, 60, 0)
     mask = torch.zeros_like(ids)
@@ -212,7 +219,7 @@ def test_padding_rows_alone_and_packed_give_the_same():
 
 
 @pytest.mark.parametrize("sampling", ["adaptive", "uniform"])
-def test_a_model_with_sampling_generates_and_classifies(sampling):
+def test_sampled_model_generates_and_classifies(sampling):
     config = draw_adaptive_config(random.Random(0), entity_sampling=sampling, num_labels=3, pad_token_id=0)
     torch.manual_seed(0)
     model = DFNForCausalLM(config).double().eval()
@@ -224,7 +231,7 @@ def test_a_model_with_sampling_generates_and_classifies(sampling):
     assert DFNForSequenceClassification(config)(ids).logits.shape == (2, 3)
 
 
-def test_a_classifier_trains_the_sampling_too():
+def test_classification_loss_includes_sampling_losses():
     config = draw_adaptive_config(random.Random(0), num_labels=3, pad_token_id=0, ratio_loss_coef=0.3)
     torch.manual_seed(0)
     model, ids, labels = DFNForSequenceClassification(config).double(), draw_ids(2, 20, 0), torch.tensor([0, 2])
@@ -239,7 +246,7 @@ def test_a_classifier_trains_the_sampling_too():
         assert (gradient is None and reference is None) or torch.allclose(gradient, reference, **STRICT)
 
 
-def test_both_sides_with_sampling():
+def test_bidirectional_model_with_sampling():
     config = draw_adaptive_config(random.Random(1), memory_slots=0, is_causal=False)
     torch.manual_seed(0)
     model = DFNModel(config).double().eval()
@@ -254,7 +261,7 @@ def test_both_sides_with_sampling():
     assert (moved[:, 29] > 1e-6).all()
 
 
-def test_a_cache_holds_a_state_for_every_layer():
+def test_cache_has_one_state_per_layer():
     model = draw_model("dfn-adaptive", 0)
     cache = DynamicCache(config=model.config)
     model(draw_ids(1, 40, 0), past_key_values=cache)
@@ -262,11 +269,11 @@ def test_a_cache_holds_a_state_for_every_layer():
     bytes_layer, entity_layer = cache.layers[0], cache.layers[-1]
     assert int(bytes_layer.lengths) == bytes_layer.seq_length == entity_layer.seq_length == 40
     assert 0 < int(entity_layer.lengths) < 40
-    # Stores grow with the entities, not with the bytes.
+    # The entity-level cache grows with the entities, not with the bytes.
     assert entity_layer.data("key").shape[2] < 40
 
 
-def test_contradictions_name_their_fields():
+def test_messages_name_contradicting_fields():
     for options, name in (
         ({"entity_sampling": "words"}, "entity_sampling"),
         ({"entity_rate": 1.0}, "entity_rate"),

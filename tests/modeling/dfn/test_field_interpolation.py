@@ -1,4 +1,4 @@
-"""Gaussian interpolation against dense distances to all entities: values and all gradients."""
+"""Gaussian interpolation compared with dense distances to all entities: values and all gradients."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def draw_decoder(seed, coordinate_dim=2, value_dim=2):
 
 
 def dense(decoder, queries, entities, real, samples, values, mask):
-    """Of each row, with distances from every query to every entity; the K nearest of them in their own scale."""
+    """Interpolate each row with the distances from every query to every entity, in units of the entity's scale."""
     results = []
     for row in range(len(real)):
         states, centre, scale, mean = (x[row, real[row]] for x in entities.values())
@@ -63,8 +63,10 @@ def dense(decoder, queries, entities, real, samples, values, mask):
 @pytest.mark.parametrize("own_queries", [True, False])
 @pytest.mark.parametrize("coordinate_dim", [1, 2, 3])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_values_and_gradients_are_those_of_dense_distances(seed, coordinate_dim, own_queries, monkeypatch):
-    monkeypatch.setattr(field_interpolation, "CANDIDATES_PER_SIDE", 7)  # all of them, so that the search is exact
+def test_values_and_gradients_equal_dense_search(seed, coordinate_dim, own_queries, monkeypatch):
+    monkeypatch.setattr(
+        field_interpolation, "CANDIDATES_PER_SIDE", 7
+    )  # all are candidates: the search is exact
     entities, real = draw_entities(seed, coordinate_dim=coordinate_dim)
     decoder = draw_decoder(seed, coordinate_dim)
     samples = torch.rand(2, 19, coordinate_dim, dtype=torch.float64)
@@ -73,8 +75,7 @@ def test_values_and_gradients_are_those_of_dense_distances(seed, coordinate_dim,
     queries = torch.rand(2, 11, coordinate_dim, dtype=torch.float64) * 1.5 if own_queries else samples
     inputs = [x.requires_grad_() for x in (*entities.values(), samples, values)]
     inputs += [queries.requires_grad_()] * own_queries + list(decoder.parameters())
-    asked = queries if own_queries else None
-    ours = decoder(asked, *entities.values(), real, samples, values, mask)
+    ours = decoder(queries if own_queries else None, *entities.values(), real, samples, values, mask)
     expected = dense(decoder, queries, entities, real, samples, values, mask)
     assert torch.allclose(ours, expected, **STRICT)
     probe = torch.randn_like(ours)
@@ -83,7 +84,7 @@ def test_values_and_gradients_are_those_of_dense_distances(seed, coordinate_dim,
 
 
 @pytest.mark.parametrize("coordinate_dim", [1, 2, 3])
-def test_most_of_the_nearest_are_found_among_many(coordinate_dim):
+def test_recall_of_nearest_entities(coordinate_dim):
     torch.manual_seed(0)
     places = torch.rand(1, 2000, coordinate_dim)
     scale = torch.full((1, 2000, 1), 0.1)
@@ -95,14 +96,14 @@ def test_most_of_the_nearest_are_found_among_many(coordinate_dim):
     assert (found.sort(dim=-1).values.diff(dim=-1) > 0).all()
 
 
-def test_few_entities_leave_places_empty():
+def test_missing_neighbors_are_minus_one():
     places = torch.tensor([[[0.0], [0.5], [0.9]], [[0.3], [0.0], [0.0]]])
     real = torch.tensor([[True, True, True], [True, False, False]])
     found = NearestEntities(places, torch.ones(2, 3, 1), real).find(torch.tensor([[[0.1]], [[0.1]]]))
     assert found.sort(dim=-1).values.tolist() == [[[-1, 0, 1, 2]], [[-1, -1, -1, 0]]]
 
 
-def test_pieces_change_nothing(monkeypatch):
+def test_chunk_size_does_not_change_results(monkeypatch):
     entities, real = draw_entities(0)
     decoder, samples = draw_decoder(0), torch.rand(2, 50, 2, dtype=torch.float64)
     values, mask = torch.randn(2, 50, 2, dtype=torch.float64), torch.ones(2, 50, dtype=torch.bool)

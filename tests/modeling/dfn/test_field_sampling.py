@@ -1,10 +1,10 @@
-"""Entities of a field against loops over samples: filling, cutting, and the gradient of the density."""
+"""Sampling of fields compared with loops: normalisation and cutting of the density, and its gradient."""
 
 import pytest
 import torch
 
 from dfn_hf import DFNConfig
-from dfn_hf.modeling.dfn.field_sampling import SMOOTHING, FlowDensity, cut, fill
+from dfn_hf.modeling.dfn.field_sampling import SMOOTHING, FlowDensity, cut_spans, normalize_density
 from dfn_hf.modeling.ops.hilbert_curve import CURVE_SHIFTS, Box
 
 SEEDS = range(6)
@@ -18,8 +18,8 @@ def draw_density(seed, counts=(37, 11, 5), length=37):
     return density, real
 
 
-def fill_reference(density: torch.Tensor, num_entities: int) -> torch.Tensor:
-    """One row `[N]`: what is above one is poured over the others until nothing is."""
+def water_fill_reference(density: torch.Tensor, num_entities: int) -> torch.Tensor:
+    """Normalise one row `[N]`: fix samples above 1 and scale the others, until no sample is above 1."""
     if len(density) <= num_entities:
         return torch.ones_like(density)
     full = torch.zeros_like(density, dtype=torch.bool)
@@ -32,7 +32,7 @@ def fill_reference(density: torch.Tensor, num_entities: int) -> torch.Tensor:
 
 
 def overlap(density: torch.Tensor, num_entities: int) -> torch.Tensor:
-    """`[E, N]`: how much of [k, k + 1] each sample of one row takes up."""
+    """Return `[E, N]`, the overlap of each sample of one row with the interval [k, k + 1] of each entity k."""
     ends = density.cumsum(dim=0)
     starts = ends - density
     k = torch.arange(num_entities, dtype=density.dtype)[:, None]
@@ -41,15 +41,15 @@ def overlap(density: torch.Tensor, num_entities: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("num_entities", [1, 4, 8, 20])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_rows_are_filled_as_by_pouring(seed, num_entities):
+def test_normalized_density_equals_iterative_water_filling(seed, num_entities):
     density, real = draw_density(seed)
     density.requires_grad_()
     probe = torch.randn_like(density)
-    filled = fill(density, real, num_entities)
+    filled = normalize_density(density, real, num_entities)
     gradient = torch.autograd.grad((filled * probe).sum(), density)[0]
     expected = torch.zeros_like(filled)
     for row, n in enumerate(real.sum(dim=1).tolist()):
-        expected[row, :n] = fill_reference(density[row, :n], num_entities)
+        expected[row, :n] = water_fill_reference(density[row, :n], num_entities)
         assert filled[row].sum().item() == pytest.approx(min(n, num_entities), abs=1e-9)
     assert torch.allclose(filled, expected, **STRICT) and filled.max() <= 1
     if expected.requires_grad:
@@ -57,22 +57,22 @@ def test_rows_are_filled_as_by_pouring(seed, num_entities):
         assert torch.allclose(gradient, expected_gradient, **STRICT)
 
 
-def test_equal_densities_fill_exactly():
+def test_equal_densities_are_normalized_exactly():
     density, real = torch.full((1, 8), 0.3), torch.ones(1, 8, dtype=torch.bool)
-    assert torch.equal(fill(density, real, 2), torch.full((1, 8), 0.25, dtype=torch.float64))
+    assert torch.equal(normalize_density(density, real, 2), torch.full((1, 8), 0.25, dtype=torch.float64))
     for enough in (8, 9):
-        assert torch.equal(fill(density, real, enough), torch.ones(1, 8, dtype=torch.float64))
+        assert torch.equal(normalize_density(density, real, enough), torch.ones(1, 8, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("num_entities", [1, 4, 8, 20])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_sums_over_entities_are_those_of_overlaps(seed, num_entities):
+def test_sums_over_entities_equal_overlaps(seed, num_entities):
     density, real = draw_density(seed)
     features = torch.randn(*density.shape, 3, dtype=torch.float64)
     probe = torch.randn(3, num_entities, 3, dtype=torch.float64)
     inputs = [density.requires_grad_(), features.requires_grad_()]
-    filled = fill(density, real, num_entities)
-    spans = cut(filled, real, num_entities, torch.float64)
+    filled = normalize_density(density, real, num_entities)
+    spans = cut_spans(filled, real, num_entities, torch.float64)
     sums = spans.sums(spans.of_samples(features) * spans.share[..., None])
     mass = spans.sums(spans.mass[..., None])
     results = [sums, mass, *torch.autograd.grad((sums * probe * mass).sum(), inputs, retain_graph=True)]
@@ -94,23 +94,23 @@ def draw_module():
 
 
 def density_reference(module, states, coordinates, box):
-    """Of one row, by loops."""
+    """Compute the density of one row by loops over curves and samples."""
     flow = torch.nn.functional.normalize(module.flow_map(states), dim=-1)
     length, total = len(states), torch.zeros(len(states), dtype=states.dtype)
     for shift in CURVE_SHIFTS:
         order = box.keys(coordinates[None], shift)[0].argsort(stable=True).tolist()
-        turning = []
+        change = []
         for place, sample in enumerate(order):
             beside = [order[p] for p in (place - 1, place + 1) if 0 <= p < length]
-            turning.append(sum((1 - flow[sample] @ flow[j]) / 2 for j in beside) / max(1, len(beside)))
+            change.append(sum((1 - flow[sample] @ flow[j]) / 2 for j in beside) / max(1, len(beside)))
         for place, sample in enumerate(order):
-            around = turning[max(0, place - SMOOTHING) : place + SMOOTHING + 1]
+            around = change[max(0, place - SMOOTHING) : place + SMOOTHING + 1]
             total[sample] += sum(around) / len(around) / len(CURVE_SHIFTS)
     return (total + module.log_floor.exp()) ** module.log_exponent.exp()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_the_density_is_the_turning_of_the_flow(seed):
+def test_density_equals_a_loop_over_curves(seed):
     torch.manual_seed(seed)
     module = draw_module()
     states = torch.randn(2, 23, 8, dtype=torch.float64)
@@ -132,7 +132,7 @@ def test_the_density_is_the_turning_of_the_flow(seed):
         assert all(torch.allclose(a, b, atol=1e-7, rtol=1e-7) for a, b in zip(*gradients, strict=True))
 
 
-def test_the_density_is_high_where_values_change():
+def test_density_is_high_where_values_change():
     torch.manual_seed(0)
     module = draw_module()
     x = torch.linspace(-1, 1, 200, dtype=torch.float64)[None, :, None]

@@ -1,4 +1,4 @@
-"""DFN beyond the invariants: its formulas, its initial statistics, its heads and what it refuses."""
+"""DFN models: formulas, initial statistics, heads and error messages. Common guarantees: tests/invariants."""
 
 import logging
 import math
@@ -16,7 +16,7 @@ from dfn_hf.modeling.dfn.entities import squash_to_ball
 from dfn_hf.modeling.dfn.layers import FlowNorm, make_norm
 from dfn_hf.modeling.modules.cache import CACHE_NAME
 from dfn_hf.modeling.modules.row_layout import make_row_layout
-from dfn_hf.modeling.ops import chunking as pieces
+from dfn_hf.modeling.ops import chunking
 from tests.support.families import VOCABULARY, draw_ids, draw_model
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def model():
 # Formulas
 
 
-def test_ball_keeps_directions_within_its_radius():
+def test_squash_to_ball_keeps_directions_and_bounds_norms():
     x = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 30
     positions = squash_to_ball(x)
     assert (positions.norm(dim=-1) < 2 * math.sqrt(4)).all()
@@ -64,7 +64,7 @@ def draw_norm(flow_norm):
     return norm, states
 
 
-def test_flow_norm_of_the_entity():
+def test_flow_norm_equals_its_formula():
     norm, states = draw_norm("entity")
     flow = states @ norm.flow_map.weight.T
     energy = (flow**2).mean(dim=-1, keepdim=True) + 1e-2 * (states**2).mean(dim=-1, keepdim=True)
@@ -72,7 +72,7 @@ def test_flow_norm_of_the_entity():
     assert torch.allclose(norm(states, make_row_layout(2, 11, CPU), None), expected, **STRICT)
 
 
-def test_flow_norm_of_the_entities_so_far():
+def test_running_flow_norm_equals_a_loop():
     norm, states = draw_norm("running")
     segments = torch.tensor([[0] * 11, [0] * 4 + [1] * 7])
     normed = norm(states, make_row_layout(2, 11, CPU, segment_ids=segments), None)
@@ -86,7 +86,7 @@ def test_flow_norm_of_the_entities_so_far():
             assert torch.allclose(normed[row, i], expected, **STRICT)
 
 
-def test_norms_of_the_ablations():
+def test_baseline_norms_equal_their_formulas():
     norm, states = draw_norm("rms")
     expected = norm.norm.weight * states / ((states**2).mean(dim=-1, keepdim=True) + 1e-3).sqrt()
     assert torch.allclose(norm(states, make_row_layout(2, 11, CPU), None), expected, **STRICT)
@@ -94,7 +94,7 @@ def test_norms_of_the_ablations():
     assert norm(states, make_row_layout(2, 11, CPU), None) is states
 
 
-def test_memory_joins_one_softmax_with_the_entities():
+def test_memory_and_entities_share_one_softmax():
     torch.manual_seed(0)
     config = DFNConfig(**TINY, memory_slots=3, memory_chunk=4)
     memory = PersistentFieldMemory(config).double()
@@ -110,7 +110,7 @@ def test_memory_joins_one_softmax_with_the_entities():
     places = squash_to_ball(memory.position)
     for head in range(2):
         gamma = sharpness[head]
-        # The entities' logits leave −γ‖q‖² out, which is the same for all.
+        # The logits of entities omit −γ‖q‖², which is the same for all.
         distances = (moved[:, head, :, None] - places[head]).square().sum(dim=-1)
         logits = memory.influence[head] - gamma * distances + gamma * moved[:, head].square().sum(dim=-1, keepdim=True)
         joint = torch.cat([total[:, head, :, None], logits], dim=-1).softmax(dim=-1)
@@ -122,7 +122,7 @@ def test_memory_joins_one_softmax_with_the_entities():
         assert torch.allclose(share[:, head], joint[..., 0], **STRICT)
 
 
-def test_readout_is_a_mean_weighted_by_influence():
+def test_readout_averages_states_by_influence():
     model = make_model(DFNModel, readout_window=3)
     ids = draw_ids(2, 20, 0)
     seen = []
@@ -137,7 +137,7 @@ def test_readout_is_a_mean_weighted_by_influence():
             assert torch.allclose(outputs.last_hidden_state[:, i], model.norm(mean), **STRICT)
 
 
-def test_entities_and_weights_say_who_reads_whom(model):
+def test_attention_weights_follow_from_entities(model):
     ids = draw_ids(2, 30, 1)
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
@@ -175,7 +175,7 @@ def test_no_flow_leaves_entities_where_they_are():
             assert all(torch.equal(layer.rest_positions, layer.moved_positions) for layer in entities)
 
 
-def test_carried_positions_start_from_the_layer_before():
+def test_carried_positions_change_later_layers_only():
     plain, carried = make_model(), make_model(carry_positions=True)
     carried.load_state_dict(plain.state_dict())
     ids = draw_ids(1, 20, 0)
@@ -185,11 +185,11 @@ def test_carried_positions_start_from_the_layer_before():
     assert not torch.allclose(before[1].rest_positions, after[1].rest_positions)
 
 
-def test_exact_and_cells_agree_where_cells_hold_everything():
+def test_exact_and_cell_search_agree_with_one_large_cell():
     everything = {"num_tables": 1, "cell_sizes": [100], "candidates_per_table": 60, "local_window": 2}
     model = make_model(**everything)
     for layer in model.model.layers:
-        layer.attention.grid_shift.fill_(512)  # no wall near the origin
+        layer.attention.grid_shift.fill_(512)  # moves cell borders away from the origin
     ids = draw_ids(2, 60, 2)
     with torch.no_grad():
         logits = model(ids).logits
@@ -206,14 +206,14 @@ def fresh():
     return DFNForCausalLM(DFNConfig(memory_slots=4, num_hidden_layers=2))
 
 
-def test_convolutions_start_near_the_identity(fresh):
+def test_convolutions_start_near_identity(fresh):
     for layer in fresh.model.layers:
         taps = layer.conv.conv.weight.detach()
         assert (taps[..., -1] == 1).all()
         assert taps[..., :-1].std().item() == pytest.approx(0.3, rel=0.1)
 
 
-def test_positions_and_flows_start_as_large_as_states(fresh):
+def test_position_and_flow_maps_start_with_unit_variance(fresh):
     for layer in fresh.model.layers:
         maps = layer.attention.entities.position_proj, layer.attention.entities.flow_proj, layer.flow_norm.flow_map
         for linear in maps:
@@ -221,8 +221,8 @@ def test_positions_and_flows_start_as_large_as_states(fresh):
             assert linear.weight.mean().abs() < 0.1 * 256**-0.5
 
 
-def test_flow_norm_starts_as_a_norm(fresh):
-    # E‖f‖² = mean(s²), so that what leaves has a mean square of 1, whatever the states' scale.
+def test_flow_norm_starts_with_unit_output(fresh):
+    # E‖f‖² = mean(s²), so the output has mean square 1 at every scale of the states.
     generator = torch.Generator().manual_seed(0)
     for scale in (0.02, 1.0, 50.0):
         states = scale * torch.randn(4, 200, 256, generator=generator)
@@ -249,7 +249,7 @@ def test_scales_and_grids_start_as_configured(fresh):
         assert torch.allclose(attention.memory.slots.decay_logit.sigmoid(), torch.full((4,), 0.9))
 
 
-def test_the_first_loss_is_that_of_guessing(fresh):
+def test_initial_loss_is_that_of_a_uniform_guess(fresh):
     ids = torch.randint(4096, (2, 200), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         loss = fresh.eval()(ids, labels=ids).loss
@@ -259,7 +259,7 @@ def test_the_first_loss_is_that_of_guessing(fresh):
 # Generation
 
 
-def test_left_padded_rows_generate_as_if_alone(model):
+def test_left_padded_rows_generate_as_single_rows(model):
     ids = draw_ids(3, 20, 3)
     mask = torch.ones_like(ids)
     mask[0, :13] = mask[1, :1] = 0
@@ -282,7 +282,7 @@ def test_generates_from_embeddings(model):
     "options",
     [{"prompt_lookup_num_tokens": 4}, {"assistant_early_exit": 1}, {"cache_implementation": "offloaded"}],
 )
-def test_other_ways_to_the_same_text(model, options):
+def test_generation_modes_agree_with_greedy(model, options):
     ids = draw_ids(1, 24, 5)
     greedy = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(ids, **greedy, **options), model.generate(ids, **greedy))
@@ -293,9 +293,9 @@ def test_continues_from_a_cache(model):
     cache = DynamicCache(config=model.config)
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     first = model.generate(ids[:, :20], past_key_values=cache, **options)
-    asked = torch.cat([first, ids[:, 20:]], dim=1)
-    second = model.generate(asked, past_key_values=cache, **options)
-    assert torch.equal(second, model.generate(asked, **options))
+    prompt = torch.cat([first, ids[:, 20:]], dim=1)
+    second = model.generate(prompt, past_key_values=cache, **options)
+    assert torch.equal(second, model.generate(prompt, **options))
 
 
 def texts_and_warnings(model, tokenizer, batch_size, caplog):
@@ -308,13 +308,13 @@ def texts_and_warnings(model, tokenizer, batch_size, caplog):
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
-def test_pipeline_warns_of_nothing(batch_size, caplog, recwarn, monkeypatch):
+def test_pipeline_gives_no_warning(batch_size, caplog, recwarn, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     tokenizer = load_tokenizer("byte")
     special = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
     texts, warned = texts_and_warnings(make_model(**special).float(), tokenizer, batch_size, caplog)
     assert [text[:3] for text in texts] == ["To ", "The"]
-    # Some releases of transformers warn whatever the model is.
+    # Some releases of transformers warn for every model.
     llama = LlamaForCausalLM(LlamaConfig(**special, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
     assert warned <= texts_and_warnings(llama, tokenizer, batch_size, caplog)[1]
     assert not [str(warning.message) for warning in recwarn]
@@ -324,7 +324,7 @@ def test_pipeline_warns_of_nothing(batch_size, caplog, recwarn, monkeypatch):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_class_is_that_of_the_last_real_token(side):
+def test_classification_uses_the_last_real_token(side):
     model = make_model(DFNForSequenceClassification, num_labels=3, pad_token_id=0)
     ids = draw_ids(2, 20, 7)
     alone = [model(ids[:1, :13]).logits, model(ids[1:]).logits]
@@ -335,7 +335,7 @@ def test_a_class_is_that_of_the_last_real_token(side):
     kept = slice(0, 13) if side == "right" else slice(7, 20)
     mask[0, kept], padded[0, kept] = 1, ids[0, :13]
     assert torch.allclose(model(padded, attention_mask=mask).logits, torch.cat(alone), **STRICT)
-    if side == "right":  # the pad token says as much
+    if side == "right":  # the pad token marks the padding too
         assert torch.allclose(model(padded).logits, torch.cat(alone), **STRICT)
 
 
@@ -357,7 +357,7 @@ def test_classification_losses(fields, labels, loss):
     assert torch.allclose(outputs.loss, loss(outputs.logits, labels))
 
 
-def test_a_batch_without_mask_or_pad_token_has_no_last_token():
+def test_classification_needs_mask_or_pad_token():
     model = make_model(DFNForSequenceClassification)
     assert model(draw_ids(1, 9, 0)).logits.shape == (1, 2)
     with pytest.raises(ValueError, match=r"attention_mask.*pad_token_id"):
@@ -367,7 +367,7 @@ def test_a_batch_without_mask_or_pad_token_has_no_last_token():
 # Losses
 
 
-def test_the_first_token_of_a_segment_is_not_scored(model):
+def test_first_token_of_a_segment_is_not_scored(model):
     ids = draw_ids(1, 20, 9)
     segments = torch.tensor([[0] * 7 + [1] * 1 + [2] * 9 + [-1] * 3])
     outputs = model(ids, labels=ids, segment_ids=segments)
@@ -376,12 +376,12 @@ def test_the_first_token_of_a_segment_is_not_scored(model):
     assert outputs.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_packing_asks_for_no_cache(model):
+def test_packed_rows_return_no_cache(model):
     segments = torch.tensor([[0] * 10 + [1] * 10])
     assert model(draw_ids(1, 20, 0), segment_ids=segments, use_cache=True).past_key_values is None
 
 
-def test_a_row_of_nothing_is_nothing_to_the_others(model):
+def test_fully_padded_row_leaves_others_unchanged(model):
     ids = draw_ids(2, 20, 10)
     mask = torch.ones_like(ids)
     mask[0] = 0
@@ -391,7 +391,7 @@ def test_a_row_of_nothing_is_nothing_to_the_others(model):
 
 
 @pytest.mark.parametrize("search", ["cells", "exact"])
-def test_a_diverged_model_gives_nan_and_no_crash(search):
+def test_diverged_model_gives_nan_without_crash(search):
     model = make_model(search_implementation=search)
     with torch.no_grad():
         model.model.layers[0].attention.entities.position_proj.weight[0, 0] = math.nan
@@ -403,7 +403,7 @@ def test_a_diverged_model_gives_nan_and_no_crash(search):
 
 
 @pytest.mark.parametrize("frozen", ["position_proj", "value_proj"])
-def test_training_in_pieces_may_freeze_a_part(frozen):
+def test_training_in_chunks_with_frozen_parameters(frozen):
     gradients = []
     for freeze in (False, True):
         model = make_model().train()
@@ -421,7 +421,7 @@ def test_training_in_pieces_may_freeze_a_part(frozen):
             assert torch.allclose(gradient, gradients[0][name], **STRICT), name
 
 
-def test_compiled_model_is_the_same():
+def test_compiled_model_is_equal():
     model = make_model(num_hidden_layers=1).train()
     ids = draw_ids(2, 20, 0)
     results = []
@@ -433,7 +433,7 @@ def test_compiled_model_is_the_same():
     assert all(torch.allclose(one, other, **STRICT) for one, other in zip(*results, strict=True))
 
 
-# What is refused
+# Error messages
 
 
 IDS = torch.randint(VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(0))
@@ -441,7 +441,7 @@ EMBEDDINGS = torch.zeros(2, 8, 16, dtype=torch.float64)
 
 
 @pytest.mark.parametrize(
-    ("inputs", "told"),
+    ("inputs", "expected_parts"),
     [
         ({}, ["exactly one", "input_ids", "inputs_embeds"]),
         ({"input_ids": IDS, "inputs_embeds": EMBEDDINGS}, ["exactly one"]),
@@ -463,10 +463,10 @@ EMBEDDINGS = torch.zeros(2, 8, 16, dtype=torch.float64)
         ({"input_ids": IDS, "past_key_values": ((EMBEDDINGS,),)}, ["tuple", "DynamicCache(config=model.config)"]),
     ],
 )
-def test_inputs_that_do_not_fit_are_named(model, inputs, told):
+def test_messages_name_invalid_inputs(model, inputs, expected_parts):
     with pytest.raises(ValueError) as error:
         model(**inputs)
-    for part in told:
+    for part in expected_parts:
         assert part in str(error.value)
 
 
@@ -478,25 +478,25 @@ def with_cache(model):
 
 
 @pytest.mark.parametrize(
-    ("inputs", "told"),
+    ("inputs", "expected_parts"),
     [
         ({"segment_ids": torch.zeros(2, 8).long()}, ["segment_ids", "past_key_values"]),
         ({"attention_mask": torch.ones(2, 12)}, ["[2, 16]", "8 columns before", "[2, 12]"]),
         ({"input_ids": IDS[:1]}, ["holds 2 rows", "has 1"]),
     ],
 )
-def test_a_refused_call_leaves_the_cache_as_it_was(model, inputs, told):
+def test_refused_call_leaves_cache_unchanged(model, inputs, expected_parts):
     cache = with_cache(model)
     with pytest.raises(ValueError) as error:
         model(**{"input_ids": IDS, **inputs}, past_key_values=cache)
-    for part in told:
+    for part in expected_parts:
         assert part in str(error.value)
     with torch.no_grad():
         logits = model(IDS, past_key_values=cache).logits
         assert torch.allclose(logits, model(torch.cat([IDS, IDS], dim=1)).logits[:, 8:], **STRICT)
 
 
-def test_the_search_cannot_change_under_a_cache():
+def test_search_cannot_change_with_a_filled_cache():
     model = make_model()
     cache = with_cache(model)
     model.config.search_implementation = "exact"
@@ -512,12 +512,12 @@ def test_the_search_cannot_change_under_a_cache():
         model(IDS)
 
 
-def test_a_quantized_cache_is_refused_in_a_sentence(model):
+def test_quantized_cache_is_refused(model):
     with pytest.raises(ValueError, match=r"'quantized' cannot hold.*\"dynamic\""):
         model.generate(IDS, cache_implementation="quantized", max_new_tokens=2, pad_token_id=0)
 
 
-def test_the_cache_goes_by_either_name(model):
+def test_cache_is_accepted_under_both_names(model):
     with torch.no_grad():
         results = []
         for name in ("past_key_values", "cache"):
@@ -528,7 +528,7 @@ def test_the_cache_goes_by_either_name(model):
     assert torch.equal(results[0].logits, results[1].logits)
 
 
-def test_a_crop_that_is_refused_leaves_the_cache_as_it_was():
+def test_refused_crop_leaves_cache_unchanged():
     config = DFNConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20,
         num_neighbors=4, local_window=4, num_tables=3, candidates_per_table=3, conv_kernel=1, readout_window=3,
@@ -545,7 +545,7 @@ def test_a_crop_that_is_refused_leaves_the_cache_as_it_was():
 
 
 @pytest.mark.parametrize("flow_norm", ["entity", "running"])
-def test_pieces_change_nothing(flow_norm, monkeypatch):
+def test_chunk_size_does_not_change_results(flow_norm, monkeypatch):
     config = DFNConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20,
         num_neighbors=4, local_window=4, num_tables=3, candidates_per_table=3, flow_norm=flow_norm,
@@ -562,12 +562,12 @@ def test_pieces_change_nothing(flow_norm, monkeypatch):
         return [logits, *(parameter.grad.clone() for parameter in model.parameters())]
 
     whole = run()
-    monkeypatch.setattr(pieces, "CHUNK_SIZE", 3)
+    monkeypatch.setattr(chunking, "CHUNK_SIZE", 3)
     for found, expected in zip(run(), whole, strict=True):
         assert torch.allclose(found, expected, **STRICT)
 
 
-def test_without_far_neighbours_the_state_does_not_grow():
+def test_cache_without_neighbors_has_fixed_size():
     model = draw_model("dfn", 1, num_neighbors=0, local_window=5, memory_slots=0, readout_window=1, flow_norm="entity")
     ids = draw_ids(2, 40, 0)
     mask = torch.ones_like(ids)

@@ -1,4 +1,4 @@
-"""DFNForContrastive: its loss against a loop, padding, order, processes, precision, folders and messages."""
+"""DFNForContrastive: loss compared with a loop, padding, row order, processes, precision, saving, messages."""
 
 import math
 import os
@@ -34,7 +34,7 @@ def draw(seed, fields=False, **overrides):
 
 
 def draw_texts(seed):
-    """Two views of ids, the first with holes."""
+    """Draw two views of token ids; the first has padding inside its rows."""
     ids, pair_ids = draw_ids(ROWS, 23, seed), draw_ids(ROWS, 17, seed + 100)
     mask = torch.rand(ROWS, 23, generator=torch.Generator().manual_seed(seed)) < 0.7
     mask[:, 3] = True
@@ -51,7 +51,7 @@ def draw_fields(seed, samples=19):
 
 
 def reference_embeds(states, mask, projection):
-    """Mean, projection and unit length, one row after another."""
+    """Pool, project and normalise row by row."""
     rows = []
     for row in range(len(states)):
         kept = [states[row, place] for place in range(states.shape[1]) if mask[row, place]]
@@ -61,7 +61,7 @@ def reference_embeds(states, mask, projection):
 
 
 def reference_loss(embeds, pair_embeds, scale):
-    """Symmetric InfoNCE by a loop over pairs."""
+    """Compute symmetric InfoNCE by a loop over pairs."""
     count, total = len(embeds), 0.0
     for one, other in ((embeds, pair_embeds), (pair_embeds, embeds)):
         for i in range(count):
@@ -71,7 +71,7 @@ def reference_loss(embeds, pair_embeds, scale):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_loss_and_gradients_are_those_of_the_loop(seed):
+def test_loss_and_gradients_equal_a_loop(seed):
     model, texts = draw(seed), draw_texts(seed)
     outputs = model(**texts)
     outputs.loss.backward()
@@ -97,7 +97,7 @@ def test_loss_and_gradients_are_those_of_the_loop(seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_padding_and_other_rows_change_nothing(seed):
+def test_padding_and_other_rows_have_no_effect(seed):
     model, texts = draw(seed), draw_texts(seed)
     with torch.no_grad():
         whole = model(**texts)
@@ -108,14 +108,14 @@ def test_padding_and_other_rows_change_nothing(seed):
         other = texts["input_ids"].masked_fill(texts["attention_mask"] == 0, 7)
         assert torch.equal(model(**texts | {"input_ids": other}).embeds, whole.embeds)
         order = torch.randperm(ROWS, generator=torch.Generator().manual_seed(seed))
-        turned = model(**{name: tensor[order] for name, tensor in texts.items()})
-    assert torch.allclose(turned.embeds, whole.embeds[order], **STRICT)
-    assert torch.allclose(turned.logits_per_pair, whole.logits_per_pair[order][:, order], **STRICT)
-    assert torch.allclose(turned.loss, whole.loss, **STRICT)
+        reordered = model(**{name: tensor[order] for name, tensor in texts.items()})
+    assert torch.allclose(reordered.embeds, whole.embeds[order], **STRICT)
+    assert torch.allclose(reordered.logits_per_pair, whole.logits_per_pair[order][:, order], **STRICT)
+    assert torch.allclose(reordered.loss, whole.loss, **STRICT)
     assert torch.allclose(whole.embeds.square().sum(dim=1), torch.ones(ROWS, dtype=torch.float64), **STRICT)
 
 
-def test_bytes_that_become_entities_keep_their_rate():
+def test_loss_includes_the_ratio_loss_of_texts():
     model, texts = draw(1, entity_sampling="adaptive", local_window=4, ratio_loss_coef=0.5), draw_texts(1)
     outputs = model(**texts)
     expected = reference_loss(outputs.embeds, outputs.pair_embeds, model.logit_scale.double().exp())
@@ -128,28 +128,28 @@ def test_bytes_that_become_entities_keep_their_rate():
 
 @pytest.mark.parametrize("sampling", ["token", "adaptive"])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_field_takes_the_place_of_either_text(seed, sampling):
+def test_fields_replace_either_text(seed, sampling):
     model = draw(seed, fields=True, entity_sampling=sampling, num_entities=8, local_window=4)
     fields, texts = draw_fields(seed), draw_texts(seed)
     pair = {f"pair_{name}": tensor for name, tensor in fields.items()}
     first = {name: texts[name] for name in ("input_ids", "attention_mask")}
     second = {f"pair_{name}": tensor for name, tensor in first.items()}
-    forth, back = model(**fields, **second), model(**first, **pair)
-    assert torch.allclose(forth.embeds, back.pair_embeds, **STRICT)
-    assert torch.allclose(forth.logits_per_pair, back.logits_per_pair.T, **STRICT)
-    assert torch.allclose(forth.loss, back.loss, **STRICT)
-    forth.loss.backward()
+    field_first, text_first = model(**fields, **second), model(**first, **pair)
+    assert torch.allclose(field_first.embeds, text_first.pair_embeds, **STRICT)
+    assert torch.allclose(field_first.logits_per_pair, text_first.logits_per_pair.T, **STRICT)
+    assert torch.allclose(field_first.loss, text_first.loss, **STRICT)
+    field_first.loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     seen = model.field_model(**fields)
     mask = torch.ones(seen.last_hidden_state.shape[:2]) if seen.entity_mask is None else seen.entity_mask
     expected = reference_embeds(seen.last_hidden_state, mask, model.field_projection)
-    assert torch.allclose(forth.embeds, expected, **STRICT)
+    assert torch.allclose(field_first.embeds, expected, **STRICT)
     hidden = fields["values"].masked_fill(~fields["mask"].unsqueeze(-1), 5.0)
-    assert torch.allclose(model(**fields | {"values": hidden}).embeds, forth.embeds, **STRICT)
+    assert torch.allclose(model(**fields | {"values": hidden}).embeds, field_first.embeds, **STRICT)
 
 
 @pytest.mark.parametrize("fields", [False, True])
-def test_saved_and_loaded_it_is_the_same(fields, tmp_path):
+def test_save_and_load_are_exact(fields, tmp_path):
     config = draw_dfn_config(
         random.Random(3), memory_slots=0, readout_window=1, coordinate_dim=2, value_dim=3, contrastive_fields=fields
     )
@@ -170,7 +170,7 @@ def test_saved_and_loaded_it_is_the_same(fields, tmp_path):
     assert half.logit_scale.dtype == torch.float32 and half.projection.weight.dtype == torch.bfloat16
 
 
-def test_half_precision_and_checkpoints_give_the_same():
+def test_half_precision_and_checkpointing_are_close():
     model = draw(1, fields=True).float().train()
     texts = draw_texts(1)
     fields = {
@@ -201,7 +201,7 @@ def test_half_precision_and_checkpoints_give_the_same():
     assert embeds.dtype == torch.float32 and torch.allclose(embeds.norm(dim=1), torch.ones(ROWS), atol=1e-5)
 
 
-def test_scale_is_at_most_a_hundred_and_can_come_back():
+def test_scale_is_capped_with_gradient():
     log_scale = torch.tensor(7.0, requires_grad=True)
     scale = capped_scale(log_scale)
     scale.backward()
@@ -210,7 +210,7 @@ def test_scale_is_at_most_a_hundred_and_can_come_back():
     assert capped_scale(torch.tensor(1.0)).item() == pytest.approx(math.e)
 
 
-def test_lora_trains_the_projection_too():
+def test_lora_trains_the_projection():
     model = draw(2).float()
     tuned = get_peft_model(model, LoraConfig(target_modules=["value_proj", "up_proj"], modules_to_save=["projection"]))
     tuned.train()
@@ -219,7 +219,7 @@ def test_lora_trains_the_projection_too():
     assert any("lora_" in name for name in learnt) and any("projection" in name for name in learnt)
 
 
-def test_what_cannot_be_compared_is_said():
+def test_messages_name_invalid_inputs():
     model = draw(0)
     texts, fields = draw_texts(0), draw_fields(0)
     ids = texts["input_ids"]
@@ -235,7 +235,7 @@ def test_what_cannot_be_compared_is_said():
         model(ids, pair_input_ids=ids[:3])
     with pytest.raises(ValueError, match="pair_attention_mask is 0 everywhere"):
         model(ids, pair_input_ids=ids, pair_attention_mask=torch.zeros_like(ids))
-    with pytest.raises(ValueError, match="One pair"):
+    with pytest.raises(ValueError, match="batch of one pair"):
         model.train()(ids[:1], pair_input_ids=ids[:1])
     assert model.eval()(ids[:1], pair_input_ids=ids[:1]).loss == 0
     assert model(**texts, return_loss=False).loss is None

@@ -1,4 +1,4 @@
-"""Fields as models: what changes nothing, what is scored, what is refused, and life in transformers."""
+"""Models of fields: invariances, loss, error messages, saving, checkpointing and training."""
 
 import random
 
@@ -49,10 +49,10 @@ def image_batch(side=12):
 
 
 @pytest.mark.parametrize("seed", range(9))
-def test_the_order_of_samples_does_not_matter(seed):
+def test_order_of_samples_does_not_matter(seed):
     model = draw(seed)
     coordinates, values = draw_field(model, seed=seed)
-    coordinates[:, 1:5] = coordinates[:, :1]  # a tie
+    coordinates[:, 1:5] = coordinates[:, :1]  # equal coordinates
     order = torch.randperm(45)
     whole, shuffled = model(coordinates, values), model(coordinates[:, order], values[:, order])
     assert torch.allclose(whole.reconstruction[:, order], shuffled.reconstruction, **STRICT)
@@ -62,7 +62,7 @@ def test_the_order_of_samples_does_not_matter(seed):
 
 
 @pytest.mark.parametrize("seed", range(9))
-def test_hidden_samples_and_other_rows_change_nothing(seed):
+def test_hidden_samples_and_other_rows_have_no_effect(seed):
     model = draw(seed)
     coordinates, values = draw_field(model, batch=3, seed=seed)
     mask = torch.rand(3, 45) < 0.6
@@ -106,7 +106,7 @@ def test_every_parameter_has_a_gradient(sampling):
     assert without == []
 
 
-def test_each_sample_is_an_entity_where_there_are_few():
+def test_few_samples_become_one_entity_each():
     for sampling, num_entities in (("token", 1), ("adaptive", 60), ("uniform", 45)):
         model = draw(1, entity_sampling=sampling, num_entities=num_entities)
         coordinates, values = draw_field(model)
@@ -123,7 +123,7 @@ def test_entities_gather_where_values_change():
     assert density[edge].mean() > 3 * density[:4, 8:].mean()
 
 
-def test_what_is_scored():
+def test_loss_covers_hidden_or_labelled_values():
     model = draw(0)
     coordinates, values = draw_field(model)
     mask = torch.ones(2, 45, dtype=torch.bool)
@@ -139,16 +139,16 @@ def test_what_is_scored():
     assert torch.allclose(model(coordinates, values, mask, labels=labels).loss, errors[scored].mean(), **STRICT)
 
 
-def test_what_does_not_fit_is_refused():
+def test_messages_name_invalid_inputs():
     model = draw(0, coordinate_dim=2, value_dim=1)
     coordinates, values = draw_field(model)
     mask = torch.ones(2, 45, dtype=torch.bool)
     for named, inputs in {
         "coordinate_dim": (coordinates[..., :1], values),
         "value_dim": (coordinates, values[..., 0]),
-        "as many samples": (coordinates[:, 1:], values),
+        "same batch and number of samples": (coordinates[:, 1:], values),
         "mask must be": (coordinates, values, mask[:, 1:]),
-        "every sample of a row": (coordinates, values, mask & torch.tensor([[True], [False]])),
+        "False for every sample": (coordinates, values, mask & torch.tensor([[True], [False]])),
         "coordinates must be finite": (coordinates * torch.inf, values),
         "values must be finite": (coordinates, values * torch.nan),
         "query_coordinates must be": (coordinates, values, None, coordinates[:1]),
@@ -202,7 +202,7 @@ def test_half_precision_is_close():
         assert torch.allclose(close.entity_coordinates, expected.entity_coordinates, atol=0.05)
 
 
-def test_it_learns_with_the_trainer(tmp_path):
+def test_trainer_reduces_the_loss(tmp_path):
     torch.manual_seed(0)
     model = DFNForFieldReconstruction(DFNConfig(num_entities=16, entity_sampling="adaptive", **SMALL))
     rng = np.random.default_rng(0)
