@@ -80,10 +80,13 @@ app.add_typer(
     help="Train a model: a language model, an encoder-decoder, a model of fields or an embedding model.",
     rich_help_panel=MODELS,
 )
-for command in (convert, distill):
-    app.command(rich_help_panel=MODELS)(command)
-for command in (text.generate, text.evaluate, text.translate, plot, hub.info):
-    app.command(rich_help_panel=USE)(command)
+app.command(rich_help_panel=MODELS)(convert)
+app.command(rich_help_panel=MODELS)(distill)
+app.command(rich_help_panel=USE)(text.generate)
+app.command(rich_help_panel=USE)(text.evaluate)
+app.command(rich_help_panel=USE)(text.translate)
+app.command(rich_help_panel=USE)(plot)
+app.command(rich_help_panel=USE)(hub.info)
 app.command(rich_help_panel=SHARE)(hub.push)
 app.command(rich_help_panel=SHARE, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     hub.serve

@@ -1,6 +1,6 @@
 """`dfn-hf distill`."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from . import options
 from .errors import refuse
@@ -101,7 +101,7 @@ def distill(
     print_result(result)
 
 
-def print_result(result) -> None:
+def print_result(result: Any) -> None:
     """Print the losses and the cost of a distillation, from the main process."""
     from accelerate import PartialState
 
