@@ -6,7 +6,7 @@ layout of the wheel, and each lazy export is written there as an ordinary import
 """
 
 import ast
-import shutil
+import re
 import tempfile
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from mkdocs.plugins import event_priority
 
 ROOT = Path(__file__).parents[2]
 MAPPED = {"dfn_hf": "dfn_hf", "dfn_hf/modeling": "modeling", "dfn_hf/conversion": "conversion"}
+
+EXAMPLE = re.compile(r"^( +)Example:$", flags=re.MULTILINE)  # only "Examples:" is a section of doctests to the parser
 
 _copy: tempfile.TemporaryDirectory | None = None
 
@@ -32,7 +34,8 @@ def on_config(config):
         for path in sorted((ROOT / source).rglob("*.py")):
             copied = folder / target / path.relative_to(ROOT / source)
             copied.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, copied)
+            text = path.read_text(encoding="utf-8")
+            copied.write_text(EXAMPLE.sub(r"\1Examples:", text), encoding="utf-8")
     for path in folder.rglob("__init__.py"):
         package = ".".join(path.parent.relative_to(folder).parts)
         statements = explicit_exports(path.read_text(encoding="utf-8"), package)

@@ -25,4 +25,15 @@ def cli_reference() -> str:
 
     command = typer.main.get_command(app)
     context = command.make_context("dfn-hf", [], resilient_parsing=True)
+    for name in command.list_commands(context):
+        command.resolve_command(context, [name])  # imports the groups that the command line imports on use
+    show_whole_sentences(command)
     return get_docs_for_click(obj=command, ctx=context, name="dfn-hf", title="Command line")
+
+
+def show_whole_sentences(command) -> None:
+    """Set the short help of every command, which typer would cut after 45 characters, to its first sentence."""
+    for child in getattr(command, "commands", {}).values():
+        paragraph = " ".join((child.help or "").split("\n\n")[0].split())
+        child.short_help = paragraph.split(". ")[0].removesuffix(".") + "."
+        show_whole_sentences(child)
