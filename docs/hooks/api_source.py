@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 MAPPED = {"dfn_hf": "dfn_hf", "dfn_hf/modeling": "modeling", "dfn_hf/conversion": "conversion"}
 
 EXAMPLE = re.compile(r"^( +)Example:$", flags=re.MULTILINE)  # only "Examples:" is a section of doctests to the parser
+FIELD = re.compile(r"^ {8}[\w, ]+ \((.*)\): ", flags=re.MULTILINE)  # `name (`int`, defaults to 4): ...`
 
 _copy: tempfile.TemporaryDirectory | None = None
 
@@ -34,8 +35,7 @@ def on_config(config):
         for path in sorted((ROOT / source).rglob("*.py")):
             copied = folder / target / path.relative_to(ROOT / source)
             copied.parent.mkdir(parents=True, exist_ok=True)
-            text = path.read_text(encoding="utf-8")
-            copied.write_text(EXAMPLE.sub(r"\1Examples:", text), encoding="utf-8")
+            copied.write_text(readable_docstrings(path), encoding="utf-8")
     for path in folder.rglob("__init__.py"):
         package = ".".join(path.parent.relative_to(folder).parts)
         statements = explicit_exports(path.read_text(encoding="utf-8"), package)
@@ -50,6 +50,19 @@ def on_shutdown(**kwargs) -> None:
     """Delete the copy."""
     if _copy is not None:
         _copy.cleanup()
+
+
+def readable_docstrings(path: Path) -> str:
+    """Return the source of a module with its docstrings in the form that the parser of mkdocstrings expects.
+
+    Configurations document their fields as transformers does, with Markdown in the types. They are dataclasses through
+    a decorator that the parser does not know, so their arguments are listed as attributes.
+    """
+    text = EXAMPLE.sub(r"\1Examples:", path.read_text(encoding="utf-8"))
+    if path.name.startswith("configuration_"):
+        text = re.sub(r"^    Args:$", "    Attributes:", text, flags=re.MULTILINE)
+        text = FIELD.sub(lambda found: found[0].replace("`", "").replace("*", ""), text)
+    return text
 
 
 def explicit_exports(source: str, package: str) -> str:
