@@ -1,1 +1,1 @@
-"""Functions of tensors: neighbour search, flow attention and their helpers. No configuration, no module state."""
+"""Functions on tensors: neighbour search, flow attention and their helpers, without configuration or module state."""

@@ -1,9 +1,10 @@
-"""Looking back over a window, block by block: time and memory of length × window, no loop over entities.
+"""Banded attention in blocks: O(length × window) time and memory, without a loop over entities.
 
-A block of queries sees the entities of its own block and the `before` ones ahead of it. Scores between them are laid
-out by key, as products give them, or by offset, as everything that depends on i − j wants them.
+Queries are split into blocks of T. Each block sees the keys of its own T entities and of the `before` entities in
+front of them. Scores have one of two layouts: by key (column n is key n of the block), as matrix products return them,
+or by offset (column e is the entity `before − e` steps back), as terms that depend on i − j need them.
 
-Shape letters: B batch, M queries of this call, T queries of a block, N blocks, F features.
+Shape letters: B batch, M queries of this call, T queries per block, N blocks, F features.
 """
 
 import torch
@@ -11,42 +12,45 @@ from torch.nn import functional as F
 
 
 def block_length(length: int, before: int) -> int:
-    """T: as many queries as there are entities to look back to, fewer if the call has fewer."""
+    """Return T: `before`, but at least 1 and at most `length`."""
     return max(1, min(length, before))
 
 
 def query_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
-    """`[B, M, F]` → `[B, N, T, F]`, zero after the last."""
+    """Split queries `[B, M, F]` into blocks `[B, N, T, F]`, padded with zeros at the end."""
     length = x.shape[1]
     return F.pad(x, (0, 0, 0, -length % block)).unflatten(1, (-1, block))
 
 
 def key_blocks(history: torch.Tensor, before: int, block: int, after: int = 0) -> torch.Tensor:
-    """What each block sees: `[B, before + M + after, F]` → `[B, N, before + T + after, F]`, zero after the last."""
+    """Gather the keys that each block sees: `[B, before + M + after, F]` → `[B, N, before + T + after, F]`.
+
+    The last block is padded with zeros.
+    """
     length = history.shape[1] - before - after
     padded = F.pad(history, (0, 0, 0, -length % block))
-    if block == before and not after:  # as `block_length` has it
+    if block == before and not after:  # the case of `block_length`: two neighbouring blocks hold all keys
         return _Pairs.apply(padded.unflatten(1, (-1, block)))
     return padded.unfold(1, before + block + after, block).transpose(2, 3)
 
 
 def join_blocks(x: torch.Tensor, length: int) -> torch.Tensor:
-    """The way back: `[B, N, T, F]` → `[B, M, F]`."""
+    """Undo `query_blocks`: `[B, N, T, F]` → `[B, M, F]`, M = `length`."""
     return x.flatten(1, 2)[:, :length]
 
 
 def by_offset(scores: torch.Tensor) -> torch.Tensor:
-    """`[..., T, before + T]` by key → `[..., T, before + 1]`, oldest first: entry e looks back by before − e."""
+    """Convert scores `[..., T, before + T]` by key to `[..., T, before + 1]` by offset, oldest entity first."""
     return _Skew.apply(scores)
 
 
 def by_key(weights: torch.Tensor) -> torch.Tensor:
-    """The way back: `[..., T, before + 1]` → `[..., T, before + T]`, zero outside the window."""
+    """Convert weights `[..., T, before + 1]` by offset to `[..., T, before + T]` by key, zero outside the window."""
     return _Unskew.apply(weights)
 
 
 class _Pairs(torch.autograd.Function):
-    """Each block with the next, `[B, N + 1, T, F]` → `[B, N, 2 T, F]`, with a gradient in one pass."""
+    """Concatenate each block with the next, `[B, N + 1, T, F]` → `[B, N, 2 T, F]`; its backward is a single pass."""
 
     @staticmethod
     def forward(ctx, blocks):
@@ -59,14 +63,14 @@ class _Pairs(torch.autograd.Function):
 
 
 def _diagonals(by_key: torch.Tensor) -> torch.Tensor:
-    """A view of contiguous `[..., T, K]`: row t from its key t on, K − T + 1 of them."""
+    """Return a view of contiguous `[..., T, K]` that holds keys t … t + K − T of each row t."""
     block, keys = by_key.shape[-2:]
     shape = (*by_key.shape[:-1], keys - block + 1)
     return by_key.as_strided(shape, (*by_key.stride()[:-2], keys + 1, 1))
 
 
 class _Skew(torch.autograd.Function):
-    """`by_offset` and its gradient, each one copy: autograd's own way through views takes several."""
+    """`by_offset` with one copy forward and one backward. Autograd through the views needs several."""
 
     @staticmethod
     def forward(ctx, scores):
@@ -78,12 +82,12 @@ class _Skew(torch.autograd.Function):
 
 
 class _Unskew(torch.autograd.Function):
-    """`by_key` and its gradient."""
+    """`by_key` with one copy forward and one backward."""
 
     @staticmethod
     def forward(ctx, weights):
         block, width = weights.shape[-2:]
-        if torch.compiler.is_exporting():  # ONNX has no view to write through
+        if torch.compiler.is_exporting():  # ONNX cannot write through a strided view
             return F.pad(weights, (0, block)).flatten(-2)[..., :-block].unflatten(-1, (block, width + block - 1))
         spread = weights.new_zeros(*weights.shape[:-1], width + block - 1)
         _diagonals(spread).copy_(weights)
@@ -95,10 +99,12 @@ class _Unskew(torch.autograd.Function):
 
 
 def to_dense(weights: torch.Tensor, index: torch.Tensor, num_entities: int) -> torch.Tensor:
-    """Weights by offset → between entities, for output: `[B, H, M, before + 1]` → `[B, H, M, num_entities]`.
+    """Convert weights by offset to a dense matrix: `[B, H, M, before + 1]` → `[B, H, M, num_entities]`.
 
     Args:
-        index: int64 `[B, M]`, place in its row of what each query weighs last; what lies outside must weigh 0.
+        weights: `[B, H, M, before + 1]`. Weights of entities outside 0 … num_entities − 1 must be 0.
+        index: int64 `[B, M]`, position in its row of the most recent entity of each query's window.
+        num_entities: columns of the result.
     """
     width = weights.shape[-1]
     places = index[..., None] - torch.arange(width - 1, -1, -1, device=index.device)

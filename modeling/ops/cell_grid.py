@@ -1,25 +1,35 @@
-"""Arithmetic of the cell grids: axes, edges and cells per axis. Needs no tensors."""
+"""Arithmetic of the cell grids: axes, edge lengths and cells per axis. It uses no tensors."""
 
 import math
 
-GRID = 64  # grid points per unit: searched positions are multiples of 2^-6
-MAX_CELLS_PER_AXIS = 1023  # 30 bits for three axes
+GRID = 64  # grid points per unit: positions are rounded to multiples of 2^-6 before a search
+MAX_CELLS_PER_AXIS = 1023  # a cell of three axes then fits in 30 bits
 
 
 def grid_axes(position_dim: int) -> int:
-    """A: more axes would make cells so many that few entities share one."""
+    """Return A, the number of axes of a grid: at most 3, because with more axes few entities would share a cell."""
     return min(position_dim, 3)
 
 
 def geometric_cell_sizes(num_tables: int, coarsest: float = 8.0, finest: float = 0.35) -> list[float]:
-    """Edges of the cells of each table, geometric from `coarsest` down to `finest`; the defaults are the model's.
+    """Return the edge length of each table's cells, a geometric series from `coarsest` down to `finest`.
 
-    Cells of 8 span the ball: far matches are proposed from the first step of training on. At great length such cells
-    hold nothing but the latest entities, and those of 0.35 part what belongs together; tune a trained model further
-    with cells from 2 to 1 for it.
+    The defaults are those of the model. A cell with edge 8 covers the ball of positions, so the search proposes
+    distant entities from the first training step. In long rows such a cell holds too many entities to propose any but
+    the most recent ones, and cells with edge 0.35 separate entities that match: fine-tune with edges from 2 to 1 for
+    long rows.
+
+    Args:
+        num_tables: number of tables, L.
+        coarsest, finest: edge lengths of the first and the last table, in units of position.
 
     Raises:
-        ValueError: no table, or edges that are not positive or grow.
+        ValueError: `num_tables` is less than 1, or the edge lengths are not positive and descending.
+
+    Example:
+        >>> from dfn_hf.modeling.ops.cell_grid import geometric_cell_sizes
+        >>> geometric_cell_sizes(3, coarsest=8.0, finest=2.0)
+        [8.0, 4.0, 2.0]
     """
     if num_tables < 1:
         raise ValueError(f"num_tables must be ≥ 1, got {num_tables}.")
@@ -29,13 +39,17 @@ def geometric_cell_sizes(num_tables: int, coarsest: float = 8.0, finest: float =
 
 
 def ball_cells_per_axis(position_dim: int, cell_sizes: list[float]) -> list[int]:
-    """Cells per axis of each table that cover the ball (radius `2 * sqrt(position_dim)`), whatever the shift."""
+    """Return the cells per axis of each table, enough to cover the ball of radius `2 * sqrt(position_dim)`."""
     radius = 1.01 * 2 * math.sqrt(position_dim)  # 1.01: rotations are rounded to integers
     return [2 * math.ceil(radius / size) + 1 for size in cell_sizes]
 
 
 def check_cell_sizes(cell_sizes: list[float] | None, num_tables: int, candidates_per_table: int) -> list[float]:
-    """The cell sizes to use; a ValueError names what does not fit."""
+    """Return the edge length of each table's cells; `geometric_cell_sizes(num_tables)` if `cell_sizes` is None.
+
+    Raises:
+        ValueError: an argument is out of range, or `cell_sizes` has not one entry per table.
+    """
     if num_tables < 1 or candidates_per_table < 1:
         raise ValueError(
             f"num_tables and candidates_per_table must be ≥ 1, got {num_tables} and {candidates_per_table}."
@@ -45,5 +59,7 @@ def check_cell_sizes(cell_sizes: list[float] | None, num_tables: int, candidates
     if len(cell_sizes) != num_tables:
         raise ValueError(f"cell_sizes must hold one size per table (num_tables={num_tables}), got {len(cell_sizes)}.")
     if not all(1 / GRID <= size < math.inf for size in cell_sizes):
-        raise ValueError(f"cell_sizes must be finite and ≥ 1/{GRID}, the step of the grid, got {list(cell_sizes)}.")
+        raise ValueError(
+            f"cell_sizes must be finite and ≥ 1/{GRID} (the grid step of positions), got {list(cell_sizes)}."
+        )
     return list(cell_sizes)

@@ -1,4 +1,4 @@
-"""What is done entity by entity, done so many at a time: temporaries of full length are few, and none is wide."""
+"""Applies position-wise functions in chunks to bound peak memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +9,23 @@ CHUNK_SIZE = 4096
 
 
 def apply_chunked(function: Callable[..., Any], *tensors: torch.Tensor, size: int = 1) -> Any:
-    """`function` of tensors `[B, M, ...]`, some at a time along M; it gives one tensor `[B, M, ...]` or several.
+    """Apply a position-wise function in chunks along dimension 1.
 
     Args:
-        size: entities that one place along M stands for, as a block or a frame does; `CHUNK_SIZE` of them are
-            taken at a time.
+        function: maps tensors `[B, m, ...]` to one tensor `[B, m, ...]` or a tuple of them, independently along m.
+        tensors: `[B, M, ...]`.
+        size: entities per index of dimension 1, more than 1 where an index is a block or a frame. A chunk holds
+            `CHUNK_SIZE` entities.
+
+    Returns:
+        The result for all M indices, equal to `function(*tensors)`.
+
+    Example:
+        >>> import torch
+        >>> from dfn_hf.modeling.ops.chunking import apply_chunked
+        >>> x = torch.randn(2, 10_000, 8)
+        >>> apply_chunked(torch.tanh, x).shape
+        torch.Size([2, 10000, 8])
     """
     length, step = tensors[0].shape[1], max(1, CHUNK_SIZE // size)
     if length <= step:
@@ -35,7 +47,15 @@ def apply_chunked(function: Callable[..., Any], *tensors: torch.Tensor, size: in
 
 
 def apply_chunked_overlapping(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, overlap: int):
-    """`function` of `[B, overlap + M, ...]`, as a convolution without padding is: each piece sees `overlap` more."""
+    """Apply a function with a receptive field in chunks, for example a convolution without padding.
+
+    Args:
+        function: maps `[B, overlap + m, ...]` to `[B, m, ...]`.
+        x: `[B, overlap + M, ...]`. Neighbouring chunks share `overlap` entities.
+
+    Returns:
+        `[B, M, ...]`, equal to `function(x)`.
+    """
     length = x.shape[1] - overlap
     if length <= CHUNK_SIZE:
         return function(x)

@@ -1,7 +1,7 @@
-"""Functions that `torch.compile` calls as they are, as operators of torch.library, in the place of tracing them.
+"""Registers functions as torch.library operators, which `torch.compile` calls instead of tracing.
 
-An operator is named after the code that it runs: copies of this code from the Hub that differ have operators of their
-own in one process, copies that are alike share them.
+An operator's namespace contains a hash of the code. One process can therefore load several copies of this code from
+the Hub: equal copies share their operators, different copies register different ones.
 """
 
 import hashlib
@@ -20,27 +20,28 @@ def custom_op(
     backward: Callable | None = None,
     setup_context: Callable | None = None,
 ) -> Callable:
-    """`function` as an operator; see `torch.library.custom_op`.
+    """Register `function` as an operator with `torch.library.custom_op`, or return the one registered before.
 
     Args:
-        fake: what `function` gives, by shape and type alone.
-        mutates_args: arguments that it writes to.
-        backward, setup_context: as for `torch.library.register_autograd`; None where there is no gradient.
+        function: the implementation; its name becomes the operator's name.
+        fake: returns empty outputs with the shapes and dtypes of `function`.
+        mutates_args: names of the arguments that `function` writes to.
+        backward, setup_context: as for `torch.library.register_autograd`; None for an operator without gradient.
     """
     namespace, name = f"dfn_hf_{code_digest()}", function.__name__.strip("_")
     registered = getattr(torch.ops, namespace)
     if hasattr(registered, name):
         return getattr(registered, name)
-    made = torch.library.custom_op(f"{namespace}::{name}", function, mutates_args=mutates_args)
-    made.register_fake(fake)
+    operator = torch.library.custom_op(f"{namespace}::{name}", function, mutates_args=mutates_args)
+    operator.register_fake(fake)
     if backward is not None:
-        made.register_autograd(backward, setup_context=setup_context)
-    return made
+        operator.register_autograd(backward, setup_context=setup_context)
+    return operator
 
 
 @cache
 def code_digest() -> str:
-    """Hash of the Python and C files in the folder of this file and below it."""
+    """Return a hash of the Python and C files in this file's folder and its sub-folders."""
     digest = hashlib.sha256()
     for path in sorted(path for path in Path(__file__).parent.rglob("*") if path.suffix in (".py", ".c")):
         digest.update(path.read_bytes())
@@ -48,5 +49,8 @@ def code_digest() -> str:
 
 
 def use_custom_ops() -> bool:
-    """Whether the code at hand is being compiled; a program to be exported is traced to the end, for others to run."""
+    """Return whether to call custom operators: while compiling.
+
+    While exporting the functions are traced, because the exported program must run without this code.
+    """
     return torch.compiler.is_compiling() and not torch.compiler.is_exporting()

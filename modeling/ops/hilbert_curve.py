@@ -1,26 +1,34 @@
-"""A Hilbert curve through places of a field: what is near along it is near in space, and sorting costs n log n.
+"""Order along a Hilbert curve: points that are close on the curve are close in space. Sorting costs O(n log n).
 
-J. Skilling, Programming the Hilbert curve, AIP Conference Proceedings 707 (2004).
+J. Skilling, "Programming the Hilbert curve", AIP Conference Proceedings 707 (2004).
 
-Shape letters: B batch, M places, c coordinate_dim.
+Shape letters: B batch, M points, c coordinate_dim.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-KEY_BITS = 48  # of a key, shared by its axes; a float64 holds as many
-LAST_KEY = 2**62  # behind every key
-CURVE_SHIFTS = (0.0, 1 / 3, 2 / 3)  # of three curves: neighbours in space lie side by side on one of them
+KEY_BITS = 48  # bits of a key, divided among the axes; a float64 represents them exactly
+LAST_KEY = 2**62  # greater than every key
+CURVE_SHIFTS = (0.0, 1 / 3, 2 / 3)  # three shifted curves: points close in space are close on at least one
 
 
 @dataclass(frozen=True)
 class Box:
-    """The cube around each row's places, in which its curve lies.
+    """The bounding cube of each row's points, in which the row's Hilbert curve runs.
 
     Attributes:
-        low: float64 `[B, 1, c]`, its lowest corner.
-        edge: float64 `[B, 1, 1]`, its edge; 1 where all places of a row are one.
+        low: float64 `[B, 1, c]`, lowest corner.
+        edge: float64 `[B, 1, 1]`, edge length; 1 if all points of the row are equal.
+
+    Example:
+        >>> import torch
+        >>> from dfn_hf.modeling.ops.hilbert_curve import Box
+        >>> points = torch.tensor([[[0.0, 0.0], [1.0, 1.0], [0.0, 1.0], [1.0, 0.0]]])  # [1, 4, 2]
+        >>> box = Box.around(points, torch.ones(1, 4, dtype=torch.bool))
+        >>> box.keys(points).argsort(dim=1)
+        tensor([[0, 2, 1, 3]])
     """
 
     low: torch.Tensor
@@ -29,20 +37,21 @@ class Box:
     @classmethod
     @torch.no_grad()
     def around(cls, places: torch.Tensor, real: torch.Tensor) -> "Box":
-        """Of places `[B, M, c]` where `real`, bool `[B, M]`, is True."""
-        places, hole = places.double(), ~real.unsqueeze(-1)
-        low = places.masked_fill(hole, torch.inf).amin(dim=1, keepdim=True)
-        high = places.masked_fill(hole, -torch.inf).amax(dim=1, keepdim=True)
+        """Return the bounding cube of points `places` `[B, M, c]`; `real`, bool `[B, M]`, is False at padding."""
+        places, padding = places.double(), ~real.unsqueeze(-1)
+        low = places.masked_fill(padding, torch.inf).amin(dim=1, keepdim=True)
+        high = places.masked_fill(padding, -torch.inf).amax(dim=1, keepdim=True)
         edge = (high - low).amax(dim=2, keepdim=True)
         return cls(low, torch.where(edge > 0, edge, 1))
 
     @torch.no_grad()
     def keys(self, places: torch.Tensor, shift: float = 0.0) -> torch.Tensor:
-        """How far along the curve places `[B, M, c]` lie, int64 `[B, M]`; those outside as their nearest inside.
+        """Return the position of points on the curve, int64 `[B, M]`.
 
         Args:
-            shift: 0 for the curve of the box itself; else that of a box twice as large, moved by this share of the
-                edge along every axis: what one curve separates lies side by side on another.
+            places: `[B, M, c]`. A point outside the box has the key of the nearest point inside.
+            shift: 0 for the curve of this box. Otherwise the curve of a box twice as large, shifted by this fraction
+                of the edge along every axis: points that one curve separates are close on another.
         """
         bits = max(1, KEY_BITS // places.shape[-1])
         inside = ((places.double() - self.low) / self.edge).clamp(0, 1)
@@ -52,7 +61,18 @@ class Box:
 
 
 def hilbert_keys(cells: torch.Tensor, bits: int) -> torch.Tensor:
-    """Index along the Hilbert curve of cells, int64 `[..., c]` in [0, 2^bits) → int64 `[...]` in [0, 2^(c·bits))."""
+    """Return the index of cells along the Hilbert curve, int64 `[...]` in [0, 2^(c · bits)).
+
+    Args:
+        cells: int64 `[..., c]` in [0, 2^bits).
+        bits: bits per axis.
+
+    Example:
+        >>> import torch
+        >>> from dfn_hf.modeling.ops.hilbert_curve import hilbert_keys
+        >>> hilbert_keys(torch.tensor([[0, 0], [0, 1], [1, 1], [1, 0]]), bits=1)
+        tensor([0, 1, 2, 3])
+    """
     axes = [axis.clone() for axis in cells.unbind(-1)]
     for bit in range(bits - 1, 0, -1):
         below = (1 << bit) - 1

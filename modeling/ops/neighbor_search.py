@@ -1,20 +1,21 @@
-"""Causal neighbour search: the K nearest predecessors of every entity, in O(n log n).
+"""Causal neighbour search: the K nearest predecessors of every entity, in O(n log n) time.
 
-Two searches share one ranking, by (squared distance, most recent first):
+Two methods share one ranking, by (squared distance, most recent first):
 
-- `exact`: blockwise over all predecessors, O(n^2) time and O(n) memory; the reference, the choice for short inputs.
-- `cells`: causal cell lists. Each of several tables lays a randomly rotated and shifted grid over the positions. One
-  sort per table by (cell, time) makes the predecessors of an entity in its cell a contiguous run; the last w of the
-  run are candidates. Between calls the runs live on as chains (`CellChains`): the newest entity of each cell and, per
-  entity, a link to the one before it. A prefill, a chunk and a single step walk the same function.
+- `exact`: blockwise over all predecessors, O(n²) time and O(n) memory. The reference, and the choice for short rows.
+- `cells`: causal cell lists, a form of locality-sensitive hashing. Each of several tables partitions the positions by
+  a randomly rotated and shifted grid. One sort per table by (cell, time) makes the predecessors in an entity's cell a
+  contiguous run, and the last w of the run are candidates. A cache keeps the runs as chains (`CellChains`): the most
+  recent entity of each cell and, per entity, a link to the previous one.
+
+`search_cells` serves prefills, chunks and uncompiled single steps; `dispatch.search_backend` chooses between C, Triton
+and torch. A step of fixed shape runs `neighbor_search_decode.search_step`. All forms return the same lists.
 
 Shape letters: B batch, H heads, G = B * H rows, M queries of this call, N stored entities, P position_dim, L tables,
 A axes of a grid, w candidates per table, K neighbours.
 """
 
 import math
-import sys
-from collections.abc import Iterable
 
 import torch
 
@@ -32,13 +33,12 @@ from .cell_lists import (
     start_chains,
 )
 from .custom_ops import custom_op, use_custom_ops
-from .dispatch import can_use_triton_search
-from .kernels.neighbor_search_cpu import MAX_CANDIDATES, MAX_NEIGHBORS, search_cells_cpu, search_library
+from .dispatch import search_backend
+from .kernels.neighbor_search_cpu import search_cells_cpu, search_library
+from .neighbor_ranking import rank_nearest, squared_distances, sum_of_squares
 
-NO_CODE = 2**63 - 1
-NO_BITS = NO_CODE >> 32  # of a distance
-QUERY_CHUNK = 2048  # queries whose candidates are held and ranked at a time
-KEY_CHUNK = 4096  # the same for keys in the exact search
+QUERY_CHUNK = 2048  # queries whose candidates are ranked together
+KEY_CHUNK = 4096  # keys ranked together by the exact search
 
 
 def nearest_predecessors(
@@ -54,26 +54,35 @@ def nearest_predecessors(
     seed: int = 0,
     segment_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The nearest predecessors of every entity, by Euclidean distance.
+    """Find the nearest predecessors of every entity by Euclidean distance.
 
     Args:
-        query_positions: float `[batch, heads, length, position_dim]`. Half precision is searched as float32.
+        query_positions: float `[batch, heads, length, position_dim]`. Half precision is converted to float32.
         key_positions: float, same shape.
         num_neighbors: K ≥ 0.
-        window: entity i sees the candidates j ≤ i − window; 0 lets it see itself.
-        method: "exact" ranks all of them, "cells" those that share a cell with it (module docstring).
-        num_tables: L, grids of the cell search.
-        candidates_per_table: w, the most recent candidates taken from each table.
-        cell_sizes: one edge length per table; None: geometric from 8 to 0.35. Cells end 511 edges from the origin.
-        seed: draws the grids; no global random state is used.
-        segment_ids: int `[batch, length]`; an entity sees its own segment only; negative is padding.
+        window: candidates of entity i are j ≤ i − window; 0 includes the entity itself.
+        method: "exact" ranks all candidates, "cells" those that share a cell with the query (module docstring).
+        num_tables: L, number of grids of the cell search.
+        candidates_per_table: w, number of most recent candidates from each table.
+        cell_sizes: one edge length per table, in units of position; None for `geometric_cell_sizes`. Positions more
+            than 511 edges from the origin belong to the outermost cells.
+        seed: determines the grids; the global random state is not used.
+        segment_ids: int `[batch, length]`; candidates come from the query's segment only; negative ids are padding.
 
     Returns:
-        (indices int64, squared distances) `[batch, heads, length, K]`: the K nearest distinct candidates by distance,
-        then most recent first. Where there are fewer, −1 and inf.
+        (positions of the neighbours in their row, int64; squared distances), both `[batch, heads, length, K]`, by
+        distance, then most recent first; −1 and inf if there are fewer than K.
 
     Raises:
-        ValueError: wrong shapes or values, positions that are not finite.
+        ValueError: an argument has a wrong shape, dtype or value, or positions are not finite.
+
+    Example:
+        >>> import torch
+        >>> from dfn_hf.modeling.ops.neighbor_search import nearest_predecessors
+        >>> positions = torch.tensor([0.0, 5.0, 0.1, 5.1]).view(1, 1, 4, 1)  # batch 1, head 1, length 4, 1 axis
+        >>> indices, distances = nearest_predecessors(positions, positions, 1, window=1, method="exact")
+        >>> indices.flatten().tolist()
+        [-1, 0, 0, 1]
     """
     if query_positions.dim() != 4 or query_positions.shape != key_positions.shape:
         raise ValueError(
@@ -94,7 +103,7 @@ def nearest_predecessors(
             raise ValueError(f"{name} must be floating point, got {positions.dtype}; convert it with .float().")
         if not positions.isfinite().all():
             raise ValueError(
-                f"{name} holds values that are not finite; find out where they come from before searching."
+                f"{name} contains values that are not finite: find their origin, for example a diverged model."
             )
     cell_sizes = check_cell_sizes(cell_sizes, num_tables, candidates_per_table)
 
@@ -109,11 +118,11 @@ def nearest_predecessors(
         if segment_ids is not None:
             segments = segment_ids.long().repeat_interleave(heads, dim=0)
         if method == "exact":
-            found = search_exact(queries, index, keys, num_neighbors, window, segments=segments)
+            result = search_exact(queries, index, keys, num_neighbors, window, segments=segments)
         else:
             rotation, shift = (x.to(queries.device) for x in grid_constants(position_dim, num_tables, seed))
             grids = CellGrids(rotation, shift, cell_sizes, [MAX_CELLS_PER_AXIS] * num_tables)
-            found = search_cells(
+            result = search_cells(
                 queries,
                 grids.cells(queries),
                 index,
@@ -124,11 +133,11 @@ def nearest_predecessors(
                 candidates_per_table,
                 segments=segments,
             )
-    return tuple(x.view(batch, heads, length, num_neighbors) for x in found)
+    return tuple(x.view(batch, heads, length, num_neighbors) for x in result)
 
 
 def nearest_predecessors_reference(query_positions, key_positions, num_neighbors, *, window=0, segment_ids=None):
-    """`nearest_predecessors(method="exact")` as a loop over entities: one sort each, O(n^2 log n)."""
+    """Reference for `nearest_predecessors(method="exact")`: a loop with one sort per entity, O(n² log n)."""
     batch, heads, length, _ = query_positions.shape
     indices = torch.full((batch, heads, length, num_neighbors), -1)
     distances = torch.full((batch, heads, length, num_neighbors), math.inf, dtype=query_positions.dtype)
@@ -162,27 +171,34 @@ def search_cells(
     segments: torch.Tensor | None = None,
     table_offsets: list[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The K nearest distinct candidates of each query; brings the chains up to date.
+    """Find the K nearest distinct candidates of each query, and update the chains.
 
-    Query a of a row has index i = past + a; the entity i − window becomes visible with it.
+    Query a of a row has position i = past + a. Its candidates are the entities up to i − window.
 
     Args:
-        query_positions: `[G, M, P]`; query_cells: int32 `[G, M, L]`; query_index: int64 `[G, M]`, past + a.
-        key_positions: `[G, N, P]`; key_cells: int32 `[G, N, L]`; of all entities, past and new.
-        reach: int64 `[G, M]`, how many of the entities just before it a query may see; all if None.
-        counts: int64 `[G]`, how many queries of the row are real; the rest are padding at its end. All if None.
-        chains: the entities before index past − window; None if there is no past and none is to be kept.
-        segments: int64 `[G, M]`, a query sees its own segment only; none if negative. Only without a past.
-        table_offsets: `CellGrids.table_offsets` where cells are few enough to be addressed and positions lie on the
-            grid: native code then finds the same lists sooner.
+        query_positions: `[G, M, P]`.
+        query_cells: int32 `[G, M, L]`.
+        query_index: int64 `[G, M]`, position i of each query.
+        key_positions: `[G, N, P]`, of past and new entities.
+        key_cells: int32 `[G, N, L]`.
+        num_neighbors: K.
+        window: W.
+        candidates_per_table: w.
+        reach: int64 `[G, M]`, number of entities directly before i that may be candidates; None for all.
+        counts: int64 `[G]`, number of real queries of each row; the rest, at its end, are padding. None if all are
+            real.
+        chains: the entities before position past − window; None for rows without a past and without a cache.
+        segments: int64 `[G, M]`; candidates come from the query's segment only, none if negative. Not with a past.
+        table_offsets: `CellGrids.table_offsets` if cells are few enough to be numbered and positions lie on the grid.
+            C and Triton can then run, and return the same lists.
 
     Returns:
-        (indices int64 `[G, M, K]`, squared distances `[G, M, K]`); −1 and inf where there are fewer than K.
+        (positions int64 `[G, M, K]`, squared distances `[G, M, K]`); −1 and inf if there are fewer than K.
     """
     arguments = (query_positions, query_cells, query_index, key_positions, key_cells)
     arguments += (num_neighbors, window, candidates_per_table, reach, counts, segments, table_offsets)
     if chains is not None:
-        arguments += (chains.heads, chains.links, chains.table_offsets)
+        arguments += (chains.newest, chains.links, chains.table_offsets)
     return _search_operator(*arguments) if use_custom_ops() else _search_cells(*arguments)
 
 
@@ -199,54 +215,56 @@ def _search_cells(
     counts: torch.Tensor | None,
     segments: torch.Tensor | None,
     table_offsets: list[int] | None,
-    heads: torch.Tensor | None = None,
+    newest: torch.Tensor | None = None,
     links: torch.Tensor | None = None,
     chain_offsets: list[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`search_cells`, with the parts of the chains one by one as operators need them."""
+    """`search_cells` with the chains as separate tensors, because an operator takes tensors only."""
     rows, num_queries, num_tables = query_cells.shape
     if num_queries == 0 or num_neighbors == 0:
         shape = (rows, num_queries, num_neighbors)
         return query_index.new_full(shape, -1), query_positions.new_full(shape, math.inf)
-    addressed = table_offsets is not None and segments is None
-    fits = addressed and num_neighbors <= MAX_NEIGHBORS and candidates_per_table <= MAX_CANDIDATES
-    library = search_library(query_positions) if fits else None
-    if library is not None:
-        return search_cells_cpu(
-            library,
-            query_positions,
-            query_cells,
-            query_index,
-            key_positions,
-            key_cells,
-            num_neighbors,
-            window,
-            candidates_per_table,
-            table_offsets,
-            reach,
-            counts,
-            heads,
-            links,
-        )
-    chains = None if heads is None else CellChains(heads, links, chain_offsets)
-    on_gpu = addressed and can_use_triton_search(query_positions, num_tables, candidates_per_table)
-    if on_gpu and (chains is None or (num_queries > 1 and bool((query_index[:, 0] == 0).all()))):
+    queries, keys = (query_positions, query_cells), (key_positions, key_cells)
+    sizes = (num_neighbors, window, candidates_per_table)
+    backend = search_backend(
+        query_positions,
+        query_index,
+        num_tables,
+        candidates_per_table,
+        num_neighbors,
+        addressed=table_offsets is not None and segments is None,
+        with_chains=newest is not None,
+    )
+    if backend == "c":
+        queries, options = (*queries, query_index), (reach, counts, newest, links)
+        return search_cells_cpu(search_library(query_positions), *queries, *keys, *sizes, table_offsets, *options)
+    chains = None if newest is None else CellChains(newest, links, chain_offsets)
+    if backend == "triton":
         from .kernels.triton_launch import search_cells_triton
 
         if chains is not None:
             start_chains(chains, key_cells[:, :num_queries], window, counts)
-        return search_cells_triton(
-            query_positions,
-            query_cells,
-            key_positions,
-            key_cells,
-            num_neighbors,
-            window,
-            candidates_per_table,
-            table_offsets,
-            reach,
-            counts,
-        )
+        return search_cells_triton(*queries, *keys, *sizes, table_offsets, reach, counts)
+    return _search_cells_torch(*queries, query_index, *keys, *sizes, reach, counts, segments, chains)
+
+
+def _search_cells_torch(
+    query_positions: torch.Tensor,
+    query_cells: torch.Tensor,
+    query_index: torch.Tensor,
+    key_positions: torch.Tensor,
+    key_cells: torch.Tensor,
+    num_neighbors: int,
+    window: int,
+    candidates_per_table: int,
+    reach: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    segments: torch.Tensor | None,
+    chains: CellChains | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`search_cells` in torch operations."""
+    # One function: sorting, chaining and ranking share these tensors.
+    rows, num_queries, num_tables = query_cells.shape
     device = query_cells.device
     flat_keys = key_positions.reshape(-1, key_positions.shape[-1])
     row_start = torch.arange(rows, device=device)[:, None, None] * key_positions.shape[1]
@@ -264,9 +282,9 @@ def _search_cells(
         absent_keys = absent_keys | absent_queries.gather(1, entering.clamp(min=0))
 
     lists = CellLists.empty(rows, num_tables, num_queries, candidates_per_table, device)
-    chain_heads = []
-    tables_at_once = max(1, SORT_CHUNK // (rows * num_queries))
-    for tables in torch.arange(num_tables).split(tables_at_once):
+    newest = []
+    tables_per_sort = max(1, SORT_CHUNK // (rows * num_queries))
+    for tables in torch.arange(num_tables).split(tables_per_sort):
         tables = slice(int(tables[0]), int(tables[-1]) + 1)
         keys = entering_cells[:, tables].masked_fill(absent_keys[:, None], EMPTY_KEY_CELL)
         queries = sort_cells[:, tables]
@@ -275,14 +293,14 @@ def _search_cells(
         run, ends = sort_by_cell_and_time(keys, queries)
         lists.set(tables, run, ends, queries)
         if chains is not None:
-            chain_heads.append(chains.newest(queries, tables))
+            newest.append(chains.newest_in(queries, tables))
             chains.extend(run, entering[:, :1], tables)
     if chains is None:
-        # Entities of a cell lie side by side then, and a query reads neighbouring memory.
+        # In list order the entities of a cell are contiguous in memory.
         entering_keys = flat_keys.index_select(0, (row_start[..., 0] + entering.clamp(min=0)).view(-1))
         lists.lay_out(entering_keys.view(rows, num_queries, -1))
     else:
-        chain_heads = torch.cat(chain_heads, dim=1)
+        newest = torch.cat(newest, dim=1)
 
     indices, distances = [], []
     step = max(1, QUERY_CHUNK // rows)
@@ -295,7 +313,7 @@ def _search_cells(
             squared = sum_of_squares(positions[..., p, None] - keys for p, keys in enumerate(lists.read_places(part)))
         else:
             ids = ids.long().masked_fill_(~visible, -1).unflatten(-1, (num_tables, -1)).transpose(1, 2).contiguous()
-            chains.walk(ids, chain_heads[..., part])
+            chains.walk(ids, newest[..., part])
             ids = ids.transpose(1, 2).flatten(2)
             if absent_queries is not None:
                 ids = ids.masked_fill(absent_queries[:, part, None], -1)
@@ -310,12 +328,12 @@ def _search_cells(
     return torch.cat(indices, dim=1), torch.cat(distances, dim=1)
 
 
-def _shape_of_found(query_positions, query_cells, query_index, key_positions, key_cells, num_neighbors, *others):
+def _fake_search(query_positions, query_cells, query_index, key_positions, key_cells, num_neighbors, *others):
     shape = (*query_index.shape, num_neighbors)
     return query_index.new_empty(shape), query_positions.new_empty(shape)
 
 
-_search_operator = custom_op(_search_cells, _shape_of_found, mutates_args=("heads", "links"))
+_search_operator = custom_op(_search_cells, _fake_search, mutates_args=("newest", "links"))
 
 
 def search_exact(
@@ -328,7 +346,7 @@ def search_exact(
     reach: torch.Tensor | None = None,
     segments: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The K nearest of all predecessors, block by block: O(N) memory. Arguments and results as `search_cells`."""
+    """Find the K nearest of all predecessors, in O(N) memory. Arguments and results are those of `search_cells`."""
     arguments = query_positions, query_index, key_positions, num_neighbors, window, reach, segments
     return _exact_operator(*arguments) if use_custom_ops() else _search_exact(*arguments)
 
@@ -342,6 +360,7 @@ def _search_exact(
     reach: torch.Tensor | None,
     segments: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """`search_exact` without optional arguments."""
     rows, num_queries, _ = query_positions.shape
     num_keys = key_positions.shape[1]
     device = query_positions.device
@@ -352,7 +371,7 @@ def _search_exact(
         index = query_index[:, part, None]
         offsets = query_index.new_empty(rows, part.stop - part.start, 0)
         squared = query_positions.new_empty(rows, part.stop - part.start, 0)
-        # Which keys count is not known, or not without a wait for each step of a GPU: all may.
+        # Reading the last visible key is impossible while exporting and would stall a GPU at every decode step.
         if torch.compiler.is_exporting() or (num_queries == 1 and device.type != "cpu"):
             last_key = num_keys if num_neighbors else 0
         else:
@@ -363,8 +382,8 @@ def _search_exact(
             if reach is not None:
                 visible &= ids >= index - reach[:, part, None].int()
             if segments is not None:
-                own = segments[:, part, None]
-                visible &= (segments[:, None, ids] == own) & (own >= 0)
+                query_segments = segments[:, part, None]
+                visible &= (segments[:, None, ids] == query_segments) & (query_segments >= 0)
             block = squared_distances(query_positions[:, part, None], key_positions[:, None, ids])
             offsets = torch.cat([offsets, (index - ids)], dim=-1)
             squared = torch.cat([squared, block.masked_fill(~visible, math.inf)], dim=-1)
@@ -383,73 +402,3 @@ _exact_operator = custom_op(
         queries.new_empty(*index.shape, num_neighbors),
     ),
 )
-
-
-def squared_distances(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Σ_p (q_p − k_p)² over the last dimension."""
-    return sum_of_squares(queries[..., p] - keys[..., p] for p in range(queries.shape[-1]))
-
-
-def sum_of_squares(apart: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Σ_p x_p², summed in a fixed order so that every caller gets the same bits. What it is given it may overwrite."""
-    squares = (x.mul_(x) for x in apart)
-    total = next(squares)
-    for square in squares:
-        total += square
-    return total
-
-
-def rank_nearest(
-    squared: torch.Tensor, offsets: torch.Tensor, visible: torch.Tensor, num_neighbors: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The K distinct visible candidates first by (squared distance, offset): `[..., C]` → two of `[..., K]`.
-
-    A candidate may stand in several tables: equal offsets are one entity. Offsets are −1 and distances inf where fewer
-    than K are visible.
-    """
-    missing = num_neighbors - squared.shape[-1]
-    if missing > 0:
-        squared = torch.nn.functional.pad(squared, (0, missing), value=math.inf)
-        offsets = torch.nn.functional.pad(offsets, (0, missing))
-        visible = torch.nn.functional.pad(visible, (0, missing))
-    if squared.dtype == torch.float64:
-        return _rank_float64(squared, offsets, visible, num_neighbors)
-    # The bits of a float32 ≥ 0 sort as it does: distance and offset make one integer, equal only for the same entity.
-    bits = squared.view(torch.int32) | _where(~visible, NO_BITS, torch.int32)
-    codes = torch.stack([offsets.int(), bits] if sys.byteorder == "little" else [bits, offsets.int()], dim=-1)
-    codes = _smallest_distinct(codes.view(torch.int64).squeeze(-1), num_neighbors)
-    bits = (codes >> 32).int()
-    found = bits != NO_BITS
-    offsets = torch.where(found, codes & 0xFFFFFFFF, -1)
-    return offsets, bits.view(torch.float32).masked_fill(~found, math.inf)
-
-
-def _where(mask: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
-    """`bits` where the mask is set, else 0. With |= it fills as `masked_fill` does, without a branch per element."""
-    return mask.to(dtype).neg_().bitwise_and_(bits)
-
-
-def _smallest_distinct(codes: torch.Tensor, count: int) -> torch.Tensor:
-    """The `count` smallest different values of the last dimension, sorted, `NO_CODE` where there are fewer."""
-    if codes.device.type != "cpu" or torch.compiler.is_compiling():
-        codes = codes.sort(dim=-1).values
-        codes[..., 1:] |= _where(codes[..., 1:] == codes[..., :-1], NO_CODE, torch.int64)
-        return codes.topk(count, dim=-1, largest=False).values
-    array = codes.contiguous().numpy()  # NumPy sorts int64 several times faster than torch does on CPU
-    array.sort(axis=-1)
-    codes = torch.from_numpy(array)
-    codes[..., 1:] |= _where(codes[..., 1:] == codes[..., :-1], NO_CODE, torch.int64)
-    array.sort(axis=-1)
-    return codes[..., :count]
-
-
-def _rank_float64(squared, offsets, visible, num_neighbors):
-    """`rank_nearest` where distance and offset do not fit one integer: two stable sorts."""
-    squared = squared.masked_fill(~visible, math.inf)
-    order = offsets.argsort(dim=-1, stable=True)
-    order = order.gather(-1, squared.gather(-1, order).argsort(dim=-1, stable=True))
-    squared, offsets, found = (x.gather(-1, order) for x in (squared, offsets, visible))
-    found[..., 1:] &= offsets[..., 1:] != offsets[..., :-1]
-    first = (~found).int().argsort(dim=-1, stable=True)[..., :num_neighbors]
-    squared, offsets, found = (x.gather(-1, first) for x in (squared, offsets, found))
-    return offsets.masked_fill(~found, -1), squared.masked_fill(~found, math.inf)

@@ -1,12 +1,14 @@
-"""One decode step of the cell search: `search_cells` for a single query per row, in operations of fixed shape.
+"""Cell search of one decode step: `neighbor_search.search_cells` of a single query per row, in fixed shapes.
 
-Nothing waits for the data, so a step can be compiled whole and captured in a CUDA graph. The lists are the same, bit
-for bit. Shape letters: G rows, N stored entities, P position_dim, L tables, w candidates per table, K neighbours.
+No operation waits for data on the device, so a step can be compiled whole and captured in a CUDA graph. The lists
+equal those of `search_cells` bit for bit.
+
+Shape letters: G rows, N stored entities, P position_dim, L tables, w candidates per table, K neighbours.
 """
 
 import torch
 
-from .neighbor_search import rank_nearest, squared_distances
+from .neighbor_ranking import rank_nearest, squared_distances
 
 
 def search_step(
@@ -18,27 +20,35 @@ def search_step(
     num_neighbors: int,
     window: int,
     candidates_per_table: int,
-    heads: torch.Tensor,
+    newest: torch.Tensor,
     links: torch.Tensor,
     first_slots: torch.Tensor,
     *,
     reach: torch.Tensor | None = None,
     counts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The K nearest distinct candidates of one query per row; brings the chains up to date.
+    """Find the K nearest distinct candidates of one query per row, and update the chains.
 
-    They hold the entities before index − window, and index − window enters them.
+    Before the call the chains hold the entities before i − window, i the query's position; the call appends i −
+    window.
 
     Args:
-        query_positions: `[G, 1, P]`; query_cells: int32 `[G, 1, L]`; query_index: int64 `[G, 1]`.
-        key_positions: `[G, N, P]`; key_cells: int32 `[G, N, L]`; room behind a row's entities does not matter.
-        heads: int32 `[G, slots]`; links: int32 `[G, capacity, L]`; see `CellChains`.
-        first_slots: int64 `[L]`, the first slot of each table.
-        reach: int64 `[G, 1]`, how many of the entities just before it a query may see; all if None.
-        counts: int64 `[G]`, 0 where the query is padding. All are real if None.
+        query_positions: `[G, 1, P]`.
+        query_cells: int32 `[G, 1, L]`.
+        query_index: int64 `[G, 1]`, position i of each query.
+        key_positions: `[G, N, P]`. Entries after a row's last entity are not read.
+        key_cells: int32 `[G, N, L]`.
+        num_neighbors: K.
+        window: W.
+        candidates_per_table: w.
+        newest: int32 `[G, slots]`, see `CellChains`; updated in place.
+        links: int32 `[G, capacity, L]`, see `CellChains`; updated in place.
+        first_slots: int64 `[L]`, first slot of each table.
+        reach: int64 `[G, 1]`, number of entities directly before i that may be candidates; None for all.
+        counts: int64 `[G]`, 0 if the query is padding; None if all are real.
 
     Returns:
-        (indices int64 `[G, 1, K]`, squared distances `[G, 1, K]`); −1 and inf where there are fewer than K.
+        (positions int64 `[G, 1, K]`, squared distances `[G, 1, K]`); −1 and inf if there are fewer than K.
     """
     num_tables = query_cells.shape[-1]
     entering = query_index - window
@@ -47,15 +57,14 @@ def search_step(
         enters = enters & (counts > 0)[:, None]
     entry = entering.clamp(min=0)[..., None].expand(-1, -1, num_tables)  # [G, 1, L]
     slots = key_cells.gather(1, entry)[:, 0] + first_slots
-    before = heads.gather(1, slots)
-    linked = torch.where(enters[..., None], before[:, None], links.gather(1, entry))
-    newest = torch.where(enters, entering.int(), before)
-    # What does not enter writes back what stood there. Unlike scatter_, compilers do index_put_ in place.
+    previous = newest.gather(1, slots)
+    linked = torch.where(enters[..., None], previous[:, None], links.gather(1, entry))
+    # Padding writes the old values back. Compilers run index_put_ in place, but not scatter_.
     row, table = torch.arange(len(slots), device=slots.device)[:, None], torch.arange(num_tables, device=slots.device)
     links.index_put_((row, entry[:, 0], table), linked[:, 0])
-    heads.index_put_((row, slots), newest)
+    newest.index_put_((row, slots), torch.where(enters, entering.int(), previous))
 
-    steps = [heads.gather(1, query_cells[:, 0] + first_slots)[:, None]]  # each [G, 1, L]
+    steps = [newest.gather(1, query_cells[:, 0] + first_slots)[:, None]]  # each [G, 1, L]
     while len(steps) < candidates_per_table:
         last = steps[-1]
         steps.append(torch.where(last < 0, -1, links.gather(1, last.long().clamp(min=0))))

@@ -1,4 +1,4 @@
-"""The Triton kernels on rows of a length that only a GPU gets through."""
+"""The Triton kernels on long rows. Requires a GPU."""
 
 import pytest
 import torch
@@ -9,7 +9,9 @@ from dfn_hf.modeling.ops.flow_attention import flow_attention
 from dfn_hf.modeling.ops.neighbor_search import search_cells
 from tests.modeling.ops.test_neighbor_search import assert_same, draw_positions
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels' interpreter takes hours for these")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="requires a GPU: the interpreter would take hours"
+)
 
 LENGTH, HEADS, POSITION_DIM, NUM_NEIGHBORS, WINDOW, NUM_TABLES, CANDIDATES = 50_001, 4, 4, 16, 32, 16, 8
 
@@ -27,7 +29,7 @@ def search(queries, keys, **options):
 
 
 def on_gpu_and_without(monkeypatch, function, *tensors):
-    """What the kernels give and what torch does on the CPU."""
+    """Return the results of the kernels on the GPU and of torch operations on the CPU."""
     found = function(*(x.cuda() for x in tensors))
     monkeypatch.setenv("DFN_HF_KERNELS", "0")
     return [x.cpu() for x in found], function(*tensors)
@@ -45,16 +47,16 @@ def draw_attention(value_dtype):
     query, key = (torch.randn(shape, generator=generator) for _ in range(2))
     value, grad = (torch.randn(1, HEADS, LENGTH, 64, generator=generator).to(value_dtype) for _ in range(2))
     index = torch.arange(LENGTH)[None]
-    # A few entities are read by very many.
+    # A few entities are neighbours of many.
     neighbors = (torch.rand(1, HEADS, LENGTH, NUM_NEIGHBORS, generator=generator) ** 4 * index[..., None]).long()
     neighbors = neighbors.masked_fill(neighbors > index[..., None] - WINDOW, -1)
     return query, key, value, torch.rand(HEADS, generator=generator), index, index % 9_999, neighbors, grad
 
 
-def read_and_gradients(query, key, value, fading, index, reach, neighbors, grad):
-    inputs = [x.detach().requires_grad_() for x in (query, key, value, fading)]
-    y, total = flow_attention(*inputs, index, reach, neighbors, WINDOW)
-    return y, total, *torch.autograd.grad([y, total], inputs, [grad, torch.ones_like(total)])
+def read_and_gradients(query, key, value, decay, index, reach, neighbors, grad):
+    inputs = [x.detach().requires_grad_() for x in (query, key, value, decay)]
+    y, lse = flow_attention(*inputs, index, reach, neighbors, WINDOW)
+    return y, lse, *torch.autograd.grad([y, lse], inputs, [grad, torch.ones_like(lse)])
 
 
 @pytest.mark.parametrize(("value_dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 3e-2)])
@@ -64,7 +66,7 @@ def test_attention_is_that_of_torch(value_dtype, tolerance, monkeypatch):
         assert (x - wanted).abs().max() <= tolerance * wanted.abs().max().clamp(min=1)
 
 
-def test_deterministic_gradients_are_the_same_bits_each_time():
+def test_deterministic_gradients_are_reproducible():
     inputs = [x.cuda() for x in draw_attention(torch.bfloat16)]
     torch.use_deterministic_algorithms(True)
     try:

@@ -1,6 +1,6 @@
-"""Compiles the Triton kernels for an H100 or H200, no GPU needed; prints what each one uses, as lines of JSON.
+"""Compiles the Triton kernels for an H100 or H200 without a GPU; prints one line of JSON per kernel.
 
-The launches are the real ones, with small tensors on the CPU, but for the last step: nothing runs.
+It calls the real launch functions with small tensors on the CPU, and replaces the launch itself by a compilation.
 """
 
 import json
@@ -16,13 +16,13 @@ from triton.runtime import JITFunction, driver
 
 from dfn_hf.modeling.ops.cell_grid import GRID, ball_cells_per_axis, geometric_cell_sizes
 from dfn_hf.modeling.ops.cell_lists import CellGrids, grid_constants
-from dfn_hf.modeling.ops.kernels import triton_launch as flow_kernels
+from dfn_hf.modeling.ops.kernels import triton_launch
 
 LENGTH, HEADS, POSITION_DIM, NUM_NEIGHBORS, WINDOW, TABLES, CANDIDATES, VALUE_FEATURES = 256, 2, 4, 16, 32, 16, 8, 64
 
 
 class H200:
-    """As much of a driver as compiling asks for."""
+    """The part of a Triton driver that compilation needs."""
 
     def get_current_device(self):
         return 0
@@ -40,8 +40,8 @@ def compile_only(self, *arguments, run=JITFunction.run, **options):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        said = subprocess.run([reader, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
-    registers, stack = (int(re.search(rf"{name}:(\d+)", said)[1]) for name in ("REG", "STACK"))
+        output = subprocess.run([reader, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
+    registers, stack = (int(re.search(rf"{name}:(\d+)", output)[1]) for name in ("REG", "STACK"))
     usage = {
         "registers": registers,
         "stack": stack,
@@ -56,10 +56,10 @@ def search():
     sizes = geometric_cell_sizes(TABLES)
     grids = CellGrids(*grid_constants(POSITION_DIM, TABLES, 0), sizes, ball_cells_per_axis(POSITION_DIM, sizes))
     constants = grids.rotation, torch.zeros(grids.shift.shape), torch.ones(TABLES), grids.cells_per_axis
-    flow_kernels.cells_triton(queries, GRID, *constants)
+    triton_launch.cells_triton(queries, GRID, *constants)
     cells = grids.cells(keys)
     reach, counts = torch.zeros(HEADS, LENGTH, dtype=torch.int64), torch.zeros(HEADS, dtype=torch.int64)
-    flow_kernels.search_cells_triton(
+    triton_launch.search_cells_triton(
         queries, cells, keys, cells, NUM_NEIGHBORS, WINDOW, CANDIDATES, grids.table_offsets, reach, counts
     )
 
@@ -67,14 +67,12 @@ def search():
 def attend(value_dtype, deterministic):
     query, key = torch.zeros(2, 1, HEADS, LENGTH, POSITION_DIM + 1)
     value = torch.zeros(1, HEADS, LENGTH, VALUE_FEATURES, dtype=value_dtype)
-    fading, index = torch.zeros(HEADS), torch.arange(LENGTH)[None]
+    decay, index = torch.zeros(HEADS), torch.arange(LENGTH)[None]
     neighbors = torch.zeros(1, HEADS, LENGTH, NUM_NEIGHBORS, dtype=torch.int64)
-    inputs = (query, key, value, fading, index, index, neighbors)
-    y, total = flow_kernels.flow_attention_forward_triton(*inputs, WINDOW)
+    inputs = (query, key, value, decay, index, index, neighbors)
+    y, lse = triton_launch.flow_attention_forward_triton(*inputs, WINDOW)
     torch.use_deterministic_algorithms(deterministic)
-    flow_kernels.flow_attention_backward_triton(
-        torch.zeros_like(y), torch.zeros_like(total), *inputs, y, total, WINDOW
-    )
+    triton_launch.flow_attention_backward_triton(torch.zeros_like(y), torch.zeros_like(lse), *inputs, y, lse, WINDOW)
 
 
 if __name__ == "__main__":

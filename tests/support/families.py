@@ -1,4 +1,4 @@
-"""Random small models of every causal family, with every mechanism in motion: what the invariants are tested on."""
+"""Random small models of every causal family with all mechanisms active, for the tests of invariants."""
 
 import random
 from collections.abc import Callable
@@ -16,15 +16,15 @@ VOCABULARY = 40
 
 @dataclass(frozen=True)
 class Family:
-    """How to draw a model.
+    """How to draw a random model.
 
     Attributes:
         model_class: the `ForCausalLM` class.
-        draw_config: a random small configuration.
-        assert_in_motion: fails unless every mechanism of a drawn model fires on ids `[batch, length]`.
-        longest_reach: entities after which every mechanism, memories included, has been in use at least twice.
-        shapes_depend_on_content: later tokens change the shapes, and so the rounding, of what comes before them.
-        has_attentions: it returns flow weights between tokens.
+        draw_config: returns a random small configuration.
+        assert_in_motion: asserts that every mechanism of a model is active on ids `[batch, length]`.
+        longest_reach: number of entities after which every mechanism, memories included, was used at least twice.
+        shapes_depend_on_content: whether later tokens change shapes, and so the rounding, of earlier results.
+        has_attentions: whether the model returns flow weights between tokens.
     """
 
     model_class: type[PreTrainedModel]
@@ -108,12 +108,12 @@ def draw_flownetwork_config(rng: random.Random, **overrides) -> FlowNetworkConfi
 
 
 def assert_dfn_in_motion(model: DFNForCausalLM, ids: torch.Tensor) -> None:
-    """Every layer finds neighbours beyond its local window."""
+    """Assert that every layer finds neighbours beyond its local window."""
     assert all((layer.neighbors >= 0).any() for layer in model(ids, output_entities=True).entities)
 
 
 def assert_adaptive_in_motion(model: DFNForCausalLM, ids: torch.Tensor) -> None:
-    """Entities are of several lengths, some as long as they may be, and every layer finds far ones."""
+    """Assert that entities have several lengths, that boundaries occur, and that every layer finds neighbours."""
     outputs = model(ids, output_entities=True)
     lengths = [place.diff() for place in (row.nonzero()[:, 0] for row in outputs.boundary_mask)]
     assert len(torch.cat(lengths).unique()) > 1
@@ -126,12 +126,12 @@ def record_output(seen: dict, module, args, output) -> None:
 
 
 def assert_flownetwork_in_motion(model: FlowNetworkForCausalLM, ids: torch.Tensor) -> None:
-    """Every layer leaves reachable tokens out, routes tokens differently, and reads a memory that tokens changed."""
+    """Assert that every layer omits reachable tokens, routes tokens differently and reads a changing memory."""
     config = model.config
     outputs = model(ids, output_flows=True)
     for flows in outputs.flows:
         assert flows.window.std() > 0.01
-        assert config.base_sparsity == 1 or flows.share.std() > 0.001
+        assert config.base_sparsity == 1 or flows.fraction.std() > 0.001
         assert flows.matrix.triu(1).abs().max() == 0
         reachable = torch.arange(1, ids.shape[1] + 1).clamp(max=config.flow_window)
         kept = (flows.matrix > 0).sum(dim=-1)
@@ -163,16 +163,18 @@ FAMILIES = {
 
 
 def draw_model(family: str, seed: int, dtype: torch.dtype = torch.float64, **overrides) -> PreTrainedModel:
-    """A model of random configuration and weights, in eval mode; weights large enough for every block to matter."""
+    """Return a model in eval mode with random configuration and weights; the weights are large enough to matter."""
     config = FAMILIES[family].draw_config(random.Random(seed), **overrides)
     torch.manual_seed(seed)
     model = FAMILIES[family].model_class(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() < 2 or parameter.shape[1] == 1:  # norms, scales and filters, which start as constants
+            if (
+                parameter.dim() < 2 or parameter.shape[1] == 1
+            ):  # initialised as constants
                 parameter.add_(0.3 * torch.randn_like(parameter))
         for module in model.modules():
-            if isinstance(module, EntitySampling):  # starts as a flow about as long everywhere
+            if isinstance(module, EntitySampling):  # at initialisation its flow has about the same length everywhere
                 module.flow_map.weight.normal_(std=1 / module.flow_map.in_features)
                 module.threshold.fill_(1.0)
                 module.log_steepness.fill_(1.0)
@@ -180,7 +182,7 @@ def draw_model(family: str, seed: int, dtype: torch.dtype = torch.float64, **ove
 
 
 def draw_ids(batch: int, length: int, seed: int) -> torch.Tensor:
-    """Token ids `[batch, length]` with repeated stretches, so that far neighbours and ties occur."""
+    """Draw token ids `[batch, length]` with repeated spans, so that far neighbours and ties occur."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, VOCABULARY, (batch, length), generator=generator)
     half = length // 3

@@ -1,7 +1,7 @@
-"""A Hugging Face Hub of models on loopback, in memory: repositories, revisions, commits, large files, tokens.
+"""An in-memory Hugging Face Hub of models on loopback: repositories, revisions, commits, large files, tokens.
 
-It speaks what `huggingface_hub` asks for when models are pushed and loaded, over plain HTTP. By itself it prints its
-address and serves until it is killed: `python tests/support/hub_server.py`.
+It implements the HTTP endpoints that `huggingface_hub` calls to push and load models. Run as a script,
+`python tests/support/hub_server.py`, it prints its address and serves until it is killed.
 """
 
 import base64
@@ -14,11 +14,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
 USER, TOKEN = "tester", "hf_test"
-LARGE = 10_000  # bytes from which a file is uploaded by itself
+LARGE = 10_000  # bytes; larger files are uploaded separately, as with Git LFS
 
 
 class Repository:
-    """Commits, each a snapshot of all files, and the names that point to them."""
+    """Commits, each a snapshot of all files, and the branches and tags that point to them."""
 
     def __init__(self, name: str, private: bool):
         self.name, self.private = name, private
@@ -39,8 +39,8 @@ class Repository:
         return found if found in self.commits else None
 
 
-class Problem(Exception):
-    """An answer that is not 200."""
+class HubError(Exception):
+    """An HTTP error response."""
 
     def __init__(self, status: int, code: str = "", headers: dict[str, str] | None = None):
         super().__init__(code)
@@ -64,10 +64,10 @@ class Handler(BaseHTTPRequestHandler):
                 found = re.fullmatch(pattern, path)
                 if found and method in (self.command, "GET" if self.command == "HEAD" else self.command):
                     return action(self, *found.groups())
-            raise Problem(404, "EntryNotFound")
-        except Problem as problem:
-            headers = problem.headers | ({"X-Error-Code": problem.code} if problem.code else {})
-            self.answer(problem.status, json.dumps({"error": problem.code}).encode(), headers)
+            raise HubError(404, "EntryNotFound")
+        except HubError as error:
+            headers = error.headers | ({"X-Error-Code": error.code} if error.code else {})
+            self.answer(error.status, json.dumps({"error": error.code}).encode(), headers)
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = route
 
@@ -79,54 +79,54 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def say(self, value) -> None:
+    def send_json(self, value) -> None:
         self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
-    def known(self) -> bool:
+    def has_token(self) -> bool:
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
 
-    def must_be_known(self) -> None:
-        if not self.known():
-            raise Problem(401)
+    def require_token(self) -> None:
+        if not self.has_token():
+            raise HubError(401)
 
     def repository(self, name: str) -> Repository:
         found = self.repositories.get(name)
-        if found is None or (found.private and not self.known()):
-            raise Problem(404 if self.known() else 401, "RepoNotFound")
+        if found is None or (found.private and not self.has_token()):
+            raise HubError(404 if self.has_token() else 401, "RepoNotFound")
         return found
 
     def snapshot(self, name: str, revision: str) -> tuple[Repository, str]:
         repository = self.repository(name)
         number = repository.resolve(revision)
         if number is None:
-            raise Problem(404, "RevisionNotFound")
+            raise HubError(404, "RevisionNotFound")
         return repository, number
 
-    # What is asked for
+    # Endpoints
 
     def whoami(self) -> None:
-        self.must_be_known()
+        self.require_token()
         token = {"type": "access_token", "accessToken": {"displayName": "test", "role": "write"}}
-        self.say({"type": "user", "name": USER, "orgs": [], "auth": token})
+        self.send_json({"type": "user", "name": USER, "orgs": [], "auth": token})
 
     def create(self) -> None:
-        self.must_be_known()
-        asked = json.loads(self.body)
-        name = f"{asked.get('organization') or USER}/{asked['name']}"
+        self.require_token()
+        request = json.loads(self.body)
+        name = f"{request.get('organization') or USER}/{request['name']}"
         address = {"url": f"http://{self.headers['Host']}/{name}", "name": name}
         if name in self.repositories:
             return self.answer(409, json.dumps(address).encode())
-        private = bool(asked.get("private")) or asked.get("visibility") == "private"
+        private = bool(request.get("private")) or request.get("visibility") == "private"
         self.repositories[name] = Repository(name, private)
-        self.say(address)
+        self.send_json(address)
 
     def validate_yaml(self) -> None:
-        self.say({"errors": [], "warnings": []})
+        self.send_json({"errors": [], "warnings": []})
 
     def describe(self, name: str, revision: str | None = None) -> None:
         repository, number = self.snapshot(name, revision or "main")
         files = [{"rfilename": path} for path in repository.commits[number]]
-        self.say({
+        self.send_json({
             "id": name, "modelId": name, "sha": number, "private": repository.private, "gated": False, "tags": [],
             "downloads": 0, "likes": 0, "lastModified": "2026-01-01T00:00:00.000Z", "siblings": files,
         })  # fmt: skip
@@ -136,14 +136,14 @@ class Handler(BaseHTTPRequestHandler):
         prefix = f"{folder}/" if folder else ""
         files = {path: data for path, data in repository.commits[number].items() if path.startswith(prefix)}
         if folder and not files:
-            raise Problem(404, "EntryNotFound")
-        self.say([describe_file(path, data) for path, data in files.items()])
+            raise HubError(404, "EntryNotFound")
+        self.send_json([describe_file(path, data) for path, data in files.items()])
 
     def paths_info(self, name: str, revision: str) -> None:
         repository, number = self.snapshot(name, revision)
-        asked = json.loads(self.body)["paths"] if self.body.startswith(b"{") else []
+        paths = json.loads(self.body)["paths"] if self.body.startswith(b"{") else []
         files = repository.commits[number]
-        self.say([describe_file(path, files[path]) for path in asked if path in files])
+        self.send_json([describe_file(path, files[path]) for path in paths if path in files])
 
     def refs(self, name: str) -> None:
         repository = self.repository(name)
@@ -151,53 +151,53 @@ class Handler(BaseHTTPRequestHandler):
         def listed(kind: str, names: dict[str, str]) -> list[dict[str, str]]:
             return [{"name": n, "ref": f"refs/{kind}/{n}", "targetCommit": c} for n, c in names.items()]
 
-        self.say({
+        self.send_json({
             "branches": listed("heads", repository.branches), "tags": listed("tags", repository.tags), "converts": [],
         })  # fmt: skip
 
     def make_branch(self, name: str, branch: str) -> None:
-        self.must_be_known()
+        self.require_token()
         start = json.loads(self.body or b"{}").get("startingPoint") or "main"
         repository, number = self.snapshot(name, start)
         if branch in repository.branches:
-            raise Problem(409)
+            raise HubError(409)
         repository.branches[branch] = number
-        self.say({})
+        self.send_json({})
 
     def make_tag(self, name: str, revision: str) -> None:
-        self.must_be_known()
+        self.require_token()
         repository, number = self.snapshot(name, revision)
         repository.tags[json.loads(self.body)["tag"]] = number
-        self.say({})
+        self.send_json({})
 
     def preupload(self, name: str, revision: str) -> None:
-        self.must_be_known()
+        self.require_token()
         self.snapshot(name, revision)
         files = json.loads(self.body)["files"]
-        self.say({"files": [
+        self.send_json({"files": [
             {"path": file["path"], "uploadMode": "lfs" if file["size"] >= LARGE else "regular", "shouldIgnore": False}
             for file in files
         ]})  # fmt: skip
 
     def batch(self, name: str) -> None:
-        self.must_be_known()
+        self.require_token()
         objects = []
-        for asked in json.loads(self.body)["objects"]:
-            wanted = {"oid": asked["oid"], "size": asked["size"]}
-            if asked["oid"] not in self.blobs:
-                href = f"http://{self.headers['Host']}/upload/{asked['oid']}"
-                wanted["actions"] = {"upload": {"href": href, "header": {}}}
-            objects.append(wanted)
-        self.say({"transfer": "basic", "objects": objects})
+        for requested in json.loads(self.body)["objects"]:
+            answer = {"oid": requested["oid"], "size": requested["size"]}
+            if requested["oid"] not in self.blobs:
+                href = f"http://{self.headers['Host']}/upload/{requested['oid']}"
+                answer["actions"] = {"upload": {"href": href, "header": {}}}
+            objects.append(answer)
+        self.send_json({"transfer": "basic", "objects": objects})
 
     def upload(self, oid: str) -> None:
         if hashlib.sha256(self.body).hexdigest() != oid:
-            raise Problem(400)
+            raise HubError(400)
         self.blobs[oid] = self.body
         self.answer(200, b"")
 
     def commit(self, name: str, revision: str) -> None:
-        self.must_be_known()
+        self.require_token()
         repository, number = self.snapshot(name, revision)
         files, title = dict(repository.commits[number]), ""
         for line in self.body.splitlines():
@@ -206,7 +206,7 @@ class Handler(BaseHTTPRequestHandler):
             if entry["key"] == "header":
                 title = value["summary"]
                 if value.get("parentCommit") not in (None, number):
-                    raise Problem(412)
+                    raise HubError(412)
             elif entry["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
@@ -214,21 +214,21 @@ class Handler(BaseHTTPRequestHandler):
             elif entry["key"] == "deletedFile":
                 files.pop(value["path"])
             else:
-                raise Problem(400, entry["key"])
+                raise HubError(400, entry["key"])
         repository.branches[revision] = repository.commit(files, title)
         made = repository.branches[revision]
         address = f"http://{self.headers['Host']}/{name}/commit/{made}"
-        self.say({"commitUrl": address, "commitOid": made, "success": True})
+        self.send_json({"commitUrl": address, "commitOid": made, "success": True})
 
     def resolve(self, name: str, revision: str, path: str) -> None:
         repository, number = self.snapshot(name, revision)
         data = repository.commits[number].get(path)
         if data is None:
-            raise Problem(404, "EntryNotFound", {"X-Repo-Commit": number})
+            raise HubError(404, "EntryNotFound", {"X-Repo-Commit": number})
         headers = {"X-Repo-Commit": number, "ETag": f'"{hashlib.sha256(data).hexdigest()}"', "Accept-Ranges": "bytes"}
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if asked:
-            start, stop = int(asked[1]), int(asked[2] or len(data) - 1) + 1
+        requested = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if requested:
+            start, stop = int(requested[1]), int(requested[2] or len(data) - 1) + 1
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
             return self.answer(206, data[start:stop], headers)
         self.answer(200, data, headers)
@@ -260,7 +260,7 @@ ROUTES = [
 
 @contextmanager
 def serve():
-    """A Hub with no repository yet, and its address."""
+    """Serve an empty Hub; yields its address."""
     handler = type("FreshHandler", (Handler,), {"repositories": {}, "blobs": {}})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -1,4 +1,4 @@
-"""What of a parametrized test `make test` runs: one value of those that differ little."""
+"""Marks for parametrized tests: `make test` runs few of several similar values."""
 
 from collections.abc import Iterable
 
@@ -6,6 +6,6 @@ import pytest
 
 
 def first_quickly(values: Iterable, count: int = 1) -> list:
-    """The first `count` values as they are, the others marked slow."""
+    """Return the first `count` values unchanged and the others marked slow."""
     values = list(values)
     return [*values[:count], *(pytest.param(value, marks=pytest.mark.slow) for value in values[count:])]

@@ -1,4 +1,4 @@
-"""One small language model of every family with all its parts, for programs that take models as they are."""
+"""One small language model per family with all optional parts, for tests of other libraries."""
 
 import torch
 from transformers import PreTrainedModel
@@ -12,7 +12,7 @@ from dfn_hf import (
     LiquidForSeq2SeqLM,
 )
 
-# Four bits on a CPU need multiples of 64 in and 32 out.
+# 4-bit quantization on a CPU requires multiples of 64 input and 32 output features.
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 64,
@@ -35,6 +35,6 @@ MODELS = {
 
 
 def make_small_model(family: str, **sizes: int) -> PreTrainedModel:
-    """The same weights each time, in evaluation mode; `sizes` in the place of those of `SIZES`."""
+    """Return a model in evaluation mode, with the same weights each time; `sizes` override `SIZES`."""
     torch.manual_seed(0)
     return MODELS[family](**sizes).eval()

@@ -1,1 +1,1 @@
-"""Compiled forms of the ops: C for CPUs, Triton for GPUs."""
+"""Kernels for the ops: C for CPUs, Triton for GPUs."""

@@ -1,8 +1,8 @@
-"""C code built on first use into a library that is kept for the next process; without a compiler there is none.
+"""Compiles C code at first use and keeps the library for later processes.
 
-The code is plain C behind pointers and sizes: it needs a C compiler, and no headers of Python or torch. Libraries are
-named by what they were built from and for, and put in place whole, so that any number of processes, and any number of
-copies of this code from the Hub, can share a folder.
+The C functions take pointers and sizes, so they need a C compiler but no Python or torch headers. A library's file
+name is a hash of its source, compiler, flags and processor, and the file is moved into place complete. Several
+processes and several copies of this code from the Hub can therefore share the folder.
 """
 
 import ctypes
@@ -22,44 +22,55 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-SWITCH = "DFN_HF_KERNELS"  # set to 0 for torch operations alone
-ITEMS_PER_THREAD = 1024  # fewer are done before a thread has started
+SWITCH = "DFN_HF_KERNELS"  # environment variable; 0 disables the C and Triton kernels
+ITEMS_PER_THREAD = 1024  # for fewer items starting a thread takes longer than the work
 
 
 def kernels_enabled() -> bool:
-    """Whether native code may be used: unless the environment variable DFN_HF_KERNELS is 0 or a program is exported."""
+    """Return whether C and Triton kernels may run.
+
+    They may not if the environment variable `DFN_HF_KERNELS` is 0, or while a program is exported.
+    """
     return not torch.compiler.is_exporting() and os.environ.get(SWITCH, "1") != "0"
 
 
 @cache
 def compiled_library(source: str, *flags: str) -> ctypes.CDLL | None:
-    """The library built from C `source` with `flags`, or None where it cannot be built; the reason is logged once."""
+    """Compile C code, or load the library compiled before.
+
+    Args:
+        source: the C code.
+        flags: compiler flags.
+
+    Returns:
+        The library; None if it cannot be compiled, with the reason logged once.
+    """
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None or os.name != "posix":
-        logger.info("No C compiler was found: going on with torch operations, which are slower.")
+        logger.warning_once("No C compiler was found: torch operations run instead, which are slower. Install gcc.")
         return None
     try:
-        # Tuned to this processor where it can be told from others that share the folder.
+        # -march=native only if the file name can tell this processor from others that share the folder.
         tuning = ["-march=native"] if processor() else []
         try:
             return build_library(source, [compiler, *tuning, *flags])
-        except subprocess.CalledProcessError:  # some compilers know no such tuning
+        except subprocess.CalledProcessError:  # some compilers do not support -march=native
             return build_library(source, [compiler, *flags])
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
-        logger.warning_once(f"Native code was not built: going on with torch operations, which are slower. {reason}")
+        logger.warning_once(f"The C code did not compile: torch operations run instead, which are slower. {reason}")
         return None
 
 
 def build_library(source: str, command: list[str]) -> ctypes.CDLL:
-    """The library from the folder, or else built there."""
+    """Load the library from the folder; compile it with `command` if it is not there."""
     command = [*command, "-O3", "-std=gnu11", "-fPIC", "-shared"]
-    made_of = "\0".join([source, *command, compiler_version(command[0]), platform.machine(), processor()])
+    content = "\0".join([source, *command, compiler_version(command[0]), platform.machine(), processor()])
     folder = library_folder()
-    path = folder / f"{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.so"
+    path = folder / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.so"
     if not path.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as workplace:
-            code, built = Path(workplace, "code.c"), Path(workplace, "library.so")
+        with tempfile.TemporaryDirectory(dir=folder) as temporary:
+            code, built = Path(temporary, "code.c"), Path(temporary, "library.so")
             code.write_text(source)
             subprocess.run(
                 [*command, "-o", str(built), str(code), "-lm"], check=True, capture_output=True, timeout=120
@@ -69,34 +80,48 @@ def build_library(source: str, command: list[str]) -> ctypes.CDLL:
 
 
 def library_folder() -> Path:
-    """A folder of this user's own: what is in it gets executed."""
+    """Return the folder of compiled libraries, which only this user may write to, because its files are executed.
+
+    Raises:
+        PermissionError: another user owns the folder or can write to it.
+    """
     base = os.environ.get("XDG_CACHE_HOME", "")
     folder = Path(base if os.path.isabs(base) else Path.home() / ".cache") / "dfn_hf" / "native"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     status = folder.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise PermissionError(f"{folder} is open to other users: make it yours alone.")
+        raise PermissionError(f"Other users can write to {folder}: restrict it with `chmod 700` or delete it.")
     return folder
 
 
 def compiler_version(compiler: str) -> str:
-    """What the compiler says of itself."""
-    said = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=30).stdout
-    return said.decode(errors="replace")
+    """Return the output of `compiler --version`."""
+    output = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=30).stdout
+    return output.decode(errors="replace")
 
 
 def processor() -> str:
-    """What `-march=native` looks at; empty where it cannot be read."""
+    """Return the processor properties that `-march=native` depends on; empty if they cannot be read."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return ""
-    told = ("model name", "flags", "features", "isa", "cpu part", "cpu variant")
-    return "\n".join(sorted({line for line in lines if line.lower().startswith(told)}))
+    names = ("model name", "flags", "features", "isa", "cpu part", "cpu variant")
+    return "\n".join(sorted({line for line in lines if line.lower().startswith(names)}))
 
 
 def in_threads(work: Callable[[int, int], None], rows: int, items_per_row: int) -> None:
-    """`work(first, last)` over all rows, in as many threads as torch uses and the work is worth."""
+    """Call `work(first, last)` on ranges of rows in parallel threads.
+
+    Args:
+        work: processes rows first … last − 1.
+        rows: number of rows.
+        items_per_row: size of a row. There is at most one thread per `ITEMS_PER_THREAD` items, and no more threads
+            than `torch.get_num_threads()`.
+
+    Raises:
+        BaseException: the first error of any thread.
+    """
     threads = max(1, min(torch.get_num_threads(), rows, rows * items_per_row // ITEMS_PER_THREAD))
     bounds = [rows * thread // threads for thread in range(threads + 1)]
     errors: list[BaseException] = []
@@ -107,7 +132,7 @@ def in_threads(work: Callable[[int, int], None], rows: int, items_per_row: int) 
         except BaseException as error:
             errors.append(error)
 
-    # Threads of their own, not a pool: a pool that is kept does not survive a fork.
+    # New threads instead of a pool: a pool does not survive a fork.
     others = [threading.Thread(target=part, args=bounds[i : i + 2]) for i in range(1, threads)]
     for thread in others:
         thread.start()
@@ -119,5 +144,5 @@ def in_threads(work: Callable[[int, int], None], rows: int, items_per_row: int) 
 
 
 def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-    """Where the data of a CPU tensor starts; NULL for None."""
+    """Return the address of a CPU tensor's data; NULL for None."""
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

@@ -1,8 +1,8 @@
-"""Reads C code from the files beside this one. `hub_code` puts the code itself in place of the call."""
+"""Reads C code from the files in this folder. `hub_code` replaces each call by the code, as a string."""
 
 from pathlib import Path
 
 
 def c_source(name: str) -> str:
-    """The C code of the file `name` in this folder."""
+    """Return the C code of the file `name` in this folder."""
     return Path(__file__).with_name(name).read_text(encoding="utf-8")

@@ -7,11 +7,11 @@
 #else
 #define LANES 8
 #endif
-#define BLOCK (4 * LANES) /* features that are summed in registers */
-#define QUERIES 256       /* whose keys nearby are turned at a time */
+#define BLOCK (4 * LANES) /* features summed in registers */
+#define QUERIES 256       /* queries whose local keys are transposed together */
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-/* exp for x <= 0 to 2 units in the last place, in a form that compilers vectorise */
+/* exp(x) for x <= 0, accurate to 2 ulp; compilers vectorise this form */
 static inline float exp_of(float x) {
     x = x < -87.0f ? -87.0f : x;
     float whole = floorf(x * 1.44269504088896341f + 0.5f);
@@ -27,7 +27,7 @@ static inline float exp_of(float x) {
     return y * scale.f;
 }
 
-/* log for x >= 1, likewise: x = 2^whole (1 + r), 1 + r between the roots of 1/2 and 2 */
+/* log(x) for x >= 1, likewise: x = 2^whole (1 + r) with sqrt(1/2) <= 1 + r < sqrt(2) */
 static inline float log_of(float x) {
     union { float f; int32_t i; } bits = {.f = x};
     int32_t whole = (bits.i - 0x3f3504f3) >> 23;
@@ -52,66 +52,68 @@ static inline float sum_of(Floats x) {
     return sum;
 }
 
-/* A tensor [B, H, length, features]: where it starts, and its steps in floats but for the last, which is 1. */
+/* A tensor [B, H, length, features]: address and strides in floats. The stride of features is 1. */
 typedef struct { float *start; int64_t batch, head, entity; } Tensor;
 
 typedef struct {
     int64_t heads, length, features, value_features, num_neighbors, window;
-    Tensor query, key, value, y, total, grad_query, grad_key, grad_value, grad_y, grad_total;
-    const float *fading; /* [H] */
+    Tensor query, key, value, y, lse, grad_query, grad_key, grad_value, grad_y, grad_lse;
+    const float *decay; /* [H] */
     const int64_t *index, *reach; /* [B, M] */
     const int64_t *neighbors; /* [B, H, M, K] */
-    float *grad_fading; /* [B, H] */
+    float *grad_decay; /* [B, H] */
 } Call;
 
 static inline float *row(Tensor x, int64_t b, int64_t h) { return x.start + b * x.batch + h * x.head; }
 
-/* What one query after the other of a row and head is read in; vectors may end LANES behind what is asked for. */
+/* Scratch memory of one thread, for one query at a time. Vectors have LANES extra elements at the end. */
 typedef struct {
     int64_t b, h;
-    int64_t count;                  /* of entities that are read: those nearby from the oldest on, then the others */
-    int64_t *ids;                   /* [count] */
-    float *fades, *weights, *grads; /* [count], log(1 + age), and logits before they are weights */
-    float *near_fades;              /* [window], log(1 + age) from the oldest on */
-    float *turned;                  /* [features, turned_step], the keys nearby from entity `turned_first` on */
-    int64_t turned_step, turned_first;
-} Reading;
+    int64_t count;                     /* entities read: the local window, oldest first, then the neighbours */
+    int64_t *ids;                      /* [count] */
+    float *log_ages, *weights, *grads; /* [count]; log(1 + age); weights holds the logits first */
+    float *near_log_ages;              /* [window]; log(1 + age), oldest first */
+    float *transposed;                 /* [features, transposed_step]; local keys from `transposed_first` on */
+    int64_t transposed_step, transposed_first;
+} Scratch;
 
-/* Without ids if memory ran out; free them. */
-static Reading reading(const Call *c) {
+/* Allocates scratch memory; ids is NULL if that fails. Free ids, which owns the whole block. */
+static Scratch make_scratch(const Call *c) {
     int64_t most = c->window + c->num_neighbors + LANES, step = QUERIES + c->window + LANES;
-    Reading r = {.ids = calloc(1, most * (sizeof(int64_t) + 4 * sizeof(float)) + c->features * step * sizeof(float))};
+    Scratch r = {.ids = calloc(1, most * (sizeof(int64_t) + 4 * sizeof(float)) + c->features * step * sizeof(float))};
     if (!r.ids) return r;
-    r.fades = (float *)(r.ids + most), r.weights = r.fades + most, r.grads = r.weights + most;
-    r.near_fades = r.grads + most, r.turned = r.near_fades + most, r.turned_step = step;
-    for (int64_t n = 0; n < c->window; n++) r.near_fades[n] = log_of(c->window - n);
+    r.log_ages = (float *)(r.ids + most), r.weights = r.log_ages + most, r.grads = r.weights + most;
+    r.near_log_ages = r.grads + most, r.transposed = r.near_log_ages + most, r.transposed_step = step;
+    for (int64_t n = 0; n < c->window; n++) r.near_log_ages[n] = log_of(c->window - n);
     return r;
 }
 
-/* The keys that the windows of QUERIES queries from m on reach, a feature of all side by side. */
-static void turn_keys(const Call *c, Reading *r, int64_t m) {
+/* Transposes the keys in the local windows of QUERIES queries from m on, so that a feature is contiguous. */
+static void transpose_keys(const Call *c, Scratch *r, int64_t m) {
     const float *keys = row(c->key, r->b, r->h);
     int64_t begin = c->index[r->b * c->length], first = begin + m - (c->window - 1), last = begin + m + QUERIES;
     if (last > begin + c->length) last = begin + c->length;
     for (int64_t j = first < 0 ? 0 : first; j < last; j++)
         for (int64_t e = 0; e < c->features; e++)
-            r->turned[e * r->turned_step + j - first] = keys[j * c->key.entity + e];
-    r->turned_first = first;
+            r->transposed[e * r->transposed_step + j - first] = keys[j * c->key.entity + e];
+    r->transposed_first = first;
 }
 
-/* The entities that query m reads, and their logits. */
-static inline void read_logits(const Call *c, Reading *r, int64_t m) {
-    if (m % QUERIES == 0) turn_keys(c, r, m);
+/* Lists the entities that query m reads, and computes their logits. */
+static inline void read_logits(const Call *c, Scratch *r, int64_t m) {
+    if (m % QUERIES == 0) transpose_keys(c, r, m);
     const float *query = row(c->query, r->b, r->h) + m * c->query.entity, *keys = row(c->key, r->b, r->h);
     int64_t i = c->index[r->b * c->length + m], reach = c->reach[r->b * c->length + m];
     int64_t near = (reach < c->window - 1 ? reach : c->window - 1) + 1, oldest = i - near + 1, count = near;
-    float fading = c->fading[r->h];
-    const float *turned = r->turned + oldest - r->turned_first, *fades = r->near_fades + c->window - near;
+    float decay = c->decay[r->h];
+    const float *transposed = r->transposed + oldest - r->transposed_first;
+    const float *log_ages = r->near_log_ages + c->window - near;
     for (int64_t n = 0; n < near; n += LANES) {
-        Floats fade = *(Floats *)(fades + n), logits = -fading * fade;
-        for (int64_t e = 0; e < c->features; e++) logits += query[e] * *(Floats *)(turned + e * r->turned_step + n);
+        Floats log_age = *(Floats *)(log_ages + n), logits = -decay * log_age;
+        for (int64_t e = 0; e < c->features; e++)
+            logits += query[e] * *(Floats *)(transposed + e * r->transposed_step + n);
         *(Floats *)(r->weights + n) = logits;
-        *(Floats *)(r->fades + n) = fade;
+        *(Floats *)(r->log_ages + n) = log_age;
     }
     for (int64_t n = 0; n < near; n++) r->ids[n] = oldest + n;
     const int64_t *far = c->neighbors + ((r->b * c->heads + r->h) * c->length + m) * c->num_neighbors;
@@ -121,18 +123,18 @@ static inline void read_logits(const Call *c, Reading *r, int64_t m) {
         float sum = 0;
         for (int64_t e = 0; e < c->features; e++) sum += query[e] * key[e];
         r->ids[count] = far[k];
-        r->fades[count] = 1 + i - far[k];
+        r->log_ages[count] = 1 + i - far[k];
         r->weights[count++] = sum;
     }
     for (int64_t n = near; n < count; n++) {
-        r->fades[n] = log_of(r->fades[n]);
-        r->weights[n] -= fading * r->fades[n];
+        r->log_ages[n] = log_of(r->log_ages[n]);
+        r->weights[n] -= decay * r->log_ages[n];
     }
     r->count = count;
 }
 
-/* Rows of features that query m reads far away, asked for while the query before it is worked on. */
-static inline void fetch(const Call *c, const Reading *r, int64_t m, Tensor x, int64_t features, int write) {
+/* Prefetches the neighbours' features of query m while the previous query is processed. */
+static inline void fetch(const Call *c, const Scratch *r, int64_t m, Tensor x, int64_t features, int write) {
     if (m >= c->length) return;
     const int64_t *far = c->neighbors + ((r->b * c->heads + r->h) * c->length + m) * c->num_neighbors;
     const float *rows = row(x, r->b, r->h);
@@ -143,10 +145,10 @@ static inline void fetch(const Call *c, const Reading *r, int64_t m, Tensor x, i
 }
 
 /* y = sum_n weights[n] values[ids[n]] */
-static inline void mix(const Reading *r, float *restrict y, int64_t features, const float *values, int64_t step) {
+static inline void mix(const Scratch *r, float *restrict y, int64_t features, const float *values, int64_t step) {
     int64_t d = 0;
     for (; d + BLOCK <= features; d += BLOCK) {
-        Floats sums[8] = {0}; /* of every second entity, lest each sum wait for the last */
+        Floats sums[8] = {0}; /* even and odd entities have separate sums, for parallel execution */
         for (int64_t n = 0; n < r->count; n += 2) {
             const float *even = values + r->ids[n] * step + d;
             for (int v = 0; v < 4; v++) sums[v] += r->weights[n] * *(Floats *)(even + v * LANES);
@@ -161,22 +163,22 @@ static inline void mix(const Reading *r, float *restrict y, int64_t features, co
         for (int64_t f = d; f < features; f++) y[f] += r->weights[n] * values[r->ids[n] * step + f];
 }
 
-/* grads[n] = given . values[ids[n]], and grad_values[ids[n]] += weights[n] given */
-static inline void unmix(const Reading *r, const float *given, int64_t features, const float *values, int64_t step,
-                         float *grad_values, int64_t grad_step) {
+/* grads[n] = grad_y . values[ids[n]], and grad_values[ids[n]] += weights[n] grad_y */
+static inline void mix_backward(const Scratch *r, const float *grad_y, int64_t features, const float *values,
+                                int64_t step, float *grad_values, int64_t grad_step) {
     float *grads = r->grads;
     for (int64_t n = 0; n < r->count; n++) grads[n] = 0;
     int64_t d = 0;
     for (; d + BLOCK <= features; d += BLOCK) {
-        Floats held[4];
-        for (int v = 0; v < 4; v++) held[v] = *(Floats *)(given + d + v * LANES);
+        Floats grad_block[4];
+        for (int v = 0; v < 4; v++) grad_block[v] = *(Floats *)(grad_y + d + v * LANES);
         for (int64_t n = 0; n < r->count; n++) {
             const float *value = values + r->ids[n] * step + d;
             float *grad_value = grad_values + r->ids[n] * grad_step + d;
             Floats sums = {0};
             for (int v = 0; v < 4; v++) {
-                sums += held[v] * *(Floats *)(value + v * LANES);
-                *(Floats *)(grad_value + v * LANES) += r->weights[n] * held[v];
+                sums += grad_block[v] * *(Floats *)(value + v * LANES);
+                *(Floats *)(grad_value + v * LANES) += r->weights[n] * grad_block[v];
             }
             grads[n] += sum_of(sums);
         }
@@ -186,16 +188,16 @@ static inline void unmix(const Reading *r, const float *given, int64_t features,
         float *restrict grad_value = grad_values + r->ids[n] * grad_step, sum = 0;
 #pragma omp simd reduction(+ : sum)
         for (int64_t f = d; f < features; f++) {
-            sum += given[f] * value[f];
-            grad_value[f] += r->weights[n] * given[f];
+            sum += grad_y[f] * value[f];
+            grad_value[f] += r->weights[n] * grad_y[f];
         }
         grads[n] += sum;
     }
 }
 
-/* Rows first .. last - 1. Returns 1 if memory ran out, as `backward` does. */
+/* Processes (row, head) pairs first .. last - 1. Returns 1 if memory cannot be allocated, as `backward` does. */
 int forward(int64_t first, int64_t last, const Call *c) {
-    Reading r = reading(c);
+    Scratch r = make_scratch(c);
     if (!r.ids) return 1;
     for (int64_t g = first; g < last; g++) {
         r.b = g / c->heads, r.h = g % c->heads;
@@ -210,7 +212,7 @@ int forward(int64_t first, int64_t last, const Call *c) {
             for (int64_t n = 0; n < r.count; n++) weights[n] = exp_of(weights[n] - largest);
 #pragma omp simd reduction(+ : sum)
             for (int64_t n = 0; n < r.count; n++) sum += weights[n];
-            row(c->total, r.b, r.h)[m * c->total.entity] = largest + logf(sum);
+            row(c->lse, r.b, r.h)[m * c->lse.entity] = largest + logf(sum);
             for (int64_t n = 0; n < r.count; n++) weights[n] /= sum;
             mix(&r, row(c->y, r.b, r.h) + m * c->y.entity, c->value_features, values, c->value.entity);
         }
@@ -219,28 +221,28 @@ int forward(int64_t first, int64_t last, const Call *c) {
     return 0;
 }
 
-/* dl_j = p_j (dy . v_j - sum_i p_i (dy . v_i) + d total) */
+/* dl_j = p_j (dy . v_j - sum_i p_i (dy . v_i) + d lse) */
 int backward(int64_t first, int64_t last, const Call *c) {
-    Reading r = reading(c);
+    Scratch r = make_scratch(c);
     if (!r.ids) return 1;
     for (int64_t g = first; g < last; g++) {
         r.b = g / c->heads, r.h = g % c->heads;
         const float *values = row(c->value, r.b, r.h), *keys = row(c->key, r.b, r.h);
         const float *weights = r.weights, *grads = r.grads;
         float *grad_values = row(c->grad_value, r.b, r.h), *grad_keys = row(c->grad_key, r.b, r.h);
-        double grad_fading = 0;
+        double grad_decay = 0;
         for (int64_t m = 0; m < c->length; m++) {
             fetch(c, &r, m + 1, c->key, 1, 0);
             fetch(c, &r, m + 1, c->grad_key, 1, 1);
             fetch(c, &r, m + 1, c->value, c->value_features, 0);
             fetch(c, &r, m + 1, c->grad_value, c->value_features, 1);
             read_logits(c, &r, m);
-            float total = row(c->total, r.b, r.h)[m * c->total.entity];
-            for (int64_t n = 0; n < r.count; n++) r.weights[n] = exp_of(r.weights[n] - total);
+            float lse = row(c->lse, r.b, r.h)[m * c->lse.entity];
+            for (int64_t n = 0; n < r.count; n++) r.weights[n] = exp_of(r.weights[n] - lse);
             const float *query = row(c->query, r.b, r.h) + m * c->query.entity;
-            const float *given = row(c->grad_y, r.b, r.h) + m * c->grad_y.entity;
-            unmix(&r, given, c->value_features, values, c->value.entity, grad_values, c->grad_value.entity);
-            float mean = -row(c->grad_total, r.b, r.h)[m * c->grad_total.entity], faded = 0;
+            const float *grad_y = row(c->grad_y, r.b, r.h) + m * c->grad_y.entity;
+            mix_backward(&r, grad_y, c->value_features, values, c->value.entity, grad_values, c->grad_value.entity);
+            float mean = -row(c->grad_lse, r.b, r.h)[m * c->grad_lse.entity], decay_sum = 0;
             for (int64_t n = 0; n < r.count; n++) mean += weights[n] * grads[n];
             float *restrict grad_query = row(c->grad_query, r.b, r.h) + m * c->grad_query.entity;
             for (int64_t n = 0; n < r.count; n++) {
@@ -251,11 +253,11 @@ int backward(int64_t first, int64_t last, const Call *c) {
                     grad_query[e] += grad * key[e];
                     grad_key[e] += grad * query[e];
                 }
-                faded += grad * r.fades[n];
+                decay_sum += grad * r.log_ages[n];
             }
-            grad_fading -= faded;
+            grad_decay -= decay_sum;
         }
-        c->grad_fading[g] = grad_fading;
+        c->grad_decay[g] = grad_decay;
     }
     free(r.ids);
     return 0;

@@ -1,7 +1,7 @@
-"""Flow attention in C, entity by entity, forward and backward: `flow_attention.flow_attention` in float32 on the CPU.
+"""Flow attention in C, forward and backward: `flow_attention.flow_attention` in float32 on a CPU.
 
-The backward pass computes the weights again from the log-sum that the forward pass kept. Each (row, head) is summed in
-one order, whatever the number of threads.
+The C code processes one query at a time. The backward pass recomputes the weights from the log-sum-exp of the forward
+pass. The order of summation within a (row, head) does not depend on the number of threads.
 """
 
 import ctypes
@@ -11,12 +11,14 @@ import torch
 from .c_compiler import compiled_library, in_threads, kernels_enabled
 from .c_source import c_source
 
-# Only the sums that say so are reassociated to run in vector registers.
+# -fopenmp-simd vectorises only the loops marked `omp simd`; other sums keep their order.
 ATTENTION_FLAGS = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd")
 ATTENTION_SOURCE = c_source("flow_attention_cpu.c")
 
 
 class _Tensor(ctypes.Structure):
+    """`Tensor` of the C code: address and strides."""
+
     _fields_ = [("start", ctypes.c_void_p), *((step, ctypes.c_int64) for step in ("batch", "head", "entity"))]
 
 
@@ -26,27 +28,29 @@ ATTENTION_TENSORS = (
     "key",
     "value",
     "y",
-    "total",
+    "lse",
     "grad_query",
     "grad_key",
     "grad_value",
     "grad_y",
-    "grad_total",
+    "grad_lse",
 )
 
 
 class _Call(ctypes.Structure):
+    """`Call` of the C code: sizes and tensors."""
+
     _fields_ = [
         *((name, ctypes.c_int64) for name in ATTENTION_SIZES),
         *((name, _Tensor) for name in ATTENTION_TENSORS),
-        *((name, ctypes.c_void_p) for name in ("fading", "index", "reach", "neighbors", "grad_fading")),
+        *((name, ctypes.c_void_p) for name in ("decay", "index", "reach", "neighbors", "grad_decay")),
     ]
 
 
 def attention_library(*tensors: torch.Tensor) -> ctypes.CDLL | None:
-    """The library if it can be used for these tensors: all float32 on the CPU."""
-    fit = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
-    return compiled_library(ATTENTION_SOURCE, *ATTENTION_FLAGS) if fit and kernels_enabled() else None
+    """Return the compiled library if these tensors are float32 on a CPU and kernels are enabled, else None."""
+    supported = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+    return compiled_library(ATTENTION_SOURCE, *ATTENTION_FLAGS) if supported and kernels_enabled() else None
 
 
 def flow_attention_forward_cpu(
@@ -54,71 +58,82 @@ def flow_attention_forward_cpu(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    fading: torch.Tensor,
+    decay: torch.Tensor,
     index: torch.Tensor,
     reach: torch.Tensor,
     neighbors: torch.Tensor,
     window: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`flow_attention.read` without dropout."""
+    """`flow_attention.flow_attention_forward` without dropout.
+
+    Raises:
+        MemoryError: the temporary storage cannot be allocated.
+    """
     query, key, value = (_with_dense_features(x) for x in (query, key, value))
     batch, heads, length, _ = query.shape
     y = value.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
-    total = query.new_empty(batch, heads, length)
-    tensors = {"query": query, "key": key, "value": value, "y": y, "total": total.unsqueeze(-1)}
-    _run(library.forward, tensors, window, fading=fading, index=index, reach=reach, neighbors=neighbors)
-    return y, total
+    lse = query.new_empty(batch, heads, length)
+    tensors = {"query": query, "key": key, "value": value, "y": y, "lse": lse.unsqueeze(-1)}
+    _run(library.forward, tensors, window, decay=decay, index=index, reach=reach, neighbors=neighbors)
+    return y, lse
 
 
 def flow_attention_backward_cpu(
     library: ctypes.CDLL,
     grad_y: torch.Tensor,
-    grad_total: torch.Tensor,
+    grad_lse: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    fading: torch.Tensor,
+    decay: torch.Tensor,
     index: torch.Tensor,
     reach: torch.Tensor,
     neighbors: torch.Tensor,
-    total: torch.Tensor,
+    lse: torch.Tensor,
     window: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`flow_attention.read_gradients` without dropout."""
+    """`flow_attention.flow_attention_backward` without dropout.
+
+    Raises:
+        MemoryError: the temporary storage cannot be allocated.
+    """
     query, key, value, grad_y = (_with_dense_features(x) for x in (query, key, value, grad_y))
     grads = [x.new_zeros(x.shape) for x in (query, key, value)]
-    grad_fading = fading.new_zeros(query.shape[:2])
+    grad_decay = decay.new_zeros(query.shape[:2])
     tensors = {
         "query": query,
         "key": key,
         "value": value,
-        "total": total.unsqueeze(-1),
+        "lse": lse.unsqueeze(-1),
         "grad_y": grad_y,
-        "grad_total": grad_total.contiguous().unsqueeze(-1),
+        "grad_lse": grad_lse.contiguous().unsqueeze(-1),
         **dict(zip(("grad_query", "grad_key", "grad_value"), grads, strict=True)),
     }
-    plain = {"fading": fading, "index": index, "reach": reach, "neighbors": neighbors, "grad_fading": grad_fading}
-    _run(library.backward, tensors, window, **plain)
-    return *grads, grad_fading.sum(dim=0)
+    contiguous = {"decay": decay, "index": index, "reach": reach, "neighbors": neighbors, "grad_decay": grad_decay}
+    _run(library.backward, tensors, window, **contiguous)
+    return *grads, grad_decay.sum(dim=0)
 
 
 def _with_dense_features(x: torch.Tensor) -> torch.Tensor:
+    """Return `x` with features contiguous in memory and no broadcast dimension."""
     return x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous()
 
 
-def _run(function, tensors: dict[str, torch.Tensor], window: int, **plain: torch.Tensor) -> None:
-    """Call `function` on all rows; every tensor is held until it returns."""
-    query, neighbors = tensors["query"], plain["neighbors"]
+def _run(function, tensors: dict[str, torch.Tensor], window: int, **contiguous: torch.Tensor) -> None:
+    """Call `function` on all rows and heads in parallel. Local variables keep the tensors alive during the call."""
+    query, neighbors = tensors["query"], contiguous["neighbors"]
     batch, heads, length, features = query.shape
     call = _Call(heads, length, features, tensors["value"].shape[-1], neighbors.shape[-1], window)
-    plain = {name: tensor.contiguous() for name, tensor in plain.items()}
+    contiguous = {name: tensor.contiguous() for name, tensor in contiguous.items()}
     for name, tensor in tensors.items():
         setattr(call, name, _Tensor(tensor.data_ptr(), *tensor.stride()[:3]))
-    for name, tensor in plain.items():
+    for name, tensor in contiguous.items():
         setattr(call, name, tensor.data_ptr())
 
     def work(first: int, last: int) -> None:
         if function(ctypes.c_int64(first), ctypes.c_int64(last), ctypes.byref(call)):
-            raise MemoryError(f"no memory to read {window} local entities and {neighbors.shape[-1]} others in")
+            raise MemoryError(
+                f"Flow attention could not allocate memory for window={window} and {neighbors.shape[-1]} neighbours."
+            )
 
     in_threads(work, batch * heads, length)

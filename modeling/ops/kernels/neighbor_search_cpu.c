@@ -3,9 +3,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define LANES 8 /* tables and codes are worked on so many at a time */
+#define LANES 8 /* tables and codes per vector operation */
 #ifndef SHORT
-#define SHORT 64 /* queries: for fewer no rings are filled */
+#define SHORT 64 /* a call with a past and fewer queries reads chains instead of rings */
 #endif
 #define NONE INT64_MAX
 
@@ -13,8 +13,8 @@ typedef double Doubles __attribute__((vector_size(8 * LANES)));
 typedef int64_t Longs __attribute__((vector_size(8 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
-/* cells [n, L] of positions [n, P] that lie on the grid; see CellGrids.cells. Tables stand side by side, LANES at a
-   time. What is divided by an edge is a whole number: half a unit more is never rounded to the next cell. */
+/* Computes cells [n, L] of positions [n, P] on the grid, see CellGrids.cells. A vector holds LANES tables. The
+   dividend is an integer, so adding one half never changes the cell. */
 void cells(int64_t first, int64_t last, int64_t tables, int64_t axes, int64_t dims, const float *positions,
            double grid, int64_t scale, const int32_t *rotation, const int32_t *shift, const int64_t *edges,
            const int64_t *counts, int32_t *out) {
@@ -38,7 +38,7 @@ void cells(int64_t first, int64_t last, int64_t tables, int64_t axes, int64_t di
             for (int64_t a = group * axes; a < (group + 1) * axes; a++) {
                 Doubles along = shifts[a];
                 for (int64_t p = 0; p < dims; p++) along += rotations[a * dims + p] * (positions[n * dims + p] * grid);
-                Doubles place = along * per_edge[group] + most[group] / 2; /* its floor, where it is not negative */
+                Doubles place = along * per_edge[group] + most[group] / 2; /* truncated below */
                 Longs below = place < 0, beyond = place > most[group];
                 Longs bits = ((Longs)place & ~(below | beyond)) | ((Longs)most[group] & beyond);
                 cell = cell * count[group] + __builtin_convertvector((Doubles)bits, Ints);
@@ -48,7 +48,7 @@ void cells(int64_t first, int64_t last, int64_t tables, int64_t axes, int64_t di
         }
 }
 
-/* The bits of a float >= 0 sort as it does. */
+/* The bits of a float >= 0 sort like its value. */
 static inline int64_t code_of(float squared, int64_t age) {
     uint32_t bits;
     memcpy(&bits, &squared, sizeof bits);
@@ -69,13 +69,13 @@ typedef struct {
     const int32_t *query_cells, *key_cells;   /* [G, M, L], [G, N, L] */
     const int64_t *query_index, *reach;       /* [G, M]; reach may be NULL */
     const int64_t *counts, *offsets;          /* [G] or NULL; [L] */
-    int32_t *heads, *links;                   /* [G, slots], [G, link_capacity, L]; both NULL without a past to keep */
+    int32_t *newest, *links;                   /* [G, slots], [G, link_capacity, L]; both NULL without a cache */
     int64_t *indices;                         /* [G, M, K] */
     float *distances;
 } Search;
 
-/* The latest `candidates` entities of a cell side by side: ids, then each axis of their positions. A query reads
-   neighbouring memory in the place of a chain, link by link. `next` is overwritten next. */
+/* Ring buffer of a cell's most recent `candidates` entities: ids, then each axis of their positions. Unlike a
+   chain it is contiguous in memory. `next` is the entry to overwrite next. */
 typedef struct { int32_t ring, next; } Slot;
 
 typedef struct {
@@ -94,20 +94,20 @@ static inline void push(const Search *s, const Rings *rings, Slot *slot, const f
     slot->next = slot->next + 1 == s->candidates ? 0 : slot->next + 1;
 }
 
-/* The ring of a cell that has none yet, filled from the chain of earlier calls that starts at `head`. */
+/* Creates the ring of a cell, filled from the chain of earlier calls that starts at `id`. */
 static void open_ring(const Search *s, Rings *rings, Slot *slot, const float *row_keys, const int32_t *links,
-                      int64_t table, int32_t head) {
+                      int64_t table, int32_t id) {
     slot->ring = rings->used++;
     slot->next = 0;
     int32_t *ids = ids_of(rings, slot->ring), chain[s->candidates];
     int64_t count = 0;
-    for (; head >= 0 && count < s->candidates; head = links[(int64_t)head * s->tables + table]) chain[count++] = head;
+    for (; id >= 0 && count < s->candidates; id = links[(int64_t)id * s->tables + table]) chain[count++] = id;
     for (int64_t i = 0; i < s->candidates; i++) ids[i] = -1;
     while (count--) push(s, rings, slot, row_keys, chain[count]);
 }
 
-/* Two forms of the same: put a code among the nearest so far (ascending, each but once, then NONE; `room` is a
-   multiple of LANES), and put all of a ring there that are not older than `oldest`. */
+/* `insert` adds a code to the nearest so far (ascending, distinct, then NONE; `room` is a multiple of LANES).
+   `read_ring` inserts all entities of a ring that are not older than `oldest`. Both exist with and without AVX-512. */
 #ifdef __AVX512F__
 #include <immintrin.h>
 static inline void insert(int64_t *best, int64_t room, int64_t code) {
@@ -115,7 +115,7 @@ static inline void insert(int64_t *best, int64_t room, int64_t code) {
     int known = 0;
     for (int64_t i = 0; i < room; i += LANES) known |= _mm512_cmpeq_epi64_mask(_mm512_load_si512(best + i), all);
     if (known) all = _mm512_set1_epi64(NONE);
-    for (int64_t i = 0; i < room; i += LANES) { /* at each place the middle one of: what stands before, here, code */
+    for (int64_t i = 0; i < room; i += LANES) { /* entry = median of previous entry, itself and code */
         __m512i here = _mm512_load_si512(best + i);
         __m512i later = _mm512_max_epi64(_mm512_alignr_epi64(here, before, LANES - 1), all);
         _mm512_store_si512(best + i, _mm512_min_epi64(later, here));
@@ -136,8 +136,8 @@ static inline void read_ring(const Search *s, const int32_t *ids, const float *q
         __m512 squared = _mm512_setzero_ps();
         for (int64_t p = 0; p < s->dims; p++) {
             __m512 place = _mm512_maskz_loadu_ps(there, places + p * s->candidates + i);
-            __m512 apart = _mm512_sub_ps(_mm512_set1_ps(query[p]), place);
-            squared = _mm512_add_ps(squared, _mm512_mul_ps(apart, apart));
+            __m512 difference = _mm512_sub_ps(_mm512_set1_ps(query[p]), place);
+            squared = _mm512_add_ps(squared, _mm512_mul_ps(difference, difference));
         }
         __m512i id = _mm512_maskz_loadu_epi32(there, ids + i);
         __mmask16 near = _mm512_mask_cmple_ps_mask(there, squared, bound);
@@ -169,8 +169,8 @@ static inline void read_ring(const Search *s, const int32_t *restrict ids, const
     for (int64_t i = 0; i < candidates; i++) squared[i] = 0;
     for (int64_t p = 0; p < s->dims; p++)
         for (int64_t i = 0; i < candidates; i++) {
-            float apart = query[p] - places[p * candidates + i];
-            squared[i] += apart * apart;
+            float difference = query[p] - places[p * candidates + i];
+            squared[i] += difference * difference;
         }
     for (int64_t i = 0; i < candidates; i++) {
         near[count] = i;
@@ -185,8 +185,8 @@ static inline void read_chain(const Search *s, const float *row_keys, const int3
     for (int64_t step = 0; step < s->candidates && id >= oldest; step++) {
         float squared = 0;
         for (int64_t p = 0; p < s->dims; p++) {
-            float apart = query[p] - row_keys[id * s->dims + p];
-            squared += apart * apart;
+            float difference = query[p] - row_keys[id * s->dims + p];
+            squared += difference * difference;
         }
         insert(best, room, code_of(squared, index - id));
         id = links[(int64_t)id * s->tables + table];
@@ -194,7 +194,7 @@ static inline void read_chain(const Search *s, const float *row_keys, const int3
 }
 
 static void search_row(const Search *s, int64_t g, Rings *rings) {
-    int32_t *heads = s->heads ? s->heads + g * s->slots : NULL;
+    int32_t *newest = s->newest ? s->newest + g * s->slots : NULL;
     int32_t *links = s->links ? s->links + g * s->link_capacity * s->tables : NULL;
     const float *row_keys = s->keys + g * s->stored * s->dims;
     const int32_t *row_cells = s->key_cells + g * s->cells_stored * s->tables;
@@ -213,28 +213,28 @@ static void search_row(const Search *s, int64_t g, Rings *rings) {
                 for (int64_t t = 0; t < s->tables; t++) {
                     int64_t slot = s->offsets[t] + row_cells[entering * s->tables + t];
                     if (rings) {
-                        Slot *own = rings->slots + slot;
-                        if (own->ring < 0) open_ring(s, rings, own, row_keys, links, t, heads ? heads[slot] : -1);
-                        push(s, rings, own, row_keys, (int32_t)entering);
+                        Slot *cell = rings->slots + slot;
+                        if (cell->ring < 0) open_ring(s, rings, cell, row_keys, links, t, newest ? newest[slot] : -1);
+                        push(s, rings, cell, row_keys, (int32_t)entering);
                     }
-                    if (heads) {
-                        links[entering * s->tables + t] = heads[slot];
-                        heads[slot] = (int32_t)entering;
+                    if (newest) {
+                        links[entering * s->tables + t] = newest[slot];
+                        newest[slot] = (int32_t)entering;
                     }
                 }
             int64_t oldest = s->reach && index - s->reach[at] > 0 ? index - s->reach[at] : 0;
             const float *query = s->queries + at * s->dims;
-            /* From the finest cells to the coarsest: what is near comes first, and little has to be moved. */
+            /* Finest cells first: they hold the nearest entities, so later insertions move few codes. */
             for (int64_t t = s->tables - 1; t >= 0; t--) {
                 int64_t slot = s->offsets[t] + s->query_cells[at * s->tables + t];
                 if (!rings) {
-                    read_chain(s, row_keys, links, t, heads[slot], query, index, oldest, best, room);
+                    read_chain(s, row_keys, links, t, newest[slot], query, index, oldest, best, room);
                     continue;
                 }
-                Slot *own = rings->slots + slot;
-                if (own->ring < 0 && heads && heads[slot] >= 0)
-                    open_ring(s, rings, own, row_keys, links, t, heads[slot]);
-                if (own->ring >= 0) read_ring(s, ids_of(rings, own->ring), query, index, oldest, best, room);
+                Slot *cell = rings->slots + slot;
+                if (cell->ring < 0 && newest && newest[slot] >= 0)
+                    open_ring(s, rings, cell, row_keys, links, t, newest[slot]);
+                if (cell->ring >= 0) read_ring(s, ids_of(rings, cell->ring), query, index, oldest, best, room);
             }
         }
         for (int64_t k = 0; k < s->wanted; k++) {
@@ -245,13 +245,13 @@ static void search_row(const Search *s, int64_t g, Rings *rings) {
     }
 }
 
-/* Rows first .. last - 1. A short call behind a past walks the chains as they are. Returns 1 if memory ran out. */
+/* Searches rows first .. last - 1; a short call with a past reads the chains. Returns 1 if out of memory. */
 int search(int64_t first, int64_t last, const Search *s) {
     Rings rings = {0};
-    int in_rings = !s->heads || s->length >= SHORT;
+    int in_rings = !s->newest || s->length >= SHORT;
     if (in_rings) {
         int64_t most = s->slots < 2 * s->length * s->tables ? s->slots : 2 * s->length * s->tables;
-        rings.size = (s->candidates * (1 + s->dims) + 15) / 16 * 16; /* whole lines of a cache */
+        rings.size = (s->candidates * (1 + s->dims) + 15) / 16 * 16; /* whole cache lines */
         rings.slots = malloc(s->slots * sizeof(Slot));
         rings.pool = aligned_alloc(64, most * rings.size * sizeof(int32_t));
     }

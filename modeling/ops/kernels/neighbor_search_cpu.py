@@ -1,8 +1,9 @@
-"""Causal cell lists in C: the lists that `neighbor_search.search_cells` describes, entity by entity.
+"""Causal cell lists in C: `neighbor_search.search_cells` in float32 on a CPU.
 
-An entity that leaves the local window is put among the latest of its cells, which lie side by side, and a query reads
-those of its own cells. Where the lists are kept between calls it becomes the head of its cells' chains, too; a short
-call walks these. All give the same lists as the torch form, bit for bit.
+The C code processes one entity at a time. An entity that leaves the local window is added to the ring buffers of its
+cells, and a query reads the ring buffers of its own cells. If a cache keeps the chains, the entity becomes the newest
+of its cells' chains too; a short call reads the chains instead of ring buffers. The lists equal those of the torch
+form bit for bit.
 """
 
 import ctypes
@@ -12,8 +13,8 @@ import torch
 from .c_compiler import compiled_library, in_threads, kernels_enabled, pointer
 from .c_source import c_source
 
-MAX_NEIGHBORS = MAX_CANDIDATES = 2**14  # the code holds them on the stack
-# Distances without fused multiply-adds: the same bits as torch's.
+MAX_NEIGHBORS = MAX_CANDIDATES = 2**14  # the C code keeps them on the stack
+# Without fused multiply-adds, distances have the same bits as in torch.
 SEARCH_FLAGS = ("-ffp-contract=off", "-fno-math-errno", "-fopenmp-simd")
 SEARCH_SOURCE = c_source("neighbor_search_cpu.c")
 
@@ -38,12 +39,14 @@ SEARCH_TENSORS = (
     "reach",
     "counts",
     "offsets",
-    "heads",
+    "newest",
     "links",
 )
 
 
 class _Search(ctypes.Structure):
+    """`Search` of the C code: sizes and tensors."""
+
     _fields_ = [
         *((name, ctypes.c_int64) for name in SEARCH_SIZES),
         *((name, ctypes.c_void_p) for name in (*SEARCH_TENSORS, "indices", "distances")),
@@ -51,7 +54,7 @@ class _Search(ctypes.Structure):
 
 
 def search_library(positions: torch.Tensor) -> ctypes.CDLL | None:
-    """The library if it can be used for these positions: float32 on the CPU."""
+    """Return the compiled library if positions are float32 on a CPU and kernels are enabled, else None."""
     if positions.device.type != "cpu" or positions.dtype != torch.float32 or not kernels_enabled():
         return None
     return compiled_library(SEARCH_SOURCE, *SEARCH_FLAGS)
@@ -67,11 +70,17 @@ def cells_cpu(
     edges: list[int],
     cells_per_axis: list[int],
 ) -> torch.Tensor:
-    """`cell_lists.CellGrids.cells` of positions on the grid: `[..., P]` → int32 `[..., L]`.
+    """`cell_lists.CellGrids.cells` for positions on the grid; returns int32 `[..., L]`.
 
     Args:
-        grid: grid points per unit; rotation: int32 `[L, A, P]`, in 1/scale; shift: int32 `[L, A]`, in 1/scale of an
-            edge; edges: one per table, in the units that the rotation gives.
+        library: from `search_library`.
+        positions: `[..., P]`.
+        grid: grid points per unit.
+        scale: units of rotation and shift are 1 / scale.
+        rotation: int32 `[L, A, P]`.
+        shift: int32 `[L, A]`, as a fraction of an edge.
+        edges: one per table, in units of 1 / (grid · scale).
+        cells_per_axis: one per table.
     """
     num_tables, axes, dims = rotation.shape
     positions, rotation, shift = positions.contiguous(), rotation.contiguous(), shift.contiguous()
@@ -109,16 +118,16 @@ def search_cells_cpu(
     table_offsets: list[int],
     reach: torch.Tensor | None,
     counts: torch.Tensor | None,
-    heads: torch.Tensor | None,
+    newest: torch.Tensor | None,
     links: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`neighbor_search.search_cells` for queries and neighbours that are there at all; updates `heads` and `links`.
+    """`neighbor_search.search_cells` with at least one query and one neighbour; updates `newest` and `links` in place.
 
     Raises:
-        MemoryError: there is none left for the chains.
+        MemoryError: the ring buffers cannot be allocated.
     """
     rows, length, num_tables = query_cells.shape
-    assert heads is None or (heads.is_contiguous() and links.is_contiguous())
+    assert newest is None or (newest.is_contiguous() and links.is_contiguous())
     inputs = (query_positions, query_cells, query_index, key_positions, key_cells, reach, counts)
     inputs = [None if tensor is None else tensor.contiguous() for tensor in inputs]
     query_positions, query_cells, query_index, key_positions, key_cells, reach, counts = inputs
@@ -137,7 +146,7 @@ def search_cells_cpu(
         reach,
         counts,
         offsets,
-        heads,
+        newest,
         links,
     )
     for name, tensor in zip((*SEARCH_TENSORS, "indices", "distances"), (*tensors, indices, distances), strict=True):
@@ -145,7 +154,9 @@ def search_cells_cpu(
 
     def work(first: int, last: int) -> None:
         if library.search(ctypes.c_int64(first), ctypes.c_int64(last), ctypes.byref(call)):
-            raise MemoryError(f"no memory for the cell lists of {stored} entities")
+            raise MemoryError(
+                f"The neighbour search could not allocate memory for the cell lists of {stored} entities."
+            )
 
     in_threads(work, rows, length)
     return indices, distances

@@ -1,18 +1,18 @@
-"""Causal cell lists as Triton kernels: what `neighbor_search.search_cells` finds in rows that have no past.
+"""Triton kernels of the causal cell lists: `neighbor_search.search_cells` for rows without a past.
 
-The entities of each (row, table) have been sorted by (cell, time). A query bisects its cell's run for the last entity
-that has left its local window; that one and the w − 1 before it are its candidates. They stay in registers.
+The entities of each (row, table) are sorted by (cell, time). A query bisects its cell's run for the last entity that
+has left its local window; this entity and the w − 1 before it are its candidates. They stay in registers.
 
-Positions are multiples of 2^-6 within the ball: sums of their products are exact in float64 and sums of their squared
-differences in float32, in any order, fused or not. The lists are therefore those of torch, bit for bit.
+Positions are multiples of 2^-6 in a ball, so sums of products are exact in float64 and sums of squared differences are
+exact in float32, in any order, fused or not. The lists therefore equal those of the torch form bit for bit.
 
 Shape letters: G rows, M entities, P position_dim, L tables, A axes of a grid, w candidates per table, K neighbours,
-Q queries of one program. Capitals of a kernel are constants that it is compiled for.
+Q queries per program. Kernel parameters in capitals are compile-time constants.
 """
 
 from typing import Any, NamedTuple
 
-try:  # what is imported outside a `try` transformers demands of every machine that loads this file
+try:  # transformers requires every package imported outside a `try` on each machine that loads this file
     import triton
     import triton.language as tl
     from triton.language import constexpr
@@ -21,16 +21,19 @@ except ImportError:
 
 
 class Search(NamedTuple):
-    """What a search reads. The fields from `window` on are constants of the kernels; `padded` are powers of two.
+    """Inputs of the kernels. The fields from `window` on are compile-time constants.
 
     Attributes:
         queries, keys: float32 `[G, M, P]`.
-        cells: int32 `[G, L, M]`, those of the queries.
-        times: int32 `[G, L, M]`, entities by (cell, time).
-        starts: int32 `[G, L, num_cells + 1]`, where in times the run of each cell starts.
-        ends: int32 `[G, L, M]`, where the part of its cell's run that a query may read ends; by `ends_kernel`.
-        reach: int64 `[G, M]`, how many of the entities just before it a query may see; or None.
-        counts: int64 `[G]`, how many queries of the row are real; or None.
+        cells: int32 `[G, L, M]`, cells of the queries.
+        times: int32 `[G, L, M]`, entities sorted by (cell, time).
+        starts: int32 `[G, L, num_cells + 1]`, index in `times` where the run of each cell starts.
+        ends: int32 `[G, L, M]`, index in `times` where each query's candidates end; computed by `ends_kernel`.
+        reach: int64 `[G, M]`, number of entities directly before a query that may be candidates; None for all.
+        counts: int64 `[G]`, number of real queries of each row; None if all are real.
+        length, num_cells: M and the largest number of cells of a table.
+        window, dims, tables, candidates: W, P, L, w.
+        padded_tables, padded_candidates: L and w rounded up to powers of two.
     """
 
     queries: Any
@@ -71,10 +74,10 @@ def cells_kernel(
     DIMS_PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`CellGrids.cells`: positions float32 `[G, M, P]` → cells int32 `[G, L, M]`.
+    """Compute `CellGrids.cells`: cells int32 `[G, L, M]` of positions float32 `[G, M, P]`.
 
-    rotation int32 `[L, A, P]`; shift float64 `[L, A]` and edges float64 `[L]` in its units; counts int32 `[L]`, cells
-    per axis.
+    rotation is int32 `[L, A, P]`; shift float64 `[L, A]` and edges float64 `[L]` are in units of rotated positions;
+    counts int32 `[L]` are the cells per axis.
     """
     row = (tl.program_id(0) // blocks).to(tl.int64)
     place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -87,8 +90,8 @@ def cells_kernel(
         cell = tl.zeros([BLOCK], tl.int32)
         for axis in tl.static_range(AXES):
             line = table * AXES + axis
-            turned = tl.load(rotation + line * DIMS + dim, mask=dim < DIMS, other=0).to(tl.float64)
-            along = tl.sum(scaled * turned, axis=1) + tl.load(shift + line)
+            direction = tl.load(rotation + line * DIMS + dim, mask=dim < DIMS, other=0).to(tl.float64)
+            along = tl.sum(scaled * direction, axis=1) + tl.load(shift + line)
             coordinate = tl.floor(along / edge) + (count - 1) // 2
             coordinate = tl.minimum(tl.maximum(coordinate, 0.0), (count - 1).to(tl.float64))
             cell = cell * count + coordinate.to(tl.int32)
@@ -97,7 +100,7 @@ def cells_kernel(
 
 @triton.jit
 def ends_kernel(search, blocks, BISECTIONS: tl.constexpr, BLOCK: tl.constexpr):
-    """`search.ends`: how far entities of the query's cell have left its local window. One line is a row's table."""
+    """Compute `search.ends` by bisection. A line is one table of one row."""
     line = (tl.program_id(0) // blocks).to(tl.int64)
     place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = place < search.length
@@ -115,49 +118,51 @@ def ends_kernel(search, blocks, BISECTIONS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def candidate_codes(search, row, place):
-    """Codes of the candidates of the queries at `place` int32 `[Q]` of a row: int64 `[Q, L, w]`, EMPTY_CODE for none.
+    """Compute the codes of the candidates of queries `place` int32 `[Q]` of a row: int64 `[Q, L, w]`.
 
-    A code is the squared distance's bits, which sort as it does, before the age: codes are ranks, and are equal only
-    for the same entity.
+    A code holds the bits of the squared distance, which sort like its value, and then the age. Codes sort in the order
+    of the ranking and are equal only for the same entity. EMPTY_CODE stands for no candidate.
     """
     real = place < search.length
     if search.counts is not None:
         real &= place < tl.load(search.counts + row)
     table = tl.arange(0, search.padded_tables)[None, :]
     line = row * search.tables + table
-    held = real[:, None] & (table < search.tables)
-    cell = tl.load(search.cells + line * search.length + place[:, None], mask=held, other=0)
-    first = tl.load(search.starts + line * (search.num_cells + 1) + cell, mask=held, other=0)
-    end = tl.load(search.ends + line * search.length + place[:, None], mask=held, other=0)
+    exists = real[:, None] & (table < search.tables)
+    cell = tl.load(search.cells + line * search.length + place[:, None], mask=exists, other=0)
+    first = tl.load(search.starts + line * (search.num_cells + 1) + cell, mask=exists, other=0)
+    end = tl.load(search.ends + line * search.length + place[:, None], mask=exists, other=0)
 
     step = tl.arange(0, search.padded_candidates)[None, None, :]
     at = end[:, :, None] - 1 - step
-    held = (step < search.candidates) & (at >= first[:, :, None])
-    ids = tl.load(search.times + (line * search.length)[:, :, None] + at, mask=held, other=0)
+    exists = (step < search.candidates) & (at >= first[:, :, None])
+    ids = tl.load(search.times + (line * search.length)[:, :, None] + at, mask=exists, other=0)
     age = place[:, None, None] - ids
     if search.reach is not None:
         reach = tl.load(search.reach + row * search.length + place, mask=real, other=0)
-        held &= age <= reach[:, None, None]
+        exists &= age <= reach[:, None, None]
     squared = tl.zeros(ids.shape, tl.float32)
     positions = row * search.length * search.dims
     for dim in tl.static_range(search.dims):
         query = tl.load(search.queries + positions + place * search.dims + dim, mask=real, other=0.0)
-        apart = query[:, None, None] - tl.load(search.keys + positions + ids * search.dims + dim, mask=held, other=0.0)
-        squared += apart * apart
+        difference = query[:, None, None] - tl.load(
+            search.keys + positions + ids * search.dims + dim, mask=exists, other=0.0
+        )
+        squared += difference * difference
     codes = (squared.to(tl.int32, bitcast=True).to(tl.int64) << 32) | age
-    return tl.where(held, codes, EMPTY_CODE)
+    return tl.where(exists, codes, EMPTY_CODE)
 
 
 @triton.jit
 def search_kernel(search, indices, distances, blocks, NEIGHBORS: tl.constexpr, BLOCK: tl.constexpr):
-    """The K nearest: indices int64 and squared distances float32 `[G, M, K]`, −1 and inf where there are fewer."""
+    """Find the K nearest: indices int64 and squared distances float32 `[G, M, K]`, −1 and inf if there are fewer."""
     row = (tl.program_id(0) // blocks).to(tl.int64)
     place = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = place < search.length
     codes = candidate_codes(search, row, place)
     code = tl.full([BLOCK], -1, tl.int64)
     for k in range(NEIGHBORS):
-        # The least above the last one: an entity that several tables propose comes once.
+        # The smallest code above the previous one: an entity proposed by several tables is taken once.
         above = tl.where(codes > code[:, None, None], codes, EMPTY_CODE)
         code = tl.min(tl.min(above, axis=2), axis=1)
         found = code < EMPTY_CODE

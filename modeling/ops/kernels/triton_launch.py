@@ -1,6 +1,6 @@
-"""The flow's search and attention on a GPU: launches of the Triton kernels. To be imported where Triton is.
+"""Launches the Triton kernels of the neighbour search and of flow attention. Importing it requires Triton.
 
-Block sizes are reasoned for an H200, not measured: tuning on a GPU is outstanding.
+Block sizes are estimates for an H200, not measurements.
 
 Shape letters: B batch, H heads, G = B * H rows, M queries, N stored entities, E query/key features, D value features,
 P position_dim, L tables, w candidates per table, K neighbours.
@@ -25,12 +25,12 @@ from .flow_attention_triton import (
 )
 from .neighbor_search_triton import Search, cells_kernel, constexpr, ends_kernel, search_kernel
 
-PLACES = 256  # of a program that looks something up for each
-CODES_PER_WARP = 512  # of candidates
-QUERIES = 16  # of a program that reads; a matrix product takes no fewer
-KEYS = 16  # of a program that gathers gradients
-PAIRS = 16  # of an entity and a query that found it, at a time
-TILE = 32  # entities of the local window, or queries of a key, at a time
+PLACES = 256  # entities per program of cells_kernel and ends_kernel
+CODES_PER_WARP = 512  # candidate codes per program of search_kernel
+QUERIES = 16  # queries per program of the attention kernels, the minimum of a matrix product
+KEYS = 16  # entities per program of backward_keys_kernel
+PAIRS = 16  # queries per iteration of backward_neighbors_kernel
+TILE = 32  # entities of the local window, or queries of an entity, per iteration
 
 
 def cells_triton(
@@ -41,11 +41,15 @@ def cells_triton(
     edges: torch.Tensor,
     cells_per_axis: list[int],
 ) -> torch.Tensor:
-    """`cell_lists.CellGrids.cells` of positions on the grid: `[..., M, P]` → int32 `[..., M, L]`, stored by table.
+    """`cell_lists.CellGrids.cells` for positions on the grid; returns int32 `[..., M, L]`, stored by table.
 
     Args:
-        grid: grid points per unit; rotation: int32 `[L, A, P]`; shift: int64 `[L, A]` and edges: int64 `[L]`, both in
-            the units that the rotation gives.
+        positions: float32 `[..., M, P]`.
+        grid: grid points per unit.
+        rotation: int32 `[L, A, P]`.
+        shift: `[L, A]`, integers in units of rotated positions.
+        edges: `[L]`, likewise.
+        cells_per_axis: one per table.
     """
     *leading, length, dims = positions.shape
     tables, axes, _ = rotation.shape
@@ -72,10 +76,10 @@ def search_cells_triton(
     reach: torch.Tensor | None,
     counts: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`neighbor_search.search_cells` in rows without a past."""
+    """`neighbor_search.search_cells` for rows without a past."""
     rows, length, tables = query_cells.shape
     num_cells = max(end - start for start, end in pairwise(table_offsets))
-    # A stable sort leaves times in order, and takes the fewer passes the shorter its keys are.
+    # A stable sort keeps the time order. Shorter keys need fewer radix passes.
     cells = key_cells.transpose(1, 2).to(torch.int16 if num_cells < 2**15 else torch.int32)
     cells, times = cells.contiguous().sort(dim=-1, stable=True)
     bounds = torch.arange(num_cells + 1, device=cells.device).to(cells.dtype).expand(rows, tables, -1)
@@ -105,7 +109,7 @@ def search_cells_triton(
     search_blocks = -(-length // queries)
     with torch.cuda.device_of(indices):
         ends_kernel[(rows * tables * blocks,)](search, blocks, length.bit_length(), PLACES)
-        # One warp: what it compares in each round stays within it.
+        # One warp per program keeps each reduction within the warp.
         search_kernel[(rows * search_blocks,)](
             search, indices, distances, search_blocks, num_neighbors, queries, num_warps=1
         )
@@ -116,51 +120,52 @@ def flow_attention_forward_triton(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    fading: torch.Tensor,
+    decay: torch.Tensor,
     query_index: torch.Tensor,
     reach: torch.Tensor,
     neighbors: torch.Tensor,
     window: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`flow_attention.read` without dropout."""
+    """`flow_attention.flow_attention_forward` without dropout."""
     batch, heads, length, _ = query.shape
-    # Heads of an entity lie together, as what comes after takes them.
+    # The heads of an entity are contiguous, as in `flow_attention_torch.empty_y`.
     y = value.new_empty(batch, length, heads, value.shape[-1]).transpose(1, 2)
-    total = query.new_empty(batch, heads, length)
+    lse = query.new_empty(batch, heads, length)
     blocks = -(-length // QUERIES)
-    call = _attention(query, key, value, fading, query_index, reach, neighbors, window)
+    call = _kernel_inputs(query, key, value, decay, query_index, reach, neighbors, window)
     with torch.cuda.device_of(query):
-        forward_kernel[(batch * heads * blocks,)](call, _rows(y), total, blocks, QUERIES, TILE)
-    return y, total
+        forward_kernel[(batch * heads * blocks,)](call, _rows(y), lse, blocks, QUERIES, TILE)
+    return y, lse
 
 
 def flow_attention_backward_triton(
     grad_y: torch.Tensor,
-    grad_total: torch.Tensor,
+    grad_lse: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    fading: torch.Tensor,
+    decay: torch.Tensor,
     query_index: torch.Tensor,
     reach: torch.Tensor,
     neighbors: torch.Tensor,
     y: torch.Tensor,
-    total: torch.Tensor,
+    lse: torch.Tensor,
     window: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`flow_attention.read_gradients` without dropout.
+    """`flow_attention.flow_attention_backward` without dropout.
 
-    What neighbours get is added up atomically, in any order, unless torch is to use deterministic algorithms alone.
+    The gradients of neighbours are summed with atomic additions, in any order. With
+    `torch.use_deterministic_algorithms(True)` another kernel sums them in a fixed order.
     """
     batch, heads, length, _ = query.shape
     stored, num_neighbors, rows = key.shape[2], neighbors.shape[-1], batch * heads
     blocks, key_blocks = -(-length // QUERIES), -(-stored // KEYS)
-    warps = max(4, triton.next_power_of_2(value.shape[-1]) // 16)  # registers for a program's rows
-    call = _attention(query, key, value, fading, query_index, reach, neighbors, window)
-    given, grad_total = _rows(grad_y), grad_total.contiguous()
+    warps = max(4, triton.next_power_of_2(value.shape[-1]) // 16)  # enough registers for a program's rows
+    call = _kernel_inputs(query, key, value, decay, query_index, reach, neighbors, window)
+    grad_y_rows, grad_lse = _rows(grad_y), grad_lse.contiguous()
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
     grad_query, grad_key, grad_value = (_rows(grad) for grad in grads)
-    grad_fading, sums = query.new_empty(batch, heads, blocks), torch.empty_like(total)
+    grad_decay, sums = query.new_empty(batch, heads, blocks), torch.empty_like(lse)
     far = (None, None)
     deterministic = torch.are_deterministic_algorithms_enabled()
     if num_neighbors:
@@ -168,28 +173,29 @@ def flow_attention_backward_triton(
         far = tuple(_rows(make(x, dtype=torch.float32)) for x in grads[1:])
     with torch.cuda.device_of(query):
         backward_queries_kernel[(rows * blocks,)](
-            call, total, _rows(y), given, grad_total, sums, grad_query, grad_fading, *far, blocks,
+            call, lse, _rows(y), grad_y_rows, grad_lse, sums, grad_query, grad_decay, *far, blocks,
             bool(num_neighbors) and not deterministic, QUERIES, TILE, num_warps=warps,
         )  # fmt: skip
         if num_neighbors and deterministic:
-            found, pairs = neighbors.reshape(rows, -1).sort(dim=-1, stable=True)
-            entities = torch.arange(stored + 1, device=found.device).expand(rows, -1).contiguous()
-            starts = torch.searchsorted(found, entities)
+            sorted_neighbors, pairs = neighbors.reshape(rows, -1).sort(dim=-1, stable=True)
+            entities = torch.arange(stored + 1, device=sorted_neighbors.device).expand(rows, -1).contiguous()
+            starts = torch.searchsorted(sorted_neighbors, entities)
             backward_neighbors_kernel[(rows * stored,)](
-                call, pairs, starts, total, given, sums, *far, PAIRS, num_warps=warps // 4
+                call, pairs, starts, lse, grad_y_rows, sums, *far, PAIRS, num_warps=warps // 4
             )
         backward_keys_kernel[(rows * key_blocks,)](
-            call, total, given, sums, *far, grad_key, grad_value, key_blocks, KEYS, TILE, num_warps=warps
+            call, lse, grad_y_rows, sums, *far, grad_key, grad_value, key_blocks, KEYS, TILE, num_warps=warps
         )
-    return *grads, grad_fading.sum(dim=(0, 2))
+    return *grads, grad_decay.sum(dim=(0, 2))
 
 
-def _attention(query, key, value, fading, query_index, reach, neighbors, window):
+def _kernel_inputs(query, key, value, decay, query_index, reach, neighbors, window):
+    """Collect the inputs of the attention kernels."""
     return Attention(
         query=_rows(query),
         key=_rows(key),
         value=_rows(value),
-        fading=fading.contiguous(),
+        decay=decay.contiguous(),
         past=query_index[:, 0].contiguous(),
         reach=reach.contiguous(),
         neighbors=neighbors.contiguous(),
@@ -202,6 +208,7 @@ def _attention(query, key, value, fading, query_index, reach, neighbors, window)
 
 
 def _rows(x: torch.Tensor) -> StridedRows:
+    """Return the address and strides of `x` `[B, H, length, features]`, copied if its features are not contiguous."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     features = x.shape[-1]
     return StridedRows(x, *x.stride()[:3], constexpr(features), constexpr(max(16, triton.next_power_of_2(features))))

@@ -1,4 +1,4 @@
-"""Blocks of queries and the keys they see, and the two layouts of what lies between them, against plain loops."""
+"""Blocks of queries and keys, and the conversion between the two layouts of scores, against loops."""
 
 import pytest
 import torch
@@ -19,20 +19,20 @@ def assert_same(found, expected):
 
 
 def assert_same_gradients(transform, loop, x):
-    """Gradients of a random function of either, with respect to x."""
+    """Compare the gradients of a random function of both results with respect to x."""
     x = x.requires_grad_()
     scale = draw(*loop(x).shape)
     found, expected = (torch.autograd.grad((one(x) * scale).sum(), x)[0] for one in (transform, loop))
-    assert torch.allclose(found, expected, atol=1e-12, rtol=0)  # sums of several, in another order
+    assert torch.allclose(found, expected, atol=1e-12, rtol=0)  # summed in another order
 
 
 @windows
-def test_a_block_is_no_longer_than_its_window_or_its_call(before, length):
+def test_block_length_is_bounded_by_window_and_call(before, length):
     assert block_length(length, before) == max(1, min(length, before))
 
 
 @windows
-def test_query_blocks_go_there_and_back(before, length):
+def test_join_blocks_undoes_query_blocks(before, length):
     x = draw(3, length, 2)
     block = block_length(length, before)
     blocks = query_blocks(x, block)
@@ -45,7 +45,7 @@ def test_query_blocks_go_there_and_back(before, length):
 
 
 def key_blocks_by_loop(history, before, block):
-    """Block n sees the entities n · T − before … (n + 1) · T − 1 of the call."""
+    """Block n holds the entities n · T − before … (n + 1) · T − 1 of the call."""
     blocks = []
     for start in range(0, history.shape[1] - before, block):
         seen = history[:, start : start + before + block]
@@ -101,13 +101,13 @@ def test_by_key_equals_the_loop(leading, block, before):
 
 
 @pytest.mark.parametrize("change", [lambda x: x.transpose(0, 1), lambda x: x[1:, ::2], lambda x: x.mT.contiguous().mT])
-def test_layouts_take_views(change):
+def test_layouts_accept_views(change):
     scores, weights = change(draw(4, 6, 3, 5)), change(draw(4, 6, 3, 3))
     assert_same(by_offset(scores), by_offset_by_loop(scores))
     assert_same(by_key(weights), by_key_by_loop(weights))
 
 
-def test_layouts_can_be_differentiated_twice():
+def test_layouts_are_twice_differentiable():
     assert torch.autograd.gradgradcheck(lambda x: by_offset(x).square(), draw(2, 3, 5).requires_grad_())
     assert torch.autograd.gradgradcheck(lambda x: by_key(x).square(), draw(2, 3, 3).requires_grad_())
 

@@ -1,4 +1,4 @@
-"""Native code: built once, shared by processes, and never needed."""
+"""Compiled C code: it is compiled once, shared by processes, and optional."""
 
 import threading
 
@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from dfn_hf import DFNConfig, DFNForCausalLM
 from dfn_hf.modeling.ops.cell_grid import ball_cells_per_axis
 from dfn_hf.modeling.ops.cell_lists import CellGrids, grid_constants
-from dfn_hf.modeling.ops.kernels import c_compiler as module
+from dfn_hf.modeling.ops.kernels import c_compiler
 from dfn_hf.modeling.ops.kernels.c_compiler import compiled_library, in_threads, processor
 from dfn_hf.modeling.ops.kernels.neighbor_search_cpu import search_cells_cpu, search_library
 
@@ -28,7 +28,7 @@ def folder(tmp_path, monkeypatch):
     compiled_library.cache_clear()
 
 
-def test_is_built_once_and_named_by_what_it_was_built_from(folder):
+def test_library_is_compiled_once_per_source(folder):
     assert [compiled_library(SOURCE % number).answer() for number in (1, 2)] == [1, 2]
     built = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert len(built) == 2
@@ -37,10 +37,10 @@ def test_is_built_once_and_named_by_what_it_was_built_from(folder):
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == built
 
 
-def test_another_processor_gets_a_library_of_its_own(folder, monkeypatch):
+def test_each_processor_has_its_own_library(folder, monkeypatch):
     compiled_library(SOURCE % 1)
     compiled_library.cache_clear()
-    monkeypatch.setattr(module, "processor", lambda: processor() + " and more")
+    monkeypatch.setattr(c_compiler, "processor", lambda: processor() + " and more")
     compiled_library(SOURCE % 1)
     assert len(list(folder.iterdir())) == 2
 
@@ -49,10 +49,10 @@ OBSTACLES = ("no compiler", "broken compiler", "wrong code", "no folder", "a fol
 
 
 @pytest.mark.parametrize("obstacle", OBSTACLES)
-def test_where_it_cannot_be_built_there_is_none(folder, obstacle, monkeypatch, tmp_path):
+def test_returns_none_if_compilation_fails(folder, obstacle, monkeypatch, tmp_path):
     source = SOURCE % 1
     if obstacle == "no compiler":
-        monkeypatch.setattr(module.shutil, "which", lambda name: None)
+        monkeypatch.setattr(c_compiler.shutil, "which", lambda name: None)
     elif obstacle == "broken compiler":
         monkeypatch.setenv("CC", "false")
     elif obstacle == "wrong code":
@@ -62,21 +62,21 @@ def test_where_it_cannot_be_built_there_is_none(folder, obstacle, monkeypatch, t
         folder.chmod(0o777)
     elif obstacle == "no home":
         monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-        monkeypatch.setattr(module.Path, "home", homeless)
+        monkeypatch.setattr(c_compiler.Path, "home", homeless)
     else:
         (tmp_path / "dfn_hf").write_text("in the way")
     assert compiled_library(source) is None
 
 
-def test_code_that_knows_no_tuning_is_built_without(folder, monkeypatch):
-    run = module.subprocess.run
+def test_compiles_without_march_native_if_unsupported(folder, monkeypatch):
+    run = c_compiler.subprocess.run
 
     def refuse(command, **options):
         if "-march=native" in command:
-            raise module.subprocess.CalledProcessError(1, command, stderr=b"unknown option")
+            raise c_compiler.subprocess.CalledProcessError(1, command, stderr=b"unknown option")
         return run(command, **options)
 
-    monkeypatch.setattr(module.subprocess, "run", refuse)
+    monkeypatch.setattr(c_compiler.subprocess, "run", refuse)
     assert compiled_library(SOURCE % 1).answer() == 1
 
 
@@ -113,7 +113,7 @@ def test_a_default_device_for_new_tensors_changes_nothing():
     assert all(map(torch.equal, found, expected)) and found[0][0, -1].tolist() == [3, 2]
 
 
-def test_a_window_of_any_width_is_read(monkeypatch):
+def test_window_wider_than_the_row(monkeypatch):
     model, ids = draw_model(local_window=2**15)
     with torch.no_grad():
         found = model(ids).logits
@@ -121,7 +121,7 @@ def test_a_window_of_any_width_is_read(monkeypatch):
         assert torch.allclose(found, model(ids).logits, atol=1e-5, rtol=0)
 
 
-def test_storages_of_different_length_are_each_read_by_their_own(monkeypatch):
+def test_storages_of_different_capacity(monkeypatch):
     model, ids = draw_model(conv_kernel=1, search_implementation="exact")
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_storages_of_different_length_are_each_read_by_their_own(monkeypatch):
         assert torch.allclose(found, model(ids[:, :20]).logits, atol=1e-5, rtol=0)
 
 
-def test_a_model_without_it_gives_the_same(folder, monkeypatch):
+def test_model_gives_the_same_without_kernels(folder, monkeypatch):
     model, ids = draw_model(memory_slots=2)
 
     def run():
@@ -153,7 +153,7 @@ def test_a_model_without_it_gives_the_same(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(("rows", "threads"), [(1, 4), (5, 2), (3, 8), (7, 1), (0, 4)])
-def test_threads_share_the_rows(rows, threads, monkeypatch):
+def test_threads_process_each_row_once(rows, threads, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     done, lock = [], threading.Lock()
 

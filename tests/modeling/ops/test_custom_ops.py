@@ -1,4 +1,4 @@
-"""What compiled models call as it is: search and attention as operators of torch.library."""
+"""The neighbour search and flow attention as torch.library operators, which compiled models call."""
 
 import importlib.util
 import shutil
@@ -8,29 +8,27 @@ from pathlib import Path
 import pytest
 import torch
 
-from dfn_hf.modeling.ops import custom_ops as operators
-from dfn_hf.modeling.ops import flow_attention
-from dfn_hf.modeling.ops import neighbor_search as flow_search
+from dfn_hf.modeling.ops import custom_ops, flow_attention, neighbor_search
 from dfn_hf.modeling.ops.cell_grid import ball_cells_per_axis, geometric_cell_sizes
 from dfn_hf.modeling.ops.cell_lists import CellGrids, grid_constants
 from tests.modeling.ops.test_flow_attention import draw_inputs
 from tests.support.small_models import make_small_model
 
-DIFFERENTIABLE = ("query", "key", "value", "fading")
+DIFFERENTIABLE = ("query", "key", "value", "decay")
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # C, torch
-def test_attention_is_what_its_registration_says(dropout, dtype):
+def test_attention_operator_passes_opcheck(dropout, dtype):
     inputs = draw_inputs(3, window=4)
     for name in DIFFERENTIABLE:
         inputs[name] = inputs[name].to(dtype).requires_grad_()
     arguments = (*inputs.values(), dropout, torch.tensor(7))
-    torch.library.opcheck(flow_attention._read_operator, arguments)
+    torch.library.opcheck(flow_attention._forward_operator, arguments)
 
 
 @pytest.mark.parametrize("with_past", [False, True])
-def test_search_is_what_its_registration_says(with_past):
+def test_search_operator_passes_opcheck(with_past):
     generator = torch.Generator().manual_seed(0)
     queries, keys = (torch.randn(2, 30, 3, generator=generator).mul(8).round() / 8 for _ in range(2))
     sizes = geometric_cell_sizes(4)
@@ -39,9 +37,9 @@ def test_search_is_what_its_registration_says(with_past):
     arguments = [queries, grids.cells(queries), index, keys, grids.cells(keys), 5, 3, 2, None, None, None]
     arguments.append(grids.table_offsets)
     if with_past:
-        heads = torch.full((2, grids.table_offsets[-1]), -1, dtype=torch.int32)
-        arguments += [heads, torch.full((2, 30, 4), -1, dtype=torch.int32), grids.table_offsets]
-    torch.library.opcheck(flow_search._search_operator, tuple(arguments))
+        newest = torch.full((2, grids.table_offsets[-1]), -1, dtype=torch.int32)
+        arguments += [newest, torch.full((2, 30, 4), -1, dtype=torch.int32), grids.table_offsets]
+    torch.library.opcheck(neighbor_search._search_operator, tuple(arguments))
 
 
 def test_a_model_compiles_into_one_graph():
@@ -65,8 +63,8 @@ def test_a_model_compiles_into_one_graph():
 
 
 def copy_of_the_code(folder: Path, changed: bool):
-    """The modules' folder imported under another name, as transformers does with code from the Hub."""
-    shutil.copytree(Path(operators.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    """Import a copy of the ops folder under another name, as transformers does with code from the Hub."""
+    shutil.copytree(Path(custom_ops.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))
     if changed:
         with (folder / "chunking.py").open("a") as file:
             file.write("\n# another revision\n")
@@ -79,12 +77,12 @@ def copy_of_the_code(folder: Path, changed: bool):
     return importlib.import_module(f"{spec.name}.flow_attention")
 
 
-def test_copies_of_the_code_live_side_by_side(tmp_path):
+def test_copies_of_the_code_coexist(tmp_path):
     inputs = draw_inputs(3, window=4)
     arguments = (*inputs.values(), 0.0, torch.tensor(0))
-    expected, _ = flow_attention._read_operator(*arguments)
+    expected, _ = flow_attention._forward_operator(*arguments)
     same, other = (copy_of_the_code(tmp_path / name, name == "other") for name in ("same", "other"))
     for module in (flow_attention, same, other):
-        assert torch.equal(module._read_operator(*arguments)[0], expected)
-    assert str(same._read_operator) == str(flow_attention.custom_op(flow_attention.read, None))
-    assert str(other._read_operator) != str(same._read_operator)
+        assert torch.equal(module._forward_operator(*arguments)[0], expected)
+    assert str(same._forward_operator) == str(flow_attention.custom_op(flow_attention.flow_attention_forward, None))
+    assert str(other._forward_operator) != str(same._forward_operator)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from dfn_hf.modeling.ops import flow_attention as module
+from dfn_hf.modeling.ops import flow_attention_torch
 from dfn_hf.modeling.ops.flow_attention import flow_attention, flow_attention_reference, flow_weights
-from dfn_hf.modeling.ops.kernels import flow_attention_cpu as attention_kernel
+from dfn_hf.modeling.ops.kernels import flow_attention_cpu
 from dfn_hf.modeling.ops.kernels.flow_attention_cpu import attention_library
 
 STRICT = {"atol": 1e-11, "rtol": 1e-11}
@@ -15,10 +15,13 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
 def draw_inputs(
     seed, *, batch=2, heads=2, length=13, past=(0, 0), window=4, num_neighbors=3, features=3, room=0, share=0.7
 ):
-    """Arguments of `flow_attention` in float64.
+    """Draw arguments of `flow_attention` in float64.
 
-    `past` are the entities before this call, one number per row; `features` are the value's;
-    `room` is storage behind the last entity; `share` of the neighbours are present.
+    Args:
+        past: number of entities before this call, per row.
+        features: features of the values.
+        room: entries of the storage after the last entity.
+        share: fraction of the neighbours that exist; the others are −1.
     """
     generator = torch.Generator().manual_seed(seed)
     past = torch.tensor(past)
@@ -28,7 +31,7 @@ def draw_inputs(
     def randn(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    # Every row has segments: nothing reaches over their starts.
+    # Every row has segments; no query attends past its segment's start.
     reach = torch.minimum(index, index % 11 + 4 * window)
     neighbors = torch.full((batch, heads, length, num_neighbors), -1)
     for row in range(batch):
@@ -42,7 +45,7 @@ def draw_inputs(
         "query": randn(batch, heads, length, 5),
         "key": randn(batch, heads, stored, 5),
         "value": randn(batch, heads, stored, features),
-        "fading": randn(heads).exp(),
+        "decay": randn(heads).exp(),
         "query_index": index,
         "reach": reach,
         "neighbors": neighbors,
@@ -57,7 +60,7 @@ CASES = {
     "one step": {"length": 1, "past": (9, 30)},
     "window 1": {"window": 1},
     "window longer than the row": {"window": 40},
-    "no neighbours asked": {"num_neighbors": 0},
+    "no neighbours": {"num_neighbors": 0},
     "no neighbours found": {"share": 0.0, "past": (3, 3)},
     "past": {"past": (17, 17), "room": 6},
     "ragged past": {"past": (0, 23), "room": 3, "window": 5},
@@ -71,26 +74,24 @@ CASES = {
 
 @pytest.fixture(params=CASES)
 def inputs(request, monkeypatch):
-    monkeypatch.setattr(module, "ELEMENT_CHUNK", 1)  # chunks of the least length, 64 queries
+    monkeypatch.setattr(flow_attention_torch, "ELEMENT_CHUNK", 1)  # chunks of the minimum length, 64 queries
     return draw_inputs(7, **CASES[request.param])
 
 
-DIFFERENTIABLE = ("query", "key", "value", "fading")
+DIFFERENTIABLE = ("query", "key", "value", "decay")
 
 
 def outputs_and_gradients(attend, inputs, **dtypes):
-    """y, log-sum and the gradients of a random function of both, all float64."""
+    """Return y, the log-sum-exp and the gradients of a random function of both, all float64."""
     inputs = dict(inputs)
     for name in DIFFERENTIABLE:
         inputs[name] = inputs[name].to(dtypes.get(name), copy=True).requires_grad_()
-    y, total = attend(**inputs)
+    y, lse = attend(**inputs)
     generator = torch.Generator().manual_seed(0)
-    scored = sum(
-        (x.double() * torch.randn(x.shape, generator=generator, dtype=torch.float64)).sum() for x in (y, total)
-    )
+    scored = sum((x.double() * torch.randn(x.shape, generator=generator, dtype=torch.float64)).sum() for x in (y, lse))
     gradients = torch.autograd.grad(scored, [inputs[name] for name in DIFFERENTIABLE])
     assert all(gradient.dtype == inputs[name].dtype for name, gradient in zip(DIFFERENTIABLE, gradients, strict=True))
-    return {"y": y.detach().double(), "total": total.detach().double()} | {
+    return {"y": y.detach().double(), "lse": lse.detach().double()} | {
         name: gradient.double() for name, gradient in zip(DIFFERENTIABLE, gradients, strict=True)
     }
 
@@ -102,18 +103,18 @@ def test_equals_the_loop(inputs):
         assert torch.allclose(found[name], expected[name], **STRICT), name
 
 
-C_FORMS = {"native": (), "plain C": ("-U__AVX512F__",)}
+C_FORMS = {"default": (), "without AVX-512": ("-U__AVX512F__",)}
 
 
 @pytest.mark.parametrize("value_dtype", TOLERANCE)
 @pytest.mark.parametrize("form", ["torch", *C_FORMS])
-def test_equals_the_loop_in_less_precision(inputs, value_dtype, form, monkeypatch):
+def test_equals_the_loop_in_lower_precision(inputs, value_dtype, form, monkeypatch):
     monkeypatch.setenv("DFN_HF_KERNELS", "0" if form == "torch" else "1")
     monkeypatch.setattr(
-        attention_kernel, "ATTENTION_FLAGS", (*attention_kernel.ATTENTION_FLAGS, *C_FORMS.get(form, ()))
+        flow_attention_cpu, "ATTENTION_FLAGS", (*flow_attention_cpu.ATTENTION_FLAGS, *C_FORMS.get(form, ()))
     )
-    runs_natively = attention_library(torch.ones(1), torch.ones(1, dtype=value_dtype)) is not None
-    assert runs_natively == (form != "torch" and value_dtype == torch.float32)
+    runs_in_c = attention_library(torch.ones(1), torch.ones(1, dtype=value_dtype)) is not None
+    assert runs_in_c == (form != "torch" and value_dtype == torch.float32)
     dtypes = dict.fromkeys(DIFFERENTIABLE, torch.float32) | {"value": value_dtype}
     rounded = inputs | {name: inputs[name].to(dtypes[name]).double() for name in DIFFERENTIABLE}
     found = outputs_and_gradients(flow_attention, rounded, **dtypes)
@@ -123,35 +124,35 @@ def test_equals_the_loop_in_less_precision(inputs, value_dtype, form, monkeypatc
         assert (found[name] - expected[name]).abs().max() <= TOLERANCE[value_dtype] * scale, name
 
 
-def test_y_has_the_dtype_of_value_and_total_that_of_query():
+def test_dtypes_of_the_outputs():
     inputs = draw_inputs(0)
-    inputs |= {name: inputs[name].float() for name in ("query", "key", "fading")}
-    y, total = flow_attention(**inputs | {"value": inputs["value"].bfloat16()})
-    assert y.dtype == torch.bfloat16 and total.dtype == torch.float32
+    inputs |= {name: inputs[name].float() for name in ("query", "key", "decay")}
+    y, lse = flow_attention(**inputs | {"value": inputs["value"].bfloat16()})
+    assert y.dtype == torch.bfloat16 and lse.dtype == torch.float32
 
 
-def test_chunks_change_nothing(monkeypatch):
+def test_chunk_size_does_not_matter(monkeypatch):
     inputs = draw_inputs(3, batch=1, past=(5,), length=200, window=9)
     whole = outputs_and_gradients(flow_attention, inputs)
-    monkeypatch.setattr(module, "ELEMENT_CHUNK", 1)
+    monkeypatch.setattr(flow_attention_torch, "ELEMENT_CHUNK", 1)
     in_chunks = outputs_and_gradients(flow_attention, inputs)
     for name in whole:
         assert torch.allclose(in_chunks[name], whole[name], **STRICT), name
 
 
-def test_weights_are_those_of_the_attention(inputs):
+def test_flow_weights_reproduce_the_output(inputs):
     arguments = {name: value for name, value in inputs.items() if name != "value"}
     weights = flow_weights(**arguments, ahead=torch.zeros_like(arguments["reach"]))
     assert torch.allclose(weights.sum(dim=-1), torch.ones_like(weights[..., 0]), **STRICT)
     y, _ = flow_attention(**inputs)
     assert torch.allclose(weights @ inputs["value"], y, **STRICT)
-    # Each neighbour and each visible entity of the window has a weight, nothing else.
+    # Exactly the neighbours and the visible entities of the window have a weight.
     local = inputs["reach"].clamp(max=inputs["window"] - 1) + 1
     expected = local[:, None] + (inputs["neighbors"] >= 0).sum(dim=-1)
     assert torch.equal((weights > 0).sum(dim=-1), expected)
 
 
-def test_what_lies_behind_the_last_entity_is_never_read():
+def test_entries_after_the_last_entity_are_not_read():
     inputs = draw_inputs(1, past=(0, 6), room=4)
     outputs = outputs_and_gradients(flow_attention, inputs)
     for row, stored in enumerate((inputs["query_index"][:, -1] + 1).tolist()):
@@ -167,7 +168,7 @@ def test_large_logits_stay_finite():
     assert all(value.isfinite().all() for value in outputs.values())
 
 
-def test_autocast_does_not_reach_inside():
+def test_autocast_has_no_effect():
     inputs = draw_inputs(4)
     inputs |= {name: inputs[name].float() for name in DIFFERENTIABLE}
     expected = outputs_and_gradients(flow_attention, inputs)
@@ -177,7 +178,7 @@ def test_autocast_does_not_reach_inside():
         assert torch.equal(found[name], expected[name]), name
 
 
-def test_a_second_derivative_is_refused():
+def test_second_derivative_raises():
     inputs = draw_inputs(5)
     query = inputs["query"].requires_grad_()
     y, _ = flow_attention(**inputs)
@@ -195,12 +196,12 @@ def dropped(inputs, seed, dropout=0.4):
 
 
 def test_dropout_follows_the_global_seed(inputs):
-    y, total = dropped(inputs, 0)
+    y, lse = dropped(inputs, 0)
     again, _ = dropped(inputs, 0)
     other, _ = dropped(inputs, 1)
     assert torch.equal(y, again) and not torch.equal(y, other)
     undropped = flow_attention(**inputs)
-    assert torch.equal(total, undropped[1])
+    assert torch.equal(lse, undropped[1])
 
 
 def test_dropout_keeps_the_expectation():
@@ -211,7 +212,7 @@ def test_dropout_keeps_the_expectation():
 
 
 def test_dropout_is_the_same_in_the_backward_pass(inputs):
-    # y is linear in the values: its product with any g is that of the values with their gradient, mask for mask.
+    # y is linear in the values, so y · g equals value · grad_value if both passes drop the same weights.
     value = inputs["value"].requires_grad_()
     y, _ = dropped(inputs, 3)
     g = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=y.dtype)
@@ -237,7 +238,7 @@ def saved_elements(length):
     return sizes
 
 
-def test_what_is_kept_for_the_backward_pass_grows_with_the_length():
+def test_saved_memory_is_linear_in_the_length():
     short, long = saved_elements(300), saved_elements(600)
     assert sum(long) <= 2 * sum(short)
     inputs_elements = 600 * (5 + 5 + 3) + 607 * (5 + 3) + 1 + 600 * (1 + 1 + 3)

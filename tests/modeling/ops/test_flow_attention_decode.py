@@ -1,4 +1,4 @@
-"""A step reads what the attention of many queries reads."""
+"""A decode step equals the attention of one query."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ BATCH, HEADS, STORED, FEATURES, VALUES = 3, 2, 40, 5, 7
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize(("window", "num_neighbors"), [(1, 1), (4, 0), (6, 5)])
-def test_step_is_the_reference(window, num_neighbors, dtype):
+def test_step_equals_the_reference(window, num_neighbors, dtype):
     generator = torch.Generator().manual_seed(0)
     shapes = ((BATCH, HEADS, 1, FEATURES), (BATCH, HEADS, STORED, FEATURES), (BATCH, HEADS, STORED, VALUES), (HEADS,))
     inputs = [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
@@ -21,9 +21,9 @@ def test_step_is_the_reference(window, num_neighbors, dtype):
     neighbors = neighbors.masked_fill(index[:, None, None] < STORED - 1, -1)
     results = []
     for read in (flow_attention_reference, attention_step):
-        y, total = read(*inputs, index, reach, neighbors, window)
-        (y.square().sum() + total.sum()).backward()
-        results.append([y.detach(), total.detach(), *(x.grad.clone() for x in inputs)])
+        y, lse = read(*inputs, index, reach, neighbors, window)
+        (y.square().sum() + lse.sum()).backward()
+        results.append([y.detach(), lse.detach(), *(x.grad.clone() for x in inputs)])
         for x in inputs:
             x.grad = None
     for expected, result in zip(*results, strict=True):
@@ -37,8 +37,8 @@ def test_values_in_half_precision():
     key, value = (torch.randn(1, HEADS, STORED, n, generator=generator) for n in (FEATURES, VALUES))
     index, neighbors = torch.tensor([[39]]), torch.tensor([[[[3, -1]], [[0, 7]]]])
     arguments = (torch.ones(HEADS), index, index, neighbors, 4)
-    y, total = attention_step(query, key, value.bfloat16(), *arguments)
+    y, lse = attention_step(query, key, value.bfloat16(), *arguments)
     expected, expected_total = flow_attention_reference(query, key, value.bfloat16().float(), *arguments)
-    assert y.dtype == torch.bfloat16 and total.dtype == torch.float32
+    assert y.dtype == torch.bfloat16 and lse.dtype == torch.float32
     assert torch.allclose(y, expected.bfloat16(), atol=1e-2, rtol=1e-2)
-    assert torch.allclose(total, expected_total, atol=1e-5, rtol=1e-5)
+    assert torch.allclose(lse, expected_total, atol=1e-5, rtol=1e-5)

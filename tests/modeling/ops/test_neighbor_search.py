@@ -1,14 +1,14 @@
-"""The causal neighbour search against loops: exact, cell lists and their chains."""
+"""The causal neighbour search against loops: exact search, cell lists and chains."""
 
 import random
 
 import pytest
 import torch
 
-from dfn_hf.modeling.ops import neighbor_search as flow_search
+from dfn_hf.modeling.ops import neighbor_search
 from dfn_hf.modeling.ops.cell_grid import GRID, ball_cells_per_axis, check_cell_sizes, geometric_cell_sizes
 from dfn_hf.modeling.ops.cell_lists import CellChains, CellGrids, grid_constants, start_chains
-from dfn_hf.modeling.ops.kernels import neighbor_search_cpu as search_kernel
+from dfn_hf.modeling.ops.kernels import neighbor_search_cpu
 from dfn_hf.modeling.ops.kernels.neighbor_search_cpu import search_library
 from dfn_hf.modeling.ops.neighbor_search import (
     nearest_predecessors,
@@ -22,12 +22,12 @@ METHODS = ("exact", "cells")
 
 
 def draw_positions(shape, seed, dtype=torch.float32, kind="spread"):
-    """Queries and keys `[batch, heads, length, position_dim]`, on the grid, so that distances tie often."""
+    """Draw queries and keys `[batch, heads, length, position_dim]` on the grid, so that distances often tie."""
     generator = torch.Generator().manual_seed(seed)
     queries, keys = (torch.randn(shape, generator=generator, dtype=dtype) for _ in range(2))
     if kind == "same":
         queries, keys = torch.full(shape, 0.5, dtype=dtype), torch.full(shape, 0.25, dtype=dtype)
-    elif kind == "few":  # duplicates: the corners of a cube
+    elif kind == "few":  # the corners of a cube: duplicates
         queries, keys = queries.sign(), keys.sign()
     return (queries * GRID).round() / GRID, (keys * GRID).round() / GRID
 
@@ -66,8 +66,8 @@ def test_exact_equals_the_loop_off_the_grid(dtype):
 
 
 def test_exact_equals_the_loop_over_many_blocks(monkeypatch):
-    monkeypatch.setattr(flow_search, "QUERY_CHUNK", 12)
-    monkeypatch.setattr(flow_search, "KEY_CHUNK", 5)
+    monkeypatch.setattr(neighbor_search, "QUERY_CHUNK", 12)
+    monkeypatch.setattr(neighbor_search, "KEY_CHUNK", 5)
     queries, keys = draw_positions((2, 2, 37, 2), 3, kind="few")
     found = nearest_predecessors(queries, keys, 6, window=4, method="exact")
     assert_same(found, nearest_predecessors_reference(queries, keys, 6, window=4))
@@ -77,10 +77,10 @@ def test_exact_equals_the_loop_over_many_blocks(monkeypatch):
 @pytest.mark.parametrize("window", [0, 3])
 def test_segments_interleaved_and_padded(method, window):
     queries, keys = draw_positions((2, 2, 40, 2), 4)
-    # Far apart ids must not be mixed up when they are made into sort keys.
+    # Ids with equal low 32 bits must stay different as sort keys.
     ids = torch.tensor([-7, -1, 0, 5, 2**40, 2**40 + 2**33])
     segments = ids[torch.randint(len(ids), (2, 40), generator=torch.Generator().manual_seed(5))]
-    # Candidates enough for cells to hold all: one cell spans everything.
+    # One cell holds every entity, and all of them are candidates.
     everything = {"num_tables": 1, "cell_sizes": [1000.0], "candidates_per_table": 40}
     found = nearest_predecessors(
         queries, keys, 6, window=window, method=method, segment_ids=segments, **everything, seed=seed_without_cuts(2)
@@ -89,19 +89,19 @@ def test_segments_interleaved_and_padded(method, window):
 
 
 def seed_without_cuts(position_dim):
-    """A grid of which no cell wall passes near the origin."""
+    """Return a seed whose grid has no cell wall near the origin."""
     for seed in range(100):
         shift = grid_constants(position_dim, 1, seed)[1]
         if ((shift > 100) & (shift < 900)).all():
             return seed
-    raise AssertionError("no such grid among the first 100")
+    raise AssertionError("none of the first 100 seeds")
 
 
 # Cells
 
 
 def cell_lists(grids, queries, keys, window, candidates_per_table, num_neighbors, segments=None):
-    """The specification as a loop: per table the last w of the same cell; their union; ranked. One row `[M, P]`."""
+    """Reference loop for one row `[M, P]`: rank the union over tables of the last w entities in the query's cell."""
     query_cells, key_cells = grids.cells(queries).tolist(), grids.cells(keys).tolist()
     indices, distances = [], []
     for i in range(len(queries)):
@@ -122,8 +122,8 @@ def cell_lists(grids, queries, keys, window, candidates_per_table, num_neighbors
 
 
 def open_grids(position_dim, cell_sizes, seed):
-    """Grids as `nearest_predecessors` lays them."""
-    cells_per_axis = [flow_search.MAX_CELLS_PER_AXIS] * len(cell_sizes)
+    """Return the grids of `nearest_predecessors`."""
+    cells_per_axis = [neighbor_search.MAX_CELLS_PER_AXIS] * len(cell_sizes)
     return CellGrids(*grid_constants(position_dim, len(cell_sizes), seed), list(cell_sizes), cells_per_axis)
 
 
@@ -153,15 +153,15 @@ def test_cells_give_the_nearest_distinct_candidates(
                 assert_same([x[row, head] for x in found], expected)
 
 
-def test_cells_do_not_depend_on_how_much_is_done_at_once(monkeypatch):
+def test_cell_search_does_not_depend_on_chunk_sizes(monkeypatch):
     queries, keys = draw_positions((2, 3, 50, 3), 7)
     expected = nearest_predecessors(queries, keys, 4, window=1)
-    monkeypatch.setattr(flow_search, "QUERY_CHUNK", 18)
-    monkeypatch.setattr(flow_search, "SORT_CHUNK", 700)
+    monkeypatch.setattr(neighbor_search, "QUERY_CHUNK", 18)
+    monkeypatch.setattr(neighbor_search, "SORT_CHUNK", 700)
     assert_same(nearest_predecessors(queries, keys, 4, window=1), expected)
 
 
-def test_cells_name_no_entity_twice_and_none_of_the_future():
+def test_cell_search_returns_distinct_past_entities():
     queries, keys = draw_positions((2, 2, 300, 4), 8)
     indices, distances = nearest_predecessors(queries, keys, 12, window=5)
     index = torch.arange(300)[:, None]
@@ -176,7 +176,7 @@ def test_cells_name_no_entity_twice_and_none_of_the_future():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_list_is_the_same_whatever_comes_after(method):
+def test_lists_do_not_depend_on_later_entities(method):
     queries, keys = draw_positions((1, 2, 80, 4), 9)
     expected = nearest_predecessors(queries, keys, 5, window=2, method=method)
     for stop in (1, 2, 33, 79):
@@ -211,21 +211,21 @@ def test_every_cell_of_the_ball_lies_inside_the_grid():
                 assert len(cells[:, table].unique()) == len(unclamped[:, table].unique())
 
 
-# Native code: as built for this processor, without its widest registers, and reading rings in the place of chains
+# C: the default, without AVX-512, and with ring buffers for short calls too
 
-C_FORMS = {"native": (), "plain C": ("-U__AVX512F__",), "rings": ("-DSHORT=1",)}
+C_FORMS = {"default": (), "without AVX-512": ("-U__AVX512F__",), "rings": ("-DSHORT=1",)}
 
 
-def build_native_form(form, monkeypatch):
+def choose_form(form, monkeypatch):
     if form != "torch":
-        monkeypatch.setattr(search_kernel, "SEARCH_FLAGS", (*search_kernel.SEARCH_FLAGS, *C_FORMS[form]))
+        monkeypatch.setattr(neighbor_search_cpu, "SEARCH_FLAGS", (*neighbor_search_cpu.SEARCH_FLAGS, *C_FORMS[form]))
 
 
 # Chains
 
 
-def searched_in_chunks(queries, keys, counts_per_call, num_neighbors, window, candidates, grids, natively=False):
-    """Feed ragged rows call by call with chains, storage per row as a cache keeps it; lists by place in the row."""
+def searched_in_chunks(queries, keys, counts_per_call, num_neighbors, window, candidates, grids, numbered=False):
+    """Search ragged rows call by call, with chains and a storage per row as in a cache; lists by position in the row."""
     rows, length, _ = queries.shape
     capacity = length + 10
     num_tables = len(grids.cell_sizes)
@@ -242,13 +242,13 @@ def searched_in_chunks(queries, keys, counts_per_call, num_neighbors, window, ca
         counts = torch.as_tensor(counts).expand(rows)
         width = int(counts.max())
         index = past[:, None] + torch.arange(width)
-        asked = queries.gather(1, index.clamp(max=length - 1)[..., None].expand(-1, -1, queries.shape[-1]))
+        new_queries = queries.gather(1, index.clamp(max=length - 1)[..., None].expand(-1, -1, queries.shape[-1]))
         for row in range(rows):
             new = slice(int(past[row]), int(past[row] + counts[row]))
             stored[row, new], cells[row, new] = keys[row, new], grids.cells(keys[row, new])
         found = search_cells(
-            asked, grids.cells(asked), index, stored, cells, num_neighbors, window, candidates,
-            counts=counts, chains=chains, table_offsets=grids.table_offsets if natively else None,
+            new_queries, grids.cells(new_queries), index, stored, cells, num_neighbors, window, candidates,
+            counts=counts, chains=chains, table_offsets=grids.table_offsets if numbered else None,
         )  # fmt: skip
         for row in range(rows):
             for step in range(int(counts[row])):
@@ -274,7 +274,7 @@ SPLITS = {
 @pytest.mark.parametrize(("window", "candidates", "num_tables"), [(1, 3, 3), (5, 1, 1), (4, 16, 2)])
 @pytest.mark.parametrize("form", ["torch", *C_FORMS])
 def test_chains_give_the_lists_of_one_call(split, kind, window, candidates, num_tables, form, monkeypatch):
-    build_native_form(form, monkeypatch)
+    choose_form(form, monkeypatch)
     queries, keys = (x[:, 0] for x in draw_positions((3, 1, 40, 2), 10, kind=kind))
     sizes = geometric_cell_sizes(num_tables)
     grids = CellGrids(*grid_constants(2, num_tables, 1), sizes, ball_cells_per_axis(2, sizes))
@@ -286,14 +286,14 @@ def test_chains_give_the_lists_of_one_call(split, kind, window, candidates, num_
 
 
 @pytest.mark.parametrize("counts", [None, [40, 3, 17]])
-def test_chains_started_from_a_whole_call_are_those_of_its_steps(counts):
+def test_start_chains_equals_chains_of_single_steps(counts):
     queries, keys = (x[:, 0] for x in draw_positions((3, 1, 40, 2), 10))
     sizes = geometric_cell_sizes(3)
     grids = CellGrids(*grid_constants(2, 3, 1), sizes, ball_cells_per_axis(2, sizes))
     found, expected, cells, _ = searched_in_chunks(queries, keys, [counts or 40], 4, 5, 3, grids)
-    chains = CellChains(torch.full_like(expected.heads, -1), torch.full_like(expected.links, -1), grids.table_offsets)
+    chains = CellChains(torch.full_like(expected.newest, -1), torch.full_like(expected.links, -1), grids.table_offsets)
     start_chains(chains, cells[:, :40], 5, None if counts is None else torch.tensor(counts))
-    assert torch.equal(chains.heads, expected.heads)
+    assert torch.equal(chains.newest, expected.newest)
     assert torch.equal(chains.links, expected.links)
     assert (chains.links >= 0).any()
 
@@ -304,11 +304,11 @@ def test_chains_started_from_a_whole_call_are_those_of_its_steps(counts):
     ("num_tables", "candidates", "num_neighbors", "window"), [(1, 1, 1, 0), (3, 5, 4, 3), (16, 8, 16, 32)]
 )
 @pytest.mark.parametrize("limited", [False, True])
-@pytest.mark.parametrize("form", ["native", "plain C"])
-def test_native_code_finds_the_same_lists(
+@pytest.mark.parametrize("form", ["default", "without AVX-512"])
+def test_c_returns_the_same_lists(
     kind, shape, num_tables, candidates, num_neighbors, window, limited, form, monkeypatch
 ):
-    build_native_form(form, monkeypatch)
+    choose_form(form, monkeypatch)
     rows, length, position_dim = shape
     queries, keys = (x[:, 0] for x in draw_positions((rows, 1, length, position_dim), 19, kind=kind))
     sizes = geometric_cell_sizes(num_tables)
@@ -327,7 +327,7 @@ def test_native_code_finds_the_same_lists(
 
 
 @pytest.mark.parametrize("kind", ["spread", "same", "few"])
-def test_undo_leaves_the_chains_of_a_shorter_row(kind):
+def test_undo_restores_the_chains_of_a_shorter_row(kind):
     queries, keys = (x[:, 0] for x in draw_positions((3, 1, 40, 2), 11, kind=kind))
     sizes = geometric_cell_sizes(3)
     grids = CellGrids(*grid_constants(2, 3, 1), sizes, ball_cells_per_axis(2, sizes))
@@ -336,16 +336,16 @@ def test_undo_leaves_the_chains_of_a_shorter_row(kind):
     _, chains, cells, _ = searched_in_chunks(queries, keys, [[20, 20, 12], [20, 2, 8]], 4, window, 3, grids)
     _, expected, _, _ = searched_in_chunks(queries, keys, [shorter.tolist()], 4, window, 3, grids)
     chains.undo(cells, (shorter - window).clamp(min=0), torch.tensor([40, 22, 20]) - window)
-    assert torch.equal(chains.heads, expected.heads)
+    assert torch.equal(chains.newest, expected.newest)
     for row, entered in enumerate((shorter - window).clamp(min=0).tolist()):
         assert torch.equal(chains.links[row, :entered], expected.links[row, :entered])
-    before = chains.heads.clone()
+    before = chains.newest.clone()
     chains.undo(cells, shorter, shorter)
-    assert torch.equal(chains.heads, before)
+    assert torch.equal(chains.newest, before)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_reach_limits_what_a_query_sees(method):
+def test_reach_limits_the_candidates(method):
     queries, keys = (x[:, 0] for x in draw_positions((2, 1, 30, 2), 12))
     index = torch.arange(30).expand(2, -1)
     reach = torch.minimum(index, torch.tensor([[6], [40]]))
@@ -387,13 +387,13 @@ def test_ranking_breaks_ties_by_recency_and_drops_repeats(dtype):
 @pytest.mark.parametrize(
     ("arguments", "name"), [((0,), "num_tables"), ((3, 1.0, 2.0), "finest"), ((3, 1.0, 0.0), "finest")]
 )
-def test_cells_that_cannot_be_are_refused(arguments, name):
+def test_invalid_cell_sizes_raise(arguments, name):
     with pytest.raises(ValueError, match=f"^{name} must be"):
         geometric_cell_sizes(*arguments)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_consumes_no_global_randomness_and_is_repeatable(method):
+def test_search_is_reproducible_and_leaves_the_global_random_state(method):
     queries, keys = draw_positions((1, 2, 50, 4), 13)
     before = torch.get_rng_state()
     first = nearest_predecessors(queries, keys, 4, method=method, candidates_per_table=2, num_tables=2)
@@ -402,7 +402,7 @@ def test_consumes_no_global_randomness_and_is_repeatable(method):
     assert_same(nearest_predecessors(queries, keys, 4, method=method, candidates_per_table=2, num_tables=2), first)
 
 
-def test_another_seed_lays_other_grids():
+def test_seeds_give_different_grids():
     queries, keys = draw_positions((1, 1, 300, 4), 14)
     lists = [nearest_predecessors(queries, keys, 8, seed=seed, num_tables=2)[0] for seed in (0, 1)]
     assert not torch.equal(*lists)
@@ -410,7 +410,7 @@ def test_another_seed_lays_other_grids():
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_searched_as_float32(method, dtype):
+def test_half_precision_is_converted_to_float32(method, dtype):
     queries, keys = (x.to(dtype) for x in draw_positions((1, 2, 30, 3), 15))
     indices, distances = nearest_predecessors(queries, keys, 4, method=method)
     assert distances.dtype == torch.float32
@@ -418,7 +418,7 @@ def test_half_precision_is_searched_as_float32(method, dtype):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_gives_no_gradient_and_leaves_inputs_alone(method):
+def test_search_has_no_gradient_and_does_not_change_inputs(method):
     queries, keys = (x.requires_grad_() for x in draw_positions((1, 1, 20, 2), 16))
     before = queries.detach().clone(), keys.detach().clone()
     _, distances = nearest_predecessors(queries, keys, 3, method=method)
@@ -428,7 +428,7 @@ def test_gives_no_gradient_and_leaves_inputs_alone(method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", [(0, 2, 5, 3), (2, 0, 5, 3), (2, 2, 0, 3)])
-def test_nothing_in_nothing_out(method, shape):
+def test_empty_input(method, shape):
     positions = torch.zeros(shape)
     indices, distances = nearest_predecessors(positions, positions, 4, method=method)
     assert indices.shape == distances.shape == (*shape[:3], 4)
@@ -436,7 +436,7 @@ def test_nothing_in_nothing_out(method, shape):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_no_neighbors_asked(method):
+def test_zero_neighbors(method):
     positions = draw_positions((1, 2, 9, 3), 17)[0]
     indices, distances = nearest_predecessors(positions, positions, 0, method=method)
     assert indices.shape == distances.shape == (1, 2, 9, 0)
@@ -444,7 +444,7 @@ def test_no_neighbors_asked(method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("scale", [1e4, 1e18])
-def test_far_off_positions_are_found_all_the_same(method, scale):
+def test_positions_outside_the_grid(method, scale):
     queries, keys = (scale * x for x in draw_positions((1, 1, 20, 2), 18))
     found = nearest_predecessors(queries, keys, 30, method=method, candidates_per_table=30)
     expected = nearest_predecessors_reference(queries, keys, 30)
@@ -458,7 +458,7 @@ GOOD = torch.zeros(1, 2, 5, 3)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "parts"),
     [
         ((GOOD[0], GOOD[0], 2), ["query_positions", "key_positions", "[2, 5, 3]"]),
         ((GOOD, GOOD[:, :1], 2), ["key_positions", "[1, 1, 5, 3]"]),
@@ -480,11 +480,11 @@ GOOD = torch.zeros(1, 2, 5, 3)
     ],
 )
 @pytest.mark.parametrize("method", METHODS)
-def test_what_does_not_fit_is_named(method, arguments, told):
+def test_errors_name_the_argument(method, arguments, parts):
     *positional, options = arguments if isinstance(arguments[-1], dict) else (*arguments, {})
     with pytest.raises(ValueError) as error:
         nearest_predecessors(*positional, **{"method": method, **options})
-    for part in told:
+    for part in parts:
         assert part in str(error.value)
 
 

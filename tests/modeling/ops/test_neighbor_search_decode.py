@@ -1,4 +1,4 @@
-"""A step gives the lists and leaves the chains of the search for many queries, bit for bit."""
+"""A decode step returns the lists and the chains of `search_cells` bit for bit."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ ROWS, LENGTH = 3, 60
 
 
 def draw_positions(generator, position_dim, dtype):
-    """`[G, N, P]` on a coarse grid, so that ties and duplicates are many."""
+    """Draw positions `[G, N, P]` on a coarse grid, so that there are many ties and duplicates."""
     positions = torch.randn(ROWS, LENGTH, position_dim, generator=generator, dtype=torch.float64)
     return ((positions * 2).round() / 2).to(dtype)
 
@@ -53,11 +53,11 @@ def test_lists_and_chains(position_dim, num_neighbors, window, candidates, sizes
         first_slots = grids.make_constants()[-1]
         results = (
             search_cells(*call, chains=both[0], reach=seen, counts=counts),
-            search_step(*call, both[1].heads, both[1].links, first_slots, reach=seen, counts=counts),
+            search_step(*call, both[1].newest, both[1].links, first_slots, reach=seen, counts=counts),
         )
         for expected, result in zip(*results, strict=True):
             assert result.dtype == expected.dtype and torch.equal(result, expected), step
-        assert torch.equal(both[1].heads, both[0].heads) and torch.equal(both[1].links, both[0].links)
+        assert torch.equal(both[1].newest, both[0].newest) and torch.equal(both[1].links, both[0].links)
         found_any |= bool((results[1][0] >= 0).any())
         index = index + (1 if counts is None else counts)
     assert found_any

@@ -1,4 +1,4 @@
-"""The Triton kernels against torch and a loop: on a GPU if there is one, in Triton's interpreter otherwise."""
+"""The Triton kernels against torch and a loop, on a GPU or else in Triton's interpreter."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from dfn_hf.modeling.ops import dispatch as triton_choice
+from dfn_hf.modeling.ops import dispatch
 from dfn_hf.modeling.ops.cell_grid import GRID, ball_cells_per_axis, geometric_cell_sizes
 from dfn_hf.modeling.ops.cell_lists import CellGrids, grid_constants
 from dfn_hf.modeling.ops.flow_attention import flow_attention, flow_attention_reference
@@ -19,8 +19,8 @@ from tests.modeling.ops.test_c_compiler import draw_model
 from tests.modeling.ops.test_flow_attention import DIFFERENTIABLE, TOLERANCE, draw_inputs, outputs_and_gradients
 from tests.modeling.ops.test_neighbor_search import assert_same, draw_positions
 
-flow_kernels = pytest.importorskip(
-    "dfn_hf.modeling.ops.kernels.triton_launch", reason="Triton is made for Linux alone", exc_type=ImportError
+triton_launch = pytest.importorskip(
+    "dfn_hf.modeling.ops.kernels.triton_launch", reason="Triton supports Linux only", exc_type=ImportError
 )
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,9 +30,9 @@ ATTENTION = ("flow_attention_forward_triton", "flow_attention_backward_triton")
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Sends tensors of any device to the kernels, and tells which were called."""
-    monkeypatch.setenv("DFN_HF_KERNELS", "0")  # what they are compared with is torch
-    monkeypatch.setattr(triton_choice, "triton_available", lambda device: True)
+    """Send tensors of any device to the kernels; returns the names of the launched functions."""
+    monkeypatch.setenv("DFN_HF_KERNELS", "0")  # the comparison runs in torch
+    monkeypatch.setattr(dispatch, "triton_available", lambda device: True)
     names = []
 
     def observed(name, launch):
@@ -43,7 +43,7 @@ def launched(monkeypatch):
         return call
 
     for name in SEARCH + ATTENTION:
-        monkeypatch.setattr(flow_kernels, name, observed(name, getattr(flow_kernels, name)))
+        monkeypatch.setattr(triton_launch, name, observed(name, getattr(triton_launch, name)))
     return names
 
 
@@ -112,7 +112,7 @@ CASES = {
     "plain": {"length": 19},
     "window 1": {"window": 1},
     "window longer than the row": {"window": 40},
-    "no neighbours asked": {"num_neighbors": 0},
+    "no neighbours": {"num_neighbors": 0},
     "no neighbours found": {"share": 0.0, "past": (3, 3)},
     "ragged past": {"past": (0, 23), "room": 3, "window": 5},
     "one step": {"length": 1, "past": (9, 30)},
@@ -121,8 +121,8 @@ CASES = {
 
 
 def attend(**inputs):
-    y, total = flow_attention(**{name: x.to(DEVICE) if torch.is_tensor(x) else x for name, x in inputs.items()})
-    return y.cpu(), total.cpu()
+    y, lse = flow_attention(**{name: x.to(DEVICE) if torch.is_tensor(x) else x for name, x in inputs.items()})
+    return y.cpu(), lse.cpu()
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_gradients_with_and_without_atomic_additions(value_dtype):
 def test_values_of_any_stride():
     inputs = draw_inputs(9)
     expected = outputs_and_gradients(attend, inputs, **dict.fromkeys(DIFFERENTIABLE, torch.float32))
-    inputs["value"] = inputs["value"].mT.contiguous().mT  # its features do not lie together
+    inputs["value"] = inputs["value"].mT.contiguous().mT  # features are not contiguous
     inputs["key"] = inputs["key"].transpose(1, 2).contiguous().transpose(1, 2)
     found = outputs_and_gradients(attend, inputs, **dict.fromkeys(DIFFERENTIABLE, torch.float32))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -180,10 +180,10 @@ def test_large_logits_stay_finite():
     assert all(value.isfinite().all() for value in outputs.values())
 
 
-# Choice
+# Dispatch
 
 
-def test_a_model_gives_the_same(launched, monkeypatch):
+def test_model_gives_the_same_in_triton(launched, monkeypatch):
     model, ids = draw_model(num_hidden_layers=1)
     model, ids = model.to(DEVICE), ids[:, :21].to(DEVICE)
 
@@ -209,7 +209,7 @@ def test_a_model_gives_the_same(launched, monkeypatch):
         *cells,
         "flow_attention_forward_triton",
     ]
-    monkeypatch.setattr(triton_choice, "triton_available", lambda device: False)
+    monkeypatch.setattr(dispatch, "triton_available", lambda device: False)
     expected_neighbors, expected = run()
     assert torch.equal(neighbors, expected_neighbors) and (neighbors >= 0).any()
     for x, wanted in zip(found, expected, strict=True):
@@ -217,7 +217,7 @@ def test_a_model_gives_the_same(launched, monkeypatch):
 
 
 @pytest.mark.parametrize("misfit", ["dropout", "float64", "wide values"])
-def test_torch_does_what_the_kernels_do_not(misfit, launched):
+def test_unsupported_inputs_run_in_torch(misfit, launched):
     inputs = draw_inputs(0, length=3)
     if misfit != "float64":
         inputs |= {name: inputs[name].float() for name in DIFFERENTIABLE}
@@ -228,33 +228,33 @@ def test_torch_does_what_the_kernels_do_not(misfit, launched):
 
 
 @pytest.mark.parametrize("obstacle", ["an old GPU", "no Triton", "switched off", "no GPU"])
-def test_torch_does_the_work_where_the_kernels_cannot(obstacle, monkeypatch):
+def test_triton_is_unavailable(obstacle, monkeypatch):
     capability = (7, 5) if obstacle == "an old GPU" else (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setenv("DFN_HF_KERNELS", "0" if obstacle == "switched off" else "1")
     if obstacle == "no Triton":
         monkeypatch.setitem(sys.modules, "dfn_hf.modeling.ops.kernels.triton_launch", None)
     device = torch.device("cpu" if obstacle == "no GPU" else "cuda")
-    triton_choice._can_run.cache_clear()
-    assert not triton_choice.triton_available(device)
+    dispatch._can_run.cache_clear()
+    assert not dispatch.triton_available(device)
     monkeypatch.undo()
-    triton_choice._can_run.cache_clear()
+    dispatch._can_run.cache_clear()
 
 
-def test_the_kernels_are_chosen_on_a_gpu(monkeypatch):
+def test_triton_is_available_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setenv("DFN_HF_KERNELS", "1")
-    assert triton_choice.triton_available(torch.device("cuda"))
-    triton_choice._can_run.cache_clear()
+    assert dispatch.triton_available(torch.device("cuda"))
+    dispatch._can_run.cache_clear()
 
 
 # Compiled
 
 
 def test_kernels_compile_for_a_gpu():
-    """With sizes of the default model, in a process of its own: in this one they are interpreted."""
+    """Sizes are those of the default model. A new process compiles them: this one interprets them."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("compiled_kernels.py")
+    script = Path(__file__).parents[2] / "support" / "compiled_kernels.py"
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
@@ -263,5 +263,5 @@ def test_kernels_compile_for_a_gpu():
         "backward_neighbors_kernel", "backward_keys_kernel",
     }  # fmt: skip
     for kernel in kernels:
-        # What registers cannot hold goes to the stack, hundreds of bytes of it if blocks are too large.
+        # Registers spill to the stack, by hundreds of bytes if blocks are too large.
         assert kernel["stack"] < 64, kernel
