@@ -1,1 +1,1 @@
-"""Modules, caches and input handling that the families share."""
+"""Modules, caches and input handling shared by the model families."""

@@ -1,13 +1,42 @@
-"""One cache layer for all families: named state tensors, each of a kind.
+"""The cache of one layer: named states, each of one of four kinds.
 
-- append: grows with the entities of a row, in preallocated storage;
-- tail: the last n inputs of something that looks back n steps;
-- table: an index over appended entities, with a way to take the newest out again;
-- fixed: replaced whole.
+| kind | class | contents |
+|---|---|---|
+| append | `GrowingState` | one entry per entity of a row, in preallocated storage |
+| roll | `RollingState` | the last n inputs of a module that looks back n steps |
+| index | `IndexState` | an index over appended entities; its `undo` removes the newest ones |
+| replace | `ReplaceState` | a tensor that is replaced whole |
 
-Reorder, repeat, select, offload, reset and crop are written once per kind. Rows are left-aligned (`padding.py`) and
-may have different lengths: `FlowCacheLayer` keeps the length of each and the mask of each column, so that cropping n
-columns takes the right number of entities from each row.
+Reorder, repeat, select, offload, reset and crop are implemented once per kind (`cache_states`). Rows are left-aligned
+(`row_layout`) and may differ in length: a layer stores the length of each row and the mask of each column, so that
+cropping n columns removes the right number of entities from each row.
+
+There are three cache layers: `FlowCacheLayer` grows (`DynamicCache`), `static_cache.StaticFlowCacheLayer` has a fixed
+shape (`StaticCache`), and `chunked_forward.ChunkCarry` carries state with gradients between the chunks of one pass.
+
+States of the families. B batch, H attention heads, N entities, D features, P position_dim, L tables:
+
+| name | kind | shape | written by |
+|---|---|---|---|
+| conv | roll | `[B, conv_kernel − 1, D]` | `CausalConv` |
+| key, value | append | `[B, H, N, features]` | `DynamicFlowAttention`; `SelfAttention` without window |
+| key, value | roll | `[B, window − 1, H · features]` | the same without neighbours, or with window |
+| position | append | `[B, H, N, P]` | `DynamicFlowAttention`: rest positions on the grid |
+| cell | append | int32 `[B, H, N, L]` | `DynamicFlowAttention`: cell of each entity in each table |
+| newest | index | int32 `[B, H, slots]` | `search_cells`, `search_step`: newest entity of each cell |
+| link | append | int32 `[B, H, N, L]` | `search_cells`, `search_step`: previous entity in the cell |
+| flow_norm, mlp_norm | append | float64 `[B, 1, N, 1]` | `FlowNorm` with `flow_norm="running"`: sum of energies |
+| readout | roll | `[B, readout_window − 1, D + 1]` | `DFNModel`: states and influence of entities |
+| sampled | append | float64 `[B, 1, N, 2]` | `EntitySampling`: summed probability, last boundary |
+| open | roll | `[B, max_entity_length − 1, D + 2]` | `EntitySampling`: tokens of the incomplete entity |
+| smoothed | roll | `[B, 1, D]` | `EntitySampling`: last smoothed entity state |
+| memory_tail, context_tail | roll | `[B, chunk_length − 1, D]` | `ChunkMemory`: entities of the open chunk |
+| memory_slots, context_slots | append | `[B, 1, chunks + 1, S · D]` | `ChunkMemory`: S slots after each closed chunk |
+| flow_key, flow_value | roll | `[B, flow_window − 1, features]` | `FlowLayer` of FlowNetwork |
+| conv1, conv2, frames | roll | `[B, history, D]` | `CausalLiquidEmbedding` |
+| deformable | roll | `[B, history, D]` | `DeformableConv1d` of Liquid |
+| lstm | replace | `[B, 2, layers, lstm_hidden_size]` | `EnhancedLSTM`: h and c |
+| source_key, source_value | replace | `[B, H, S, head_dim]` | `CrossAttention`: S source tokens |
 """
 
 import warnings
@@ -18,149 +47,34 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-# What outputs call the state for continuation, `generate()` too: `cache` from transformers 5.24 on.
+from .cache_states import GrowingState, IndexState, ReplaceState, RollingState, roll_inputs
+
+# Name of the cache in outputs and in `generate()`: `cache` from transformers 5.24 on.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 def resolve_cache_argument(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
-    """What a caller passed under either name; the old one is deprecated where transformers has a new one."""
+    """Return the cache passed under either name; warn if transformers deprecates the name `past_key_values`."""
     if past_key_values is not None and CACHE_NAME != "past_key_values":
-        warnings.warn(f"`past_key_values` is deprecated: pass `{CACHE_NAME}`.", FutureWarning, stacklevel=3)
+        warnings.warn(f"`past_key_values` is deprecated: pass `{CACHE_NAME}` instead.", FutureWarning, stacklevel=3)
     return past_key_values if cache is None else cache
 
 
-class ReplaceState:
-    """A tensor `[batch, ...]` that is replaced whole. It cannot be cropped."""
-
-    def __init__(self, data: torch.Tensor):
-        self.data = data
-
-    def select(self, indices: torch.Tensor) -> None:
-        self.data = self.data.index_select(0, indices.to(self.data.device))
-
-    def repeat(self, repeats: int) -> None:
-        self.data = self.data.repeat_interleave(repeats, dim=0)
-
-    def to(self, device: torch.device) -> None:
-        self.data = self.data.to(device)
-
-    def check_crop(self, old: torch.Tensor, new: torch.Tensor) -> None:
-        """Raise a ValueError if rows of `old` entities cannot be cut to `new`; nothing has been cropped yet."""
-        raise ValueError("This cache holds state that cannot be taken back: crop() is not possible.")
-
-    def crop(self, layer: "FlowCacheLayer", old: torch.Tensor, new: torch.Tensor) -> None:
-        """Cut rows of `old` entities to `new`, int64 `[batch]`."""
-
-    def trim(self) -> None:
-        """Forget what only `crop` needs."""
-
-
-class GrowingState(ReplaceState):
-    """Storage `[batch, groups, capacity, features]`; the lengths of the rows say how much of it counts."""
-
-    def reserve(self, capacity: int) -> None:
-        """Grow to hold `capacity` entries, at least doubling: each entry is copied a bounded number of times."""
-        held = self.data.shape[2]
-        if capacity <= held:
-            return
-        grown = self.data.new_zeros(*self.data.shape[:2], max(capacity, 2 * held), self.data.shape[3])
-        grown[:, :, :held] = self.data
-        self.data = grown
-
-    def write(self, new: torch.Tensor, at: torch.Tensor | int) -> torch.Tensor:
-        """Put `new` `[batch, groups, length, features]` at `at` (one place, or one per row).
-
-        Returns the whole storage; a copy where gradients are taken, which flow through `new`: later calls write over
-        the storage, and backward needs it as it was.
-        """
-        length = new.shape[2]
-        if isinstance(at, int):
-            self.reserve(at + length)
-            self.data[:, :, at : at + length] = new.detach()
-            if torch.is_grad_enabled():
-                return torch.cat([self.data[:, :, :at], new, self.data[:, :, at + length :]], dim=2)
-            return self.data
-        places = at[:, None] + torch.arange(length, device=new.device)
-        places = places[:, None, :, None].expand_as(new)
-        self.data.scatter_(2, places, new.detach())
-        if torch.is_grad_enabled():
-            return self.data.clone().scatter(2, places, new)
-        return self.data
-
-    def check_crop(self, old: torch.Tensor, new: torch.Tensor) -> None:
-        """Nothing to do, here and in `crop`: what lies beyond a row's length is never read and will be overwritten."""
-
-
-class RollingState(ReplaceState):
-    """The last inputs of each row, right-aligned: `[batch, held, features]`, zero before a row's start."""
-
-    def __init__(self, data: torch.Tensor, size: int):
-        super().__init__(data)
-        self.size = size
-
-    def check_crop(self, old: torch.Tensor, new: torch.Tensor) -> None:
-        held = self.data.shape[1]
-        needed = old - new + self.size
-        if self.size and bool(((needed > held) & (old > held)).any()):
-            raise ValueError(
-                f"crop() can take back {max(held - self.size, 0)} tokens here, not {int((old - new).max())}: inputs "
-                "of more were not kept. Call activate_past_recording() on the cache before what may be cropped."
-            )
-
-    def crop(self, layer: "FlowCacheLayer", old: torch.Tensor, new: torch.Tensor) -> None:
-        removed = (old - new).to(self.data.device)
-        held = self.data.shape[1]
-        places = torch.arange(held, device=self.data.device) - removed[:, None]
-        rows = self.data.gather(1, places.clamp(min=0)[..., None].expand_as(self.data))
-        self.data = torch.where((places >= 0)[..., None], rows, rows.new_zeros(()))
-
-    def trim(self) -> None:
-        self.data = self.data[:, -self.size :] if self.size else self.data[:, :0]
-
-
-def roll_inputs(inputs: torch.Tensor, keep: int, length: int, counts: torch.Tensor | None) -> torch.Tensor:
-    """The last `keep` real ones of `[batch, inputs, features]`, in memory of their own; zero before a row's start.
-
-    Args:
-        length: how many of the inputs are new; counts: int64 `[batch]`, of how many the rest is padding. All if None.
-    """
-    first = inputs.shape[1] - keep
-    if counts is None:
-        return inputs[:, first:].clone()
-    # Right-align each row: its padding, at the end, leaves.
-    places = (first - length + counts)[:, None] + torch.arange(keep, device=inputs.device)
-    rows = inputs.gather(1, places.clamp(min=0)[..., None].expand(-1, -1, inputs.shape[2]))
-    return torch.where((places >= 0)[..., None], rows, rows.new_zeros(()))
-
-
-class IndexState(ReplaceState):
-    """An index `[batch, ...]` over appended entities; `undo(layer, old, new)` takes the newest out again."""
-
-    def __init__(self, data: torch.Tensor, undo: Callable[["FlowCacheLayer", torch.Tensor, torch.Tensor], None]):
-        super().__init__(data)
-        self.undo = undo
-
-    def check_crop(self, old: torch.Tensor, new: torch.Tensor) -> None:
-        """Nothing to do: `undo` takes back any number."""
-
-    def crop(self, layer: "FlowCacheLayer", old: torch.Tensor, new: torch.Tensor) -> None:
-        self.undo(layer, old, new)
-
-
 class FlowCacheLayer(CacheLayerMixin):
-    """The state of one layer of a flow model.
+    """The cache of one layer of a flow model.
 
-    A model calls `start_forward` on every layer before its first module runs and `finish_forward` after its last; in between each
-    module reads and writes its own names. Until `finish_forward` the lengths are those of before the call.
+    A model calls `start_forward` and `set_layout` on every layer before its first module runs, and `finish_forward`
+    after the last one. In between each module reads and writes its own states. `lengths`, `mask` and `seq_length`
+    count earlier calls only, until `finish_forward` adds the current one.
 
     Attributes:
-        lengths: int64 `[batch]`, entities of each row; None before the first call.
-        aligned: their number if it is the same in every row, else None.
-        mask: bool `[batch, columns]`, which columns were real; None if all were.
-        longest: a bound on the entities of a row.
-        columns: columns seen, padding included: what transformers calls the sequence length. There may be more of them
-            than entities: a column is real where its sample completed one.
-        incoming: columns of the call that has begun.
+        lengths: int64 `[B]`, entities of each row; None before the first call.
+        aligned: the number of entities if it is equal in all rows, else None.
+        mask: bool `[B, seq_length]`, False at padding; None if no column was padding.
+        longest: an upper bound on the entities of a row.
+        seq_length: columns so far, including padding, which is transformers' sequence length. With dynamic chunking
+            there are fewer entities than columns: only a column that completes an entity is real.
+        new_columns: columns of the current call.
     """
 
     _layer_type = "flow_state"
@@ -191,10 +105,17 @@ class FlowCacheLayer(CacheLayerMixin):
             raise AttributeError("batch_size is known after the first call.")
         return self.lengths.shape[0]
 
-    # one call of the model
-
     def start_forward(self, batch: int, length: int, device: torch.device) -> None:
-        """Get ready for `length` columns of a batch."""
+        """Begin a call.
+
+        Args:
+            batch: rows of the input.
+            length: columns of the input.
+            device: of the input; the cache stays on the device of the first call.
+
+        Raises:
+            ValueError: the cache holds another number of rows.
+        """
         if self.lengths is None:
             self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
             self.device = device
@@ -204,19 +125,19 @@ class FlowCacheLayer(CacheLayerMixin):
         self.new_columns = length
 
     def check_batch(self, batch: int) -> None:
-        """Raise a ValueError if this is not the batch that the layer holds."""
+        """Raise a ValueError if the layer does not hold `batch` rows."""
         if self.lengths.shape[0] != batch:
             raise ValueError(
                 f"past_key_values holds {self.lengths.shape[0]} rows and the input has {batch}: "
-                "use a cache of the same batch, or repeat it with batch_repeat_interleave()."
+                "use a cache with the same number of rows, or repeat its rows with batch_repeat_interleave()."
             )
 
     def set_layout(self, rows) -> None:
-        """The entities of the call, and which of its columns are real: `row_layout.RowLayout`."""
+        """Set the layout of the current call, a `row_layout.RowLayout`."""
         self._rows = rows
 
     def record_mask(self, rows) -> None:
-        """Which of the columns just counted, span by span, were real: `row_layout.RowLayout` of them all."""
+        """Record the mask of columns that were counted chunk by chunk; `rows` is their `RowLayout`."""
         if rows.mask is None:
             return
         length = rows.mask.shape[1]
@@ -225,11 +146,11 @@ class FlowCacheLayer(CacheLayerMixin):
         self.mask = torch.cat([before, rows.mask], dim=1)
 
     def finish_forward(self) -> None:
-        """Count the entities of this call, if they were not counted span by span."""
+        """End the call: count its entities and columns. Does nothing if they were counted chunk by chunk."""
         if self._rows is None:
             return
         columns, length = self.new_columns, self._rows.positions.shape[1]
-        mask, counts = self._rows.mask, self._rows.lengths
+        mask, lengths = self._rows.mask, self._rows.lengths
         self._rows = None
         if mask is not None or self.mask is not None:
             batch, device = self.lengths.shape[0], self.lengths.device
@@ -240,15 +161,13 @@ class FlowCacheLayer(CacheLayerMixin):
             )
             now = mask if mask is not None else torch.ones(batch, columns, dtype=torch.bool, device=device)
             self.mask = torch.cat([before, now], dim=1)
-        self.lengths = self.lengths + (length if counts is None else counts)
-        self.aligned = self.aligned + length if counts is None and self.aligned is not None else None
+        self.lengths = self.lengths + (length if lengths is None else lengths)
+        self.aligned = self.aligned + length if lengths is None and self.aligned is not None else None
         self.longest += length
         self.seq_length += columns
 
-    # the kinds of state
-
     def append(self, name: str, new: torch.Tensor) -> torch.Tensor:
-        """Append `[batch, groups, length, features]`; returns all entries, past and new, and room behind them."""
+        """Append `new` `[B, groups, length, features]`; return the storage, which may have unused capacity."""
         state = self.states.get(name)
         if state is None:
             state = self.states[name] = GrowingState(new.new_zeros(*new.shape[:2], 0, new.shape[3]).detach())
@@ -258,7 +177,7 @@ class FlowCacheLayer(CacheLayerMixin):
         return state.write(new, self.lengths)
 
     def reserve(self, name: str, new: torch.Tensor) -> torch.Tensor:
-        """As `append`, with anything in the place of `new`: for what is written later."""
+        """Return the storage like `append`, for the caller to write to; `new` gives the shape and dtype of entries."""
         state = self.states.get(name)
         if state is None:
             state = self.states[name] = GrowingState(new.new_zeros(*new.shape[:2], 0, new.shape[3]))
@@ -266,13 +185,13 @@ class FlowCacheLayer(CacheLayerMixin):
         return state.data
 
     def constant(self, name: str, make: Callable[[], Any]) -> Any:
-        """What `make` made on first use: the same for every row and call."""
+        """Return the result of `make()` at first use, for values that do not depend on rows and calls."""
         if name not in self.constants:
             self.constants[name] = make()
         return self.constants[name]
 
     def write_entries(self, name: str, new: torch.Tensor, at: torch.Tensor, every: int) -> None:
-        """Write `[batch, groups, length, features]` from entry `at` `[batch]` on: one entry for `every` entities."""
+        """Write `new` `[B, groups, length, features]` from entry `at` int64 `[B]` on, one per `every` entities."""
         state = self.states.get(name)
         if state is None:
             state = self.states[name] = GrowingState(new.new_zeros(*new.shape[:2], 0, new.shape[3]).detach())
@@ -280,14 +199,20 @@ class FlowCacheLayer(CacheLayerMixin):
         state.write(new.detach(), at)
 
     def entry(self, name: str, at: torch.Tensor) -> torch.Tensor | None:
-        """What `write_entries` put at `at` `[batch]` in its one group, `[batch, features]`; None if nothing."""
+        """Return entry `at` int64 `[B]` of a state with one group, `[B, features]`; None without the state."""
         stored = self.data(name)
         return None if stored is None else stored[torch.arange(len(at), device=at.device), 0, at]
 
     def roll(self, name: str, new: torch.Tensor, size: int) -> torch.Tensor:
-        """The `size` inputs before this call (zero before a row's start), then `new`: `[batch, size + length, ...]`.
+        """Prepend the last inputs of earlier calls and store those of this call.
 
-        The result keeps the gradient of `new`.
+        Args:
+            name: of the state.
+            new: `[B, length, features]`, inputs of this call.
+            size: number of earlier inputs.
+
+        Returns:
+            `[B, size + length, features]`, zero before a row's start, with the gradient of `new`.
         """
         state = self.states.get(name)
         if state is None:
@@ -300,30 +225,28 @@ class FlowCacheLayer(CacheLayerMixin):
         return history
 
     def index_state(self, name: str, make: Callable[[], torch.Tensor], undo) -> torch.Tensor:
-        """The index of this name, made on first use; updated in place by its owner."""
+        """Return an index for its owner to update in place. `make()` creates it; `undo` as for `IndexState`."""
         if name not in self.states:
             self.states[name] = IndexState(make(), undo)
         return self.states[name].data
 
     def replace(self, name: str, data: torch.Tensor) -> None:
-        """Keep `[batch, ...]` in the place of what stood there. A layer that holds such a state cannot be cropped."""
+        """Store `data` `[B, ...]` under a name. A layer with such a state cannot be cropped."""
         self.states[name] = ReplaceState(data)
 
     def data(self, name: str) -> torch.Tensor | None:
-        """The tensor behind a name, None if nothing was stored yet."""
+        """Return the tensor of a state; None if it does not exist yet."""
         state = self.states.get(name)
         return None if state is None else state.data
 
-    # what transformers asks of a cache layer
-
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        raise ValueError("A flow model's state has no keys and values to initialise from: run the model on a prompt.")
+        raise ValueError("A flow model's cache cannot be initialised from keys and values: run the model on a prompt.")
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        raise ValueError("This cache layer belongs to a flow model; other models cannot store keys and values in it.")
+        raise ValueError("This cache layer belongs to a flow model: create a new cache for another model.")
 
     def static_seq_length(self) -> int | None:
-        """Columns so far, if they are known as a number."""
+        """Return the columns so far if they are known without a device synchronisation, else None."""
         return self.seq_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -366,22 +289,22 @@ class FlowCacheLayer(CacheLayerMixin):
             self._each(lambda state: state.to(self.device))
 
     def activate_past_recording(self) -> None:
-        """From now on tails keep everything, until the next `crop`, which may take any of it back."""
+        """Record all inputs of rolling states from now on, so that the next `crop` can remove any number of tokens."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last `-tokens_to_remove` columns; what was kept only for this is forgotten.
+        """Remove the last `-tokens_to_remove` columns, and the inputs recorded only for cropping.
 
         Raises:
-            ValueError: a positive number, more columns than there are, or a tail that was not recorded so far back.
+            ValueError: the number is positive, exceeds the columns of the cache, or exceeds the recorded inputs.
         """
-        removed = -int(tokens_to_remove)  # a tensor of one element in some releases of transformers
+        removed = -int(tokens_to_remove)  # some releases of transformers pass a tensor
         if removed < 0:
-            raise ValueError(f"crop() takes minus the number of tokens to remove, got {-removed}.")
+            raise ValueError(f"crop() takes the negative number of tokens to remove, got {-removed}: pass {removed}.")
         if self.lengths is None:
             return
         if removed > self.seq_length:
-            raise ValueError(f"crop({-removed}) was asked of a cache that holds {self.seq_length} tokens.")
+            raise ValueError(f"crop({-removed}) removes more than the {self.seq_length} tokens of the cache.")
         if removed:
             old = self.lengths
             new = old - (removed if self.mask is None else self.mask[:, self.seq_length - removed :].sum(dim=1))
@@ -399,17 +322,16 @@ class FlowCacheLayer(CacheLayerMixin):
 
 
 def state_layers(past_key_values: Cache, num_layers: int) -> list[FlowCacheLayer]:
-    """The layers of a cache made for a flow model of `num_layers` layers.
+    """Return the first `num_layers` layers of a flow model's cache.
 
     Raises:
-        ValueError: the cache was made for something else.
+        ValueError: the cache was not created for a flow model with this number of layers.
     """
     layers = getattr(past_key_values, "layers", ())
-    # Reached by attribute, not by class: code loaded from the Hub and the installed package have each their own class.
+    # Test an attribute, not the class: code from the Hub and the installed package define different classes.
     if len(layers) < num_layers or not all(hasattr(layer, "finish_forward") for layer in layers[:num_layers]):
         raise ValueError(
             f"past_key_values is a {type(past_key_values).__name__} that cannot hold this model's state: "
-            "use DynamicCache(config=model.config). Prefix tuning, which brings keys and values alone, cannot work: "
-            "use prompt tuning."
+            "use DynamicCache(config=model.config). Prefix tuning provides keys and values only: use prompt tuning."
         )
     return layers[:num_layers]

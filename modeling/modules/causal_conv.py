@@ -1,4 +1,4 @@
-"""Short depthwise convolution over left-aligned rows, causal unless it is asked to look ahead."""
+"""Short depthwise convolution over left-aligned rows, causal or centred."""
 
 import torch
 from torch import nn
@@ -10,9 +10,17 @@ class CausalConv(nn.Module):
     """y_t = Σ_r w_r ⊙ x_{t−r} for −`ahead` ≤ r < `kernel_size`, within the segment of t.
 
     Args:
-        channels: features, each with its own filter.
-        kernel_size: taps for an input and those before it; 1 scales each feature.
-        ahead: taps for those after it; only without a cache.
+        channels: number of features; each has its own filter.
+        kernel_size: taps for the current input and earlier ones; 1 only scales each feature.
+        ahead: taps for later inputs, 0 if causal. Requires a call without a cache.
+
+    Example:
+        >>> import torch
+        >>> from dfn_hf.modeling.modules.causal_conv import CausalConv
+        >>> from dfn_hf.modeling.modules.row_layout import make_row_layout
+        >>> conv = CausalConv(channels=8, kernel_size=4)
+        >>> conv(torch.randn(2, 10, 8), make_row_layout(2, 10, torch.device("cpu"))).shape
+        torch.Size([2, 10, 8])
     """
 
     def __init__(self, channels: int, kernel_size: int, ahead: int = 0):
@@ -23,11 +31,15 @@ class CausalConv(nn.Module):
         self.conv.ahead = ahead
 
     def forward(self, x: torch.Tensor, rows, state=None) -> torch.Tensor:
-        """`[batch, length, channels]` → the same.
+        """Convolve each segment separately.
 
         Args:
+            x: `[B, M, channels]`.
             rows: `row_layout.RowLayout` of this call.
-            state: `cache.FlowCacheLayer` that holds the taps before this call, or None.
+            state: `cache.FlowCacheLayer` with the last `kernel_size − 1` inputs of earlier calls, or None.
+
+        Returns:
+            `[B, M, channels]`.
         """
         before = self.kernel_size - 1
         if self.ahead and rows.lengths is not None:
@@ -41,12 +53,12 @@ class CausalConv(nn.Module):
         return self.conv(history.transpose(1, 2)).transpose(1, 2)
 
     def _convolve_segments(self, x: torch.Tensor, segment: torch.Tensor, gap: int) -> torch.Tensor:
-        """Lay `gap` zeros before each segment, convolve, and take the entities out again."""
+        """Insert `gap` zeros before each segment, convolve, and gather the entities."""
         length = x.shape[1]
         gap = max(gap, self.ahead)
-        place = torch.arange(length, device=x.device) + (segment + 1) * gap
-        place = place[..., None].expand_as(x)
-        spread = x.new_zeros(x.shape[0], length + (int(segment.max()) + 1) * gap, x.shape[2]).scatter(1, place, x)
+        target = torch.arange(length, device=x.device) + (segment + 1) * gap
+        target = target[..., None].expand_as(x)
+        spread = x.new_zeros(x.shape[0], length + (int(segment.max()) + 1) * gap, x.shape[2]).scatter(1, target, x)
         spread = nn.functional.pad(spread, (0, 0, 0, self.ahead))
         convolved = self.conv(spread.transpose(1, 2)).transpose(1, 2)
-        return convolved.gather(1, place - (self.kernel_size - 1))
+        return convolved.gather(1, target - (self.kernel_size - 1))

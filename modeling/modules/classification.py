@@ -1,4 +1,4 @@
-"""Classification of rows by the state of their last real token, the same for every family."""
+"""Sequence classification from the hidden state of each row's last real token, shared by the families."""
 
 import torch
 from transformers.cache_utils import Cache
@@ -9,7 +9,7 @@ from .cache import CACHE_NAME, resolve_cache_argument
 
 
 class LastTokenClassificationMixin:
-    """The forward pass of a head `score` on the last state that `model` gives; a mixin of a `PreTrainedModel`."""
+    """Forward pass of a `PreTrainedModel` with a base model `model` and a linear head `score`."""
 
     @can_return_tuple
     def forward(
@@ -28,13 +28,13 @@ class LastTokenClassificationMixin:
     ) -> SequenceClassifierOutputWithPast:
         """
         Args:
-            attention_mask: says which token is the last; without it, the last that is not `pad_token_id` is.
-            labels: `[B]` classes or values, `[B, num_labels]` for several at once.
+            attention_mask: `[B, M]`; determines the last token. Without it, the last token that is not `pad_token_id`.
+            labels: classes or regression targets `[B]`, or multi-label targets `[B, num_labels]`.
 
         Returns:
-            `logits` `[B, num_labels]` and, with labels, `loss`.
+            `logits` `[B, num_labels]`, and `loss` with labels.
 
-        The other arguments are those of the model without a head.
+        The other arguments are those of the base model.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -69,13 +69,16 @@ def last_states(
     attention_mask: torch.Tensor | None,
     pad_token_id: int | None,
 ) -> torch.Tensor:
-    """State of the last real entity of each row, `[B, M, hidden_size]` → `[B, hidden_size]`.
+    """Return the hidden state of each row's last real token, `[B, hidden_size]`.
 
     Args:
-        attention_mask: says which are real; without it, every token that is not `pad_token_id` is.
+        states: `[B, M, hidden_size]`.
+        input_ids: int64 `[B, M]`, or None.
+        attention_mask: `[B, M]`; without it, every token that is not `pad_token_id` is real.
+        pad_token_id: of the configuration.
 
     Raises:
-        ValueError: several rows, and nothing tells which entities are real.
+        ValueError: there are several rows and neither a mask nor a `pad_token_id`.
     """
     batch, length, _ = states.shape
     if attention_mask is not None:
@@ -85,6 +88,6 @@ def last_states(
     elif batch == 1 or input_ids is None:
         real = torch.ones(batch, length, dtype=torch.bool, device=states.device)
     else:
-        raise ValueError("A batch of several rows needs attention_mask, or `pad_token_id` in the config.")
+        raise ValueError("A batch of several rows needs attention_mask: pass it, or set `pad_token_id` in the config.")
     last = (real * torch.arange(length, device=states.device)).argmax(dim=1)
     return states[torch.arange(batch, device=states.device), last]

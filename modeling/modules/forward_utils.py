@@ -1,4 +1,4 @@
-"""What every flow model does with its inputs before the first layer, and with its state after the last."""
+"""Input checks, row layout and cache handling around a flow model's layers."""
 
 import torch
 from torch.nn import functional as F
@@ -15,13 +15,17 @@ logger = logging.get_logger(__name__)
 def embed_inputs(
     model, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, prefix: str = ""
 ) -> torch.Tensor:
-    """Embeddings `[B, M, hidden_size]` of what the user passed.
+    """Return the input embeddings `[B, M, hidden_size]`.
 
     Args:
-        prefix: of the arguments' names in messages.
+        model: has `config` and `embed_tokens`.
+        input_ids: int64 `[B, M]`, or None.
+        inputs_embeds: `[B, M, hidden_size]`, or None.
+        prefix: of the argument names in error messages.
 
     Raises:
-        ValueError: not exactly one of the two, a wrong shape, an empty input, or ids outside the vocabulary.
+        ValueError: not exactly one of the two is given, a shape is wrong, the input is empty, or an id is outside the
+            vocabulary.
     """
     config = model.config
     if (input_ids is None) == (inputs_embeds is None):
@@ -41,7 +45,10 @@ def embed_inputs(
 
 
 def check_ids(input_ids: torch.Tensor, vocab_size: int, name: str) -> None:
-    """Token ids must lie in the vocabulary; checked where that costs no synchronisation."""
+    """Raise a ValueError if `input_ids` is not `[B, M]` or, on a CPU, an id is outside the vocabulary.
+
+    The ids are not checked on other devices, because that would synchronise them.
+    """
     if input_ids.dim() != 2:
         raise ValueError(f"{name} must be [batch, length], got {list(input_ids.shape)}.")
     if torch.compiler.is_compiling() or input_ids.device.type != "cpu" or not input_ids.numel():
@@ -49,7 +56,7 @@ def check_ids(input_ids: torch.Tensor, vocab_size: int, name: str) -> None:
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(
-            f"{name} holds {low if low < 0 else high}, outside the vocabulary of {vocab_size} (`vocab_size`): "
+            f"{name} contains {low if low < 0 else high}, but `vocab_size` is {vocab_size}: "
             "use the tokenizer of this model."
         )
 
@@ -64,16 +71,23 @@ def prepare_forward(
     use_cache: bool | None,
     prefix: str = "",
 ) -> tuple[RowLayout, list[FlowCacheLayer | None], Cache | None]:
-    """Lay the rows of a call and get its state ready.
+    """Compute the row layout of a call and prepare the cache. Call `finish_forward` after the last layer.
 
     Args:
-        prefix: of the mask's name in messages.
+        model: has `config`, `gradient_checkpointing` and `training`.
+        inputs_embeds: `[B, M, hidden_size]`.
+        attention_mask: `[B, M]` or `[B, past + M]`, or None.
+        position_ids: `[B, M]`, used only to detect packed segments, or None.
+        segment_ids: int `[B, M]`, or None.
+        past_key_values: the cache, or None.
+        use_cache: whether to create a cache; None for `config.use_cache`.
+        prefix: of the mask's name in error messages.
 
     Returns:
-        (rows, the state of each layer or None, the cache or None). `finish_forward` closes what this opens.
+        (row layout, cache layer of each layer or None, the cache or None).
 
     Raises:
-        ValueError: inputs that do not fit together.
+        ValueError: the arguments are inconsistent.
     """
     batch, length, _ = inputs_embeds.shape
     use_cache = model.config.use_cache if use_cache is None else use_cache
@@ -82,10 +96,10 @@ def prepare_forward(
         segment_ids = packed_segments(position_ids, batch, length)
         packed = segment_ids is not None
     if model.gradient_checkpointing and model.training and (use_cache or past_key_values is not None):
-        logger.warning_once("A cache cannot be kept while gradients are checkpointed: going on without.")
+        logger.warning_once("Gradient checkpointing does not support a cache: `use_cache` is set to False.")
         use_cache, past_key_values = False, None
     if packed and past_key_values is not None:
-        raise ValueError("segment_ids cannot be combined with past_key_values: continue one document per row.")
+        raise ValueError("segment_ids cannot be combined with past_key_values: pass one document per row.")
     if segment_ids is not None and segment_ids.shape != (batch, length):
         raise ValueError(f"segment_ids must be [batch, length] = {[batch, length]}, got {list(segment_ids.shape)}.")
     if use_cache and past_key_values is None and not packed:
@@ -109,7 +123,7 @@ def prepare_forward(
 
 
 def finish_forward(cache: Cache | None, states: list[FlowCacheLayer | None]) -> None:
-    """Count the entities of the call."""
+    """End the call on every layer: count its entities, and offload the layer if the cache is offloaded."""
     if cache is None:
         return
     for state in states:
@@ -119,7 +133,7 @@ def finish_forward(cache: Cache | None, states: list[FlowCacheLayer | None]) -> 
 
 
 def next_token_labels(labels: torch.Tensor, segment_ids: torch.Tensor | None) -> torch.Tensor:
-    """Labels without the first token of each packed segment: nothing before it tells of it."""
+    """Return labels `[B, M]` with −100 at the first token of each packed segment, which has no context."""
     if segment_ids is None:
         return labels
     new_segment = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0)) | (segment_ids < 0)
@@ -127,19 +141,19 @@ def next_token_labels(labels: torch.Tensor, segment_ids: torch.Tensor | None) ->
 
 
 class FlowGenerationMixin:
-    """For models that generate: a cache that cannot hold their state is refused in a sentence."""
+    """Generation for models whose state not every cache supports."""
 
     def _prepare_cache_for_generation(self, generation_config, *args, **kwargs):
-        fitting = ("dynamic", "offloaded", "static") if self._can_compile_fullgraph else ("dynamic", "offloaded")
-        if generation_config.cache_implementation not in (None, *fitting):
-            named = ", ".join(f'"{name}"' for name in fitting)
+        supported = ("dynamic", "offloaded", "static") if self._can_compile_fullgraph else ("dynamic", "offloaded")
+        if generation_config.cache_implementation not in (None, *supported):
+            names = ", ".join(f'"{name}"' for name in supported)
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation!r} cannot hold this model's state: "
-                f"leave it out, or use one of {named}."
+                f"omit it or use one of {names}."
             )
         return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
 
     @staticmethod
     def create_masks_for_generate(inputs_embeds, attention_mask, **kwargs):
-        """For caches of fixed shape: the mask of the call's own columns has the same shape at every step."""
+        """Return the mask of the call's own columns, which has the same shape at every step of a static cache."""
         return None if attention_mask is None else attention_mask[:, -inputs_embeds.shape[1] :]

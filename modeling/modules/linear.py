@@ -1,6 +1,7 @@
-"""Small linear maps that decide: they stay in float32 where a model is loaded in float16, and are never quantized.
+"""Small linear maps whose outputs select entities or experts, and therefore need float32.
 
-A family names them in `_keep_in_fp32_modules`, which transformers' loading and its quantizers go by.
+A family lists them in `_keep_in_fp32_modules`: transformers keeps them in float32 when a model is loaded in float16,
+and bitsandbytes does not quantize them. torchao quantizes them like other linear maps.
 """
 
 import torch
@@ -8,5 +9,5 @@ from torch import nn
 
 
 def linear_in_weight_dtype(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """`linear(x)` in the dtype of the map, whatever that of `x` is."""
+    """Apply `linear` to `x` converted to the dtype of its weight, and return that dtype."""
     return linear(x.to(linear.weight.dtype))

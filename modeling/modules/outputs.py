@@ -11,7 +11,7 @@ class OutputCollector:
     """Collects the optional outputs of one forward pass, layer by layer.
 
     Args:
-        rows: layout of the call's rows, from which `add_hidden_states` scatters states back to the input's columns.
+        rows: layout of the call's rows, with which `add_hidden_states` scatters states back to the input's columns.
         kept: for each output by name, whether to keep it.
     """
 

@@ -1,4 +1,4 @@
-"""Root mean square layer normalisation."""
+"""Root mean square layer normalisation (Zhang & Sennrich 2019)."""
 
 import torch
 from torch import nn
@@ -6,7 +6,19 @@ from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(nn.Module):
-    """g ⊙ s · rsqrt(mean(s²) + ε), in at least float32."""
+    """g ⊙ s · rsqrt(mean(s²) + ε), computed in at least float32.
+
+    Args:
+        hidden_size: number of features, the last dimension.
+        eps: ε.
+
+    Example:
+        >>> import torch
+        >>> from dfn_hf.modeling.modules.rms_norm import RMSNorm
+        >>> norm = RMSNorm(4, eps=0.0)
+        >>> norm(torch.tensor([[2.0, 2.0, 2.0, 2.0]])).tolist()
+        [[1.0, 1.0, 1.0, 1.0]]
+    """
 
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
@@ -14,12 +26,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Normalise `[..., hidden_size]`; the result has the dtype of `states`."""
         dtype = torch.promote_types(states.dtype, torch.float32)
         return _ScaledRMS.apply(states.to(dtype), self.weight.to(dtype), self.eps).to(states.dtype)
 
 
 class _ScaledRMS(torch.autograd.Function):
-    """g ⊙ s · rsqrt(mean(s²) + ε) and its gradient, in half of autograd's passes over memory."""
+    """g ⊙ s · rsqrt(mean(s²) + ε) with a backward pass that reads memory half as often as autograd's."""
 
     @staticmethod
     def forward(ctx, states, weight, eps):

@@ -1,7 +1,9 @@
-"""State of fixed shape: what `StaticCache(config=model.config, max_cache_len=...)` holds of a flow model's layer.
+"""Cache layer of fixed shape, for `StaticCache(config=model.config, max_cache_len=...)`.
 
-A compiled step, or one captured in a CUDA graph, finds every tensor where it was, in the shape it had. So each is made
-whole on first use and only ever written in place; how far a row has come is read from tensors, never from numbers.
+A compiled step, or one captured in a CUDA graph, requires every tensor at the same address in the same shape. Each
+tensor is therefore allocated whole at first use and written in place, and lengths are tensors, never Python numbers.
+
+transformers finds `StaticFlowCacheLayer` by its `_layer_type`, "flow_state", once this module is imported.
 """
 
 from collections.abc import Callable
@@ -11,17 +13,19 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 from transformers.utils import is_torchdynamo_compiling
 
-from .cache import FlowCacheLayer, GrowingState, IndexState, RollingState, roll_inputs
+from .cache import FlowCacheLayer
+from .cache_states import GrowingState, IndexState, RollingState, roll_inputs
 
 
 class StaticFlowCacheLayer(FlowCacheLayer, StaticLayer):
-    """A `FlowCacheLayer` for at most `max_cache_len` columns; it can be reordered and reset, not cropped or widened.
+    """A `FlowCacheLayer` for at most `max_cache_len` columns. It supports reorder and reset, but not crop or repeat.
 
     Attributes:
-        lengths: int64 `[batch]`, entities of each row; None before the first call.
-        aligned: None: no row's length is known as a number.
+        lengths: int64 `[B]`, entities of each row; None before the first call.
+        aligned: always None, because lengths are tensors.
         longest: `max_cache_len`.
         seen: int64 scalar, columns so far; None before the first call.
+        real: bool `[B, max_cache_len]`, False at padding; None if no column was padding.
     """
 
     is_croppable = False
@@ -34,35 +38,35 @@ class StaticFlowCacheLayer(FlowCacheLayer, StaticLayer):
         self.makers: dict[str, Callable[[], torch.Tensor]] = {}
         self.lengths: torch.Tensor | None = None
         self.seen: torch.Tensor | None = None
-        self.real: torch.Tensor | None = None  # bool `[batch, max_cache_len]`, once any column was not
+        self.real: torch.Tensor | None = None
         self.aligned = None
         self._rows = None
 
     @property
-    def columns(self) -> int:
+    def seq_length(self) -> int:
+        """Columns so far; reading it synchronises the device."""
         return 0 if self.seen is None else int(self.seen)
 
     def static_seq_length(self) -> int | None:
-        """Columns so far, where that costs no wait for the device and no break of a graph."""
+        """Return the columns so far; None if reading them would synchronise a device or break a graph."""
         if is_torchdynamo_compiling() or (self.seen is not None and self.seen.device.type != "cpu"):
             return None
         return self.seq_length
 
     @property
     def mask(self) -> torch.Tensor | None:
+        """Bool `[B, seq_length]`, False at padding; None if no column was padding."""
         return None if self.real is None else self.real[:, : self.seq_length]
-
-    # one call of the model
 
     def start_forward(self, batch: int, length: int, device: torch.device) -> None:
         if (self.static_seq_length() or 0) + length > self.max_cache_len:
             raise ValueError(
-                f"max_cache_len is {self.max_cache_len}: the cache holds {self.seq_length} tokens and {length} more do "
-                "not fit. Make a StaticCache with a larger max_cache_len."
+                f"max_cache_len is {self.max_cache_len}, but the cache holds {self.seq_length} tokens and {length} "
+                "more follow: create a StaticCache with a larger max_cache_len."
             )
         if self.lengths is None:
-            self.lengths = fixed(torch.zeros(batch, dtype=torch.int64, device=device))
-            self.seen = fixed(torch.zeros((), dtype=torch.int64, device=device))
+            self.lengths = mark_static(torch.zeros(batch, dtype=torch.int64, device=device))
+            self.seen = mark_static(torch.zeros((), dtype=torch.int64, device=device))
             self.device = device
             self.is_initialized = True
         self.check_batch(batch)
@@ -71,13 +75,11 @@ class StaticFlowCacheLayer(FlowCacheLayer, StaticLayer):
         rows, self._rows = self._rows, None
         length = rows.positions.shape[1]
         if rows.mask is not None and self.real is None:
-            self.real = fixed(rows.mask.new_ones(rows.mask.shape[0], self.max_cache_len))
+            self.real = mark_static(rows.mask.new_ones(rows.mask.shape[0], self.max_cache_len))
         if rows.mask is not None:
             self.real.index_copy_(1, self.seen + torch.arange(length, device=self.device), rows.mask)
         self.lengths.add_(length if rows.lengths is None else rows.lengths)
         self.seen.add_(length)
-
-    # the kinds of state
 
     def append(self, name: str, new: torch.Tensor) -> torch.Tensor:
         return write_in_place(self.reserve(name, new), new, self.lengths)
@@ -86,19 +88,19 @@ class StaticFlowCacheLayer(FlowCacheLayer, StaticLayer):
         return self._storage(name, new, self.max_cache_len)
 
     def write_entries(self, name: str, new: torch.Tensor, at: torch.Tensor, every: int) -> None:
-        # Chunks that only another row has come to are written too, behind a row's own.
+        # A call writes equally many entries in all rows; 3 spare entries hold those beyond the row's own chunks.
         write_in_place(self._storage(name, new, self.max_cache_len // every + 3), new.detach(), at)
 
     def _storage(self, name: str, new: torch.Tensor, capacity: int) -> torch.Tensor:
         if name not in self.states:
             shape = (*new.shape[:2], capacity, new.shape[3])
-            self.states[name] = GrowingState(fixed(torch.zeros(shape, dtype=new.dtype, device=new.device)))
+            self.states[name] = GrowingState(mark_static(torch.zeros(shape, dtype=new.dtype, device=new.device)))
         return self.states[name].data
 
     def roll(self, name: str, new: torch.Tensor, size: int) -> torch.Tensor:
         if name not in self.states:
             shape = (new.shape[0], size, new.shape[2])
-            self.states[name] = RollingState(fixed(torch.zeros(shape, dtype=new.dtype, device=new.device)), size)
+            self.states[name] = RollingState(mark_static(torch.zeros(shape, dtype=new.dtype, device=new.device)), size)
         kept = self.states[name].data
         history = torch.cat([kept, new], dim=1)
         kept.copy_(roll_inputs(history.detach(), size, new.shape[1], self._rows.lengths))
@@ -106,10 +108,8 @@ class StaticFlowCacheLayer(FlowCacheLayer, StaticLayer):
 
     def index_state(self, name: str, make: Callable[[], torch.Tensor], undo) -> torch.Tensor:
         if name not in self.states:
-            self.states[name], self.makers[name] = IndexState(fixed(make()), undo), make
+            self.states[name], self.makers[name] = IndexState(mark_static(make()), undo), make
         return self.states[name].data
-
-    # what transformers asks of a cache layer
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.max_cache_len, 0
@@ -139,13 +139,13 @@ class StaticFlowCacheLayer(FlowCacheLayer, StaticLayer):
             tensor.copy_(tensor.index_select(0, beam_idx))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        raise self._refusal("keeps its rows")
+        raise self._refusal("cannot change its rows")
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        raise self._refusal("keeps its rows")
+        raise self._refusal("cannot change its rows")
 
     def offload(self) -> None:
-        raise self._refusal("stays on its device")
+        raise self._refusal("cannot be offloaded")
 
     def crop(self, tokens_to_remove: int) -> None:
         raise self._refusal("cannot be cropped")
@@ -155,29 +155,30 @@ class StaticFlowCacheLayer(FlowCacheLayer, StaticLayer):
 
 
 def write_in_place(storage: torch.Tensor, new: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """Put `new` `[batch, groups, length, features]` into the storage, each row from its place `at` `[batch]` on.
+    """Write `new` `[B, groups, length, features]` into the storage in place, from entry `at` int64 `[B]` on.
 
-    Returns the storage; a copy where gradients are taken, which flow through `new`.
+    Returns:
+        The storage; with gradients enabled a copy through which gradients reach `new`.
     """
     batch, groups, length, _ = new.shape
     row, group, step = (torch.arange(size, device=new.device) for size in (batch, groups, length))
-    # Unlike scatter_, compilers do index_put_ in place.
+    # Compilers run index_put_ in place, but not scatter_.
     entries = (row[:, None, None], group[:, None], (at[:, None] + step)[:, None])
     storage.index_put_(entries, new.detach())
     return storage.clone().index_put(entries, new) if torch.is_grad_enabled() else storage
 
 
-def fixed(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, which compiled code may expect to find in its place; so StaticLayer does, for the same reason."""
+def mark_static(tensor: torch.Tensor) -> torch.Tensor:
+    """Mark a tensor as having a static address for compiled code, as transformers' StaticLayer does; return it."""
     if not is_torchdynamo_compiling():
         torch._dynamo.mark_static_address(tensor)
     return tensor
 
 
 def check_static_support(model, cache: Cache) -> None:
-    """Raise a ValueError if the cache is of fixed shape and the model's state is not."""
+    """Raise a ValueError if the cache has a fixed shape and the model does not support one."""
     if cache.is_compileable and not model._can_compile_fullgraph:
         raise ValueError(
-            "This model's state grows as its input asks for, which no StaticCache can hold: "
-            "use DynamicCache(config=model.config)."
+            f"{type(model).__name__} does not support StaticCache: the size of its state depends on the input. Use "
+            "DynamicCache(config=model.config)."
         )

@@ -1,0 +1,145 @@
+"""The four kinds of state of a cache layer, see `cache`: how each is stored, selected, moved and cropped."""
+
+from collections.abc import Callable
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+
+class ReplaceState:
+    """A tensor `[B, ...]` that is replaced whole. It cannot be cropped."""
+
+    def __init__(self, data: torch.Tensor):
+        self.data = data
+
+    def select(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`, int64 `[B']`."""
+        self.data = self.data.index_select(0, indices.to(self.data.device))
+
+    def repeat(self, repeats: int) -> None:
+        """Repeat each row `repeats` times."""
+        self.data = self.data.repeat_interleave(repeats, dim=0)
+
+    def to(self, device: torch.device) -> None:
+        """Move the tensor to `device`."""
+        self.data = self.data.to(device)
+
+    def check_crop(self, old: torch.Tensor, new: torch.Tensor) -> None:
+        """Raise a ValueError if rows of `old` entities cannot be cropped to `new` entities; changes nothing."""
+        raise ValueError("This cache cannot be cropped: it holds a state without a history. Use a new cache instead.")
+
+    def crop(self, layer: CacheLayerMixin, old: torch.Tensor, new: torch.Tensor) -> None:
+        """Crop rows of `old` entities to `new` entities, int64 `[B]`."""
+
+    def trim(self) -> None:
+        """Delete what only `crop` needs."""
+
+
+class GrowingState(ReplaceState):
+    """Storage `[B, groups, capacity, features]`; the row's length says how many of its entries are valid."""
+
+    def reserve(self, capacity: int) -> None:
+        """Grow to at least `capacity` entries. The storage at least doubles: O(1) copies per entry."""
+        old = self.data.shape[2]
+        if capacity <= old:
+            return
+        grown = self.data.new_zeros(*self.data.shape[:2], max(capacity, 2 * old), self.data.shape[3])
+        grown[:, :, :old] = self.data
+        self.data = grown
+
+    def write(self, new: torch.Tensor, at: torch.Tensor | int) -> torch.Tensor:
+        """Write new entries.
+
+        Args:
+            new: `[B, groups, length, features]`.
+            at: index of the first new entry, one for all rows or int64 `[B]`.
+
+        Returns:
+            The whole storage. With gradients enabled a copy through which gradients reach `new`, because later calls
+            overwrite the storage before the backward pass.
+        """
+        length = new.shape[2]
+        if isinstance(at, int):
+            self.reserve(at + length)
+            self.data[:, :, at : at + length] = new.detach()
+            if torch.is_grad_enabled():
+                return torch.cat([self.data[:, :, :at], new, self.data[:, :, at + length :]], dim=2)
+            return self.data
+        entries = at[:, None] + torch.arange(length, device=new.device)
+        entries = entries[:, None, :, None].expand_as(new)
+        self.data.scatter_(2, entries, new.detach())
+        if torch.is_grad_enabled():
+            return self.data.clone().scatter(2, entries, new)
+        return self.data
+
+    def check_crop(self, old: torch.Tensor, new: torch.Tensor) -> None:
+        """Do nothing, like `crop`: entries after a row's length are never read and will be overwritten."""
+
+
+class RollingState(ReplaceState):
+    """The last inputs of each row, right-aligned: `[B, recorded, features]`, zero before the row's start.
+
+    Args:
+        data: `[B, size, features]`.
+        size: number of inputs that the module looks back to. More are recorded after `activate_past_recording()`.
+    """
+
+    def __init__(self, data: torch.Tensor, size: int):
+        super().__init__(data)
+        self.size = size
+
+    def check_crop(self, old: torch.Tensor, new: torch.Tensor) -> None:
+        recorded = self.data.shape[1]
+        needed = old - new + self.size
+        if self.size and bool(((needed > recorded) & (old > recorded)).any()):
+            raise ValueError(
+                f"crop() can remove at most {max(recorded - self.size, 0)} tokens from this cache, not "
+                f"{int((old - new).max())}: call activate_past_recording() on the cache before the tokens to crop."
+            )
+
+    def crop(self, layer: CacheLayerMixin, old: torch.Tensor, new: torch.Tensor) -> None:
+        removed = (old - new).to(self.data.device)
+        recorded = self.data.shape[1]
+        entries = torch.arange(recorded, device=self.data.device) - removed[:, None]
+        rows = self.data.gather(1, entries.clamp(min=0)[..., None].expand_as(self.data))
+        self.data = torch.where((entries >= 0)[..., None], rows, rows.new_zeros(()))
+
+    def trim(self) -> None:
+        self.data = self.data[:, -self.size :] if self.size else self.data[:, :0]
+
+
+def roll_inputs(inputs: torch.Tensor, keep: int, length: int, lengths: torch.Tensor | None) -> torch.Tensor:
+    """Return a copy of the last `keep` real inputs of each row, zero before the row's start: `[B, keep, features]`.
+
+    Args:
+        inputs: `[B, past + length, features]`, past inputs and those of this call.
+        keep: number of inputs to return.
+        length: columns of this call.
+        lengths: int64 `[B]`, real inputs of this call, the others are padding; None if all are real.
+    """
+    first = inputs.shape[1] - keep
+    if lengths is None:
+        return inputs[:, first:].clone()
+    # Right-align each row, which drops the padding at its end.
+    entries = (first - length + lengths)[:, None] + torch.arange(keep, device=inputs.device)
+    rows = inputs.gather(1, entries.clamp(min=0)[..., None].expand(-1, -1, inputs.shape[2]))
+    return torch.where((entries >= 0)[..., None], rows, rows.new_zeros(()))
+
+
+class IndexState(ReplaceState):
+    """An index `[B, ...]` over appended entities.
+
+    Args:
+        data: the index; its owner updates it in place.
+        undo: `undo(layer, old, new)` removes the newest entities when rows of `old` entities are cropped to `new`.
+    """
+
+    def __init__(self, data: torch.Tensor, undo: Callable[[CacheLayerMixin, torch.Tensor, torch.Tensor], None]):
+        super().__init__(data)
+        self.undo = undo
+
+    def check_crop(self, old: torch.Tensor, new: torch.Tensor) -> None:
+        """Do nothing: `undo` removes any number of entities."""
+
+    def crop(self, layer: CacheLayerMixin, old: torch.Tensor, new: torch.Tensor) -> None:
+        self.undo(layer, old, new)
