@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..modeling.flownetwork.memory import BANK_SHARPNESS
+from ..modeling.flownetwork.memory import BANK_INV_TEMPERATURE
 from .flow_map import FAINT, INK, MUTED, SERIES, SMALL, chosen, plain
 
 DASHES = ("-", "--", ":")  # tell lines apart once the colours are used up
@@ -36,7 +36,7 @@ class FlowReading:
         matrix: `[n, n]`, how much of each column's token flows into each row's.
         slots: `[chunks, memory_size, hidden_size]`, the sequence's memory in that layer before each of its chunks, the
             first being as it starts; None where the model has no memory.
-        windows, shares, kept: `[num_hidden_layers, n]`, of every layer: how far back a token looks, which share of
+        windows, fractions, kept: `[num_hidden_layers, n]`, of every layer: how far back a token looks, which share of
             that the router keeps, and how many tokens flow in.
         bank: `[memory_size, hidden_size]`, the bank of the model, or None.
         bank_shares: `[memory_size]`, the share of this text's states that each slot of the bank would take, or None.
@@ -50,7 +50,7 @@ class FlowReading:
     matrix: np.ndarray
     slots: np.ndarray | None
     windows: np.ndarray
-    shares: np.ndarray
+    fractions: np.ndarray
     kept: np.ndarray
     bank: np.ndarray | None
     bank_shares: np.ndarray | None
@@ -104,7 +104,7 @@ def read_flows(
     if config.memory_size:
         bank = model.model.memory.memory_bank
         states = outputs.hidden_states[-1][0].to(bank.dtype)
-        bank_shares = (BANK_SHARPNESS * states @ bank.T / config.hidden_size**0.5).softmax(dim=-1).mean(dim=0)
+        bank_shares = (BANK_INV_TEMPERATURE * states @ bank.T / config.hidden_size**0.5).softmax(dim=-1).mean(dim=0)
         logits = model.lm_head(bank.to(model.dtype))
         favourites = (logits - logits.mean(dim=0)).topk(min(FAVOURITES, config.vocab_size), dim=-1).indices
         bank_words = [[str(tokenizer.decode([token])) for token in slot] for slot in favourites.tolist()]
@@ -116,7 +116,7 @@ def read_flows(
         matrix=to_numpy(outputs.flows[layer].matrix[0]),
         slots=to_numpy(seen["slots"][0]) if "slots" in seen else None,
         windows=np.stack([to_numpy(flows.window[0]) for flows in outputs.flows]),
-        shares=np.stack([to_numpy(flows.share[0]) for flows in outputs.flows]),
+        fractions=np.stack([to_numpy(flows.fraction[0]) for flows in outputs.flows]),
         kept=np.stack([to_numpy((flows.matrix[0] > 0).sum(dim=-1)) for flows in outputs.flows]),
         bank=None if bank is None else to_numpy(bank),
         bank_shares=None if bank_shares is None else to_numpy(bank_shares),
@@ -192,7 +192,7 @@ def plot_windows(reading: FlowReading, *, path: str | None = None) -> Figure:
     panels[0].fill_between(at, at + 1, color=FAINT, alpha=0.5, lw=0, label="tokens so far")
     for axes, values, name in zip(
         panels,
-        (reading.windows, reading.shares, reading.kept),
+        (reading.windows, reading.fractions, reading.kept),
         ("window, tokens", "share to keep", "tokens kept"),
         strict=True,
     ):

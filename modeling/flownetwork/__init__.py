@@ -1,1 +1,1 @@
-"""FlowNetwork."""
+"""The FlowNetwork family: configuration, models, routing, memory and the API of the FlowNetwork paper."""

@@ -1,4 +1,4 @@
-"""FlowNetwork configuration."""
+"""Configuration of the FlowNetwork models."""
 
 import math
 
@@ -21,65 +21,81 @@ BLOCK_TYPES = ("enhanced_flow", "flow_transformer")
 
 
 def adjust_num_heads(d_model: int, requested: int) -> int:
-    """The largest number of heads up to `requested` that divides `d_model`; logs one line if it is another.
+    """Return the largest number of heads that is at most `requested` and divides `d_model`.
+
+    Logs a warning if the result differs from `requested`.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: `d_model` or `requested` is below 1.
     """
     if d_model < 1 or requested < 1:
-        raise ValueError(f"d_model ({d_model}) and the number of heads ({requested}) must be at least 1.")
+        raise ValueError(f"`d_model` ({d_model}) and the number of heads ({requested}) must both be at least 1.")
     heads = largest_divisor(d_model, requested)
     if heads != requested:
-        logger.warning(f"{requested} heads do not divide a d_model of {d_model}: taking {heads}.")
+        logger.warning(f"{requested} heads do not divide `d_model` ({d_model}); using {heads} heads.")
     return heads
 
 
 def largest_divisor(number: int, limit: int) -> int:
-    """The largest divisor of `number` that is at most `limit`."""
+    """Return the largest divisor of `number` that is at most `limit`."""
     return next(divisor for divisor in range(min(number, limit), 0, -1) if number % divisor == 0)
 
 
 @strict
 class FlowNetworkConfig(HubCodeMixin, PreTrainedConfig):
     r"""
-    Configuration of a FlowNetwork. The defaults give a small model.
+    Configuration of a FlowNetwork model. The default values describe a small model.
 
     Args:
-        vocab_size (`int`, defaults to 4096): Tokens of the vocabulary.
-        hidden_size (`int`, defaults to 256): Width of a token's state.
-        num_hidden_layers (`int`, defaults to 4): Layers.
-        num_attention_heads (`int`, defaults to 4): Heads of the self-attention.
-        num_key_value_heads (`int`, *optional*): Heads of its keys and values; as many as there are heads if not given.
+        vocab_size (`int`, defaults to 4096): Number of tokens in the vocabulary.
+        hidden_size (`int`, defaults to 256): Width of the hidden states.
+        num_hidden_layers (`int`, defaults to 4): Number of layers.
+        num_attention_heads (`int`, defaults to 4): Number of query heads of the self-attention.
+        num_key_value_heads (`int`, *optional*): Number of key-value heads of the self-attention; defaults to
+            `num_attention_heads`.
         intermediate_size (`int`, defaults to 512): Inner width of the feed-forward network.
-        block_type (`str`, defaults to `"enhanced_flow"`): What stands beside the flow in every layer: attention over
-            the same window (`"enhanced_flow"`, linear cost) or over everything (`"flow_transformer"`).
-        num_patterns (`int`, defaults to 8): Flow patterns of a layer.
-        base_sparsity (`float`, defaults to 0.1): Share of the reachable tokens that flow into one; the router chooses
-            between a half and one and a half of it.
-        flow_window (`int`, defaults to 128): Most recent tokens that can flow into one, the token itself included.
-        min_flow_window (`int`, defaults to 8): The least window that the router can choose.
-        memory_size (`int`, defaults to 16): Slots of the memory bank, and of each layer's memory of the sequence. 0
-            turns both off.
-        num_memory_heads (`int`, defaults to 4): Heads of the attention to the memory.
-        memory_decay (`float`, defaults to 0.9): Weight that a slot of the sequence's memory, or of the router's
-            context, keeps per chunk, before training.
-        memory_chunk (`int`, defaults to 64): Tokens that are pooled into the sequence's memory at a time.
-        memory_bank_decay (`float`, defaults to 0.99): Weight that a slot of the bank keeps per optimizer step.
-        max_position_embeddings (`int`, defaults to 2048): Longest input that the model is meant for. Positions are
-            rotary: longer ones run.
-        rope_parameters (`dict`, *optional*): Rotary embedding, as for other models of transformers.
-        hidden_dropout (`float`, defaults to 0.0): Dropout on what each block adds to the state.
-        attention_dropout (`float`, defaults to 0.0): Dropout on the weights of attention.
-        norm_eps (`float`, defaults to 1e-6): Added to mean squares before their root is taken.
-        initializer_range (`float`, *optional*): Standard deviation of embeddings and projections; 1/sqrt(hidden_size)
-            if not given.
-        tie_word_embeddings (`bool`, defaults to `True`): Share the embedding with the output layer.
-        use_cache (`bool`, defaults to `True`): Return the state for continuation.
-        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Special tokens.
+        block_type (`str`, defaults to `"enhanced_flow"`): Attention that each layer combines with the flow.
+            `"enhanced_flow"` attends to the flow's window at linear cost; `"flow_transformer"` attends to all
+            preceding tokens, in parallel with the flow.
+        num_patterns (`int`, defaults to 8): Number of flow patterns per layer.
+        base_sparsity (`float`, defaults to 0.1): Base fraction of the reachable tokens that flow into a token. The
+            router scales it by a factor between 0.5 and 1.5.
+        flow_window (`int`, defaults to 128): Number of most recent tokens that can flow into a token, the token itself
+            included.
+        min_flow_window (`int`, defaults to 8): Smallest window that the router can choose, in tokens.
+        memory_size (`int`, defaults to 16): Number of slots of the memory bank and of each layer's sequence memory; 0
+            disables both.
+        num_memory_heads (`int`, defaults to 4): Number of heads of the attention to the memory.
+        memory_decay (`float`, defaults to 0.9): Initial value of the learnt decay per chunk, for the slots of the
+            sequence memory and for the router's context.
+        memory_chunk (`int`, defaults to 64): Number of tokens per chunk of the sequence memory.
+        memory_bank_decay (`float`, defaults to 0.99): Decay of the bank's moving average per optimizer step; constant.
+        max_position_embeddings (`int`, defaults to 2048): Intended maximum length in tokens. Positions are rotary, so
+            longer inputs are accepted.
+        rope_parameters (`dict`, *optional*): Parameters of the rotary embedding, in the format of transformers.
+        hidden_dropout (`float`, defaults to 0.0): Dropout rate on the output of each sub-block.
+        attention_dropout (`float`, defaults to 0.0): Dropout rate on the attention weights.
+        norm_eps (`float`, defaults to 1e-6): Epsilon of the RMSNorm layers.
+        initializer_range (`float`, *optional*): Standard deviation of the initial embeddings and projections; defaults
+            to 1/sqrt(hidden_size).
+        tie_word_embeddings (`bool`, defaults to `True`): Whether the output layer shares the weights of the embedding.
+        use_cache (`bool`, defaults to `True`): Whether the model returns its cache.
+        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): Ids of the special tokens.
 
     Raises:
-        ValueError: a field out of range, or fields that contradict each other; the message names them.
-        huggingface_hub.errors.StrictDataclassError: a field of the wrong type.
+        ValueError: a field is out of range, or fields contradict each other; the message names them.
+        huggingface_hub.errors.StrictDataclassError: a field has the wrong type.
+
+    Example:
+
+    ```python
+    >>> from dfn_hf import FlowNetworkConfig, FlowNetworkForCausalLM
+
+    >>> config = FlowNetworkConfig(hidden_size=64, num_hidden_layers=2)
+    >>> model = FlowNetworkForCausalLM(config)
+    >>> model.config.num_key_value_heads
+    4
+    ```
     """
 
     model_type = "flownetwork"
@@ -120,29 +136,29 @@ class FlowNetworkConfig(HubCodeMixin, PreTrainedConfig):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
-        self.validate_architecture()  # here too, where its ValueError reaches the user as it is
+        self.validate_architecture()  # transformers would wrap a ValueError that is raised later
         super().__post_init__(**kwargs)
 
     @property
     def head_dim(self) -> int:
-        """Features of an attention head."""
+        """Number of features per attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def layer_types(self) -> list[str]:
-        """Every layer keeps its state in a `cache.FlowCacheLayer`."""
+        """Layer type of each layer's cache: all layers use `cache.FlowCacheLayer`."""
         return ["flow_state"] * self.num_hidden_layers
 
     def validate_layer_type(self):
-        """Nothing to check: `layer_types` is derived."""
+        """Skip the check of transformers, because `layer_types` is derived."""
 
     def validate_rope(self):
-        """As everywhere, but for odd heads: their last feature is not rotated, so they are fine."""
+        """Validate `rope_parameters` unless `head_dim` is odd; the last feature is then not rotated."""
         if self.head_dim % 2 == 0:
             super().validate_rope()
 
     def validate_architecture(self):
-        """Reject values out of range and fields that contradict each other."""
+        """Raise `ValueError` if a field is out of range or fields contradict each other."""
         for field in (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
             "intermediate_size", "num_patterns", "flow_window", "min_flow_window", "num_memory_heads",
@@ -157,7 +173,7 @@ class FlowNetworkConfig(HubCodeMixin, PreTrainedConfig):
             raise ValueError(f"`norm_eps` must be finite and positive, got {self.norm_eps}.")
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
-                f"`pad_token_id` must lie in the vocabulary (`vocab_size` is {self.vocab_size}) or be None, "
+                f"`pad_token_id` must be below `vocab_size` ({self.vocab_size}) and not negative, or None, "
                 f"got {self.pad_token_id}."
             )
         if self.block_type not in BLOCK_TYPES:
@@ -166,11 +182,11 @@ class FlowNetworkConfig(HubCodeMixin, PreTrainedConfig):
             raise ValueError(f"`base_sparsity` must lie in (0, 1], got {self.base_sparsity}.")
         if self.min_flow_window > self.flow_window:
             raise ValueError(
-                f"`min_flow_window` ({self.min_flow_window}) must not be above `flow_window` ({self.flow_window})."
+                f"`min_flow_window` ({self.min_flow_window}) must be at most `flow_window` ({self.flow_window})."
             )
         if self.memory_chunk < 2:
             raise ValueError(
-                f"`memory_chunk` must be at least 2 for there to be something to pool, got {self.memory_chunk}."
+                f"`memory_chunk` must be at least 2, got {self.memory_chunk}: one token leaves nothing to pool."
             )
         for field in ("memory_decay", "memory_bank_decay"):
             if not 0 < getattr(self, field) < 1:
@@ -182,19 +198,19 @@ class FlowNetworkConfig(HubCodeMixin, PreTrainedConfig):
             heads = getattr(self, field)
             if self.hidden_size % heads:
                 raise ValueError(
-                    f"`{field}` ({heads}) must divide `hidden_size` ({self.hidden_size}): "
-                    f"{largest_divisor(self.hidden_size, heads)} does."
+                    f"`{field}` ({heads}) must divide `hidden_size` ({self.hidden_size}); "
+                    f"set it to {largest_divisor(self.hidden_size, heads)}."
                 )
         if self.head_dim % 2 and (self.rope_parameters or {}).get("rope_type", "default") != "default":
             raise ValueError(
-                f"`rope_parameters` of type {self.rope_parameters['rope_type']!r} need an even number of features per "
-                f"head, got {self.head_dim} (`hidden_size` / `num_attention_heads`)."
+                f"`rope_parameters` of type {self.rope_parameters['rope_type']!r} require an even number of features "
+                f"per head, got {self.head_dim} (`hidden_size` / `num_attention_heads`)."
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"`num_key_value_heads` ({self.num_key_value_heads}) must divide `num_attention_heads` "
-                f"({self.num_attention_heads}): {largest_divisor(self.num_attention_heads, self.num_key_value_heads)} "
-                "does."
+                f"({self.num_attention_heads}); set it to "
+                f"{largest_divisor(self.num_attention_heads, self.num_key_value_heads)}."
             )
 
 

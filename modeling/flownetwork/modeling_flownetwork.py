@@ -1,16 +1,16 @@
-"""FlowNetwork: pattern-based flow routing with adaptive sparsity, beside attention and memory.
+"""FlowNetwork: pattern-based flow routing with adaptive sparsity, combined with attention and memory.
 
-A layer, for the states s of a row:
+One layer computes, for the states s of a row:
 
     u  = RMSNorm(s)
-    f  = FlowMixer(u)                          windows and shares from ContextAwareFlowRouter(u)
+    f  = FlowMixer(u)                          windows and fractions from ContextAwareFlowRouter(u)
     y  = Attention(u + f)                      over the flow's window        (`block_type="enhanced_flow"`)
-    y  = Attention(u) + f                      over everything before        (`block_type="flow_transformer"`)
+    y  = Attention(u) + f                      over all preceding tokens     (`block_type="flow_transformer"`)
     s += W_o (y ⊙ silu(W_g (u + f)))
-    s += MemoryAttention(RMSNorm(s))           over the model's bank and the slots that the row has filled so far
-    s += feed-forward(RMSNorm(s))
+    s += MemoryAttention(RMSNorm(s))           over the model's bank and the slots of the sequence memory
+    s += FeedForward(RMSNorm(s))
 
-Rows are left-aligned behind the model's boundary (`row_layout.py`); state lives in `cache.FlowCacheLayer`.
+Inside the model rows are left-aligned (`row_layout.py`). The cache consists of one `cache.FlowCacheLayer` per layer.
 
 Shape letters: B batch, M entities of this call, N entities so far, H heads.
 """
@@ -53,33 +53,37 @@ from .configuration_flownetwork import FlowNetworkConfig
 from .memory import MemoryAttention, MemoryBank, SequenceMemory
 from .routing import ContextAwareFlowRouter, FlowMixer
 
+# Of one layer: flow by offset `[B, M, W]` or None, window `[B, M]`, kept fraction `[B, M]`.
+Routes = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
+
 
 @dataclass
 class Flows:
-    """How one layer routed.
+    """Routing of one layer.
 
     Attributes:
-        matrix: `[B, M, N]`, how much of each column flows into each column of this call.
-        window: `[B, M]`, how far each looked back; share: `[B, M]`, of what it reached, how much the router kept.
+        matrix: `[B, M, N]`, weight with which each column so far flows into each column of this call.
+        window: `[B, M]`, window of each column, in tokens.
+        fraction: `[B, M]`, fraction of the reachable tokens that the router keeps.
     """
 
     matrix: torch.Tensor
     window: torch.Tensor
-    share: torch.Tensor
+    fraction: torch.Tensor
 
 
 @dataclass
 class FlowNetworkModelOutput(BaseModelOutputWithPast):
     """
     Attributes:
-        last_hidden_state: `[B, M, hidden_size]`, zero where padded.
-        past_key_values: the state for continuation; named `cache` by transformers 5.24 and later.
-        hidden_states: embeddings and each layer's output, the last one after the final norm.
-        attentions: per layer the weights of the self-attention `[B, H, M, N]`.
-        flows: per layer `Flows`.
-        metrics: scalar tensors, means over layers and real tokens: `sparsity_kept` (kept of reachable),
-            `pattern_entropy` in nats, `window_mean` in tokens; and `memory_write_norm`, what this batch will change in
-            the bank (0 in eval, and where no gradients are taken).
+        last_hidden_state: `[B, M, hidden_size]`, zero at padding.
+        past_key_values: the cache; named `cache` from transformers 5.24 on.
+        hidden_states: embeddings and the output of each layer, the last one after the final norm.
+        attentions: per layer, self-attention weights `[B, H, M, N]`.
+        flows: per layer, `Flows`.
+        metrics: scalar tensors, averaged over layers and real tokens: `sparsity_kept` (kept fraction of the reachable
+            tokens), `pattern_entropy` in nats, `window_mean` in tokens; and `memory_write_norm`, the norm of the bank
+            update that this batch causes (0 in eval mode and without gradients).
     """
 
     flows: tuple[Flows, ...] | None = None
@@ -100,7 +104,7 @@ class FlowNetworkCausalLMOutput(CausalLMOutputWithPast):
 
 
 class FeedForward(nn.Module):
-    """W_d (silu(W_g s) ⊙ W_u s)."""
+    """Gated feed-forward network W_d (silu(W_g s) ⊙ W_u s)."""
 
     def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
@@ -113,10 +117,11 @@ class FeedForward(nn.Module):
 
 
 class FlowNetworkLayer(GradientCheckpointingLayer):
-    """Flow with attention, memory, and a feed-forward network; each adds to the state.
+    """Residual layer of flow and attention, memory attention, and feed-forward network.
 
     Args:
-        input_size: features of what it reads if they are not `config.hidden_size`; a projection then joins the two.
+        config: sizes of the layer.
+        input_size: number of input features; a projection forms the residual if it differs from `config.hidden_size`.
     """
 
     def __init__(self, config: FlowNetworkConfig, input_size: int | None = None):
@@ -159,23 +164,32 @@ class FlowNetworkLayer(GradientCheckpointingLayer):
         past_key_values: FlowCacheLayer | None = None,
         output_attentions: bool = False,
         output_flow: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor | None, ...], dict[str, torch.Tensor]]:
-        """Args: hidden_states `[B, M, input_size]`; bank: slots `[S, hidden_size]` or `[B, S, hidden_size]`, or None.
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Routes | None, dict[str, torch.Tensor]]:
+        """Run the layer; long rows run in chunks to bound peak memory.
+
+        Args:
+            hidden_states: `[B, M, input_size]`.
+            bank: slots of the memory bank, `[S, hidden_size]` or `[B, S, hidden_size]`, or None.
+            rotary: cosines and sines, each `[B, M, rotated features]`.
+            rows: `row_layout.RowLayout` of this call.
+            past_key_values: cache layer, or None.
+            output_attentions: whether to return the attention weights.
+            output_flow: whether to return the flow.
 
         Returns:
-            (states `[B, M, hidden_size]`; weights of the self-attention or None; flow by offset, window and share;
-            metrics).
+            (states `[B, M, hidden_size]`; self-attention weights `[B, H, M, N]` or None; `Routes`, None if the rows
+            ran in chunks; metrics).
         """
-        can_split = rows.segment is None and (past_key_values is None or not torch.is_grad_enabled())
-        long = hidden_states.shape[1] > self.forward_chunk_length
-        if self.parallel or output_attentions or output_flow or not (can_split and long):
-            return self._read(rows, past_key_values, hidden_states, *rotary, bank, output_attentions, output_flow)
-        read = partial(self._read, bank=bank)
-        spans = forward_in_chunks(read, past_key_values, rows, self.forward_chunk_length, hidden_states, *rotary)
-        hidden_states = torch.cat([states for _, (states, *_) in spans], dim=1)
-        return hidden_states, None, None, mean_metrics([(span, metrics) for span, (*_, metrics) in spans])
+        can_chunk = rows.segment is None and (past_key_values is None or not torch.is_grad_enabled())
+        is_long = hidden_states.shape[1] > self.forward_chunk_length
+        if self.parallel or output_attentions or output_flow or not (can_chunk and is_long):
+            return self._forward(rows, past_key_values, hidden_states, *rotary, bank, output_attentions, output_flow)
+        forward = partial(self._forward, bank=bank)
+        chunks = forward_in_chunks(forward, past_key_values, rows, self.forward_chunk_length, hidden_states, *rotary)
+        hidden_states = torch.cat([states for _, (states, *_) in chunks], dim=1)
+        return hidden_states, None, None, mean_metrics([(chunk, metrics) for chunk, (*_, metrics) in chunks])
 
-    def _read(
+    def _forward(
         self,
         rows: RowLayout,
         state: FlowCacheLayer | None,
@@ -185,19 +199,19 @@ class FlowNetworkLayer(GradientCheckpointingLayer):
         bank: torch.Tensor | None,
         output_attentions: bool = False,
         output_flow: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, tuple[torch.Tensor | None, ...], dict[str, torch.Tensor]]:
-        """The rows, or a span of them, at once."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Routes, dict[str, torch.Tensor]]:
+        """Run the layer on whole rows or on one chunk of them."""
         u = self.input_norm(hidden_states)
         routing = self.router(u, rows, state)
         flowed, flow, metrics = self.flow(u, routing, rows, state, output_flow)
         flowed = flowed.to(u.dtype)
         u = self.residual_proj(u)
-        met = u + flowed
-        y, weights = self.attention(u if self.parallel else met, (cos, sin), rows, state, output_attentions)
+        mixed = u + flowed
+        y, weights = self.attention(u if self.parallel else mixed, (cos, sin), rows, state, output_attentions)
         y = y + flowed if self.parallel else y
-        # In the dtype it came in: autocast would hand the next layer bf16.
+        # Keep the dtype of the input: autocast would return bf16 to the next layer.
         residual = self.residual_proj(hidden_states).to(hidden_states.dtype)
-        hidden_states = residual + self.dropout(self.out_proj(y * F.silu(self.gate_proj(met))))
+        hidden_states = residual + self.dropout(self.out_proj(y * F.silu(self.gate_proj(mixed))))
         if self.memory_attention is not None:
             normed = self.memory_norm(hidden_states)
             with torch.autocast(u.device.type, enabled=False):
@@ -208,14 +222,16 @@ class FlowNetworkLayer(GradientCheckpointingLayer):
         return hidden_states, weights, (flow, *routing), metrics
 
 
-def mean_metrics(spans: list[tuple[RowLayout, dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
-    """Means over the real entities of spans → over those of the rows."""
-    counts = torch.stack([span.token_mask().sum() for span, _ in spans])
-    shares = counts / counts.sum().clamp(min=1)
-    return {name: (torch.stack([one[name] for _, one in spans]) * shares).sum() for name in spans[0][1]}
+def mean_metrics(chunks: list[tuple[RowLayout, dict[str, torch.Tensor]]]) -> dict[str, torch.Tensor]:
+    """Average metrics of chunks, weighted by their numbers of real entities."""
+    counts = torch.stack([chunk.token_mask().sum() for chunk, _ in chunks])
+    weights = counts / counts.sum().clamp(min=1)
+    return {name: (torch.stack([metrics[name] for _, metrics in chunks]) * weights).sum() for name in chunks[0][1]}
 
 
 class FlowNetworkPreTrainedModel(PreTrainedModel):
+    """Base class of the FlowNetwork models: initialisation and the update of the memory bank."""
+
     config: FlowNetworkConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -245,10 +261,10 @@ class FlowNetworkPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
     def commit_memory(self) -> None:
-        """Write to the memory bank what forward passes in training have staged since the last call.
+        """Update the memory bank with the statistics that training forward passes staged since the last call.
 
-        To be called once per optimizer step, by every process (`FlowMemoryCallback` does it for a `Trainer`). Nothing
-        happens where no memory trains, as under PEFT.
+        Call it once per optimizer step, in every process; `FlowMemoryCallback` does so for a `Trainer`. It does
+        nothing if no memory parameter is trained, as with most PEFT configurations.
         """
         model = self.base_model
         if model.memory is None:
@@ -258,7 +274,7 @@ class FlowNetworkPreTrainedModel(PreTrainedModel):
 
 
 class FlowNetworkModel(FlowNetworkPreTrainedModel):
-    """Embeddings, FlowNetwork layers, the memory bank and the final norm."""
+    """FlowNetwork without a head: embeddings, layers, memory bank and final norm."""
 
     def __init__(self, config: FlowNetworkConfig):
         super().__init__(config)
@@ -274,7 +290,7 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
 
     @property
     def memory_trains(self) -> bool:
-        """Whether gradients train the memory of the layers; the bank is written only along with it."""
+        """Whether a parameter of the sequence memories is trained; the bank is updated only in that case."""
         return any(
             parameter.requires_grad for layer in self.layers for parameter in layer.sequence_memory.parameters()
         )
@@ -295,22 +311,26 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
         cache: Cache | None = None,
         **kwargs,
     ) -> FlowNetworkModelOutput:
-        """
+        """Run the model on a batch of rows.
+
         Args:
-            input_ids: int64 `[B, M]`, or `inputs_embeds` `[B, M, hidden_size]`: exactly one of them.
-            attention_mask: `[B, M]`, or `[B, columns before + M]` with a cache; 0 is padding, anywhere in a row.
-            position_ids: `[B, M]` or `[1, M]`. Positions follow from the mask; without mask and cache, positions that
-                start again mark packed segments.
+            input_ids: int64 `[B, M]`; exactly one of `input_ids` and `inputs_embeds` is required.
+            attention_mask: `[B, M]`, or `[B, columns before + M]` with a cache; 0 marks padding, at any position.
+            position_ids: `[B, M]` or `[1, M]`. Positions follow from the mask; without a mask and a cache, positions
+                that restart mark packed segments.
             past_key_values: `DynamicCache(config=model.config)` to continue from; updated in place.
-            use_cache: return the state; the config's value by default, never while gradients are checkpointed.
-            segment_ids: int64 `[B, M]`, packed documents: a token sees its own segment only; negative is padding.
-            output_attentions: return the weights of the self-attention, O(M²) memory.
-            output_hidden_states: return the states of every layer.
-            output_flows: return the flow matrix, windows and shares of every layer, O(M²) memory.
-            cache: what transformers 5.24 and later call `past_key_values`.
+            inputs_embeds: `[B, M, hidden_size]`.
+            use_cache: whether to return the cache; defaults to `config.use_cache`. Disabled during gradient
+                checkpointing.
+            segment_ids: int64 `[B, M]`, ids of packed documents: a token sees its own segment only; negative ids mark
+                padding.
+            output_attentions: whether to return the self-attention weights, O(M²) memory.
+            output_hidden_states: whether to return the states of every layer.
+            output_flows: whether to return flow matrix, windows and fractions of every layer, O(M²) memory.
+            cache: name of `past_key_values` from transformers 5.24 on.
 
         Raises:
-            ValueError: inputs that do not fit together; the message names them and the remedy.
+            ValueError: the inputs contradict each other; the message names them and the remedy.
         """
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -322,18 +342,14 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
         )
         hidden_states = rows.unpad(inputs_embeds)
         rotary = self.rotary(hidden_states, rows.segment_positions)
-        # Read before it is written: a checkpointed layer runs again in backward, and must see the same.
+        # A copy: gradient checkpointing runs layers again in the backward pass, after `stage` and `commit`.
         bank = None if self.memory is None else self.memory.memory_bank.clone()
         collected = OutputCollector(
-            rows,
-            hidden_states=output_hidden_states,
-            attentions=output_attentions,
-            flows=output_flows,
-            metrics=True,
+            rows, hidden_states=output_hidden_states, attentions=output_attentions, flows=output_flows, metrics=True
         )
         for layer, state in zip(self.layers[: config.num_hidden_layers], states, strict=True):
             hidden_states = collected.add_hidden_states(hidden_states)
-            hidden_states, weights, flow, metrics = layer(
+            hidden_states, weights, routes, metrics = layer(
                 hidden_states,
                 bank,
                 rotary,
@@ -344,14 +360,11 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
             )
             collected.add(attentions=weights, metrics=metrics)
             if output_flows:
-                collected.add(flows=flows_to_columns(*flow, rows, state))
+                collected.add(flows=pad_flows(*routes, rows, state))
         hidden_states = apply_chunked(self.norm, hidden_states)
-        per_layer = collected.get("metrics")
-        metrics = {name: torch.stack([one[name] for one in per_layer]).mean() for name in per_layer[0]}
+        metrics = mean_over_layers(collected.get("metrics"))
         if self.memory is not None:
-            # generate() learns nothing, in training mode either.
-            learns = self.training and torch.is_grad_enabled() and self.memory_trains
-            metrics["memory_write_norm"] = self.memory.stage(hidden_states, rows) if learns else bank.new_zeros(())
+            metrics["memory_write_norm"] = self._stage_memory(hidden_states, rows)
         hidden_states = rows.pad(hidden_states)
         collected.add(hidden_states=hidden_states)
         finish_forward(past_key_values, states)
@@ -365,16 +378,47 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
             metrics=metrics,
         )
 
+    def _stage_memory(self, hidden_states: torch.Tensor, rows: RowLayout) -> torch.Tensor:
+        """Stage states `[B, M, hidden_size]` for the bank if it is trained; return the norm of the update or 0."""
+        # generate() must not update the bank, even in training mode.
+        if self.training and torch.is_grad_enabled() and self.memory_trains:
+            return self.memory.stage(hidden_states, rows)
+        return self.memory.memory_bank.new_zeros(())
 
-def flows_to_columns(flow, window, share, rows: RowLayout, state: FlowCacheLayer | None) -> Flows:
-    """What a layer routed, of the rows and by offset → of the columns."""
+
+def mean_over_layers(metrics: tuple[dict[str, torch.Tensor], ...]) -> dict[str, torch.Tensor]:
+    """Average scalar metrics over layers."""
+    return {name: torch.stack([of_layer[name] for of_layer in metrics]).mean() for name in metrics[0]}
+
+
+def pad_flows(
+    flow: torch.Tensor,
+    window: torch.Tensor,
+    fraction: torch.Tensor,
+    rows: RowLayout,
+    state: FlowCacheLayer | None,
+) -> Flows:
+    """Convert one layer's `Routes` from rows and offsets to the columns of the input."""
     matrix = to_dense(flow.unsqueeze(1), rows.positions, int(rows.positions.max()) + 1)
     matrix = pad_attention(matrix, rows, state)[:, 0]
-    return Flows(matrix, rows.pad(window), rows.pad(share))
+    return Flows(matrix, rows.pad(window), rows.pad(fraction))
 
 
 class FlowNetworkForCausalLM(FlowGenerationMixin, FlowNetworkPreTrainedModel, GenerationMixin):
-    """FlowNetwork with a next-token head."""
+    """FlowNetwork with a next-token head.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from dfn_hf import FlowNetworkConfig, FlowNetworkForCausalLM
+
+    >>> model = FlowNetworkForCausalLM(FlowNetworkConfig(vocab_size=100, hidden_size=64, num_hidden_layers=2))
+    >>> input_ids = torch.randint(100, (2, 10))
+    >>> model(input_ids, labels=input_ids).logits.shape
+    torch.Size([2, 10, 100])
+    ```
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
@@ -402,12 +446,12 @@ class FlowNetworkForCausalLM(FlowGenerationMixin, FlowNetworkPreTrainedModel, Ge
         cache: Cache | None = None,
         **kwargs,
     ) -> FlowNetworkCausalLMOutput:
-        """
-        Args:
-            labels: int64 `[B, M]`, the input ids themselves; −100 is not scored, nor is the first token of a segment.
-            logits_to_keep: compute the last so many logits, or those at these columns; 0 is all.
+        """Compute next-token logits; the arguments that are not listed are those of `FlowNetworkModel.forward`.
 
-        The others are those of `FlowNetworkModel.forward`.
+        Args:
+            labels: int64 `[B, M]`, usually the input ids. −100 is ignored, as is the first token of each segment.
+            logits_to_keep: number of last columns whose logits are computed, or the indices of these columns; 0 means
+                all.
         """
         outputs: FlowNetworkModelOutput = self.model(
             input_ids=input_ids,
@@ -439,7 +483,7 @@ class FlowNetworkForCausalLM(FlowGenerationMixin, FlowNetworkPreTrainedModel, Ge
 
 
 class FlowNetworkForSequenceClassification(LastTokenClassificationMixin, FlowNetworkPreTrainedModel):
-    """FlowNetwork with a linear head on the last real token of each row."""
+    """FlowNetwork with a linear classification head on the last real token of each row."""
 
     def __init__(self, config: FlowNetworkConfig):
         super().__init__(config)

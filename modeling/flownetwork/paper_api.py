@@ -1,10 +1,10 @@
-"""The interface of the FlowNetwork paper: the same layers, built from sizes in the place of a configuration.
+"""API of the FlowNetwork paper: the layers and models of this package, constructed from sizes.
 
     model = FlowNetwork(vocab_size=30000, d_model=512, num_layers=8, max_seq_len=2048)
     logits, metrics = model(ids)
 
-For training, generation and the Hub take `model.causal_lm`, a `FlowNetworkForCausalLM` of the same weights. Numbers of
-heads that do not divide a width are lowered to one that does (`adjust_num_heads`).
+`model.causal_lm` is the underlying `FlowNetworkForCausalLM`; use it for training, generation and the Hub.
+`adjust_num_heads` lowers a number of heads that does not divide the width.
 """
 
 import math
@@ -23,29 +23,45 @@ logger = logging.get_logger(__name__)
 
 
 def safe_tensor_to_int(tensor: torch.Tensor, default: int) -> int:
-    """A tensor of one finite element as int, truncated; anything else is the default, and logged.
+    """Convert a tensor with one finite element to int, truncating; return `default` and log a warning for any other
+    tensor.
 
-    Synchronises with the device: not for a forward pass.
+    Synchronises with the device, so do not call it in a forward pass.
     """
     if tensor.numel() == 1 and math.isfinite(tensor.item()):
         return int(tensor.item())
-    logger.warning(f"A tensor of shape {list(tensor.shape)} is no finite number: taking {default}.")
+    logger.warning(f"A tensor of shape {list(tensor.shape)} is not one finite number; using the default {default}.")
     return default
 
 
 class EnhancedFlowLayer(nn.Module):
-    """Flow with self-attention, cross-attention to a memory, and a feed-forward network.
+    """Flow with self-attention, cross-attention to a memory, and a feed-forward network (FlowNetwork paper).
 
     Args:
-        input_dim, output_dim: features of what it reads and gives; a projection joins them where they differ.
-        num_patterns: flow patterns; num_heads: of the self-attention and of the memory, lowered to what divides
+        input_dim: number of input features.
+        output_dim: number of output features; a projection forms the residual if it differs from `input_dim`.
+        num_patterns: number of flow patterns.
+        num_heads: number of heads of the self-attention and of the memory attention; lowered to a divisor of
             `output_dim`.
-        dropout: on what each block adds; memory_size: slots of the memory of the sequence, 0 for none.
-        flow_window: most recent entities that can flow into one.
-        base_sparsity: share of the reachable entities that flow into one.
+        dropout: dropout rate on the output of each sub-block.
+        memory_size: number of slots of the sequence memory; 0 disables it.
+        flow_window: number of most recent entities that can flow into an entity.
+        base_sparsity: base fraction of the reachable entities that flow into an entity, in (0, 1].
 
     Raises:
-        ValueError: a size below 1, or a value out of range.
+        ValueError: a size is below 1, or a value is out of range.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from dfn_hf import EnhancedFlowLayer
+
+    >>> layer = EnhancedFlowLayer(input_dim=32, output_dim=64)
+    >>> out, metrics = layer(torch.randn(2, 10, 32))
+    >>> out.shape
+    torch.Size([2, 10, 64])
+    ```
     """
 
     def __init__(
@@ -84,34 +100,54 @@ class EnhancedFlowLayer(nn.Module):
     def forward(
         self, x: torch.Tensor, memory: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """`[batch, length, input_dim]` → (`[batch, length, output_dim]`, metrics).
+        """Run the layer causally over whole rows.
 
         Args:
-            x: rows without padding; causal: a place sees itself and what is before it.
-            memory: `[slots, output_dim]` or `[batch, slots, output_dim]` to attend to, beside the sequence's own.
+            x: `[batch, length, input_dim]`, rows without padding.
+            memory: slots to attend to in addition to the sequence memory, `[slots, output_dim]` or
+                `[batch, slots, output_dim]`, or None.
+
+        Returns:
+            (states `[batch, length, output_dim]`; metrics as in `FlowNetworkModelOutput`).
 
         Raises:
-            ValueError: `memory` for a layer whose `memory_size` is 0.
+            ValueError: `memory` is given and `memory_size` is 0.
         """
         if memory is not None and self.layer.memory_attention is None:
-            raise ValueError("`memory` needs a layer with memory: `memory_size` is 0, make it at least 1.")
+            raise ValueError("`memory` requires a layer with memory, but `memory_size` is 0: set it to at least 1.")
         rows = make_row_layout(*x.shape[:2], x.device)
         out, _, _, metrics = self.layer(x, memory, self.rotary(x, rows.segment_positions), rows)
         return out, metrics
 
 
 class FlowNetwork(nn.Module):
-    """A whole causal model with windowed attention: cost grows with the length, not with its square.
+    """Causal language model with windowed attention (FlowNetwork paper); cost is linear in the length.
 
-    `causal_lm` is the `FlowNetworkForCausalLM` inside, which generates, saves and loads.
+    `causal_lm` is the underlying `FlowNetworkForCausalLM`, which generates, saves and loads.
 
     Args:
-        vocab_size, d_model, num_layers: sizes; max_seq_len: longest input that it is meant for.
-        num_patterns: flow patterns; num_heads: lowered to what divides `d_model`.
-        dropout: on what each block adds.
+        vocab_size: number of tokens in the vocabulary.
+        d_model: width of the hidden states.
+        num_layers: number of layers.
+        max_seq_len: intended maximum length in tokens.
+        dropout: dropout rate on the output of each sub-block.
+        num_patterns: number of flow patterns per layer.
+        num_heads: number of attention heads; lowered to a divisor of `d_model`.
 
     Raises:
-        ValueError: a size below 1, or a value out of range.
+        ValueError: a size is below 1, or a value is out of range.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from dfn_hf import FlowNetwork
+
+    >>> model = FlowNetwork(vocab_size=100, d_model=64, num_layers=2)
+    >>> logits, metrics = model(torch.randint(100, (2, 10)))
+    >>> logits.shape
+    torch.Size([2, 10, 100])
+    ```
     """
 
     block_type = "enhanced_flow"
@@ -152,20 +188,26 @@ class FlowNetwork(nn.Module):
         )
 
     def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """int64 `[batch, length]` → (logits `[batch, length, vocab_size]`, metrics)."""
+        """Compute next-token logits.
+
+        Args:
+            input_ids: int64 `[batch, length]`.
+
+        Returns:
+            (logits `[batch, length, vocab_size]`; metrics as in `FlowNetworkModelOutput`).
+        """
         outputs = self.causal_lm(input_ids, use_cache=False)
         return outputs.logits, outputs.metrics
 
     def commit_memory(self) -> None:
-        """As `FlowNetworkForCausalLM.commit_memory`: once per optimizer step."""
+        """Update the memory bank; call once per optimizer step. See `FlowNetworkPreTrainedModel.commit_memory`."""
         self.causal_lm.commit_memory()
 
 
 class EnhancedFlowTransformer(FlowNetwork):
-    """A whole causal model whose attention sees everything before, with flow in a branch beside it.
+    """Causal language model with full attention and flow in parallel branches (FlowNetwork paper).
 
-    Args:
-        those of `FlowNetwork`.
+    Takes the arguments of `FlowNetwork`.
     """
 
     block_type = "flow_transformer"
@@ -184,5 +226,5 @@ class EnhancedFlowTransformer(FlowNetwork):
 
 
 def feed_forward_size(width: int) -> int:
-    """8/3 of the width: a gated network of as many weights as a plain one of four times the width."""
+    """Return 8/3 of the width: a gated network then has as many weights as an ungated one of 4 times the width."""
     return max(1, round(8 * width / 3))

@@ -1,14 +1,14 @@
-"""Pattern-based flow routing: which predecessors flow into an entity, and how strongly.
+"""Pattern-based flow routing: which predecessors flow into an entity, and with which weights.
 
-A token mixes learnt patterns with weights a_ip, of which the strongest are kept. A pattern is a low-rank query map Q_p
-and a profile over relative offsets; keys are shared by all patterns:
+A token mixes learnt patterns with softmax weights a_ip, of which the strongest are kept. Each pattern consists of a
+low-rank query map Q_p and a profile over relative offsets; all patterns share the keys:
 
     q_i  = Σ_p a_ip Q_p x_i                                            q and k scaled to a mean square of 1
     F_ij = exp(q_i · k_j / √R) · Σ_p a_ip softplus(profile_p(i − j)) · sigmoid((w_i − (i − j)) / τ)
 
-over the window i − j < `window`; w_i is the window that the router gives entity i. Of each row of F the strongest
-share is kept, relu(F_ij − θ_i), made to sum to 1 and multiplied by an intensity in (0, 1): the flow matrix, which then
-mixes values.
+for offsets i − j < `window`, where w_i is the window that the router chooses for entity i. Each row of F keeps its
+strongest entries, relu(F_ij − θ_i), is normalised to sum to 1, and is multiplied by an intensity in (0, 1). The result
+is the flow matrix, which mixes the values.
 
 Shape letters: B batch, M entities of this call, W window, P patterns, R rank, N blocks, T queries of a block.
 """
@@ -27,45 +27,50 @@ from ..modules.linear import linear_in_weight_dtype
 from ..modules.row_layout import RowLayout, make_row_layout
 from ..ops.band import block_length, by_key, by_offset, join_blocks, key_blocks, query_blocks
 
-CONTEXT_SIZE = 16  # features of the context that the router sees
-MIN_FRACTION, MAX_FRACTION = 0.5, 1.5  # what the router's share lies between, in units of `base_sparsity`
-# Entries this share below the threshold stay, so that ties are kept together, no row is empty and no weight hangs on a
-# last bit: TIE_MARGIN where one is kept, TIE_MARGIN / count where more are, TIE_MARGIN / FEW where many are.
-TIE_MARGIN, FEW = 0.08, 8
-NEAR_OFFSETS = 8  # offsets that a profile tells apart; beyond them it is linear between powers of two
+CONTEXT_SIZE = 16  # features of the router's context
+MIN_FRACTION, MAX_FRACTION = 0.5, 1.5  # bounds of the router's fraction, in units of `base_sparsity`
+# Entries up to a relative margin of TIE_MARGIN / min(count, TIE_CAP) below the threshold are kept: ties stay together,
+# no row becomes empty, and no weight depends on a rounding error.
+TIE_MARGIN, TIE_CAP = 0.08, 8
+NEAR_OFFSETS = 8  # a profile has a knot at each of these offsets and at powers of two beyond them
 FARTHEST_KNOT = 2**20
-QUERY_CHUNK = 2048  # rows of the flow that are held at a time
+QUERY_CHUNK = 2048  # rows of the flow per chunk; bounds peak memory
 
 
-def soft_top_k(flow: torch.Tensor, count: torch.Tensor, most: int) -> torch.Tensor:
-    """The strongest entries of each row, lowered by what the first one left out has, and made to sum to 1.
+def soft_top_k(flow: torch.Tensor, count: torch.Tensor, max_count: int) -> torch.Tensor:
+    """Keep the strongest entries of each row, reduced by a threshold and normalised to sum to 1.
 
-    relu(F − θ) with θ interpolated between the sorted entries so that round(count) of them, but at least 1, lie above
-    it: the weights are continuous in F and in `count`, and both get a gradient.
+    Computes relu(F − θ). θ is interpolated between the sorted entries so that max(1, round(count)) entries exceed it.
+    The weights are continuous in F and `count`, and both receive a gradient.
 
     Args:
-        flow: `[..., W]`, not negative, at least one entry of each row above 0.
-        count: broadcasts to `[...]`, how many to keep.
-        most: no count is larger.
+        flow: `[..., W]`, not negative, with at least one positive entry per row.
+        count: number of entries to keep, broadcasts to `[...]`.
+        max_count: upper bound of `count`.
+
+    Returns:
+        `[..., W]`.
     """
-    strongest = flow.topk(min(most + 2, flow.shape[-1]), dim=-1).values
-    strongest = F.pad(strongest, (0, most + 2 - strongest.shape[-1]))
-    place = (count - 0.5).clamp(min=0.5, max=float(most)).expand(flow.shape[:-1])
-    below = place.detach().floor().long().clamp(0, most)  # a NaN becomes any integer
+    strongest = flow.topk(min(max_count + 2, flow.shape[-1]), dim=-1).values
+    strongest = F.pad(strongest, (0, max_count + 2 - strongest.shape[-1]))
+    rank = (count - 0.5).clamp(min=0.5, max=float(max_count)).expand(flow.shape[:-1])
+    below = (
+        rank.detach().floor().long().clamp(0, max_count)
+    )  # the cast of NaN is undefined; clamp keeps the index valid
     upper, lower = (strongest.gather(-1, (below + step).unsqueeze(-1)) for step in (0, 1))
-    threshold = upper + (lower - upper) * (place - below).unsqueeze(-1)
-    margin = TIE_MARGIN / (place + 0.5).clamp(max=FEW).unsqueeze(-1)
+    threshold = upper + (lower - upper) * (rank - below).unsqueeze(-1)
+    margin = TIE_MARGIN / (rank + 0.5).clamp(max=TIE_CAP).unsqueeze(-1)
     kept = (flow - (1 - margin) * threshold).relu()
     return kept / kept.sum(dim=-1, keepdim=True)
 
 
 def unit_mean_square(x: torch.Tensor) -> torch.Tensor:
-    """Scaled so that products of any two are bounded: exp() of them then neither overflows nor picks one alone."""
+    """Scale x to a mean square of 1, which bounds dot products: exp() of them does not overflow or saturate."""
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6)
 
 
 def profile_knots(window: int) -> list[int]:
-    """Offsets at which profiles are learnt: each of the nearest, then powers of two until the window is covered."""
+    """Return the offsets at which profiles are learnt: the nearest ones, then powers of two that cover the window."""
     knots = list(range(min(NEAR_OFFSETS, window)))
     while knots[-1] < window - 1:
         knots.append(max(NEAR_OFFSETS, 2 * knots[-1]) if knots[-1] >= NEAR_OFFSETS else NEAR_OFFSETS)
@@ -73,41 +78,57 @@ def profile_knots(window: int) -> list[int]:
 
 
 def interpolate_knots(values: torch.Tensor, knots: list[int], width: int) -> torch.Tensor:
-    """`[P, knots]` → `[P, width]`, one value per offset: linear between the knots, constant beyond the last."""
+    """Interpolate `[P, knots]` to one value per offset, `[P, width]`.
+
+    Linear between the knots, constant beyond the last one.
+    """
     at = torch.tensor(knots, device=values.device)
     offsets = torch.arange(width, device=values.device)
     right = (at < offsets.unsqueeze(-1)).sum(dim=-1).clamp(max=len(knots) - 1)
     left = torch.where(at[right] > offsets, right - 1, right)
-    share = ((offsets - at[left]) / (at[right] - at[left]).clamp(min=1)).clamp(max=1).to(values.dtype)
-    return values[:, left] + (values[:, right] - values[:, left]) * share
+    fraction = ((offsets - at[left]) / (at[right] - at[left]).clamp(min=1)).clamp(max=1).to(values.dtype)
+    return values[:, left] + (values[:, right] - values[:, left]) * fraction
 
 
 def check_sizes(**sizes: int) -> None:
-    """Raise ValueError for a size below 1."""
+    """Raise `ValueError` if a size is below 1."""
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"`{name}` must be at least 1, got {size}.")
 
 
 def check_sparsity(base_sparsity: float) -> None:
-    """Raise ValueError for a share outside (0, 1]."""
+    """Raise `ValueError` if `base_sparsity` is outside (0, 1]."""
     if not 0 < base_sparsity <= 1:
         raise ValueError(f"`base_sparsity` must lie in (0, 1], got {base_sparsity}.")
 
 
 class FlowLayer(nn.Module):
-    """Patterns of a token assembled into its row of the flow matrix, and the mixing of values by that matrix.
+    """Flow layer of the FlowNetwork paper: builds the flow matrix from patterns and mixes values with it.
 
     Args:
-        input_dim: features of what it reads.
-        output_dim: features of what flows.
-        num_patterns: P.
-        base_sparsity: share of the reachable entities that flow into one, where no router says otherwise; in (0, 1].
-        window: most recent entities that can flow into one, the entity itself included; None for all.
-        rank: R, at most `input_dim`.
+        input_dim: number of input features.
+        output_dim: number of value features.
+        num_patterns: number of patterns P.
+        base_sparsity: fraction of the reachable entities that flow into an entity if no routing is given; in (0, 1].
+        window: number of most recent entities that can flow into an entity, itself included; None for all.
+        rank: rank R of the query maps; reduced to `input_dim` if larger.
 
     Raises:
-        ValueError: a size below 1, or `base_sparsity` outside (0, 1].
+        ValueError: a size is below 1, or `base_sparsity` is outside (0, 1].
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from dfn_hf import FlowLayer
+
+    >>> layer = FlowLayer(input_dim=64, output_dim=64, num_patterns=8)
+    >>> x = torch.randn(2, 10, 64)
+    >>> flow, metrics = layer(x)
+    >>> flow.shape, layer.apply(flow, x).shape
+    (torch.Size([2, 10, 10]), torch.Size([2, 10, 64]))
+    ```
     """
 
     def __init__(
@@ -140,9 +161,9 @@ class FlowLayer(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Mostly the entity just before flows in at the start: what is learnt in few steps then is worth having.
+        """Initialise the profiles so that mainly the preceding entity flows in.
 
-        From random profiles a language model learns much slower, and worse than without flow.
+        With random profiles a language model learns more slowly and ends worse than without flow.
         """
         profile = torch.randn_like(self.profile) - 4
         profile[:, min(1, len(self.knots) - 1)] = 5
@@ -152,16 +173,16 @@ class FlowLayer(nn.Module):
     def forward(
         self, x: torch.Tensor, routing: tuple[torch.Tensor, torch.Tensor] | None = None
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The flow matrix itself, O(M²): the operator that `mix` applies without ever holding it.
+        """Compute the dense flow matrix in O(M²) memory; `mix` applies the same operator without materialising it.
 
         Args:
             x: `[B, M, input_dim]`, rows without padding.
-            routing: window and kept share of each entity, each `[B, M]` (`ContextAwareFlowRouter`); None for all
-                within `window` and `base_sparsity`.
+            routing: window and kept fraction of each entity, each `[B, M]`, as `ContextAwareFlowRouter` returns them;
+                None uses `window` and `base_sparsity` for all entities.
 
         Returns:
-            (flow matrix `[B, M, M]`, lower triangular, each row summing to its entity's intensity; metrics: scalars
-            `sparsity_kept` and `pattern_entropy`).
+            (flow matrix `[B, M, M]`, lower triangular, each row sums to the entity's intensity; metrics with the
+            scalars `sparsity_kept` and `pattern_entropy`).
         """
         batch, length, _ = x.shape
         rows = make_row_layout(batch, length, x.device)
@@ -175,9 +196,14 @@ class FlowLayer(nn.Module):
         return flow * intensity, self._metrics(patterns, (flow > 0).sum(dim=-1) / reachable, rows)
 
     def apply(self, flow: torch.Tensor | Callable, x: torch.Tensor | None = None):
-        """flow @ W_v x: `[B, M, M]`, `[B, M, input_dim]` → `[B, M, output_dim]`.
+        """Mix values with a flow matrix: flow @ W_v x.
 
-        With a function alone it is `nn.Module.apply`.
+        Args:
+            flow: `[B, M, M]`; or a function, for which this is `nn.Module.apply`.
+            x: `[B, M, input_dim]`; None with a function.
+
+        Returns:
+            `[B, M, output_dim]`.
         """
         if x is None:
             return super().apply(flow)
@@ -191,60 +217,69 @@ class FlowLayer(nn.Module):
         state: FlowCacheLayer | None = None,
         output_flow: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
-        """What flows into each entity, in O(M · W).
+        """Mix values with the flow in O(M · W) time and memory.
 
         Args:
             x: `[B, M, input_dim]`.
-            routing: as for `forward`.
+            routing: window and kept fraction of each entity, each `[B, M]`, or None.
             rows: `row_layout.RowLayout` of this call; None for rows without padding.
-            state: the window before this call, or None.
-            output_flow: return the flow too.
+            state: cache layer that holds the window before this call, or None.
+            output_flow: whether to return the flow.
 
         Returns:
-            (`[B, M, output_dim]`; flow by offset `[B, M, W]`, oldest first, without gradient, or None; metrics).
+            (mixed values `[B, M, output_dim]`; detached flow by offset `[B, M, W]`, oldest first, or None; metrics).
+
+        Raises:
+            ValueError: `state` is given and the layer has no `window`.
         """
         batch, length, _ = x.shape
         rows = make_row_layout(batch, length, x.device) if rows is None else rows
         patterns, query, key, intensity = self._assemble(x)
         value = self.value_proj(x)
         if self.window is None and state is not None:
-            raise ValueError("A state keeps a window: give the FlowLayer a `window`, or mix whole rows.")
+            raise ValueError(
+                "`state` requires a FlowLayer with `window`: set `window`, or pass whole rows without a state."
+            )
         width = self.window or length
         before = width - 1
         block = block_length(length, before)
         if state is None:
-            key, value = (F.pad(past, (0, 0, before, 0)) for past in (key, value))
+            key, value = (F.pad(inputs, (0, 0, before, 0)) for inputs in (key, value))
         else:
             key, value = state.roll("flow_key", key, before), state.roll("flow_value", value, before)
         keys, values = key_blocks(key, before, block), key_blocks(value, before, block)
         profile = self._profile(width).flip(1)
         age = torch.arange(before, -1, -1, device=x.device)
-        of_entities = [query, patterns, rows.segment_positions[..., None], intensity]
+        per_entity = [query, patterns, rows.segment_positions[..., None], intensity]
         if routing is not None:
-            of_entities += [one[..., None] for one in routing]
-        blocks = [keys, values, *(query_blocks(one, block) for one in of_entities)]
+            per_entity += [one[..., None] for one in routing]
+        blocks = [keys, values, *(query_blocks(one, block) for one in per_entity)]
 
-        mixed, flows, shares = [], [], []
-        at_once = max(1, QUERY_CHUNK // block)
-        for keys, values, queries, weights, reach, strength, *routed in zip(
-            *(one.split(at_once, dim=1) for one in blocks), strict=True
+        mixed, flows, kept_fractions = [], [], []
+        blocks_per_chunk = max(1, QUERY_CHUNK // block)
+        for keys, values, queries, weights, preceding, block_intensity, *routed in zip(
+            *(one.split(blocks_per_chunk, dim=1) for one in blocks), strict=True
         ):
             with torch.autocast(x.device.type, enabled=False):
                 scores, mixture = by_offset(queries @ keys.transpose(-1, -2)), weights @ profile
             routed = tuple(one[..., 0] for one in routed) or None
-            flow, reachable = self._route(scores, mixture, age, reach[..., 0], routed, width)
-            shares.append((flow.detach() > 0).sum(dim=-1) / reachable)
-            flow = flow * strength
+            flow, reachable = self._route(scores, mixture, age, preceding[..., 0], routed, width)
+            kept_fractions.append((flow.detach() > 0).sum(dim=-1) / reachable)
+            flow = flow * block_intensity
             mixed.append(by_key(flow).to(value.dtype) @ values)
             if output_flow:
                 flows.append(flow.detach())
         mixed = join_blocks(torch.cat(mixed, dim=1), length)
         flow = join_blocks(torch.cat(flows, dim=1), length) if output_flow else None
-        share = torch.cat(shares, dim=1).flatten(1)[:, :length]
-        return mixed, flow, self._metrics(patterns, share, rows)
+        kept_fraction = torch.cat(kept_fractions, dim=1).flatten(1)[:, :length]
+        return mixed, flow, self._metrics(patterns, kept_fraction, rows)
 
     def _assemble(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Weights of the patterns `[B, M, P]`, queries and keys `[B, M, R]`, intensity `[B, M, 1]`, as float32."""
+        """Compute pattern weights, queries, keys and intensity in at least float32.
+
+        Returns:
+            (pattern weights `[B, M, P]`, queries `[B, M, R]`, keys `[B, M, R]`, intensity `[B, M, 1]`).
+        """
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             intensity = linear_in_weight_dtype(self.intensity_proj, x).to(dtype).sigmoid()
@@ -261,60 +296,86 @@ class FlowLayer(nn.Module):
             return patterns, unit_mean_square(query) / math.sqrt(self.rank), unit_mean_square(key), intensity
 
     def _profile(self, width: int) -> torch.Tensor:
-        """softplus of each pattern's profile, by offset from 0: `[P, width]`."""
+        """Return softplus of each pattern's profile for the offsets 0 … width − 1, `[P, width]`."""
         profile = self.profile.to(torch.promote_types(self.profile.dtype, torch.float32))
         return F.softplus(interpolate_knots(profile, self.knots, width))
 
-    def _route(self, scores, mixture, age, reach, routing, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows of the flow that sum to 1, and how many entities each could have reached.
+    def _route(self, scores, mixture, age, preceding, routing, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Select and normalise rows of the flow.
 
         Args:
-            scores, mixture: `[..., W]`, of the products and of the profiles.
-            age: int64, broadcasts to `[..., W]`: i − j; reach: int64 `[...]`, entities of the segment before i.
-            routing: window and share, each `[...]`, or None.
+            scores: `[..., W]`, scaled products of queries and keys.
+            mixture: `[..., W]`, mixed profiles.
+            age: int64 offset i − j, broadcasts to `[..., W]`.
+            preceding: int64 `[...]`, number of entities of the segment before i.
+            routing: window and kept fraction, each `[...]`, or None.
+            width: number of offsets W.
+
+        Returns:
+            (rows that sum to 1, `[..., W]`; number of reachable entities, `[...]`).
         """
         tiny = torch.finfo(scores.dtype).tiny
         flow = scores + mixture.clamp(min=tiny).log()
-        reachable = (reach + 1).clamp(max=width).to(scores.dtype)
-        share = self.base_sparsity
+        reachable = (preceding + 1).clamp(max=width).to(scores.dtype)
+        fraction = self.base_sparsity
         if routing is not None:
-            window, share = routing
+            window, fraction = routing
             flow = flow + F.logsigmoid((window.unsqueeze(-1) - age) / self.temperature)
             reachable = torch.minimum(reachable, window)
-        allowed = (age >= 0) & (age <= reach.clamp(max=width - 1).unsqueeze(-1))
+        allowed = (age >= 0) & (age <= preceding.clamp(max=width - 1).unsqueeze(-1))
         flow = flow.masked_fill(~allowed, -math.inf)
         flow = (flow - flow.detach().amax(dim=-1, keepdim=True)).exp()
-        most = math.ceil(min(1.0, MAX_FRACTION * self.base_sparsity) * width)
-        return soft_top_k(flow, share * reachable, most), reachable.detach()
+        max_count = math.ceil(min(1.0, MAX_FRACTION * self.base_sparsity) * width)
+        return soft_top_k(flow, fraction * reachable, max_count), reachable.detach()
 
-    def _metrics(self, patterns: torch.Tensor, share: torch.Tensor, rows: RowLayout) -> dict[str, torch.Tensor]:
+    def _metrics(
+        self, patterns: torch.Tensor, kept_fraction: torch.Tensor, rows: RowLayout
+    ) -> dict[str, torch.Tensor]:
+        """Average `kept_fraction` `[B, M]` and the entropy of `patterns` `[B, M, P]` (nats) over the real entities."""
         patterns = patterns.detach()
         entropy = -(patterns * patterns.clamp(min=torch.finfo(patterns.dtype).tiny).log()).sum(dim=-1)
-        return {"sparsity_kept": rows.mean(share), "pattern_entropy": rows.mean(entropy)}
+        return {"sparsity_kept": rows.mean(kept_fraction), "pattern_entropy": rows.mean(entropy)}
 
 
 class FlowMixer(FlowLayer):
-    """A `FlowLayer` that mixes where it is called: hooks that bring weights from elsewhere see calls, not methods."""
+    """`FlowLayer` whose `forward` is `mix`.
+
+    Hooks of PEFT, quantization and offloading run when a module is called, not when one of its methods is.
+    """
 
     def forward(self, x, routing=None, rows=None, state=None, output_flow=False):
-        """As `FlowLayer.mix`."""
+        """Call `FlowLayer.mix`."""
         return self.mix(x, routing, rows, state, output_flow)
 
 
 class ContextAwareFlowRouter(nn.Module):
-    """How far an entity looks back and which share of what it reaches is kept, from itself and its context.
+    """Router of the FlowNetwork paper: chooses a window and a kept fraction for each entity.
 
-    The context is a decaying average over closed chunks (`ChunkMemory`): nothing of the future, of other rows or of
-    padding is in it.
+    Both depend on the entity and on a context, a decaying average over closed chunks (`ChunkMemory`). They do not
+    depend on later entities, other rows or padding.
 
     Args:
-        input_dim: features of what it reads.
-        flow_window: largest window; min_flow_window: smallest.
-        base_sparsity: the share lies between a half and one and a half of it, and is at most 1.
-        chunk_length: entities of a chunk; context_decay: weight of the chunks before, initially.
+        input_dim: number of input features.
+        flow_window: largest window, in entities.
+        min_flow_window: smallest window, in entities.
+        base_sparsity: base b of the kept fraction, which lies in [b / 2, min(1, 3b / 2)].
+        chunk_length: entities per chunk of the context.
+        context_decay: initial decay of the context per chunk, in (0, 1).
 
     Raises:
-        ValueError: sizes below 1, `min_flow_window` above `flow_window`, or `base_sparsity` outside (0, 1].
+        ValueError: a size is below 1, `min_flow_window` exceeds `flow_window`, or `base_sparsity` is outside (0, 1].
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from dfn_hf import ContextAwareFlowRouter
+
+    >>> router = ContextAwareFlowRouter(input_dim=64, flow_window=32)
+    >>> window, fraction = router(torch.randn(2, 10, 64))
+    >>> window.shape, fraction.shape
+    (torch.Size([2, 10]), torch.Size([2, 10]))
+    ```
     """
 
     def __init__(
@@ -332,7 +393,7 @@ class ContextAwareFlowRouter(nn.Module):
         )
         check_sparsity(base_sparsity)
         if min_flow_window > flow_window:
-            raise ValueError(f"`min_flow_window` ({min_flow_window}) must not be above `flow_window` ({flow_window}).")
+            raise ValueError(f"`min_flow_window` ({min_flow_window}) must be at most `flow_window` ({flow_window}).")
         self.flow_window, self.min_flow_window = flow_window, min_flow_window
         self.base_sparsity = base_sparsity
         self.context_proj = nn.Linear(input_dim, CONTEXT_SIZE, bias=False)
@@ -343,11 +404,15 @@ class ContextAwareFlowRouter(nn.Module):
     def forward(
         self, x: torch.Tensor, rows: RowLayout | None = None, state: FlowCacheLayer | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[B, M, input_dim]` → (window, kept share), each `[B, M]`, in at least float32.
+        """Choose windows and kept fractions.
 
         Args:
+            x: `[B, M, input_dim]`.
             rows: `row_layout.RowLayout` of this call; None for rows without padding.
-            state: holds the context, or None.
+            state: cache layer that holds the context, or None.
+
+        Returns:
+            (window, kept fraction), each `[B, M]` in at least float32.
         """
         rows = make_row_layout(*x.shape[:2], x.device) if rows is None else rows
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -360,5 +425,5 @@ class ContextAwareFlowRouter(nn.Module):
                 .sigmoid()
             )
         window = self.min_flow_window + (self.flow_window - self.min_flow_window) * routed[..., 0]
-        share = self.base_sparsity * (MIN_FRACTION + (MAX_FRACTION - MIN_FRACTION) * routed[..., 1])
-        return window, share.clamp(max=1.0)
+        fraction = self.base_sparsity * (MIN_FRACTION + (MAX_FRACTION - MIN_FRACTION) * routed[..., 1])
+        return window, fraction.clamp(max=1.0)

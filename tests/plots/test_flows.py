@@ -41,7 +41,7 @@ def test_reading_is_what_the_model_did(model, tokenizer, reading):
     assert "".join(reading.words) == TEXT
     np.testing.assert_array_equal(reading.matrix, flows[1].matrix[0])
     np.testing.assert_array_equal(reading.windows, torch.cat([layer.window for layer in flows]))
-    np.testing.assert_array_equal(reading.shares, torch.cat([layer.share for layer in flows]))
+    np.testing.assert_array_equal(reading.fractions, torch.cat([layer.fraction for layer in flows]))
     np.testing.assert_array_equal(reading.kept[1], (reading.matrix > 0).sum(axis=1))
     assert reading.patterns.shape == (number, PATTERNS)
     np.testing.assert_allclose(reading.patterns.sum(axis=1), 1, atol=1e-5)
@@ -86,7 +86,7 @@ def test_flow_matrix_leaves_blank_what_does_not_flow(reading):
 
 def test_windows_have_a_line_per_layer(reading):
     panels = plot_windows(reading).axes
-    for axes, values in zip(panels, (reading.windows, reading.shares, reading.kept), strict=True):
+    for axes, values in zip(panels, (reading.windows, reading.fractions, reading.kept), strict=True):
         np.testing.assert_array_equal([line.get_ydata() for line in axes.lines], values)
 
 

@@ -1,4 +1,4 @@
-"""FlowNetworkConfig: defaults, what it refuses and how it is written down."""
+"""FlowNetworkConfig: defaults, validation and serialisation; adjustment of heads."""
 
 import json
 import logging
@@ -53,7 +53,7 @@ CHANGED = {
 @pytest.mark.parametrize(
     "model_class", [FlowNetworkModel, FlowNetworkForCausalLM, FlowNetworkForSequenceClassification]
 )
-def test_a_model_of_the_defaults_runs(model_class):
+def test_models_with_default_configuration_run(model_class):
     model = model_class(FlowNetworkConfig()).eval()
     assert sum(parameter.numel() for parameter in model.parameters()) < 6e6
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_round_trip_through_json(fields, tmp_path):
         assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict()
 
 
-def test_every_field_changes_and_is_documented():
+def test_every_field_is_settable_and_documented():
     own = {name for name in FlowNetworkConfig.__annotations__ if name != "auto_map"}
     assert own == set(CHANGED)
     documented = FlowNetworkConfig.__doc__
@@ -82,7 +82,7 @@ def test_every_field_changes_and_is_documented():
     assert all(getattr(FlowNetworkConfig(), name) != value for name, value in CHANGED.items())
 
 
-def test_defaults_that_the_docstring_states():
+def test_defaults_match_the_docstring():
     for line in FlowNetworkConfig.__doc__.splitlines():
         if ", defaults to `" in line:
             names, default = line.split(" (`")[0].strip(), line.split("defaults to ")[1].split(")")[0]
@@ -90,14 +90,14 @@ def test_defaults_that_the_docstring_states():
             assert all(getattr(FlowNetworkConfig(), name) == stated for name in names.split(", ")), names
 
 
-def test_what_is_not_given_follows_from_the_rest():
+def test_optional_fields_are_derived():
     config = FlowNetworkConfig(hidden_size=64, num_attention_heads=8)
     assert config.num_key_value_heads == 8 and config.head_dim == 8 and config.initializer_range == 1 / 8
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
 
 
 @pytest.mark.parametrize("memory_size", [0, 5])
-def test_a_model_follows_every_field(memory_size):
+def test_parameter_shapes_follow_the_fields(memory_size):
     model = FlowNetworkForCausalLM(FlowNetworkConfig(**CHANGED | {"memory_size": memory_size})).eval()
     assert (model.model.memory is None) == (memory_size == 0)
     with torch.no_grad():
@@ -112,19 +112,19 @@ def test_other_rotary_embeddings_run(rope_type):
         assert FlowNetworkModel(config).eval()(torch.randint(50, (1, 200))).last_hidden_state.isfinite().all()
 
 
-def test_auto_map_keeps_what_others_added():
+def test_auto_map_keeps_additional_entries():
     config = FlowNetworkConfig(auto_map={"AutoTokenizer": "tokenization.Tokenizer"})
     assert config.auto_map == {**AUTO_MAP, "AutoTokenizer": "tokenization.Tokenizer"}
 
 
-def test_unknown_fields_are_kept_as_those_of_every_configuration_are():
+def test_unknown_fields_are_kept():
     config = FlowNetworkConfig(note="mine", id2label={0: "a", 1: "b", 2: "c"})
     assert config.note == "mine" and config.num_labels == 3
     assert FlowNetworkConfig.from_dict(config.to_dict()).note == "mine"
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "parts"),
     [
         *(
             ({name: value}, [f"`{name}`", "at least 1", str(value)])
@@ -155,12 +155,12 @@ def test_unknown_fields_are_kept_as_those_of_every_configuration_are():
         ({"block_type": "plain"}, ["`block_type`", "'plain'", "'enhanced_flow'", "'flow_transformer'"]),
         ({"memory_chunk": 1}, ["`memory_chunk`", "at least 2", "1"]),
         ({"flow_window": 5, "min_flow_window": 6}, ["`min_flow_window` (6)", "`flow_window` (5)"]),
-        ({"vocab_size": 9, "pad_token_id": 9}, ["`pad_token_id`", "9", "`vocab_size` is 9"]),
+        ({"vocab_size": 9, "pad_token_id": 9}, ["`pad_token_id`", "9", "`vocab_size` (9)"]),
         ({"pad_token_id": -1}, ["`pad_token_id`", "-1"]),
         *(
             (
                 {"hidden_size": width, "num_attention_heads": 1, "num_memory_heads": 1, name: heads},
-                [f"`{name}` ({heads})", f"`hidden_size` ({width})", f": {fits} does."],
+                [f"`{name}` ({heads})", f"`hidden_size` ({width})", f"; set it to {fits}."],
             )
             for name in ("num_attention_heads", "num_memory_heads")
             for width, heads, fits in ((65, 8, 5), (128, 12, 8), (7, 4, 1), (6, 9, 6))
@@ -168,7 +168,7 @@ def test_unknown_fields_are_kept_as_those_of_every_configuration_are():
         *(
             (
                 {"hidden_size": 24, "num_attention_heads": heads, "num_key_value_heads": key_value_heads},
-                [f"`num_key_value_heads` ({key_value_heads})", f"`num_attention_heads` ({heads})", f": {fits} does."],
+                [f"`num_key_value_heads` ({key_value_heads})", f"`num_attention_heads` ({heads})", f"to {fits}."],
             )
             for heads, key_value_heads, fits in ((12, 5, 4), (3, 2, 1), (4, 8, 4))
         ),
@@ -183,15 +183,15 @@ def test_unknown_fields_are_kept_as_those_of_every_configuration_are():
         ),
     ],
 )  # fmt: skip
-def test_what_contradicts_is_named(fields, told):
+def test_invalid_values_raise(fields, parts):
     with pytest.raises(ValueError) as error:
         FlowNetworkConfig(**fields)
-    for part in told:
+    for part in parts:
         assert part in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "parts"),
     [
         ({"hidden_size": "wide"}, ["hidden_size", "int", "wide"]),
         ({"hidden_size": 16.0}, ["hidden_size", "int", "16.0"]),
@@ -199,14 +199,14 @@ def test_what_contradicts_is_named(fields, told):
         ({"block_type": 3}, ["block_type", "str", "3"]),
     ],
 )
-def test_what_is_of_another_type_is_named(fields, told):
+def test_wrong_types_raise(fields, parts):
     with pytest.raises(StrictDataclassError) as error:
         FlowNetworkConfig(**fields)
-    for part in told:
+    for part in parts:
         assert part in str(error.value)
 
 
-def test_a_contradiction_made_later_is_found_when_saving(tmp_path):
+def test_invalid_changes_raise_at_saving(tmp_path):
     config = FlowNetworkConfig()
     config.num_attention_heads = 7
     with pytest.raises(StrictDataclassError, match="num_attention_heads"):
@@ -227,18 +227,18 @@ def log(caplog, monkeypatch):
     ("d_model", "requested", "taken"),
     [(64, 8, 8), (65, 8, 5), (128, 12, 8), (7, 6, 1), (6, 40, 6), (1, 1, 1), (1, 8, 1), (97, 97, 97)],
 )
-def test_heads_are_the_largest_number_that_divides(d_model, requested, taken, log):
+def test_adjusted_heads_are_the_largest_divisor(d_model, requested, taken, log):
     assert adjust_num_heads(d_model, requested) == taken
-    told = [record.getMessage() for record in log.records]
+    parts = [record.getMessage() for record in log.records]
     if taken == requested:
-        assert not told
+        assert not parts
     else:
-        assert len(told) == 1 and "\n" not in told[0]
-        assert all(str(number) in told[0] for number in (d_model, requested, taken))
+        assert len(parts) == 1 and "\n" not in parts[0]
+        assert all(str(number) in parts[0] for number in (d_model, requested, taken))
 
 
 @pytest.mark.parametrize(("d_model", "requested"), [(64, 8), (65, 8), (128, 12), (39, 6)])
-def test_what_heads_are_adjusted_to_is_what_the_configuration_takes(d_model, requested):
+def test_configuration_accepts_adjusted_heads(d_model, requested):
     heads = adjust_num_heads(d_model, requested)
     config = FlowNetworkConfig(hidden_size=d_model, num_attention_heads=heads, num_memory_heads=heads, vocab_size=9)
     with torch.no_grad():
@@ -246,7 +246,7 @@ def test_what_heads_are_adjusted_to_is_what_the_configuration_takes(d_model, req
 
 
 @pytest.mark.parametrize(("d_model", "requested"), [(0, 4), (-8, 4), (8, 0), (8, -1)])
-def test_heads_of_nothing_are_refused(d_model, requested):
+def test_heads_below_1_raise(d_model, requested):
     with pytest.raises(ValueError) as error:
         adjust_num_heads(d_model, requested)
     assert f"({d_model})" in str(error.value) and f"({requested})" in str(error.value)

@@ -1,4 +1,4 @@
-"""The memory bank, its reading and its writing, against loops over entities and slots."""
+"""Memory bank, sequence memory and their attention against loops over entities and slots."""
 
 import copy
 import math
@@ -34,7 +34,7 @@ def rows_of(x, mask=None):
 
 
 def written_by_loop(bank, entities):
-    """Slots after they took in `entities` `[number, D]`, straight from the equation."""
+    """Return the slots after an update with `entities` `[number, D]`, from the equation."""
     slots = []
     shares = [(4 * bank @ entity / math.sqrt(FEATURES)).softmax(dim=0) for entity in entities]
     for j in range(len(bank)):
@@ -44,33 +44,33 @@ def written_by_loop(bank, entities):
     return torch.stack(slots)
 
 
-# The bank
+# Memory bank
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 7), (3, 20)])
-def test_a_write_equals_the_loop(shape):
+def test_update_equals_the_loop(shape):
     bank, x = make_bank(), draw(*shape, FEATURES)
     before = bank.memory_bank.clone()
     norm = bank.stage(x, rows_of(x))
-    assert torch.equal(bank.memory_bank, before)  # nothing changes without commit
+    assert torch.equal(bank.memory_bank, before)  # only commit changes the bank
     bank.commit()
     expected = written_by_loop(before, x.flatten(0, 1))
     assert torch.allclose(bank.memory_bank, expected, **STRICT)
     assert torch.allclose(norm, (expected - before).norm(), **STRICT)
 
 
-def test_accumulated_micro_batches_write_what_one_batch_does():
+def test_accumulated_micro_batches_equal_one_batch():
     x = draw(8, 9, FEATURES)
     whole, pieces = make_bank(), make_bank()
     norm = whole.stage(x, rows_of(x))
     for row in x:
-        assert pieces.stage(row[None], rows_of(row[None])) != norm  # each counts what it alone would change
-    whole.finish_forward()
+        assert pieces.stage(row[None], rows_of(row[None])) != norm  # the norm is that of this micro-batch alone
+    whole.commit()
     pieces.commit()
     assert torch.allclose(whole.memory_bank, pieces.memory_bank, **STRICT)
 
 
-def test_a_second_commit_writes_nothing():
+def test_second_commit_changes_nothing():
     bank, x = make_bank(), draw(2, 9, FEATURES)
     bank.commit()
     assert torch.equal(bank.memory_bank, make_bank().memory_bank)
@@ -82,7 +82,7 @@ def test_a_second_commit_writes_nothing():
     assert not torch.equal(once, make_bank().memory_bank)
 
 
-def test_padding_does_not_count():
+def test_padding_is_ignored():
     bank, alone = make_bank(), make_bank()
     x, mask = draw(2, 9, FEATURES), torch.ones(2, 9, dtype=torch.bool)
     mask[0, :4] = mask[1, 5] = mask[1, 8] = False
@@ -94,7 +94,7 @@ def test_padding_does_not_count():
     assert torch.allclose(*norms, **STRICT) and torch.allclose(bank.memory_bank, alone.memory_bank, **STRICT)
 
 
-def test_a_batch_of_padding_writes_nothing():
+def test_batch_of_padding_changes_nothing():
     bank, x = make_bank(), draw(2, 9, FEATURES)
     rows = rows_of(x, torch.zeros(2, 9, dtype=torch.bool))
     assert bank.stage(rows.unpad(x), rows) == 0
@@ -103,7 +103,7 @@ def test_a_batch_of_padding_writes_nothing():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_leaves_the_slots_as_they_are(value):
+def test_entities_that_are_not_finite_change_nothing(value):
     bank, x = make_bank(), draw(2, 9, FEATURES)
     x[1, 3, 2] = value
     assert bank.stage(x, rows_of(x)) == 0
@@ -113,17 +113,17 @@ def test_what_is_not_finite_leaves_the_slots_as_they_are(value):
     bank.stage(x, rows_of(x))
     bank.commit()
     expected = written_by_loop(make_bank().memory_bank, x.flatten(0, 1))
-    assert torch.allclose(bank.memory_bank, expected, **STRICT)  # and does not stay staged
+    assert torch.allclose(bank.memory_bank, expected, **STRICT)  # the staged statistics were discarded
 
 
-def test_what_the_bank_cannot_hold_is_not_written():
+def test_values_beyond_the_dtype_are_not_written():
     bank, x = make_bank(torch.float32), draw(2, 9, FEATURES) * 1e200
     bank.stage(x, rows_of(x))
     bank.commit()
     assert torch.equal(bank.memory_bank, make_bank(torch.float32).memory_bank)
 
 
-def test_a_slot_that_got_nothing_stays():
+def test_slots_without_entities_keep_their_value():
     bank = make_bank()
     with torch.no_grad():
         bank.memory_bank.copy_(torch.tensor([[1.0], [-1.0], [1.0]]) * 1e4)
@@ -135,7 +135,7 @@ def test_a_slot_that_got_nothing_stays():
     assert torch.allclose(bank.memory_bank[[0, 2]], DECAY * before[[0, 2]] + (1 - DECAY), **STRICT)
 
 
-def test_the_order_of_entities_does_not_matter_in_float32():
+def test_order_of_entities_does_not_matter_in_float32():
     x = draw(4, 500, FEATURES).float()
     banks = make_bank(torch.float32), make_bank(torch.float32)
     for bank, entities in zip(banks, (x, x.flip(0, 1)), strict=True):
@@ -145,7 +145,7 @@ def test_the_order_of_entities_does_not_matter_in_float32():
     assert torch.equal(banks[0].memory_bank, banks[1].memory_bank)
 
 
-def test_no_gradient_passes_through_a_write():
+def test_updates_have_no_gradient():
     bank, x = make_bank(), draw(2, 9, FEATURES).requires_grad_()
     norm = bank.stage(x, rows_of(x))
     assert not any(one.requires_grad for one in (norm, *bank.staged))
@@ -156,21 +156,21 @@ def test_no_gradient_passes_through_a_write():
 
 @pytest.mark.parametrize("size", [0, -1])
 @pytest.mark.parametrize("name", ["d_model", "memory_size"])
-def test_a_bank_names_what_it_cannot_be_made_of(name, size):
+def test_invalid_bank_sizes_raise(name, size):
     with pytest.raises(ValueError, match=rf"`{name}` must be at least 1, got {size}"):
         MemoryBank(**{"d_model": 4, "memory_size": 4, name: size})
 
 
 @pytest.mark.parametrize("memory", [MemoryBank, partial(FlowMemoryNetwork, num_memory_heads=2)])
 @pytest.mark.parametrize("decay", [0, 1, -0.1, 1.5, math.nan])
-def test_a_decay_that_is_none_is_refused(memory, decay):
+def test_invalid_decays_raise(memory, decay):
     with pytest.raises(ValueError, match=rf"`memory_bank_decay` must lie in \(0, 1\), got {decay}"):
         memory(4, 4, memory_bank_decay=decay)
 
 
 @pytest.mark.parametrize("common", [0.0, 1.0])
-def test_slots_stay_apart_over_many_writes(common):
-    """Of normalised states in clusters, whether or not these share a direction."""
+def test_slots_stay_distinct_over_many_updates(common):
+    """Uses clusters of normalised states, with and without a common direction."""
     width, count = 64, 16
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(count, width, generator=generator) + common * torch.randn(width, generator=generator)
@@ -187,7 +187,7 @@ def test_slots_stay_apart_over_many_writes(common):
     assert torch.pdist(bank.memory_bank).mean() > 0.9 * torch.pdist(centres).mean()
 
 
-# The slots of a sequence
+# Sequence memory
 
 
 def make_sequence_memory(chunk_length=4):
@@ -200,7 +200,7 @@ def make_sequence_memory(chunk_length=4):
 
 
 def held_by_loop(memory, x):
-    """What each entity of one segment `[length, D]` reads, `[length, S, D]`, straight from the equations."""
+    """Return the slots that each entity of one segment `[length, D]` reads, `[length, S, D]`, from the equations."""
     slots, seen = memory.initial_slots, []
     for start in range(0, len(x), memory.chunk_length):
         chunk = x[start : start + memory.chunk_length]
@@ -225,21 +225,21 @@ def assert_same_with_gradients(memory, x, found, expected, all_move=True):
 
 @pytest.mark.parametrize("chunk_length", [2, 4, 7])
 @pytest.mark.parametrize("length", [15, 16, 29])
-def test_slots_of_a_sequence_equal_the_loop(chunk_length, length):
+def test_sequence_memory_equals_the_loop(chunk_length, length):
     memory, x = make_sequence_memory(chunk_length), draw(2, length, FEATURES).requires_grad_()
     expected = torch.stack([held_by_loop(memory, row) for row in x])
     assert_same_with_gradients(memory, x, read(memory, x, rows_of(x)), expected)
 
 
 @pytest.mark.parametrize("chunk_length", [2, 4, 7])
-def test_before_a_chunk_has_closed_the_slots_are_the_first_ones(chunk_length):
+def test_open_first_chunk_reads_the_initial_slots(chunk_length):
     memory, x = make_sequence_memory(chunk_length), draw(2, chunk_length, FEATURES)
     first = memory.initial_slots.expand(2, chunk_length, -1, -1)
     assert torch.equal(read(memory, x, rows_of(x)), first)
 
 
 @pytest.mark.parametrize("chunk_length", [2, 4, 7])
-def test_each_segment_starts_with_slots_of_its_own(chunk_length):
+def test_each_segment_starts_with_the_initial_slots(chunk_length):
     memory, x = make_sequence_memory(chunk_length), draw(2, 30, FEATURES).requires_grad_()
     lengths = [[1, 4, 9, 5, 11], [12, 18]]
     segments = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths])
@@ -261,7 +261,7 @@ def test_padding_is_not_assigned(chunk_length):
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("chunk_length", [2, 4, 7])
-def test_a_sequence_in_pieces_fills_the_same_slots(split, chunk_length):
+def test_any_split_gives_equal_slots(split, chunk_length):
     memory, x = make_sequence_memory(chunk_length), draw(2, 29, FEATURES)
     feed = Feed(memory, x)
     pieces = [feed(counts) for counts in SPLITS[split]]
@@ -271,7 +271,7 @@ def test_a_sequence_in_pieces_fills_the_same_slots(split, chunk_length):
 
 
 @pytest.mark.parametrize("removed", [1, 4, 9])
-def test_what_is_cropped_leaves_the_slots(removed):
+def test_crop_restores_the_slots(removed):
     memory, x, other = make_sequence_memory(), draw(2, 40, FEATURES), draw(2, 40, FEATURES, seed=3)
     feed = Feed(memory, x)
     feed.state.activate_past_recording()
@@ -286,10 +286,10 @@ def test_what_is_cropped_leaves_the_slots(removed):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("score", [-1e4, -90.0, -60.0])  # a share of 0, of less than float32 can hold well, of 1e-26
-def test_a_slot_that_gets_almost_nothing_keeps_what_it_holds(dtype, score):
+@pytest.mark.parametrize("score", [-1e4, -90.0, -60.0])  # weights of 0, of a subnormal float32 number, and of 1e-26
+def test_slots_with_tiny_assignments_keep_their_value(dtype, score):
     memory, x = make_sequence_memory().to(dtype), draw(2, 400, FEATURES).to(dtype)
-    x[..., 0] = 1  # what the queries tell slots apart by
+    x[..., 0] = 1  # the only feature that the queries use
     x.requires_grad_()
     with torch.no_grad():
         memory.pooling_query.zero_()
@@ -300,7 +300,7 @@ def test_a_slot_that_gets_almost_nothing_keeps_what_it_holds(dtype, score):
     assert all(gradient.isfinite().all() for gradient in gradients(found, [x, *memory.parameters()]))
 
 
-def test_an_even_share_decays_at_the_rate_of_the_slot():
+def test_equal_assignments_decay_at_the_rate_of_the_slot():
     memory, x = make_sequence_memory(), draw(1, 9, FEATURES)
     with torch.no_grad():
         memory.pooling_query.zero_()
@@ -309,23 +309,23 @@ def test_an_even_share_decays_at_the_rate_of_the_slot():
     assert torch.allclose(read(memory, x, rows_of(x))[0, 4], expected, **STRICT)
 
 
-def test_entities_are_assigned_in_float32_at_least():
+def test_assignment_is_at_least_float32():
     memory = make_sequence_memory().float()
     slots, _ = memory(draw(1, 12, FEATURES).bfloat16(), make_row_layout(1, 12, CPU))
     assert slots.dtype == torch.float32 and slots.isfinite().all()
 
 
-# Reading
+# Attention
 
 
-def normalised(norm, x):
+def rms_norm(norm, x):
     return norm.weight * x / (x.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt()
 
 
 def read_by_loop(attention, x, slots):
-    """What one entity `[D]` reads from slots `[S, D]`."""
-    query = normalised(attention.q_norm, attention.q_proj(x).view(attention.num_heads, -1))
-    key, value = normalised(attention.k_norm, attention.k_proj(slots)), attention.v_proj(slots)
+    """Attend from one entity `[D]` to slots `[S, D]`."""
+    query = rms_norm(attention.q_norm, attention.q_proj(x).view(attention.num_heads, -1))
+    key, value = rms_norm(attention.k_norm, attention.k_proj(slots)), attention.v_proj(slots)
     heads = []
     for head in range(attention.num_heads):
         scores = key @ query[head] / math.sqrt(query.shape[1])
@@ -347,7 +347,7 @@ def gradients(outputs, inputs):
 
 @pytest.mark.parametrize("num_heads", [1, 3])
 @pytest.mark.parametrize("per_row", [False, True])
-def test_reading_the_bank_equals_the_loop(num_heads, per_row):
+def test_bank_attention_equals_the_loop(num_heads, per_row):
     attention, x = make_attention(num_heads), draw(2, 7, FEATURES).requires_grad_()
     bank = draw(2, SLOTS, FEATURES, seed=2) if per_row else draw(SLOTS, FEATURES, seed=2)
     found = attention(x, bank)
@@ -362,7 +362,7 @@ def test_reading_the_bank_equals_the_loop(num_heads, per_row):
 
 @pytest.mark.parametrize("with_bank", [False, True])
 @pytest.mark.parametrize("lengths", [[[3], [3]], [[29], [29]], [[1, 4, 9, 5, 10], [12, 17]], [[4, 4, 4], [12]]])
-def test_reading_in_chunks_equals_the_loop(with_bank, lengths):
+def test_sequence_memory_attention_equals_the_loop(with_bank, lengths):
     attention, length = make_attention(), sum(lengths[0])
     x = draw(2, length, FEATURES).requires_grad_()
     segments = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths])
@@ -385,7 +385,7 @@ def test_reading_in_chunks_equals_the_loop(with_bank, lengths):
     assert all(torch.allclose(one, other, atol=1e-9, rtol=0) for one, other in zip(found, expected, strict=True))
 
 
-def test_dropout_is_for_training():
+def test_dropout_is_active_in_training_only():
     attention, x, bank = make_attention(dropout=0.5), draw(2, 7, FEATURES), draw(SLOTS, FEATURES)
     with torch.no_grad():
         plain = attention(x, bank)
@@ -393,7 +393,7 @@ def test_dropout_is_for_training():
         assert not torch.allclose(attention.train()(x, bank), plain)
 
 
-# A memory that stands alone
+# Stand-alone memory
 
 
 def make_network(num_memory_heads=2):
@@ -401,7 +401,7 @@ def make_network(num_memory_heads=2):
     return FlowMemoryNetwork(FEATURES, SLOTS, num_memory_heads, memory_bank_decay=DECAY).double()
 
 
-def test_it_reads_and_then_writes():
+def test_network_attends_before_it_updates():
     network, x = make_network(), draw(2, 9, FEATURES)
     before = network.memory_bank.clone()
     out, metrics = network(x)
@@ -411,10 +411,10 @@ def test_it_reads_and_then_writes():
     norm = metrics["memory_write_norm"]
     assert norm.shape == () and not norm.requires_grad
     assert torch.allclose(norm, (network.memory_bank - before).norm(), **STRICT)
-    assert not torch.allclose(network(x)[0], out)  # it reads what was written
+    assert not torch.allclose(network(x)[0], out)  # it attends to the updated bank
 
 
-def test_two_equal_memories_stay_equal():
+def test_equal_networks_stay_equal():
     network, x = make_network(), draw(5, 2, 9, FEATURES)
     other = copy.deepcopy(network)
     for batch in x:
@@ -422,11 +422,11 @@ def test_two_equal_memories_stay_equal():
         assert torch.equal(*outputs) and torch.equal(network.memory_bank, other.memory_bank)
 
 
-def test_it_learns_but_not_through_the_write():
+def test_network_trains_but_not_through_the_update():
     network, x = make_network(), draw(2, 9, FEATURES).requires_grad_()
     out, _ = network(x)
     again, _ = network(x)
-    (out.square().sum() + again.square().sum()).backward()  # the first pass read what has been written over since
+    (out.square().sum() + again.square().sum()).backward()  # the bank of the first pass was overwritten
     assert all(parameter.grad.any() for parameter in network.parameters())
     assert not network.memory_bank.requires_grad and network.memory_bank.grad_fn is None
 
@@ -434,7 +434,7 @@ def test_it_learns_but_not_through_the_write():
 @pytest.mark.parametrize(
     ("training", "options"), [(True, {"update_memory": False}), (False, {}), (False, {"update_memory": True})]
 )
-def test_it_writes_in_training_only_and_when_it_is_asked_to(training, options):
+def test_updates_need_training_mode_and_update_memory(training, options):
     network, x = make_network().train(training), draw(2, 9, FEATURES)
     out, metrics = network(x, **options)
     assert torch.equal(network.memory_bank, make_network().memory_bank) and network.staged is None
@@ -442,14 +442,14 @@ def test_it_writes_in_training_only_and_when_it_is_asked_to(training, options):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_is_not_remembered(value):
+def test_network_ignores_inputs_that_are_not_finite(value):
     network, x = make_network(), draw(2, 9, FEATURES)
     x[0, 0, 0] = value
     network(x)
     assert torch.equal(network.memory_bank, make_network().memory_bank)
 
 
-def test_its_bank_is_saved_with_it():
+def test_bank_is_in_the_state_dict():
     network, x = make_network(), draw(2, 9, FEATURES)
     network(x)
     other = FlowMemoryNetwork(FEATURES, SLOTS, 2).double()
@@ -459,20 +459,20 @@ def test_its_bank_is_saved_with_it():
 
 
 @pytest.mark.parametrize("shape", [(9, FEATURES), (2, 9, FEATURES + 1), (2, 3, 9, FEATURES), (FEATURES,)])
-def test_a_wrong_shape_is_named(shape):
+def test_wrong_shapes_raise(shape):
     with pytest.raises(ValueError) as error:
         make_network()(draw(*shape))
     assert f"[batch, length, {FEATURES}]" in str(error.value) and str(list(shape)) in str(error.value)
 
 
 @pytest.mark.parametrize(("requested", "taken"), [(1, 1), (3, 3), (4, 3), (5, 3), (6, 6), (20, 6)])
-def test_heads_are_lowered_to_what_divides_the_width(requested, taken):
+def test_heads_are_lowered_to_a_divisor(requested, taken):
     network = make_network(requested)
     assert network.attention.num_heads == taken
     assert network(draw(1, 4, FEATURES))[0].shape == (1, 4, FEATURES)
 
 
 @pytest.mark.parametrize("name", ["d_model", "memory_size", "num_memory_heads"])
-def test_a_memory_names_what_it_cannot_be_made_of(name):
+def test_invalid_network_sizes_raise(name):
     with pytest.raises(ValueError, match=rf"{name}.*0"):
         FlowMemoryNetwork(**{"d_model": 4, "memory_size": 4, "num_memory_heads": 2, name: 0})

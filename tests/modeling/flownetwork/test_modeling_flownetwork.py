@@ -1,4 +1,4 @@
-"""FlowNetwork beyond the invariants: its layer, its reach, its memory bank, its heads and what it refuses."""
+"""FlowNetwork beyond the invariants: layer, receptive field, memory bank, heads and errors."""
 
 import math
 
@@ -53,7 +53,7 @@ LEFT_PADDED[0, :7] = 0
 
 
 @block_types
-def test_a_layer_adds_flow_with_attention_memory_and_feed_forward(block_type):
+def test_layer_equals_its_equations(block_type):
     model = make_model(FlowNetworkModel, block_type=block_type)
     layer, rows, states = model.layers[0], make_row_layout(2, 20, CPU), torch.randn(2, 20, 16).double()
     rotary = model.rotary(states, rows.segment_positions)
@@ -75,7 +75,7 @@ def test_a_layer_adds_flow_with_attention_memory_and_feed_forward(block_type):
 
 
 @pytest.mark.parametrize("memory_size", [0, 3])
-def test_a_layer_of_another_width_projects_what_it_adds_to(memory_size):
+def test_layer_with_another_input_width_projects_its_residual(memory_size):
     config = FlowNetworkConfig(**TINY | {"memory_size": memory_size})
     torch.manual_seed(0)
     layer, x, rows = (
@@ -111,7 +111,7 @@ def test_layers_of_two_widths_run_under_autocast():
         assert states.dtype == torch.float32 and states.isfinite().all()
 
 
-# Reach
+# Receptive field
 
 
 def gradient_of_the_last_logits(model, length):
@@ -123,20 +123,20 @@ def gradient_of_the_last_logits(model, length):
 
 @pytest.mark.parametrize("num_hidden_layers", [1, 3])
 @pytest.mark.parametrize("window", [2, 6])
-def test_full_attention_sees_farther_than_windows_do(num_hidden_layers, window):
+def test_full_attention_has_a_larger_receptive_field(num_hidden_layers, window):
     length, reach = 40, num_hidden_layers * (window - 1)
-    # No chunk closes: the router's context holds nothing of the row.
+    # No chunk closes, so that the router's context is empty.
     options = {"memory_size": 0, "memory_chunk": length, "flow_window": window, "num_hidden_layers": num_hidden_layers}
     windowed = gradient_of_the_last_logits(make_model(**options), length)
-    # In each layer the flow looks back by its window, and attention over what has flowed by as much again.
+    # In each layer the flow covers one window, and the attention to its result covers another one.
     far, farther = length - 1 - reach, length - 1 - 2 * reach
     assert windowed[far:].all() and windowed[farther:far].any() and not windowed[:farther].any()
     assert gradient_of_the_last_logits(make_model(block_type="flow_transformer", **options), length).all()
 
 
 @pytest.mark.parametrize("memory_size", [0, 3])
-def test_the_routers_context_and_the_memory_see_every_closed_chunk(memory_size):
-    # Where one entity alone is kept it weighs 1, and routing has no gradient: all are kept.
+def test_router_context_and_memory_depend_on_all_closed_chunks(memory_size):
+    # Keep all entities: a single kept entity has weight 1, which gives the router no gradient.
     model = make_model(num_hidden_layers=1, memory_size=memory_size, base_sparsity=1.0)
     assert gradient_of_the_last_logits(model, 40).all()
 
@@ -157,7 +157,7 @@ def test_runs_at_any_length(block_type, memory_size, length):
 # The memory bank
 
 
-def test_eval_and_generate_write_nothing():
+def test_eval_and_generate_do_not_change_the_bank():
     model = make_model()
     ids = draw_ids(2, 20, 0)
     before = bank_of(model).clone()
@@ -178,14 +178,14 @@ def train_step(model, ids, **inputs):
 
 
 def expected_bank(model, states):
-    """The bank after it took in final states `[number, D]`, straight from the equation."""
+    """Return the bank after an update with final states `[number, D]`, from the equation."""
     bank, decay = bank_of(model), model.config.memory_bank_decay
     shares = (4 * states @ bank.T / math.sqrt(states.shape[-1])).softmax(dim=-1)
     return decay * bank + (1 - decay) * (shares.T @ states) / shares.sum(dim=0)[:, None]
 
 
 @block_types
-def test_training_stages_final_states_and_commit_writes_them_once(block_type):
+def test_commit_writes_the_staged_states_once(block_type):
     model = make_model(block_type=block_type, memory_bank_decay=0.7).train()
     ids = draw_ids(2, 20, 0)
     before = bank_of(model).clone()
@@ -200,7 +200,7 @@ def test_training_stages_final_states_and_commit_writes_them_once(block_type):
     assert not bank_of(model).requires_grad and bank_of(model).grad_fn is None
 
 
-def test_what_is_written_is_read_by_the_next_batch_only():
+def test_updates_affect_only_later_batches():
     model, ids = make_model().train(), draw_ids(2, 20, 0)
     first = train_step(model, ids)
     assert torch.equal(train_step(model, ids).logits, first.logits)
@@ -209,7 +209,7 @@ def test_what_is_written_is_read_by_the_next_batch_only():
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_a_commit_before_the_backward_pass_does_not_disturb_it(checkpointing):
+def test_commit_before_the_backward_pass_keeps_the_gradients(checkpointing):
     gradients = []
     for early in (False, True):
         model, ids = make_model().train(), draw_ids(2, 20, 0)
@@ -224,7 +224,7 @@ def test_a_commit_before_the_backward_pass_does_not_disturb_it(checkpointing):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointed_layers_write_once(reentrant):
+def test_checkpointed_layers_stage_once(reentrant):
     banks = []
     for checkpointing in (False, True):
         model, ids = make_model().train(), draw_ids(2, 20, 0)
@@ -238,7 +238,7 @@ def test_checkpointed_layers_write_once(reentrant):
     assert torch.equal(*banks)
 
 
-def test_accumulated_micro_batches_write_what_one_batch_does():
+def test_accumulated_micro_batches_equal_one_batch():
     whole, pieces, ids = make_model().train(), make_model().train(), draw_ids(8, 20, 0)
     train_step(whole, ids)
     for row in ids:
@@ -249,7 +249,7 @@ def test_accumulated_micro_batches_write_what_one_batch_does():
     assert not torch.allclose(bank_of(whole), bank_of(make_model()))
 
 
-def test_the_bank_is_saved_with_the_model_and_stays_fp32(tmp_path):
+def test_bank_is_saved_and_stays_fp32(tmp_path):
     model, ids = make_model().float().train(), draw_ids(2, 20, 0)
     train_step(model, ids)
     model.commit_memory()
@@ -263,7 +263,7 @@ def test_the_bank_is_saved_with_the_model_and_stays_fp32(tmp_path):
         assert bank_of(loaded).dtype == torch.float32 and not torch.equal(bank_of(loaded), bank_of(model))
 
 
-def test_adapters_train_beside_a_bank_that_stays():
+def test_adapters_train_without_changing_the_bank():
     model, ids = make_model(), draw_ids(2, 40, 0)
     before = bank_of(model).clone()
     adapted = get_peft_model(model, LoraConfig(target_modules="all-linear", r=2)).double().train()
@@ -276,7 +276,7 @@ def test_adapters_train_beside_a_bank_that_stays():
     assert torch.equal(bank_of(model), before) and model.model.memory.staged is None
 
 
-def test_memory_off():
+def test_memory_size_0():
     model, ids = make_model(memory_size=0).train(), draw_ids(2, 20, 0)
     assert not [name for name in model.state_dict() if "memory" in name]
     outputs = train_step(model, ids)
@@ -319,7 +319,7 @@ def test_metrics_are_means_over_layers_and_real_tokens():
 
 
 @block_types
-def test_flows_are_the_matrices_of_the_layers(block_type):
+def test_flows_equal_the_matrices_of_the_layers(block_type):
     model, ids = make_model(FlowNetworkModel, block_type=block_type), draw_ids(2, 20, 0)
     with torch.no_grad():
         for layer in range(2):
@@ -329,10 +329,10 @@ def test_flows_are_the_matrices_of_the_layers(block_type):
             matrix, _ = FlowLayer.forward(model.layers[layer].flow, u, routing)
             assert flows.matrix.shape == (2, 20, 20) and torch.allclose(flows.matrix, matrix, **STRICT)
             assert torch.allclose(flows.window, routing[0], **STRICT)
-            assert torch.allclose(flows.share, routing[1], **STRICT)
+            assert torch.allclose(flows.fraction, routing[1], **STRICT)
 
 
-def test_flows_go_between_columns():
+def test_flows_are_between_columns():
     model, ids = make_model(), draw_ids(2, 20, 0)
     with torch.no_grad():
         flows = model(ids, attention_mask=LEFT_PADDED, output_flows=True).flows
@@ -345,7 +345,7 @@ def test_flows_go_between_columns():
         whole = flows[layer]
         assert torch.allclose(whole.matrix[:1, 7:, 7:], alone[layer].matrix, **STRICT)
         assert not whole.matrix[0, :7].any() and not whole.matrix[0, :, :7].any()
-        assert not whole.window[0, :7].any() and not whole.share[0, :7].any()
+        assert not whole.window[0, :7].any() and not whole.fraction[0, :7].any()
         assert torch.allclose(parts[0][layer].matrix, whole.matrix[:, :12, :12], **STRICT)
         assert torch.allclose(parts[1][layer].matrix, whole.matrix[:, 12:], **STRICT)
         assert torch.allclose(parts[1][layer].window, whole.window[:, 12:], **STRICT)
@@ -356,7 +356,7 @@ def test_flows_go_between_columns():
 
 @pytest.fixture
 def compiled():
-    """The same model compiled whole: a break in its graph is an error."""
+    """Compile the model as one graph; a graph break is an error."""
     torch._dynamo.reset()
     yield lambda model: torch.compile(model, fullgraph=True, backend="eager")
     torch._dynamo.reset()
@@ -364,7 +364,7 @@ def compiled():
 
 @block_types
 @pytest.mark.parametrize("inputs", [{}, {"use_cache": False}, {"attention_mask": LEFT_PADDED}])
-def test_a_forward_pass_is_one_graph(block_type, inputs, compiled):
+def test_forward_pass_is_one_graph(block_type, inputs, compiled):
     model, ids = make_model(block_type=block_type, num_hidden_layers=1), draw_ids(2, 20, 0)
     with torch.no_grad():
         expected, found = model(ids, **inputs), compiled(model)(ids, **inputs)
@@ -373,12 +373,12 @@ def test_a_forward_pass_is_one_graph(block_type, inputs, compiled):
 
 
 @block_types
-def test_a_training_step_is_one_graph(block_type, compiled):
+def test_training_step_is_one_graph(block_type, compiled):
     model, ids = make_model(block_type=block_type, num_hidden_layers=1).train(), draw_ids(2, 20, 0)
     results = []
     for step in (model, compiled(model)):
         model.zero_grad()
-        for _ in range(2):  # the second finds something staged
+        for _ in range(2):  # the second pass starts with staged statistics
             step(ids, attention_mask=LEFT_PADDED, labels=ids, use_cache=False).loss.backward()
         gradients = [parameter.grad.clone() for parameter in model.parameters()]
         results.append([*gradients, *model.model.memory.staged])
@@ -389,7 +389,7 @@ def test_a_training_step_is_one_graph(block_type, compiled):
 # Initial statistics
 
 
-def test_the_first_loss_is_that_of_guessing():
+def test_initial_loss_is_that_of_a_uniform_distribution():
     torch.manual_seed(0)
     model = FlowNetworkForCausalLM(FlowNetworkConfig(num_hidden_layers=2)).eval()
     ids = torch.randint(4096, (2, 200), generator=torch.Generator().manual_seed(0))
@@ -422,7 +422,7 @@ def test_left_padded_rows_generate_as_if_alone(block_type):
         assert torch.equal(together[row, 20:], alone[0, -15:])
 
 
-def test_the_cache_goes_by_either_name():
+def test_cache_is_accepted_under_both_names():
     model, ids, results = make_model(), draw_ids(2, 8, 0), []
     with torch.no_grad():
         for name in ("past_key_values", "cache"):
@@ -434,14 +434,14 @@ def test_the_cache_goes_by_either_name():
 
 
 @pytest.mark.parametrize("implementation", ["static", "quantized"])
-def test_caches_of_fixed_size_are_refused_in_a_sentence(implementation):
+def test_caches_of_fixed_size_raise(implementation):
     with pytest.raises(ValueError, match=rf"'{implementation}' cannot hold.*\"dynamic\""):
         make_model().generate(draw_ids(1, 8, 0), cache_implementation=implementation, max_new_tokens=2, pad_token_id=0)
 
 
 @block_types
 @pytest.mark.parametrize("part", ["embed_tokens.weight", "layers.0.router.route_proj.weight", "layers.1.flow.profile"])
-def test_a_diverged_model_gives_nan_and_no_crash(block_type, part):
+def test_diverged_model_returns_nan(block_type, part):
     model, ids = make_model(block_type=block_type).train(), draw_ids(2, 20, 0)
     before = bank_of(model).clone()
     with torch.no_grad():
@@ -455,7 +455,7 @@ def test_a_diverged_model_gives_nan_and_no_crash(block_type, part):
 
 
 @block_types
-def test_a_row_of_nothing_is_nothing_to_the_others(block_type):
+def test_empty_rows_do_not_affect_other_rows(block_type):
     model, ids, mask = make_model(block_type=block_type), draw_ids(2, 20, 10), torch.ones(2, 20)
     mask[0] = 0
     logits = model(ids, attention_mask=mask).logits
@@ -466,7 +466,7 @@ def test_a_row_of_nothing_is_nothing_to_the_others(block_type):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_a_class_is_that_of_the_last_real_token(side):
+def test_classification_uses_the_last_real_token(side):
     model = make_model(FlowNetworkForSequenceClassification, num_labels=3, pad_token_id=0)
     ids = draw_ids(2, 20, 7)
     alone = torch.cat([model(ids[:1, :13]).logits, model(ids[1:]).logits])
@@ -475,7 +475,7 @@ def test_a_class_is_that_of_the_last_real_token(side):
     padded[0] = mask[0] = 0
     padded[0, kept], mask[0, kept] = ids[0, :13], 1
     assert torch.allclose(model(padded, attention_mask=mask).logits, alone, **STRICT)
-    if side == "right":  # the pad token says as much
+    if side == "right":  # the pad token gives the same result
         assert torch.allclose(model(padded).logits, alone, **STRICT)
 
 
@@ -491,7 +491,7 @@ def test_a_class_is_that_of_the_last_real_token(side):
         ),
     ],
 )
-def test_classification_losses_train_the_memory_too(fields, labels, loss):
+def test_classification_losses_train_the_memory(fields, labels, loss):
     model = make_model(FlowNetworkForSequenceClassification, pad_token_id=0, **fields).train()
     before = bank_of(model).clone()
     outputs = model(draw_ids(2, 20, 8), labels=labels)
@@ -501,7 +501,7 @@ def test_classification_losses_train_the_memory_too(fields, labels, loss):
     assert not torch.equal(bank_of(model), before)
 
 
-def test_a_batch_without_mask_or_pad_token_has_no_last_token():
+def test_batch_without_mask_or_pad_token_raises():
     model = make_model(FlowNetworkForSequenceClassification)
     assert model(draw_ids(1, 9, 0)).logits.shape == (1, 2)
     with pytest.raises(ValueError, match=r"attention_mask.*pad_token_id"):

@@ -1,4 +1,4 @@
-"""The paper's own interface: its quick start, its checks, and the same weights as the causal model inside."""
+"""API of the FlowNetwork paper: quick start, validation, and equality with the underlying causal model."""
 
 import logging
 
@@ -10,7 +10,7 @@ from dfn_hf.modeling.flownetwork import configuration_flownetwork
 from dfn_hf.modeling.flownetwork import paper_api as flownetwork
 
 VOCABULARY = 40
-HEADS = [(64, 8, 8), (65, 8, 5), (128, 12, 8)]  # d_model, asked for, taken
+HEADS = [(64, 8, 8), (65, 8, 5), (128, 12, 8)]  # d_model, requested heads, adjusted heads
 STRICT = {"atol": 1e-10, "rtol": 0}
 networks = pytest.mark.parametrize("network", [flownetwork.FlowNetwork, flownetwork.EnhancedFlowTransformer])
 
@@ -45,7 +45,7 @@ OF_A_MODEL = OF_A_LAYER | {"memory_write_norm"}
 
 @pytest.fixture
 def log(caplog, monkeypatch):
-    """What the package logs; transformers keeps its records from the root logger."""
+    """Capture the log records of the package, which transformers does not propagate to the root logger."""
     for module in (configuration_flownetwork, flownetwork):
         monkeypatch.setattr(module, "logger", logging.getLogger(module.__name__ + ".test"))
     caplog.set_level(logging.DEBUG)
@@ -72,12 +72,12 @@ def test_quick_start():
 
 
 @networks
-@pytest.mark.parametrize(("d_model", "asked", "taken"), HEADS)
-def test_a_network_adjusts_its_heads_and_runs(network, d_model, asked, taken, log):
-    model = make_network(network, d_model, num_heads=asked)
+@pytest.mark.parametrize(("d_model", "requested", "taken"), HEADS)
+def test_networks_adjust_their_heads(network, d_model, requested, taken, log):
+    model = make_network(network, d_model, num_heads=requested)
     messages = [record.getMessage() for record in log.records]
-    assert len(messages) == (asked != taken)
-    assert all(str(number) in message for message in messages for number in (d_model, asked, taken))
+    assert len(messages) == (requested != taken)
+    assert all(str(number) in message for message in messages for number in (d_model, requested, taken))
     config = model.causal_lm.config
     assert (config.num_attention_heads, config.num_memory_heads, config.num_key_value_heads) == (taken,) * 3
     for length in (32, 128, 512):
@@ -88,12 +88,12 @@ def test_a_network_adjusts_its_heads_and_runs(network, d_model, asked, taken, lo
     assert len(log.records) == len(messages)
 
 
-@pytest.mark.parametrize(("d_model", "asked", "taken"), HEADS)
-def test_a_layer_adjusts_its_heads_and_runs(d_model, asked, taken, log):
-    layer = make_layer(d_model, d_model, num_heads=asked)
+@pytest.mark.parametrize(("d_model", "requested", "taken"), HEADS)
+def test_layers_adjust_their_heads(d_model, requested, taken, log):
+    layer = make_layer(d_model, d_model, num_heads=requested)
     messages = [record.getMessage() for record in log.records]
-    assert len(messages) == (asked != taken)
-    assert all(str(number) in message for message in messages for number in (d_model, asked, taken))
+    assert len(messages) == (requested != taken)
+    assert all(str(number) in message for message in messages for number in (d_model, requested, taken))
     assert layer.layer.memory_attention.num_heads == taken
     for length in (32, 128, 512):
         x = draw(1, length, d_model)
@@ -109,7 +109,7 @@ def test_a_layer_adjusts_its_heads_and_runs(d_model, asked, taken, log):
 
 @networks
 @pytest.mark.parametrize("cut", [1, 63, 64, 130])
-def test_a_network_is_causal(network, cut):
+def test_networks_are_causal(network, cut):
     model, ids = make_network(network).double(), draw_ids(2, 200)
     other = torch.cat([ids[:, :cut], draw_ids(2, 200 - cut, seed=1)], dim=1)
     with torch.no_grad():
@@ -119,14 +119,14 @@ def test_a_network_is_causal(network, cut):
 
 
 @networks
-def test_its_attention_reaches_what_its_name_says(network):
+def test_receptive_fields_of_the_networks(network):
     config = make_network(network).causal_lm.config
     assert config.block_type == {"FlowNetwork": "enhanced_flow"}.get(network.__name__, "flow_transformer")
 
 
 @networks
 @pytest.mark.parametrize("training", [False, True])
-def test_its_logits_are_those_of_the_causal_model_inside(network, training):
+def test_logits_equal_those_of_causal_lm(network, training):
     model, ids = make_network(network, dropout=0.0).train(training), draw_ids(2, 70)
     logits, metrics = model(ids)
     outputs = model.causal_lm(ids)
@@ -137,13 +137,13 @@ def test_its_logits_are_those_of_the_causal_model_inside(network, training):
 
 
 @networks
-def test_every_weight_learns(network):
+def test_every_weight_has_a_gradient(network):
     model, ids = make_network(network).train(), draw_ids(2, 200)
     model(ids)[0].square().mean().backward()
     assert all(weight.grad is not None and weight.grad.any() for weight in model.parameters())
 
 
-def test_its_bank_is_written_by_commit_memory_alone():
+def test_only_commit_memory_updates_the_bank():
     torch.manual_seed(0)
     model = flownetwork.FlowNetwork(vocab_size=50, d_model=16, num_layers=1, max_seq_len=64).train()
     bank = model.causal_lm.model.memory.memory_bank
@@ -155,7 +155,7 @@ def test_its_bank_is_written_by_commit_memory_alone():
 
 
 @networks
-def test_the_causal_model_inside_generates_is_saved_and_loads(network, tmp_path):
+def test_causal_lm_generates_saves_and_loads(network, tmp_path):
     model, ids = make_network(network), draw_ids(2, 70)
     made = model.causal_lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
     for step in range(70, 75):
@@ -175,14 +175,14 @@ def test_the_causal_model_inside_generates_is_saved_and_loads(network, tmp_path)
 @networks
 @pytest.mark.parametrize("size", [0, -1])
 @pytest.mark.parametrize("name", ["vocab_size", "d_model", "num_layers", "max_seq_len", "num_patterns", "num_heads"])
-def test_a_network_names_what_it_cannot_be_made_of(network, name, size):
+def test_invalid_network_sizes_raise(network, name, size):
     with pytest.raises(ValueError, match=rf"`{name}` must be at least 1, got {size}"):
         network(**{"vocab_size": VOCABULARY, "d_model": 16, "num_layers": 1, name: size})
 
 
 @networks
 @pytest.mark.parametrize("dropout", [-0.1, 1.0])
-def test_a_network_names_a_dropout_out_of_range(network, dropout):
+def test_invalid_dropout_raises(network, dropout):
     with pytest.raises(ValueError, match=rf"dropout` must lie in \[0, 1\), got {dropout}"):
         make_network(network, dropout=dropout)
 
@@ -192,7 +192,7 @@ def test_a_network_names_a_dropout_out_of_range(network, dropout):
 
 @pytest.mark.parametrize("memory_size", [0, 3])
 @pytest.mark.parametrize("widths", [(10, 16), (16, 10), (12, 12)])
-def test_a_layer_gives_the_width_asked_for(widths, memory_size):
+def test_layers_have_the_requested_output_width(widths, memory_size):
     layer, x = make_layer(*widths, memory_size=memory_size).train(), draw(2, 150, widths[0])
     out, metrics = layer(x)
     assert out.shape == (2, 150, widths[1]) and out.isfinite().all()
@@ -202,7 +202,7 @@ def test_a_layer_gives_the_width_asked_for(widths, memory_size):
 
 
 def test_equal_seeds_make_equal_layers(monkeypatch):
-    """Memory that nobody has initialised would differ, or not be finite."""
+    """Uninitialised memory would differ between the layers or contain NaN."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
     try:
@@ -214,7 +214,7 @@ def test_equal_seeds_make_equal_layers(monkeypatch):
 
 
 @pytest.mark.parametrize("per_row", [False, True])
-def test_a_layer_attends_to_a_memory_that_it_is_given(per_row):
+def test_layers_attend_to_a_given_memory(per_row):
     layer, x = make_layer(10, 16), draw(2, 80, 10)
     memory = draw(2, 5, 16, seed=1) if per_row else draw(5, 16, seed=1)
     memory.requires_grad_()
@@ -230,7 +230,7 @@ def test_a_layer_attends_to_a_memory_that_it_is_given(per_row):
 
 
 @pytest.mark.parametrize("shape", [(5, 16), (2, 5, 16)])
-def test_a_layer_without_memory_refuses_one(shape):
+def test_layers_without_memory_raise(shape):
     layer = make_layer(memory_size=0)
     layer(draw(2, 9, 16))
     with pytest.raises(ValueError, match="`memory_size` is 0"):
@@ -238,7 +238,7 @@ def test_a_layer_without_memory_refuses_one(shape):
 
 
 @pytest.mark.parametrize("memory_size", [0, 3])
-def test_a_layer_is_causal(memory_size):
+def test_layers_are_causal(memory_size):
     layer, x = make_layer(memory_size=memory_size), draw(2, 150, 16)
     other = torch.cat([x[:, :70], draw(2, 80, 16, seed=1)], dim=1)
     out, changed = layer(x)[0], layer(other)[0]
@@ -246,7 +246,7 @@ def test_a_layer_is_causal(memory_size):
     assert not torch.allclose(out[:, 70:], changed[:, 70:], atol=1e-3)
 
 
-def test_a_layer_drops_out_in_training_only():
+def test_dropout_is_active_in_training_only():
     layer, x = make_layer(dropout=0.5), draw(1, 20, 16)
     assert torch.equal(layer(x)[0], layer(x)[0])
     assert not torch.allclose(layer.train()(x)[0], layer(x)[0])
@@ -268,18 +268,18 @@ def test_a_layer_drops_out_in_training_only():
         ({"dropout": 1.0}, r"dropout` must lie in \[0, 1\), got 1.0"),
     ],
 )
-def test_a_layer_names_what_it_cannot_be_made_of(options, words):
+def test_invalid_layer_options_raise(options, words):
     with pytest.raises(ValueError, match=words):
         make_layer(**options)
 
 
 @pytest.mark.parametrize("options", [{"base_sparsity": 1.0}, {"flow_window": 1}, {"num_patterns": 1}])
-def test_a_layer_runs_at_the_ends_of_its_ranges(options):
+def test_layers_run_with_boundary_values(options):
     out, _ = make_layer(**options)(draw(2, 80, 16))
     assert out.isfinite().all()
 
 
-# Numbers out of tensors
+# Conversion of tensors to numbers
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_a_layer_runs_at_the_ends_of_its_ranges(options):
         (torch.tensor(4.0, requires_grad=True), 4),
     ],
 )
-def test_a_finite_number_is_taken(tensor, number, log):
+def test_finite_numbers_are_converted(tensor, number, log):
     taken = safe_tensor_to_int(tensor, default=99)
     assert type(taken) is int and taken == number and not log.records
 
@@ -304,7 +304,7 @@ def test_a_finite_number_is_taken(tensor, number, log):
     "tensor",
     [*(torch.tensor(float(word)) for word in ("nan", "inf", "-inf")), torch.tensor([1, 2]), torch.tensor([])],
 )
-def test_anything_else_is_the_default_and_logged(tensor, log):
+def test_other_tensors_give_the_default_and_are_logged(tensor, log):
     assert safe_tensor_to_int(tensor, default=99) == 99
     (record,) = log.records
     assert record.levelno == logging.WARNING

@@ -1,4 +1,4 @@
-"""Flow routing: selection, the flow matrix and its mixing against loops over the equations; the router."""
+"""Flow routing: selection, flow matrix, mixing and router against loops over the equations."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from dfn_hf import ContextAwareFlowRouter, FlowLayer
 from dfn_hf.modeling.flownetwork import routing as module
-from dfn_hf.modeling.flownetwork.routing import FEW, TIE_MARGIN, interpolate_knots, profile_knots, soft_top_k
+from dfn_hf.modeling.flownetwork.routing import TIE_CAP, TIE_MARGIN, interpolate_knots, profile_knots, soft_top_k
 from dfn_hf.modeling.modules.cache import FlowCacheLayer
 from dfn_hf.modeling.modules.row_layout import make_row_layout
 
@@ -29,15 +29,15 @@ def draw(*shape, seed=0):
 
 
 def select_by_loop(row, count):
-    """relu(F − θ), θ on the line through the sorted entries, 0 behind the last; a tie's margin below it.
+    """Compute relu(F − θ), with θ on the line through the sorted entries (0 after the last), minus a margin for ties.
 
-    The margin is a share of θ, the smaller the more are kept, down to that of FEW.
+    The margin is a fraction of θ that decreases with the number of kept entries, up to TIE_CAP entries.
     """
     ordered = [*sorted(row.tolist(), reverse=True), 0.0, 0.0]
     place = max(count - 0.5, 0.5)
     below = math.floor(place)
     threshold = ordered[below] + (place - below) * (ordered[below + 1] - ordered[below])
-    margin = TIE_MARGIN / min(max(count, 1), FEW)
+    margin = TIE_MARGIN / min(max(count, 1), TIE_CAP)
     kept = [max(entry - (1 - margin) * threshold, 0) for entry in row.tolist()]
     return torch.tensor(kept, dtype=torch.float64) / sum(kept)
 
@@ -54,8 +54,8 @@ ROWS = {
 @pytest.mark.parametrize("name", ROWS)
 def test_selection_equals_the_loop(name, count):
     flow = ROWS[name]
-    for most in {math.ceil(count), 9}:
-        selected = soft_top_k(flow, torch.tensor(count, dtype=torch.float64), most)
+    for max_count in {math.ceil(count), 9}:
+        selected = soft_top_k(flow, torch.tensor(count, dtype=torch.float64), max_count)
         expected = torch.stack([select_by_loop(row, count) for row in flow])
         assert torch.allclose(selected, expected, atol=1e-13, rtol=0)
         assert torch.allclose(selected.sum(dim=-1), torch.ones(len(flow)).double())
@@ -63,7 +63,7 @@ def test_selection_equals_the_loop(name, count):
 
 
 @pytest.mark.parametrize("count", [0, 1, 1.4, 1.6, 2, 6.51, 20.3, 40])
-def test_selection_keeps_as_many_as_asked(count):
+def test_selection_keeps_the_requested_number(count):
     flow = torch.logspace(0, 12, 40, dtype=torch.float64).flip(0).roll(7).expand(3, -1)
     selected = soft_top_k(flow, torch.tensor(float(count)), 40)
     assert ((selected > 0).sum(dim=-1) == max(1, round(count))).all()
@@ -71,12 +71,12 @@ def test_selection_keeps_as_many_as_asked(count):
     assert (selected.gather(-1, strongest) > 0).all()
 
 
-def test_equal_entries_share_equally():
+def test_equal_entries_have_equal_weights():
     selected = soft_top_k(torch.tensor([[1.0, 3, 3, 3, 2]]).double(), torch.tensor([1.0]).double(), 1)
     assert torch.allclose(selected, torch.tensor([[0, 1 / 3, 1 / 3, 1 / 3, 0]]).double())
 
 
-def test_counts_may_differ_from_row_to_row():
+def test_counts_may_differ_between_rows():
     flow = draw(2, 3, 9).exp()
     count = torch.tensor([[1, 4, 9], [2.4, 0.1, 7]]).double()
     selected = soft_top_k(flow, count, 9)
@@ -94,8 +94,8 @@ def test_selection_is_continuous():
     assert (soft_top_k(flow, counts + 1e-7, 9) - selected).abs().max() < 1e-4
 
 
-def test_selection_has_the_gradients_of_its_formula():
-    # Away from ties, and from halves, where the count's next entry comes in.
+def test_selection_gradients_equal_numerical_ones():
+    # Away from ties and from half-integer counts, where the formula is not differentiable.
     flow = torch.stack([torch.arange(1.0, 8).roll(shift) for shift in range(4)]).double().requires_grad_()
     count = torch.tensor([1.2, 3.7, 5.1, 6.8]).double().requires_grad_()
     assert torch.autograd.gradcheck(lambda flow, count: soft_top_k(flow, count, 7), (flow, count))
@@ -104,7 +104,7 @@ def test_selection_has_the_gradients_of_its_formula():
     assert gradient.all()
 
 
-def test_a_count_that_is_nan_gives_nan_in_its_row_only():
+def test_nan_counts_give_nan_only_in_their_row():
     selected = soft_top_k(draw(2, 9).exp(), torch.tensor([math.nan, 3]).double(), 9)
     assert selected[0].isnan().all() and selected[1].isfinite().all()
 
@@ -113,7 +113,7 @@ def test_a_count_that_is_nan_gives_nan_in_its_row_only():
 
 
 @pytest.mark.parametrize("window", [1, 2, 7, 8, 9, 16, 17, 128, 1000])
-def test_knots_are_each_of_the_nearest_and_powers_of_two(window):
+def test_knots_are_near_offsets_and_powers_of_two(window):
     knots = profile_knots(window)
     assert knots[:8] == list(range(min(8, window)))
     assert all(knot == 2**power for power, knot in enumerate(knots[8:], start=3))
@@ -131,8 +131,8 @@ def test_profiles_are_exact_at_knots_and_linear_between(window):
     for offset in range(width):
         right = next((place for place, knot in enumerate(knots) if knot >= offset), len(knots) - 1)
         left = max(right - 1, 0)
-        share = min(1.0, (offset - knots[left]) / max(1, knots[right] - knots[left]))
-        expected.append((1 - share) * values[:, left] + share * values[:, right])
+        fraction = min(1.0, (offset - knots[left]) / max(1, knots[right] - knots[left]))
+        expected.append((1 - fraction) * values[:, left] + fraction * values[:, right])
     assert torch.allclose(found, torch.stack(expected, dim=1), atol=1e-13, rtol=0)
     assert torch.equal(interpolate_knots(values, knots, window), found[:, :window])
     assert torch.autograd.gradcheck(lambda values: interpolate_knots(values, knots, width), values)
@@ -151,21 +151,21 @@ def make_layer(window, num_patterns=4, base_sparsity=0.3, dtype=torch.float64, r
 
 
 def draw_routing(layer, batch, length):
-    """Windows and shares as a router may give them, the largest for the last entity."""
+    """Return random windows and fractions in the router's range; those of the last entity are the largest."""
     generator = torch.Generator().manual_seed(1)
-    window, share = torch.rand(2, batch, length, generator=generator, dtype=torch.float64)
+    window, fraction = torch.rand(2, batch, length, generator=generator, dtype=torch.float64)
     widest = layer.window or length
-    window[:, -1] = share[:, -1] = 1
-    return 1 + (widest - 1) * window, layer.base_sparsity * (0.5 + share)
+    window[:, -1] = fraction[:, -1] = 1
+    return 1 + (widest - 1) * window, layer.base_sparsity * (0.5 + fraction)
 
 
 def unit(x):
-    """Scaled to a mean square of 1."""
+    """Scale x to a mean square of 1."""
     return x / (x.square().mean() + 1e-6).sqrt()
 
 
 def flow_matrix_by_loop(layer, x, routing):
-    """The module's equations, entry by entry, for x `[B, M, input_dim]` in float64."""
+    """Compute the module's equations entry by entry in float64 for x `[B, M, input_dim]`."""
     batch, length, _ = x.shape
     num_patterns, rank = layer.profile.shape[0], layer.rank
     maps = layer.query_maps.weight.view(num_patterns, rank, FEATURES)
@@ -176,32 +176,32 @@ def flow_matrix_by_loop(layer, x, routing):
         keys = [unit(layer.key_proj.weight @ entity) for entity in x[row]]
         for i in range(length):
             entity = x[row, i]
-            shares = torch.ones(1).double()
+            weights = torch.ones(1).double()
             if num_patterns > 1:
-                shares = (layer.pattern_selector.weight @ entity).softmax(dim=-1)
+                weights = (layer.pattern_selector.weight @ entity).softmax(dim=-1)
             if num_patterns > 2:
-                shares = select_by_loop(shares, max(2, num_patterns // 2))
-            query = unit(sum(shares[p] * (maps[p] @ entity) for p in range(num_patterns)))
+                weights = select_by_loop(weights, max(2, num_patterns // 2))
+            query = unit(sum(weights[p] * (maps[p] @ entity) for p in range(num_patterns)))
             first = 0 if layer.window is None else max(0, i - layer.window + 1)
-            reachable, share = i + 1 - first, layer.base_sparsity
+            reachable, fraction = i + 1 - first, layer.base_sparsity
             logs = []
             for j in range(first, i + 1):
-                mixture = sum(shares[p] * profile[p, i - j] for p in range(num_patterns))
+                mixture = sum(weights[p] * profile[p, i - j] for p in range(num_patterns))
                 logs.append(query @ keys[j] / math.sqrt(rank) + mixture.log())
                 if routing is not None:
                     logs[-1] = logs[-1] + F.logsigmoid((routing[0][row, i] - (i - j)) / temperature)
             if routing is not None:
-                reachable, share = min(reachable, float(routing[0][row, i])), float(routing[1][row, i])
+                reachable, fraction = min(reachable, float(routing[0][row, i])), float(routing[1][row, i])
             flow = torch.stack(logs).exp()
             intensity = (layer.intensity_proj.weight[0] @ entity + layer.intensity_proj.bias[0]).sigmoid()
-            matrix[row, i, first : i + 1] = intensity * select_by_loop(flow, share * reachable)
+            matrix[row, i, first : i + 1] = intensity * select_by_loop(flow, fraction * reachable)
     return matrix
 
 
 @pytest.mark.parametrize("routed", [False, True])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("length", [1, 2, 7, 21])
-def test_the_matrix_equals_the_loop(window, length, routed):
+def test_flow_matrix_equals_the_loop(window, length, routed):
     layer, x = make_layer(window), draw(2, length, FEATURES)
     routing = draw_routing(layer, 2, length) if routed else None
     with torch.no_grad():
@@ -216,7 +216,7 @@ def test_the_matrix_equals_the_loop(window, length, routed):
 
 @pytest.mark.parametrize("base_sparsity", [0.02, 1.0])
 @pytest.mark.parametrize("num_patterns", [1, 2, 3, 7])
-def test_the_matrix_of_any_number_of_patterns(num_patterns, base_sparsity):
+def test_flow_matrix_with_any_number_of_patterns(num_patterns, base_sparsity):
     layer, x = make_layer(5, num_patterns, base_sparsity), draw(2, 9, FEATURES)
     with torch.no_grad():
         matrix, metrics = layer(x)
@@ -228,7 +228,7 @@ def test_the_matrix_of_any_number_of_patterns(num_patterns, base_sparsity):
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_rows_sum_to_their_intensity_and_reach_nobody_ahead_or_beyond_the_window(window):
+def test_rows_sum_to_their_intensity_within_the_causal_window(window):
     layer, x = make_layer(window), draw(3, 20, FEATURES)
     with torch.no_grad():
         matrix, _ = layer(x, draw_routing(layer, 3, 20))
@@ -238,7 +238,7 @@ def test_rows_sum_to_their_intensity_and_reach_nobody_ahead_or_beyond_the_window
     assert (matrix >= 0).all() and not matrix[:, (age < 0) | (age >= (window or 20))].any()
 
 
-def test_a_matrix_does_not_know_the_future_or_other_rows():
+def test_flow_matrix_is_independent_of_later_entities_and_other_rows():
     layer, x = make_layer(None), draw(3, 20, FEATURES)
     changed = x.clone()
     changed[0], changed[1, 12:] = 9, -9
@@ -249,7 +249,7 @@ def test_a_matrix_does_not_know_the_future_or_other_rows():
 
 @pytest.mark.parametrize("base_sparsity", [0.05, 0.1, 0.3])
 @pytest.mark.parametrize("window", [None, 128])
-def test_about_the_share_asked_for_is_kept(base_sparsity, window):
+def test_kept_fraction_is_close_to_base_sparsity(base_sparsity, window):
     for seed in range(2):
         torch.manual_seed(seed)
         layer = FlowLayer(64, 64, num_patterns=8, base_sparsity=base_sparsity, window=window)
@@ -300,21 +300,21 @@ def test_mixing_equals_the_matrix(dtype, routed, window, length):
 
 
 @pytest.mark.parametrize("window", [1, 3, 7, None])
-def test_mixing_in_pieces_equals_the_matrix(window, monkeypatch):
+def test_chunked_mixing_equals_the_matrix(window, monkeypatch):
     monkeypatch.setattr(module, "QUERY_CHUNK", 7)
     layer, x = make_layer(window), draw(2, 40, FEATURES)
     assert_mixes_as_its_matrix(layer, x, draw_routing(layer, 2, 40), 1e-9)
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_mixing_gives_the_matrix_by_offset_and_the_same_metrics(window):
+def test_mixing_returns_the_matrix_by_offset_and_equal_metrics(window):
     layer, x = make_layer(window), draw(2, 21, FEATURES)
     routing = draw_routing(layer, 2, 21)
     with torch.no_grad():
         matrix, metrics = layer(x, routing)
         _, flow, same_metrics = layer.mix(x, routing, output_flow=True)
         for i in range(21):
-            reached = flow[:, i].flip(1)[:, : i + 1]  # by age, from the entity itself
+            reached = flow[:, i].flip(1)[:, : i + 1]  # by offset, starting at the entity itself
             assert torch.allclose(reached, matrix[:, i, : i + 1].flip(1)[:, : reached.shape[1]], **STRICT)
             assert not flow[:, i].flip(1)[:, i + 1 :].any()
     assert metrics.keys() == same_metrics.keys() == {"sparsity_kept", "pattern_entropy"}
@@ -323,7 +323,7 @@ def test_mixing_gives_the_matrix_by_offset_and_the_same_metrics(window):
 
 
 @pytest.mark.parametrize("window", [1, 5, None])
-def test_segments_mix_as_if_alone(window):
+def test_segments_are_independent(window):
     layer, x = make_layer(window), draw(2, 30, FEATURES)
     lengths = [[1, 4, 9, 5, 11], [12, 18]]
     segments = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths])
@@ -332,7 +332,7 @@ def test_segments_mix_as_if_alone(window):
     assert torch.allclose(mixed, torch.cat(alone, dim=1).view(2, 30, OUTPUTS), **STRICT)
 
 
-def test_padding_is_not_measured():
+def test_metrics_ignore_padding():
     layer, x = make_layer(5), draw(2, 30, FEATURES)
     rows = make_row_layout(2, 30, CPU, mask=torch.arange(30) < torch.tensor([[30], [13]]))
     mixed, _, metrics = layer.mix(rows.unpad(x), rows=rows)
@@ -347,7 +347,7 @@ SPLITS = {"steps": [1] * 40, "pieces": [3, 1, 17, 2, 17]}
 
 
 def feed(call, sizes, *inputs):
-    """Outputs of a module that gets its inputs `[B, M, ...]` piece by piece, with its state."""
+    """Feed inputs `[B, M, ...]` to a module in chunks, with its state; return the concatenated outputs."""
     state, pieces = FlowCacheLayer(), []
     for parts in zip(*(one.split(sizes, dim=1) for one in inputs), strict=True):
         batch, length = parts[0].shape[:2]
@@ -362,11 +362,11 @@ def feed(call, sizes, *inputs):
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("window", [1, 5, 64])
-def test_any_split_mixes_the_same(split, window):
+def test_any_split_mixes_equally(split, window):
     layer, x = make_layer(window), draw(2, 40, FEATURES)
     routing = draw_routing(layer, 2, 40)
     found = feed(
-        lambda x, span, share, rows, state: layer.mix(x, (span, share), rows, state, True)[:2],
+        lambda x, span, fraction, rows, state: layer.mix(x, (span, fraction), rows, state, True)[:2],
         SPLITS[split],
         x,
         *routing,
@@ -376,12 +376,12 @@ def test_any_split_mixes_the_same(split, window):
     assert torch.allclose(found[0], expected[0], **STRICT) and torch.allclose(found[1], expected[1], **STRICT)
 
 
-def test_a_state_needs_a_window():
+def test_state_without_window_raises():
     with pytest.raises(ValueError, match="`window`"):
         make_layer(None).mix(draw(1, 9, FEATURES), state=FlowCacheLayer())
 
 
-def test_less_precision_is_routed_in_float32():
+def test_routing_is_at_least_float32():
     layer, x = make_layer(5).bfloat16(), draw(1, 12, FEATURES).bfloat16()
     with torch.no_grad():
         mixed, flow, metrics = layer.mix(x, output_flow=True)
@@ -390,7 +390,7 @@ def test_less_precision_is_routed_in_float32():
 
 
 @torch.no_grad()
-def test_autocast_does_not_reach_the_routing():
+def test_autocast_does_not_affect_the_routing():
     layer, x = make_layer(5, dtype=torch.float32), draw(1, 12, FEATURES).float()
     expected, (_, flow, _) = layer(x)[0], layer.mix(x, output_flow=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -399,7 +399,7 @@ def test_autocast_does_not_reach_the_routing():
     assert mixed.dtype == torch.bfloat16
 
 
-def test_apply_is_flow_times_values_and_still_that_of_modules():
+def test_apply_mixes_values_and_supports_functions():
     layer, x = make_layer(5), draw(2, 9, FEATURES)
     matrix, _ = layer(x)
     assert torch.equal(layer.apply(matrix, x), matrix @ layer.value_proj(x))
@@ -424,7 +424,7 @@ SIZES = {"input_dim": 4, "output_dim": 4, "num_patterns": 2}
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "parts"),
     [
         *(
             ({name: size}, [f"`{name}`", "at least 1", str(size)])
@@ -432,15 +432,15 @@ SIZES = {"input_dim": 4, "output_dim": 4, "num_patterns": 2}
             for size in (0, -3)
         ),
         *(
-            ({"base_sparsity": share}, ["`base_sparsity`", "(0, 1]", str(share)])
-            for share in (0, -0.1, 1.01, math.nan)
+            ({"base_sparsity": fraction}, ["`base_sparsity`", "(0, 1]", str(fraction)])
+            for fraction in (0, -0.1, 1.01, math.nan)
         ),
     ],
 )
-def test_a_layer_names_what_it_cannot_be_made_of(fields, told):
+def test_invalid_layer_options_raise(fields, parts):
     with pytest.raises(ValueError) as error:
         FlowLayer(**SIZES | fields)
-    for part in told:
+    for part in parts:
         assert part in str(error.value)
 
 
@@ -460,24 +460,24 @@ def make_router(**options):
 
 @pytest.mark.parametrize("base_sparsity", [0.2, 0.9, 1.0])
 @torch.no_grad()
-def test_routes_keep_their_bounds(base_sparsity):
+def test_routes_are_bounded(base_sparsity):
     router = make_router(base_sparsity=base_sparsity)
     for scale in (1, 1e4):
-        window, share = router(scale * draw(4, 100, FEATURES))
-        assert window.shape == share.shape == (4, 100)
+        window, fraction = router(scale * draw(4, 100, FEATURES))
+        assert window.shape == fraction.shape == (4, 100)
         assert ((window >= 3) & (window <= 20)).all() and window.std() > 1
-        least, most = 0.5 * base_sparsity, min(1.0, 1.5 * base_sparsity)
-        assert ((share >= least) & (share <= most)).all() and share.std() > 0.05 * base_sparsity
+        least, max_count = 0.5 * base_sparsity, min(1.0, 1.5 * base_sparsity)
+        assert ((fraction >= least) & (fraction <= max_count)).all() and fraction.std() > 0.05 * base_sparsity
 
 
 @torch.no_grad()
-def test_a_window_without_choice_is_constant():
+def test_equal_window_bounds_give_a_constant_window():
     window, _ = make_router(flow_window=7, min_flow_window=7)(draw(1, 9, FEATURES))
     assert (window == 7).all()
 
 
 @torch.no_grad()
-def test_routes_depend_on_the_entity_and_its_closed_chunks_alone():
+def test_routes_depend_on_the_entity_and_closed_chunks():
     router, x = make_router(), draw(3, 21, FEATURES)
     before = router(x)
     changed = x.clone()
@@ -501,7 +501,7 @@ def test_routes_do_not_depend_on_padding():
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("chunk_length", [1, 4, 64])
-def test_any_split_routes_the_same(split, chunk_length):
+def test_any_split_routes_equally(split, chunk_length):
     router, x = make_router(chunk_length=chunk_length), draw(2, 40, FEATURES)
     with torch.no_grad():
         expected = router(x)
@@ -509,7 +509,7 @@ def test_any_split_routes_the_same(split, chunk_length):
         assert torch.allclose(found, one, **STRICT)
 
 
-def test_every_parameter_of_the_router_learns():
+def test_every_router_parameter_has_a_gradient():
     router, x = make_router(), draw(2, 21, FEATURES)
     sum(route.square().sum() for route in router(x)).backward()
     assert all(parameter.grad.any() for parameter in router.parameters())
@@ -523,13 +523,13 @@ def test_routes_have_a_gradient_through_the_mixing():
 
 
 @torch.no_grad()
-def test_routes_are_float32_in_less_precision():
+def test_routes_are_at_least_float32():
     router, x = make_router(), draw(1, 9, FEATURES)
     assert all(route.dtype == torch.float32 for route in router.bfloat16()(x.bfloat16()))
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "parts"),
     [
         *(
             ({name: size}, [f"`{name}`", "at least 1", str(size)])
@@ -537,14 +537,14 @@ def test_routes_are_float32_in_less_precision():
             for size in (0, -2)
         ),
         *(
-            ({"base_sparsity": share}, ["`base_sparsity`", "(0, 1]", str(share)])
-            for share in (0, -0.1, 1.01, math.nan)
+            ({"base_sparsity": fraction}, ["`base_sparsity`", "(0, 1]", str(fraction)])
+            for fraction in (0, -0.1, 1.01, math.nan)
         ),
         ({"flow_window": 5, "min_flow_window": 6}, ["`min_flow_window` (6)", "`flow_window` (5)"]),
     ],
 )
-def test_a_router_names_what_it_cannot_be_made_of(fields, told):
+def test_invalid_router_options_raise(fields, parts):
     with pytest.raises(ValueError) as error:
         ContextAwareFlowRouter(**{"input_dim": 4} | fields)
-    for part in told:
+    for part in parts:
         assert part in str(error.value)
