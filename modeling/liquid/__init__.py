@@ -1,1 +1,1 @@
-"""Liquid."""
+"""The Liquid family: configuration, encoder-decoder models and their blocks."""

@@ -1,4 +1,4 @@
-"""The attentions of a Liquid block: over a sliding window of its own row, and over the encoder's states (§3.3)."""
+"""Attention of a Liquid block: to a sliding window of the row, and to the encoder states (Liquid paper, §3.3)."""
 
 from functools import partial
 
@@ -12,11 +12,22 @@ from ..ops.chunking import apply_chunked
 
 
 class EnhancedLocalAttentionWithGQA(nn.Module):
-    """Sliding-window attention with grouped keys and values, causal or on both sides, and its output projection.
+    """Sliding-window attention with grouped keys and values, followed by an output projection (Liquid paper, §3.3).
 
     Args:
         config: `LiquidConfig`.
-        two_sided: see a window on both sides, as the encoder does.
+        two_sided: whether to attend to both sides, as the encoder does; otherwise the attention is causal.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from dfn_hf import LiquidConfig, LiquidModel
+
+    >>> model = LiquidModel(LiquidConfig(hidden_size=64, num_hidden_layers=1))
+    >>> model.encoder.layers[0].attention.o_proj.weight.shape
+    torch.Size([64, 64])
+    ```
     """
 
     def __init__(self, config, two_sided: bool):
@@ -32,13 +43,24 @@ class EnhancedLocalAttentionWithGQA(nn.Module):
         state: FlowCacheLayer | None,
         output_attentions: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`[B, M, hidden_size]` → (the same, weights `[B, H, M, N]` or None); arguments as for `SelfAttention`."""
+        """Attend to the window; the arguments are those of `SelfAttention`.
+
+        Args:
+            x: `[B, M, hidden_size]`.
+
+        Returns:
+            (`[B, M, hidden_size]`; attention weights `[B, H, M, N]` or None).
+        """
         y, weights = self.attention(x, rotary, rows, state, output_attentions)
         return self.o_proj(y), weights
 
 
 class CrossAttention(GroupedQueryAttention):
-    """Attention of each entity of the decoder over all real tokens of the source."""
+    """Attention of each decoder entity to all real tokens of the source.
+
+    Args:
+        config: `LiquidConfig`.
+    """
 
     is_causal = False
 
@@ -57,17 +79,21 @@ class CrossAttention(GroupedQueryAttention):
         state: FlowCacheLayer | None,
         output_attentions: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
+        """Attend to the source; keys and values are computed once and kept in the cache.
+
         Args:
-            x: `[B, M, hidden_size]`; source: `[B, S, hidden_size]`.
-            rotary, source_rotary: cosine and sine of the place of each in its row, `[B, M or S, rotated features]`;
-                the latter is not needed once `state` holds keys.
-            source_mask: bool `[B, S]`, True where real, at least once in a row; None if everywhere.
-            rows: of the decoder's call, in which x lies.
-            state: holds keys and values of the source from the first call on, or None.
+            x: `[B, M, hidden_size]`.
+            rotary: cosines and sines of the decoder positions, each `[B, M, rotated features]`.
+            source: encoder states `[B, S, hidden_size]`.
+            source_rotary: cosines and sines of the source positions, each `[B, S, rotated features]`; unused if
+                `state` holds keys.
+            source_mask: bool `[B, S]`, True at real tokens, with at least one per row; None if all tokens are real.
+            rows: `row_layout.RowLayout` of the decoder's call.
+            state: cache layer for keys and values of the source, or None.
+            output_attentions: whether to return the attention weights.
 
         Returns:
-            (`[B, M, hidden_size]`, weights between columns `[B, H, M, S]` or None).
+            (`[B, M, hidden_size]`; attention weights between columns `[B, H, M, S]` or None).
         """
         key = None if state is None else state.data("source_key")
         if key is not None:
@@ -82,13 +108,13 @@ class CrossAttention(GroupedQueryAttention):
             source_mask = torch.ones(key.shape[0], key.shape[2], dtype=torch.bool, device=key.device)
         mask = source_mask[:, None, None]
         if output_attentions:
-            y, weights = self.attend_observed(self._queries(x, *rotary), key, value, mask, rows.observe_queries)
+            y, weights = self.attend_observed(self._queries(x, *rotary), key, value, mask, rows.pad_queries_with_grad)
             return self.o_proj(y.flatten(2)), weights
-        return apply_chunked(partial(self._read, key, value, mask), x, *rotary), None
+        return apply_chunked(partial(self._attend, key, value, mask), x, *rotary), None
 
     def _queries(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         return rotate(self.q_norm(self.project(self.q_proj, x)), cos, sin)
 
-    def _read(self, key, value, mask: torch.Tensor, x: torch.Tensor, cos, sin) -> torch.Tensor:
+    def _attend(self, key, value, mask: torch.Tensor, x: torch.Tensor, cos, sin) -> torch.Tensor:
         mask = mask.expand(-1, -1, x.shape[1], -1)
         return self.o_proj(self.attend(self._queries(x, cos, sin), key, value, mask).flatten(2))

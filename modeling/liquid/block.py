@@ -1,10 +1,10 @@
-"""A block of Liquid (§3.8). For the states s of a row:
+"""Block of Liquid (Liquid paper, §3.8). For the states s of a row:
 
-s += Attention(LayerNorm(s))               over a sliding window: two-sided in the encoder, causal in the decoder
-s += CrossAttention(LayerNorm(s), source)  in the decoder
+s += Attention(LayerNorm(s))               sliding window, two-sided in the encoder, causal in the decoder
+s += CrossAttention(LayerNorm(s), source)  decoder only
 s += OptimizedGatedConvolution(LayerNorm(s))
 s += MoELayer(LayerNorm(s))
-s += feed-forward(LayerNorm(s))
+s += FeedForward(LayerNorm(s))
 """
 
 import torch
@@ -21,11 +21,11 @@ from .deformable_conv import OptimizedGatedConvolution
 from .finite_check import check_finite
 from .mixture_of_experts import MoELayer, Routing
 
-STATE_LIMIT = 100.0  # of what the feed-forward network adds
+STATE_LIMIT = 100.0  # bound of the feed-forward output (Liquid paper)
 
 
 class FeedForward(nn.Module):
-    """clamp(W₂ Dropout(GELU(LayerNorm(W₁ s))), ±100)."""
+    """Feed-forward network clamp(W₂ Dropout(GELU(LayerNorm(W₁ s))), ±100)."""
 
     def __init__(self, config: LiquidConfig):
         super().__init__()
@@ -40,10 +40,12 @@ class FeedForward(nn.Module):
 
 
 class ImprovedTransformerBlock(GradientCheckpointingLayer):
-    """Attention, cross-attention in a decoder, gated convolution, experts and feed-forward network, each a residual.
+    """Residual block of attention, cross-attention (decoder), gated convolution, experts and feed-forward network.
 
     Args:
-        config: `LiquidConfig`; decoder: causal and with cross-attention; name: for `finite_check`.
+        config: `LiquidConfig`.
+        decoder: whether the block is causal and has cross-attention.
+        name: name of the block in the errors of `finite_check`.
     """
 
     def __init__(self, config: LiquidConfig, decoder: bool, name: str):
@@ -76,16 +78,26 @@ class ImprovedTransformerBlock(GradientCheckpointingLayer):
         cross_state: FlowCacheLayer | None = None,
         output_attentions: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor, Routing]:
-        """Args: hidden_states `[B, M, hidden_size]`; source, source_rotary, source_mask: as for
-                `CrossAttention`.
+        """Run the block.
+
+        Args:
+            hidden_states: `[B, M, hidden_size]`.
+            rotary: cosines and sines, each `[B, M, rotated features]`.
+            rows: `row_layout.RowLayout` of this call.
+            source: encoder states `[B, S, hidden_size]`; required in the decoder.
+            source_rotary, source_mask: as for `CrossAttention`.
+            past_key_values: cache layer of the row's own state, or None.
+            cross_state: cache layer of the source's keys and values, or None.
+            output_attentions: whether to return attention weights.
 
         Returns:
-            (states; weights of the self-attention and of the cross-attention, or None; router loss `[B]`; routing).
+            (states `[B, M, hidden_size]`; self-attention weights or None; cross-attention weights or None; router loss
+            `[B]`; routing).
         """
         y, weights = self.attention(
             apply_chunked(self.attention_norm, hidden_states), rotary, rows, past_key_values, output_attentions
         )
-        hidden_states = hidden_states + self.dropout(self._checked(y, "attention"))
+        hidden_states = hidden_states + self.dropout(self._check(y, "attention"))
         cross_weights = None
         if self.cross_attention is not None:
             y, cross_weights = self.cross_attention(
@@ -98,17 +110,17 @@ class ImprovedTransformerBlock(GradientCheckpointingLayer):
                 cross_state,
                 output_attentions,
             )
-            hidden_states = hidden_states + self.dropout(self._checked(y, "cross-attention"))
+            hidden_states = hidden_states + self.dropout(self._check(y, "cross-attention"))
         y = self.gated_conv(apply_chunked(self.conv_norm, hidden_states), rows, past_key_values)
-        hidden_states = hidden_states + self.dropout(self._checked(y, "gated convolution"))
+        hidden_states = hidden_states + self.dropout(self._check(y, "gated convolution"))
         y, router_loss, routing = self.moe(apply_chunked(self.moe_norm, hidden_states), rows)
-        hidden_states = hidden_states + self.dropout(self._checked(y, "experts"))
-        hidden_states = apply_chunked(self._fed_forward, hidden_states)
+        hidden_states = hidden_states + self.dropout(self._check(y, "experts"))
+        hidden_states = apply_chunked(self._add_feed_forward, hidden_states)
         return hidden_states, weights, cross_weights, router_loss, routing
 
-    def _fed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def _add_feed_forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         y = self.mlp(self.mlp_norm(hidden_states))
-        return hidden_states + self.dropout(self._checked(y, "feed-forward network"))
+        return hidden_states + self.dropout(self._check(y, "feed-forward network"))
 
-    def _checked(self, y: torch.Tensor, part: str) -> torch.Tensor:
+    def _check(self, y: torch.Tensor, part: str) -> torch.Tensor:
         return check_finite(y, self.finite_check, f"{self.name}, {part}")

@@ -1,4 +1,4 @@
-"""Liquid configuration."""
+"""Configuration of the Liquid models."""
 
 import copy
 import math
@@ -21,60 +21,77 @@ FINITE_CHECKS = ("off", "raise", "zero")
 @strict
 class LiquidConfig(HubCodeMixin, PreTrainedConfig):
     r"""
-    Configuration of a Liquid encoder-decoder. The defaults give a small model.
+    Configuration of a Liquid encoder-decoder. The default values describe a small model.
 
     Args:
-        vocab_size (`int`, defaults to 4096): Tokens of the vocabulary, one for source and target.
-        hidden_size (`int`, defaults to 256): Width of a token's state.
-        num_hidden_layers (`int`, defaults to 4): Blocks of the encoder.
-        num_decoder_layers (`int`, *optional*): Blocks of the decoder; as many if not given.
-        num_attention_heads (`int`, defaults to 4): Heads of every attention.
-        num_key_value_heads (`int`, *optional*): Heads of keys and values; as many as there are heads if not given.
+        vocab_size (`int`, defaults to 4096): Number of tokens in the vocabulary that source and target share.
+        hidden_size (`int`, defaults to 256): Width of the hidden states.
+        num_hidden_layers (`int`, defaults to 4): Number of encoder blocks.
+        num_decoder_layers (`int`, *optional*): Number of decoder blocks; defaults to `num_hidden_layers`.
+        num_attention_heads (`int`, defaults to 4): Number of heads of every attention.
+        num_key_value_heads (`int`, *optional*): Number of key-value heads; defaults to `num_attention_heads`.
         intermediate_size (`int`, defaults to 512): Inner width of the feed-forward networks.
-        attention_window (`int`, defaults to 128): Most recent tokens that the decoder's self-attention sees, the token
-            itself included; in the encoder as many on the other side too.
-        max_position_embeddings (`int`, defaults to 2048): Length of input that the model is meant for; some kinds of
-            rotary embedding are scaled by it.
-        learned_positions (`bool`, defaults to `False`): Learn an embedding of each position beside the rotary one,
-            which knows no limit; inputs longer than `max_position_embeddings` are then refused.
-        rope_parameters (`dict`, *optional*): Rotary embedding, as for other models of transformers.
-        frame_length (`int`, defaults to 64): Tokens of an encoder's frame, a power of two.
-        decoder_frame_length (`int`, defaults to 8): Tokens of a decoder's frame, a power of two up to 16.
-        base_compression_ratio (`float`, defaults to 1.0): Share of its frequencies that the most complex frame keeps.
-        min_compression_ratio (`float`, defaults to 0.1): Share that the simplest keeps; 1 compresses nothing.
-        num_experts (`int`, defaults to 4): Experts of every block.
-        num_experts_per_tok (`int`, defaults to 1): Experts that a token uses, at least.
-        moe_intermediate_size (`int`, *optional*): Inner width of an expert; `hidden_size` if not given.
-        dynamic_experts (`bool`, defaults to `True`): Let a token use up to twice as many where the router is in doubt.
-        normalize_expert_weights (`bool`, defaults to `True`): Make the weights of the used experts sum to 1.
-        max_expert_load (`float`, *optional*): Share of a row's tokens beyond which an expert's use costs; one and a
-            half of the even share if not given.
-        router_entropy_coef (`float`, defaults to 0.01): Weight in the loss of how uneven the mean gate is.
-        router_aux_loss_coef (`float`, defaults to 0.01): Weight in the loss of what lies beyond `max_expert_load`.
-        reconstruction_loss_coef (`float`, defaults to 0.01): Weight in the loss of what compression changes.
-        conv_kernel (`int`, defaults to 3): Taps of every convolution, odd.
-        conv_dilation (`int`, defaults to 1): Distance between the taps of the deformable ones.
-        max_offset (`float`, defaults to 2.0): How far a tap can move; 0 for ordinary convolutions.
-        lstm_hidden_size (`int`, *optional*): Width of the decoder's LSTM memory; `hidden_size` if not given, 0 for
-            none.
-        num_lstm_layers (`int`, defaults to 1): Layers of the LSTM.
-        finite_check (`str`, defaults to `"off"`): What is done about infinite or undefined values behind attention,
-            convolution and experts: nothing, `"raise"` an error that names the place, or make them `"zero"`.
-        hidden_dropout (`float`, defaults to 0.0): Dropout on what each sub-block adds to the state.
-        attention_dropout (`float`, defaults to 0.0): Dropout on the weights of attention.
-        norm_eps (`float`, defaults to 1e-6): Added to variances before their root is taken.
-        initializer_range (`float`, *optional*): Standard deviation of embeddings; 1/sqrt(hidden_size) if not given.
-            Projections start by Xavier's rule, convolutions by Kaiming's.
-        tie_word_embeddings (`bool`, defaults to `True`): Share the embedding with the output layer.
-        output_router_logits (`bool`, defaults to `False`): Return what routers and compression gave.
-        use_cache (`bool`, defaults to `True`): Return the decoder's state for continuation.
-        decoder_start_token_id (`int`, defaults to 0): First token of every target.
-        pad_token_id (`int`, defaults to 0): Token that fills rows up.
-        bos_token_id, eos_token_id (`int`, *optional*): Special tokens.
+        attention_window (`int`, defaults to 128): Number of most recent tokens that the decoder's self-attention sees,
+            the token itself included. The encoder sees the same number on the other side as well.
+        max_position_embeddings (`int`, defaults to 2048): Intended maximum length in tokens; some types of rotary
+            embedding scale with it.
+        learned_positions (`bool`, defaults to `False`): Whether to add a learnt embedding of each position to the
+            rotary one. Inputs longer than `max_position_embeddings` then raise an error; rotary positions have no
+            limit.
+        rope_parameters (`dict`, *optional*): Parameters of the rotary embedding, in the format of transformers.
+        frame_length (`int`, defaults to 64): Tokens per encoder frame, a power of two.
+        decoder_frame_length (`int`, defaults to 8): Tokens per decoder frame, a power of two up to 16.
+        base_compression_ratio (`float`, defaults to 1.0): Fraction of its frequencies that a frame of complexity 1
+            keeps.
+        min_compression_ratio (`float`, defaults to 0.1): Fraction that a frame of complexity 0 keeps; with 1 nothing
+            is compressed.
+        num_experts (`int`, defaults to 4): Number of experts per block.
+        num_experts_per_tok (`int`, defaults to 1): Minimum number of experts per token.
+        moe_intermediate_size (`int`, *optional*): Inner width of an expert; defaults to `hidden_size`.
+        dynamic_experts (`bool`, defaults to `True`): Whether a token uses up to twice as many experts if the entropy
+            of its router probabilities is high.
+        normalize_expert_weights (`bool`, defaults to `True`): Whether the weights of the selected experts sum to 1.
+        max_expert_load (`float`, *optional*): Load of an expert, as a fraction of a row's tokens, above which the
+            router loss penalises it; defaults to 1.5 times the uniform load.
+        router_entropy_coef (`float`, defaults to 0.01): Weight of the entropy term of the router loss.
+        router_aux_loss_coef (`float`, defaults to 0.01): Weight of the load above `max_expert_load` in the router
+            loss.
+        reconstruction_loss_coef (`float`, defaults to 0.01): Weight of the reconstruction loss of the compression.
+        conv_kernel (`int`, defaults to 3): Number of taps of every convolution, odd.
+        conv_dilation (`int`, defaults to 1): Dilation of the deformable convolutions.
+        max_offset (`float`, defaults to 2.0): Largest offset of a tap, in tokens; 0 gives ordinary convolutions.
+        lstm_hidden_size (`int`, *optional*): Width of the decoder's LSTM; defaults to `hidden_size`. 0 removes the
+            LSTM.
+        num_lstm_layers (`int`, defaults to 1): Number of layers of the LSTM.
+        finite_check (`str`, defaults to `"off"`): Treatment of infinite or NaN outputs of the sub-blocks: `"off"`
+            ignores them, `"raise"` raises an error that names the sub-block, `"zero"` replaces them by zeros.
+        hidden_dropout (`float`, defaults to 0.0): Dropout rate on the output of each sub-block.
+        attention_dropout (`float`, defaults to 0.0): Dropout rate on the attention weights.
+        norm_eps (`float`, defaults to 1e-6): Epsilon of the normalisation layers.
+        initializer_range (`float`, *optional*): Standard deviation of the initial embeddings; defaults to
+            1/sqrt(hidden_size). Projections use Xavier initialisation, convolutions Kaiming initialisation.
+        tie_word_embeddings (`bool`, defaults to `True`): Whether the output layer shares the weights of the embedding.
+        output_router_logits (`bool`, defaults to `False`): Whether to return router logits, auxiliary losses and
+            metrics.
+        use_cache (`bool`, defaults to `True`): Whether the model returns the decoder's cache.
+        decoder_start_token_id (`int`, defaults to 0): Id of the token that starts every target.
+        pad_token_id (`int`, defaults to 0): Id of the padding token.
+        bos_token_id, eos_token_id (`int`, *optional*): Ids of further special tokens.
 
     Raises:
-        ValueError: a field out of range, or fields that contradict each other; the message names them.
-        huggingface_hub.errors.StrictDataclassError: a field of the wrong type.
+        ValueError: a field is out of range, or fields contradict each other; the message names them.
+        huggingface_hub.errors.StrictDataclassError: a field has the wrong type.
+
+    Example:
+
+    ```python
+    >>> from dfn_hf import LiquidConfig, LiquidForSeq2SeqLM
+
+    >>> config = LiquidConfig(hidden_size=64, num_hidden_layers=2, num_experts=2)
+    >>> model = LiquidForSeq2SeqLM(config)
+    >>> model.config.num_decoder_layers
+    2
+    ```
     """
 
     model_type = "liquid"
@@ -145,21 +162,25 @@ class LiquidConfig(HubCodeMixin, PreTrainedConfig):
         if self.max_expert_load is None and self.num_experts > 0:
             self.max_expert_load = 1.5 * self.num_experts_per_tok / self.num_experts
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
-        self.validate_architecture()  # here too, where its ValueError reaches the user as it is
+        self.validate_architecture()  # transformers would wrap a ValueError that is raised later
         super().__post_init__(**kwargs)
 
     @property
     def head_dim(self) -> int:
-        """Features of an attention head."""
+        """Number of features per attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def layer_types(self) -> list[str]:
-        """Every layer of the decoder keeps its state in a `cache.FlowCacheLayer`."""
+        """Layer type of each decoder layer's cache: all layers use `cache.FlowCacheLayer`."""
         return ["flow_state"] * self.num_decoder_layers
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> "LiquidConfig":
-        """This configuration; for a decoder of another depth a copy with its number of layers, as caches want it."""
+        """Return this configuration; for `decoder`, a copy whose `num_hidden_layers` is the decoder's, if that
+        differs.
+
+        transformers derives the number of cache layers from it.
+        """
         if encoder or not decoder or self.num_decoder_layers == self.num_hidden_layers:
             return self
         config = copy.copy(self)
@@ -167,10 +188,10 @@ class LiquidConfig(HubCodeMixin, PreTrainedConfig):
         return config
 
     def validate_layer_type(self):
-        """Nothing to check: `layer_types` is derived."""
+        """Skip the check of transformers, because `layer_types` is derived."""
 
     def validate_architecture(self):
-        """Reject values out of range and fields that contradict each other."""
+        """Raise `ValueError` if a field is out of range or fields contradict each other."""
         for field in (
             "vocab_size", "hidden_size", "num_hidden_layers", "num_decoder_layers", "num_attention_heads",
             "num_key_value_heads", "intermediate_size", "attention_window", "num_experts", "num_experts_per_tok",
@@ -179,35 +200,35 @@ class LiquidConfig(HubCodeMixin, PreTrainedConfig):
             if getattr(self, field) < 1:
                 raise ValueError(f"`{field}` must be at least 1, got {getattr(self, field)}.")
         for field in (
-            "router_entropy_coef", "router_aux_loss_coef", "reconstruction_loss_coef", "max_offset", "lstm_hidden_size",
-            "initializer_range",
+            "router_entropy_coef", "router_aux_loss_coef", "reconstruction_loss_coef", "max_offset",
+            "lstm_hidden_size", "initializer_range",
         ):  # fmt: skip
             if not 0 <= getattr(self, field) < math.inf:
                 raise ValueError(f"`{field}` must be finite and not negative, got {getattr(self, field)}.")
         for field, least, most in (("frame_length", 4, math.inf), ("decoder_frame_length", 2, 16)):
             value = getattr(self, field)
             if not least <= value <= most or value & (value - 1):
-                bounds = f"from {least} to {most}" if most < math.inf else f"from {least} on"
+                bounds = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
                 raise ValueError(f"`{field}` must be a power of two {bounds}, got {value}.")
         if not 0 < self.min_compression_ratio <= self.base_compression_ratio <= 1:
             raise ValueError(
                 f"`min_compression_ratio` ({self.min_compression_ratio}) and `base_compression_ratio` "
-                f"({self.base_compression_ratio}) must lie in (0, 1], the former not above the latter."
+                f"({self.base_compression_ratio}) must lie in (0, 1], with the former at most the latter."
             )
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
-                f"`num_experts_per_tok` ({self.num_experts_per_tok}) must not be above `num_experts` "
+                f"`num_experts_per_tok` ({self.num_experts_per_tok}) must be at most `num_experts` "
                 f"({self.num_experts})."
             )
         even = self.num_experts_per_tok / self.num_experts
         if not self.max_expert_load > even:
             raise ValueError(
-                f"`max_expert_load` ({self.max_expert_load}) must be above {even:g}, the load of an expert where all "
-                "are used alike (`num_experts_per_tok` / `num_experts`)."
+                f"`max_expert_load` ({self.max_expert_load}) must be greater than the uniform load {even:g} "
+                "(`num_experts_per_tok` / `num_experts`)."
             )
         if not self.conv_kernel % 2:
             raise ValueError(
-                f"`conv_kernel` must be odd, got {self.conv_kernel}: the encoder looks to both sides alike."
+                f"`conv_kernel` must be odd, got {self.conv_kernel}: the encoder's convolutions are symmetric."
             )
         if self.finite_check not in FINITE_CHECKS:
             raise ValueError(f"`finite_check` must be one of {FINITE_CHECKS}, got {self.finite_check!r}.")
@@ -220,13 +241,12 @@ class LiquidConfig(HubCodeMixin, PreTrainedConfig):
             token = getattr(self, field)
             if token is not None and not 0 <= token < self.vocab_size:
                 raise ValueError(
-                    f"`{field}` must lie in the vocabulary (`vocab_size` is {self.vocab_size}) or be None, "
-                    f"got {token}."
+                    f"`{field}` must be below `vocab_size` ({self.vocab_size}) and not negative, or None, got {token}."
                 )
         if self.hidden_size % (2 * self.num_attention_heads):
             raise ValueError(
                 f"`hidden_size` ({self.hidden_size}) must be a multiple of twice `num_attention_heads` "
-                f"({self.num_attention_heads}): rotary positions turn pairs of features."
+                f"({self.num_attention_heads}), because rotary embeddings rotate pairs of features."
             )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(

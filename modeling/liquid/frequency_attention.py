@@ -1,4 +1,7 @@
-"""Attention between the frequencies of a frame (Liquid, §3.1)."""
+"""Attention between the frequencies of a frame (Liquid paper, §3.1).
+
+Shape letters: B batch, N frames, L frame length, K = L/2 + 1 bins, D features.
+"""
 
 import torch
 from torch import nn
@@ -6,15 +9,18 @@ from torch.nn import functional as F
 
 from .spectral_frames import from_spectrum, octave_bands, to_spectrum
 
-PHASE_FLOOR = 1e-3  # of the frame's rms: where a bin is smaller its phase is rounding noise
+PHASE_FLOOR = 1e-3  # relative to the frame's rms; the phase of a smaller bin is rounding noise
 MIN_ENERGY = 1e-12
 
 
 class BandAttention(nn.Module):
-    """Multi-head attention over the bins of one band, on their magnitudes.
+    """Multi-head attention over the bins of one band, computed from their magnitudes.
 
     Args:
-        size: D, features; num_heads: must divide it.
+        size: number of features D.
+        num_heads: number of heads; must divide D.
+        dropout: dropout rate on the attention weights.
+        norm_eps: epsilon of the LayerNorm.
     """
 
     def __init__(self, size: int, num_heads: int, dropout: float, norm_eps: float):
@@ -29,7 +35,7 @@ class BandAttention(nn.Module):
         self.o_proj = nn.Linear(size, size, bias=False)
 
     def forward(self, magnitude: torch.Tensor) -> torch.Tensor:
-        """`[frames, bins, D]` → the same."""
+        """Attend within the band: `[frames, bins, D]` → `[frames, bins, D]`."""
         h = self.norm(self.proj(magnitude))
         query, key, value = (
             project(h).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -41,13 +47,31 @@ class BandAttention(nn.Module):
 
 
 class FrequencyHyenaAttention(nn.Module):
-    """Each octave band of a frame's spectrum attends within itself and takes its phases back.
+    """Attention within each octave band of a frame's spectrum, with the phases of the input (Liquid paper, §3.1).
 
-    X = rFFT(x),  H_b = LayerNorm(Linear_b(|X_b|)),  O_b = Attention_b(H_b) ⊙ X_b / √(|X_b|² + ε²),  y = irFFT(O);
-    then `project`: LayerNorm(Linear(y)). Linear in the number of frames. Transforms run in at least float32.
+    X = rFFT(x),  H_b = LayerNorm(Linear_b(|X_b|)),  O_b = Attention_b(H_b) ⊙ X_b / √(|X_b|² + ε²),  y = irFFT(O)
+
+    The method `project` then applies LayerNorm(Linear(y)). The cost is linear in the number of frames. Transforms run
+    in at least float32.
 
     Args:
-        size: D, features; frame_length: L; num_heads: must divide D.
+        size: number of features D.
+        frame_length: frame length L, a power of two.
+        num_heads: number of heads; must divide D.
+        dropout: dropout rate on the attention weights.
+        norm_eps: epsilon of the LayerNorms.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from dfn_hf import FrequencyHyenaAttention
+
+    >>> attention = FrequencyHyenaAttention(size=32, frame_length=16, num_heads=4)
+    >>> frames = torch.randn(2, 3, 16, 32)
+    >>> attention.project(attention(frames)).shape
+    torch.Size([2, 3, 16, 32])
+    ```
     """
 
     def __init__(self, size: int, frame_length: int, num_heads: int, dropout: float = 0.0, norm_eps: float = 1e-5):
@@ -59,17 +83,19 @@ class FrequencyHyenaAttention(nn.Module):
         self.norm = nn.LayerNorm(size, norm_eps)
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        """`[B, N, L, D]` → the same, in at least float32."""
+        """Attend within the bands of each frame: `[B, N, L, D]` → `[B, N, L, D]`, in at least float32."""
         dtype = torch.promote_types(frames.dtype, torch.float32)
         spectrum = to_spectrum(frames.to(dtype), dim=2).flatten(0, 1)  # [B · N, K, D, 2]
         energy = spectrum.square().sum(dim=-1)
         floor = (PHASE_FLOOR**2 * energy.mean(dim=(1, 2), keepdim=True)).clamp(min=MIN_ENERGY)
         phase = spectrum * torch.rsqrt(energy + floor)[..., None]
         magnitude = (energy + floor).sqrt().to(self.norm.weight.dtype)
-        heard = [attend(magnitude[:, band]).to(dtype) for attend, band in zip(self.attention, self.bands, strict=True)]
-        y = from_spectrum(torch.cat(heard, dim=1)[..., None] * phase, self.frame_length, dim=1)
+        attended = [
+            attend(magnitude[:, band]).to(dtype) for attend, band in zip(self.attention, self.bands, strict=True)
+        ]
+        y = from_spectrum(torch.cat(attended, dim=1)[..., None] * phase, self.frame_length, dim=1)
         return y.unflatten(0, frames.shape[:2])
 
     def project(self, y: torch.Tensor) -> torch.Tensor:
-        """`[..., D]` in time → the same."""
+        """Apply the output projection and norm in the time domain: `[..., D]` → `[..., D]`."""
         return self.norm(self.out_proj(y.flatten(0, -2))).view_as(y)

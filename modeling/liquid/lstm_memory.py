@@ -1,4 +1,4 @@
-"""Recurrent memory behind the blocks of a decoder (Liquid, §3.7)."""
+"""Recurrent memory that follows each decoder block (Liquid paper, §3.7)."""
 
 import torch
 from torch import nn
@@ -10,10 +10,27 @@ from ..ops.chunking import apply_chunked
 
 
 class EnhancedLSTM(nn.Module):
-    """Dropout(x + W₂ GELU(W₁ h + b₁) + b₂), h an LSTM over x.
+    """Recurrent memory Dropout(x + W₂ GELU(W₁ h + b₁) + b₂), where h is the output of an LSTM over x (Liquid paper,
+    §3.7).
 
     Args:
-        size: features of x; hidden_size: of the LSTM; num_layers: of the LSTM.
+        size: number of features of x.
+        hidden_size: width of the LSTM.
+        num_layers: number of layers of the LSTM.
+        dropout: dropout rate on the output.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from dfn_hf import EnhancedLSTM
+    >>> from dfn_hf.modeling.modules.row_layout import make_row_layout
+
+    >>> lstm = EnhancedLSTM(size=8, hidden_size=16, num_layers=1)
+    >>> x = torch.randn(2, 10, 8)
+    >>> lstm(x, make_row_layout(2, 10, x.device)).shape
+    torch.Size([2, 10, 8])
+    ```
     """
 
     def __init__(self, size: int, hidden_size: int, num_layers: int, dropout: float = 0.0):
@@ -23,27 +40,32 @@ class EnhancedLSTM(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: torch.Tensor, rows: RowLayout, state: FlowCacheLayer | None = None) -> torch.Tensor:
-        """`[B, M, size]` → the same; entities that are not real move nothing.
+        """Run the LSTM over the rows; padding does not change its state.
 
         Args:
+            x: `[B, M, size]`.
             rows: `row_layout.RowLayout` of this call.
-            state: holds h and c after the last real entity of each row, or None.
+            state: cache layer that holds h and c after the last real entity of each row, or None.
+
+        Returns:
+            `[B, M, size]`.
         """
         before = None if state is None else state.data("lstm")
         if before is not None:
-            before = tuple(half.transpose(0, 1).contiguous() for half in before.unbind(dim=1))
-        if rows.lengths is None or state is None:  # what stands behind a row's end moves nothing before it
+            before = tuple(part.transpose(0, 1).contiguous() for part in before.unbind(dim=1))
+        if rows.lengths is None or state is None:  # padding follows a row's end, so it cannot affect real entities
             h, after = self.lstm(x, before)
         else:
             packed = pack_padded_sequence(x, rows.lengths.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False)
             h, after = self.lstm(packed, before)
             h, _ = pad_packed_sequence(h, batch_first=True, total_length=x.shape[1])
             earlier = before if before is not None else tuple(map(torch.zeros_like, after))
-            moved = (rows.lengths > 0)[:, None]
-            after = tuple(torch.where(moved, new, old) for new, old in zip(after, earlier, strict=True))
+            has_tokens = (rows.lengths > 0)[:, None]
+            after = tuple(torch.where(has_tokens, new, old) for new, old in zip(after, earlier, strict=True))
         if state is not None:
-            state.replace("lstm", torch.stack([half.transpose(0, 1) for half in after], dim=1).detach())
+            state.replace("lstm", torch.stack([part.transpose(0, 1) for part in after], dim=1).detach())
         return apply_chunked(self._add_memory, x, h)
 
     def _add_memory(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """Add the projected LSTM output h to x."""
         return self.dropout(x + self.output_layer(h))

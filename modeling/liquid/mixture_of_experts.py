@@ -1,4 +1,4 @@
-"""A mixture of experts whose number per token follows the router's doubt (Liquid, §3.4).
+"""Mixture of experts; the number of experts per token follows the entropy of the router (Liquid paper, §3.4).
 
 Shape letters: B batch, M entities of this call, m experts, D features.
 """
@@ -18,12 +18,12 @@ from ..ops.chunking import apply_chunked
 
 @dataclass
 class Routing:
-    """How a layer's router decided.
+    """Decisions of one layer's router.
 
     Attributes:
         logits: `[B, M, m]`, in at least float32.
-        index: int64 `[B, M, columns]`, experts from the most probable on.
-        weights: `[B, M, columns]`, 0 for those that are not used.
+        index: int64 `[B, M, columns]`, experts in order of decreasing probability.
+        weights: `[B, M, columns]`, 0 for unused experts.
     """
 
     logits: torch.Tensor
@@ -33,7 +33,9 @@ class Routing:
 
 @use_experts_implementation(has_bias=True, has_gate=False)
 class Experts(nn.Module):
-    """m networks W_down GELU(W_up x + b_up) + b_down as 3-D parameters, run by the interface that the config names.
+    """m networks W_down GELU(W_up x + b_up) + b_down, stored as 3-D parameters.
+
+    transformers' experts interface chooses the implementation by `config._experts_implementation`.
 
     Args:
         config: `num_experts`, `hidden_size`, `moe_intermediate_size`.
@@ -50,7 +52,16 @@ class Experts(nn.Module):
         self.act_fn = F.gelu
 
     def forward(self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor):
-        """The eager way: `[tokens, D]`, `[tokens, k]` twice → `[tokens, D]`; every expert sees every token."""
+        """Eager implementation: every expert processes every token.
+
+        Args:
+            hidden_states: `[tokens, D]`.
+            top_k_index: int64 `[tokens, k]`.
+            top_k_weights: `[tokens, k]`.
+
+        Returns:
+            `[tokens, D]`.
+        """
         inner = torch.einsum("td,mid->mti", hidden_states, self.up_proj) + self.up_proj_bias[:, None]
         outer = torch.einsum("mti,mdi->mtd", self.act_fn(inner), self.down_proj) + self.down_proj_bias[:, None]
         weights = outer.new_zeros(hidden_states.shape[0], self.num_experts)
@@ -59,13 +70,28 @@ class Experts(nn.Module):
 
 
 class MoELayer(nn.Module):
-    """y = Σ_j p_j Expert_j(x) over the most probable experts, p = softmax(W_g x + b_g) made to sum to 1 over them.
+    """Mixture of experts y = Σ_j p_j Expert_j(x) over the most probable experts (Liquid paper, §3.4).
 
-    A token uses k = clamp(⌊k_base (1 + H(p) / log m) + 10⁻⁶⌋, 1, m) of them, or k_base where `dynamic_experts` is off.
+    p = softmax(W_g x + b_g), normalised over the selected experts. A token uses
+    k = clamp(⌊k_base (1 + H(p) / log m) + 10⁻⁶⌋, 1, m) experts, or k_base if `dynamic_experts` is False.
 
     Args:
         config: `num_experts` m, `num_experts_per_tok` k_base, `dynamic_experts`, `normalize_expert_weights`,
             `max_expert_load` θ, `router_entropy_coef`, `router_aux_loss_coef`.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from dfn_hf import LiquidConfig, MoELayer
+    >>> from dfn_hf.modeling.modules.row_layout import make_row_layout
+
+    >>> moe = MoELayer(LiquidConfig(hidden_size=32, num_experts=2))
+    >>> x = torch.randn(2, 10, 32)
+    >>> y, router_loss, routing = moe(x, make_row_layout(2, 10, x.device))
+    >>> y.shape, router_loss.shape
+    (torch.Size([2, 10, 32]), torch.Size([2]))
+    ```
     """
 
     def __init__(self, config):
@@ -75,47 +101,59 @@ class MoELayer(nn.Module):
         self.experts = Experts(config)
 
     def forward(self, x: torch.Tensor, rows: RowLayout) -> tuple[torch.Tensor, torch.Tensor, Routing]:
-        """`[B, M, D]` → (the same; the router's loss of each row `[B]`; how it decided)."""
+        """Route the tokens of the rows to experts.
+
+        Args:
+            x: `[B, M, D]`.
+            rows: `row_layout.RowLayout` of this call.
+
+        Returns:
+            (`[B, M, D]`; router loss of each row `[B]`; routing).
+        """
         config = self.config
         real = rows.token_mask()
         with torch.autocast(x.device.type, enabled=False):
             logits = linear_in_weight_dtype(self.gate, x)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         probability = logits.softmax(dim=-1)
-        most = min(config.num_experts, (1 + config.dynamic_experts) * config.num_experts_per_tok)
-        weights, index = probability.topk(most, dim=-1)
-        used = torch.arange(most, device=x.device) < self._count(probability)[..., None]
+        max_experts = min(config.num_experts, (1 + config.dynamic_experts) * config.num_experts_per_tok)
+        weights, index = probability.topk(max_experts, dim=-1)
+        used = torch.arange(max_experts, device=x.device) < self._num_experts(probability)[..., None]
         used = used & real[..., None]
         weights = weights.masked_fill(~used, 0)
         if config.normalize_expert_weights:
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
-        y = apply_chunked(self._mixed, x, index, weights)
+        y = apply_chunked(self._mix_experts, x, index, weights)
         loss = self._loss(probability, index, used, real)
         return y, loss, Routing(logits, index, weights)
 
-    def _mixed(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    def _mix_experts(self, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Run the selected experts and sum their weighted outputs."""
         y = self.experts(x.flatten(0, 1), index.flatten(0, 1), weights.flatten(0, 1).to(x.dtype))
         return y.view_as(x)
 
-    def _count(self, probability: torch.Tensor) -> torch.Tensor:
-        """Experts that each token uses, `[B, M]`."""
+    def _num_experts(self, probability: torch.Tensor) -> torch.Tensor:
+        """Return the number of experts that each token uses, `[B, M]`."""
         config = self.config
         base = probability.new_tensor(config.num_experts_per_tok)
         if not config.dynamic_experts or config.num_experts == 1:
             return base.expand(probability.shape[:2])
-        doubt = entropy(probability) / math.log(config.num_experts)
-        return (base * (1 + doubt) + 1e-6).floor().clamp(1, config.num_experts)
+        relative_entropy = entropy(probability) / math.log(config.num_experts)
+        return (base * (1 + relative_entropy) + 1e-6).floor().clamp(1, config.num_experts)
 
-    def _loss(self, probability, index, used, real) -> torch.Tensor:
-        """λ_entropy (log m − H(mean p)) + λ_overuse Σ_j relu(load_j − θ) over the real tokens of each row, `[B]`.
+    def _loss(
+        self, probability: torch.Tensor, index: torch.Tensor, used: torch.Tensor, real: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute the router loss of each row over its real tokens, `[B]`.
 
-        The load of an expert is the share of tokens that use it, with the gradient of its mean probability.
+        λ_entropy (log m − H(mean p)) + λ_overuse Σ_j relu(load_j − θ). The load of an expert is the fraction of tokens
+        that use it; its gradient is that of the expert's mean probability.
         """
         config = self.config
         count = real.sum(dim=1, keepdim=True).clamp(min=1)
         mean = probability.masked_fill(~real[..., None], 0).sum(dim=1) / count
-        chosen = torch.zeros_like(probability).scatter(-1, index, used.to(probability.dtype)).sum(dim=1) / count
-        load = mean + (chosen - mean).detach()
+        used_fraction = torch.zeros_like(probability).scatter(-1, index, used.to(probability.dtype)).sum(dim=1) / count
+        load = mean + (used_fraction - mean).detach()
         imbalance = math.log(config.num_experts) - entropy(mean)
         overuse = (load - config.max_expert_load).relu().sum(dim=-1)
         loss = config.router_entropy_coef * imbalance + config.router_aux_loss_coef * overuse
@@ -123,5 +161,5 @@ class MoELayer(nn.Module):
 
 
 def entropy(probability: torch.Tensor) -> torch.Tensor:
-    """−Σ p log p over the last dimension, with a finite gradient at 0 too."""
+    """Return −Σ p log p over the last dimension; its gradient is finite at p = 0."""
     return torch.special.entr(probability.clamp(min=torch.finfo(probability.dtype).tiny)).sum(dim=-1)

@@ -1,13 +1,15 @@
-"""Liquid: an encoder-decoder of frequency attention, windows, deformable convolutions, experts and LSTM memory.
+"""Liquid: encoder-decoder with frequency attention, deformable convolutions, mixture of experts and LSTM memory.
 
-    encoder: EnhancedLiquidEmbedding → blocks → LayerNorm                          (§3.9)
-    decoder: CausalLiquidEmbedding → (block → EnhancedLSTM, one for all) → LayerNorm  (§3.10)
+    encoder: EnhancedLiquidEmbedding → blocks → LayerNorm                       (Liquid paper, §3.9)
+    decoder: CausalLiquidEmbedding → (block → EnhancedLSTM) × n → LayerNorm     (Liquid paper, §3.10)
 
-A block is in `liquid_block.py`, an embedding in `liquid_embedding.py`. Rows are left-aligned behind the
-model's boundary (`padding.py`); the decoder's state lives in `cache.FlowCacheLayer`.
+The decoder blocks share one EnhancedLSTM. Blocks are in `block.py`, embeddings in `embedding.py`. Inside the models
+rows are left-aligned (`row_layout.py`). The decoder's cache consists of one `cache.FlowCacheLayer` per block.
 
-Shape letters: B batch, M tokens of the decoder in this call, N so far, S of the source, H heads, m experts.
+Shape letters: B batch, M decoder tokens of this call, N decoder tokens so far, S source tokens, H heads, m experts.
 """
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,6 +46,8 @@ ENCODER_PARTS = ["ImprovedTransformerBlock", "EnhancedLiquidEmbedding"]
 
 
 class LiquidPreTrainedModel(PreTrainedModel):
+    """Base class of the Liquid models: initialisation and loading."""
+
     config: LiquidConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -52,16 +56,16 @@ class LiquidPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules = ["moe.gate"]
     _supports_sdpa = True
     _supports_context_parallel = False
-    _is_stateful = True  # an LSTM's state cannot be taken back
+    _is_stateful = True  # the LSTM state cannot be cropped
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        """Stated here: transformers guesses it from the source file, which differs in a saved folder."""
+        """Declare it here: transformers derives it from the source file, which differs in a saved folder."""
         return False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Xavier for projections, Kaiming for convolutions."""
+        """Initialise projections by Xavier, convolutions by Kaiming, embeddings normally."""
         if isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
@@ -84,7 +88,7 @@ class LiquidPreTrainedModel(PreTrainedModel):
 
 
 class BidirectionalEncoder(LiquidPreTrainedModel):
-    """Embedding, blocks that see both sides, and the final norm (§3.9)."""
+    """Encoder of Liquid: embedding, two-sided blocks and final norm (Liquid paper, §3.9)."""
 
     main_input_name = "input_ids"
     _no_split_modules = ENCODER_PARTS
@@ -115,15 +119,17 @@ class BidirectionalEncoder(LiquidPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> LiquidEncoderOutput:
-        """
+        """Encode a batch of rows.
+
         Args:
-            input_ids: int64 `[B, S]`, or `inputs_embeds` `[B, S, hidden_size]`: exactly one of them.
-            attention_mask: `[B, S]`; 0 is padding, anywhere in a row.
-            output_attentions: return the weights of the attention, O(S²) memory.
-            output_hidden_states: return the states of every block.
+            input_ids: int64 `[B, S]`; exactly one of `input_ids` and `inputs_embeds` is required.
+            attention_mask: `[B, S]`; 0 marks padding, at any position.
+            inputs_embeds: `[B, S, hidden_size]`.
+            output_attentions: whether to return the attention weights, O(S²) memory.
+            output_hidden_states: whether to return the states of every block.
 
         Raises:
-            ValueError: inputs that do not fit together; the message names them and the remedy.
+            ValueError: the inputs contradict each other; the message names them and the remedy.
         """
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -164,7 +170,9 @@ class BidirectionalEncoder(LiquidPreTrainedModel):
 
 
 class LiquidDecoder(LiquidPreTrainedModel):
-    """Causal blocks over embedded tokens, behind each the LSTM memory, and the final norm (§3.10)."""
+    """Decoder of Liquid: causal embedding, causal blocks, each followed by the LSTM, and final norm (Liquid paper,
+    §3.10).
+    """
 
     def __init__(self, config: LiquidConfig):
         super().__init__(config)
@@ -197,11 +205,17 @@ class LiquidDecoder(LiquidPreTrainedModel):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
     ) -> LiquidDecoderOutput:
-        """
+        """Decode embedded tokens.
+
         Args:
-            rows: of this call; inputs_embeds: `[B, M, hidden_size]`, in columns.
-            source, source_mask: as for `CrossAttention`.
-            states, cross_states: of each block, or None.
+            rows: `row_layout.RowLayout` of this call.
+            inputs_embeds: `[B, M, hidden_size]`, in columns.
+            source: encoder states `[B, S, hidden_size]`.
+            source_mask: bool `[B, S]`, as for `CrossAttention`.
+            states: cache layer of each block's own state, or None.
+            cross_states: cache layer of each block's cross-attention, or None.
+            output_attentions: whether to return self-attention and cross-attention weights.
+            output_hidden_states: whether to return the states of every block.
         """
         hidden_states, compression = self.embedding(rows.unpad(inputs_embeds), rows, states[0])
         hidden_states = self.dropout(hidden_states)
@@ -252,14 +266,14 @@ class LiquidDecoder(LiquidPreTrainedModel):
 
 
 def position_ids_from_mask(mask: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:
-    """Place of each real column among those of its row, int64 `[B or 1, S]`."""
+    """Return the position of each real column among those of its row, int64 `[B or 1, S]`."""
     if mask is None:
         return torch.arange(states.shape[1], device=states.device)[None]
     return (mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
 class EncoderEmbeddingMixin:
-    """For models whose `encoder` holds the embedding of all their tokens."""
+    """Mixin for models whose `encoder` owns the token embedding."""
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.encoder.embed_tokens
@@ -269,7 +283,20 @@ class EncoderEmbeddingMixin:
 
 
 class LiquidModel(EncoderEmbeddingMixin, LiquidPreTrainedModel):
-    """Encoder and decoder over the encoder's token embedding."""
+    """Liquid encoder-decoder without a head; the decoder uses the encoder's token embedding.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from dfn_hf import LiquidConfig, LiquidModel
+
+    >>> model = LiquidModel(LiquidConfig(vocab_size=100, hidden_size=64, num_hidden_layers=1))
+    >>> source, target = torch.randint(100, (2, 12)), torch.randint(100, (2, 5))
+    >>> model(input_ids=source, decoder_input_ids=target).last_hidden_state.shape
+    torch.Size([2, 5, 64])
+    ```
+    """
 
     def __init__(self, config: LiquidConfig):
         super().__init__(config)
@@ -295,22 +322,27 @@ class LiquidModel(EncoderEmbeddingMixin, LiquidPreTrainedModel):
         cache: Cache | None = None,
         **kwargs,
     ) -> LiquidModelOutput:
-        """
+        """Encode the source and decode the target.
+
         Args:
-            input_ids: int64 `[B, S]`, or `inputs_embeds` `[B, S, hidden_size]`, the source; or `encoder_outputs`.
-            attention_mask: `[B, S]`, of the source; 0 is padding, anywhere in a row.
-            decoder_input_ids: int64 `[B, M]`, or `decoder_inputs_embeds` `[B, M, hidden_size]`; without either the
-                decoder reads the source too, as who wants features of one text needs it.
+            input_ids: source, int64 `[B, S]`; exactly one of `input_ids`, `inputs_embeds` and `encoder_outputs` is
+                required.
+            attention_mask: mask of the source, `[B, S]`; 0 marks padding, at any position.
+            decoder_input_ids: target, int64 `[B, M]`. Without decoder inputs the decoder reads the source, which gives
+                features of a single text.
             decoder_attention_mask: `[B, M]`, or `[B, columns before + M]` with a cache.
-            encoder_outputs: what the encoder gave for the source.
+            encoder_outputs: outputs of the encoder for the source.
             past_key_values: `EncoderDecoderCache` of two `DynamicCache(config=model.config)`; updated in place.
-            use_cache: return the decoder's state; the config's value by default.
-            output_attentions, output_hidden_states: as for other encoder-decoder models.
-            output_router_logits: return what routers and compression gave; the config's value by default.
-            cache: what transformers 5.24 and later call `past_key_values`.
+            inputs_embeds: source, `[B, S, hidden_size]`.
+            decoder_inputs_embeds: target, `[B, M, hidden_size]`.
+            use_cache: whether to return the decoder's cache; defaults to `config.use_cache`.
+            output_attentions, output_hidden_states: whether to return attention weights and states of every block.
+            output_router_logits: whether to return router logits, auxiliary losses and metrics; defaults to
+                `config.output_router_logits`.
+            cache: name of `past_key_values` from transformers 5.24 on.
 
         Raises:
-            ValueError: inputs that do not fit together; the message names them and the remedy.
+            ValueError: the inputs contradict each other; the message names them and the remedy.
         """
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -331,29 +363,16 @@ class LiquidModel(EncoderEmbeddingMixin, LiquidPreTrainedModel):
         elif not isinstance(encoder_outputs, LiquidEncoderOutput):
             encoder_outputs = LiquidEncoderOutput(last_hidden_state=encoder_outputs[0])
         source = encoder_outputs.last_hidden_state
-        source_mask = column_mask(attention_mask, *source.shape[:2], 0)
-        if source_mask is not None:
-            # A row without any token reads zeros.
-            source_mask = source_mask | ~source_mask.any(dim=1, keepdim=True)
-
+        source_mask = source_key_mask(attention_mask, source)
         decoder_embeds = embed_inputs(self.encoder, decoder_input_ids, decoder_inputs_embeds, prefix="decoder_")
         if decoder_embeds.shape[0] != source.shape[0]:
             raise ValueError(
-                f"Source and target must have as many rows, got {source.shape[0]} and {decoder_embeds.shape[0]}."
+                f"Source and target must have the same number of rows, got {source.shape[0]} and "
+                f"{decoder_embeds.shape[0]}."
             )
-        own_cache = getattr(past_key_values, "self_attention_cache", past_key_values)
-        rows, states, own_cache = prepare_forward(
-            self.decoder, decoder_embeds, decoder_attention_mask, None, None, own_cache, use_cache, prefix="decoder_"
+        rows, states, cross_states, past_key_values = self._prepare_decoder(
+            decoder_embeds, decoder_attention_mask, source, past_key_values, use_cache
         )
-        cross_states: list[FlowCacheLayer | None] = [None] * config.num_decoder_layers
-        if own_cache is None:
-            past_key_values = None
-        elif not isinstance(past_key_values, EncoderDecoderCache):
-            past_key_values = EncoderDecoderCache(own_cache, DynamicCache(config=config))
-        if past_key_values is not None:
-            cross_states = state_layers(past_key_values.cross_attention_cache, config.num_decoder_layers)
-            for state in cross_states:
-                state.start_forward(*source.shape[:2], source.device)
         decoded = self.decoder(
             rows,
             decoder_embeds,
@@ -364,20 +383,11 @@ class LiquidModel(EncoderEmbeddingMixin, LiquidPreTrainedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
-        finish_forward(own_cache, states)
-        if past_key_values is not None and past_key_values.cross_attention_cache.offloading:
-            for state in cross_states:
-                state.offload()
-        routing = {}
-        if output_router_logits:
-            metrics = dict(encoder_outputs.metrics or {})
-            routing = {
-                "encoder_router_logits": encoder_outputs.router_logits,
-                "decoder_router_logits": decoded.router_logits,
-                "reconstruction_loss": added(encoder_outputs.reconstruction_loss, decoded.reconstruction_loss),
-                "router_loss": added(encoder_outputs.router_loss, decoded.router_loss),
-                "metrics": metrics | {f"decoder_{name}": value for name, value in decoded.metrics.items()},
-            }
+        if past_key_values is not None:
+            finish_forward(past_key_values.self_attention_cache, states)
+            if past_key_values.cross_attention_cache.offloading:
+                for state in cross_states:
+                    state.offload()
         return LiquidModelOutput(
             last_hidden_state=decoded.last_hidden_state,
             **{CACHE_NAME: past_key_values},
@@ -387,34 +397,105 @@ class LiquidModel(EncoderEmbeddingMixin, LiquidPreTrainedModel):
             encoder_last_hidden_state=source,
             encoder_hidden_states=encoder_outputs.hidden_states,
             encoder_attentions=encoder_outputs.attentions,
-            **routing,
+            **(merge_routing(encoder_outputs, decoded) if output_router_logits else {}),
         )
 
+    def _prepare_decoder(
+        self,
+        decoder_embeds: torch.Tensor,
+        decoder_attention_mask: torch.Tensor | None,
+        source: torch.Tensor,
+        past_key_values: Cache | None,
+        use_cache: bool | None,
+    ) -> tuple[RowLayout, list[FlowCacheLayer | None], list[FlowCacheLayer | None], EncoderDecoderCache | None]:
+        """Prepare the rows and both caches of the decoder.
 
-def added(of_encoder: torch.Tensor | None, of_decoder: torch.Tensor) -> torch.Tensor:
-    """The sum of both; of the decoder alone where the encoder's was not kept."""
-    return of_decoder if of_encoder is None else of_encoder + of_decoder
+        Args:
+            decoder_embeds: `[B, M, hidden_size]`.
+            decoder_attention_mask, past_key_values, use_cache: as for `forward`.
+            source: encoder states `[B, S, hidden_size]`.
+
+        Returns:
+            (rows; cache layers of the blocks' own states; cache layers of the cross-attentions; cache). The cache
+            layers and the cache are None if no cache is kept.
+        """
+        config = self.config
+        own_cache = getattr(past_key_values, "self_attention_cache", past_key_values)
+        rows, states, own_cache = prepare_forward(
+            self.decoder, decoder_embeds, decoder_attention_mask, None, None, own_cache, use_cache, prefix="decoder_"
+        )
+        if own_cache is None:
+            return rows, states, [None] * config.num_decoder_layers, None
+        if not isinstance(past_key_values, EncoderDecoderCache):
+            past_key_values = EncoderDecoderCache(own_cache, DynamicCache(config=config))
+        cross_states = state_layers(past_key_values.cross_attention_cache, config.num_decoder_layers)
+        for state in cross_states:
+            state.start_forward(*source.shape[:2], source.device)
+        return rows, states, cross_states, past_key_values
+
+
+def source_key_mask(attention_mask: torch.Tensor | None, source: torch.Tensor) -> torch.Tensor | None:
+    """Return the mask of the source for the cross-attention, bool `[B, S]`, with at least one True per row, or None.
+
+    Rows without tokens attend to their states, which are zero: softmax needs at least one key.
+    """
+    mask = column_mask(attention_mask, *source.shape[:2], 0)
+    return None if mask is None else mask | ~mask.any(dim=1, keepdim=True)
+
+
+def merge_routing(encoded: LiquidEncoderOutput, decoded: LiquidDecoderOutput) -> dict[str, Any]:
+    """Combine router logits, auxiliary losses and metrics of encoder and decoder as fields of `LiquidModelOutput`."""
+    decoder_metrics = {f"decoder_{name}": value for name, value in decoded.metrics.items()}
+    return {
+        "encoder_router_logits": encoded.router_logits,
+        "decoder_router_logits": decoded.router_logits,
+        "reconstruction_loss": sum_losses(encoded.reconstruction_loss, decoded.reconstruction_loss),
+        "router_loss": sum_losses(encoded.router_loss, decoded.router_loss),
+        "metrics": dict(encoded.metrics or {}) | decoder_metrics,
+    }
+
+
+def sum_losses(encoder_loss: torch.Tensor | None, decoder_loss: torch.Tensor) -> torch.Tensor:
+    """Add the losses; `encoder_loss` is None if the user passed encoder outputs without it."""
+    return decoder_loss if encoder_loss is None else encoder_loss + decoder_loss
 
 
 class LiquidForSeq2SeqLM(FlowGenerationMixin, LiquidPreTrainedModel, GenerationMixin):
-    """Liquid with a next-token head on the decoder."""
+    """Liquid with a next-token head on the decoder.
+
+    Example:
+
+    ```python
+    >>> import torch
+    >>> from dfn_hf import LiquidConfig, LiquidForSeq2SeqLM
+
+    >>> model = LiquidForSeq2SeqLM(LiquidConfig(vocab_size=100, hidden_size=64, num_hidden_layers=1))
+    >>> source, target = torch.randint(100, (2, 12)), torch.randint(100, (2, 5))
+    >>> model(input_ids=source, labels=target).logits.shape
+    torch.Size([2, 5, 100])
+    ```
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}
 
     def __init__(self, config: LiquidConfig):
         super().__init__(config)
-        self.loss_type = "ForCausalLM"  # labels come shifted
+        self.loss_type = "ForCausalLM"  # labels are shifted already
         self.model = LiquidModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """Labels `[B, M]` shifted right behind the start token; −100 becomes padding."""
+        """Shift labels `[B, M]` right by one, behind the start token; −100 becomes padding.
+
+        Raises:
+            ValueError: `decoder_start_token_id` or `pad_token_id` is not set.
+        """
         config = self.config
         if config.decoder_start_token_id is None or config.pad_token_id is None:
             raise ValueError(
-                "labels alone need `decoder_start_token_id` and `pad_token_id`: set both in the configuration, or "
-                "pass decoder_input_ids."
+                "`labels` without decoder inputs require `decoder_start_token_id` and `pad_token_id`: set both in the "
+                "configuration, or pass `decoder_input_ids`."
             )
         shifted = labels.new_full(labels.shape, config.decoder_start_token_id)
         shifted[:, 1:] = labels[:, :-1]
@@ -441,28 +522,32 @@ class LiquidForSeq2SeqLM(FlowGenerationMixin, LiquidPreTrainedModel, GenerationM
         cache: Cache | None = None,
         **kwargs,
     ) -> LiquidSeq2SeqLMOutput:
-        """
-        Args:
-            labels: int64 `[B, M]`, the target; −100 is not scored. Without decoder inputs these are the labels shifted
-                right. Without `decoder_attention_mask` what stands behind the last scored label of a row is padding.
-            logits_to_keep: compute the last so many logits, or those at these columns; 0 is all.
-            num_items_in_batch: labels that the loss is a mean over, where a batch is taken in several steps.
+        """Compute logits of the target and, with labels, the loss.
 
-        The others are those of `LiquidModel.forward`.
+        The arguments that are not listed are those of `LiquidModel.forward`.
+
+        Args:
+            labels: target, int64 `[B, M]`; −100 is ignored. Without decoder inputs the decoder reads the labels
+                shifted right. Without `decoder_attention_mask`, columns behind the last scored label of a row are
+                padding.
+            logits_to_keep: number of last columns whose logits are computed, or the indices of these columns; 0 means
+                all.
+            num_items_in_batch: number of labels that the loss averages over, if gradients are accumulated over several
+                calls.
 
         Raises:
-            ValueError: neither a target nor labels, or inputs that do not fit together.
+            ValueError: neither a target nor labels are given, or the inputs contradict each other.
         """
         config = self.config
         output_router_logits = config.output_router_logits if output_router_logits is None else output_router_logits
         if labels is None and decoder_input_ids is None and decoder_inputs_embeds is None:
-            raise ValueError("Pass the target: decoder_input_ids or decoder_inputs_embeds, or labels to train on.")
+            raise ValueError("The target is missing: pass `decoder_input_ids`, `decoder_inputs_embeds` or `labels`.")
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         if labels is not None and past_key_values is None and cache is None:
-            use_cache = False  # the losses are of whole rows
+            use_cache = False  # the auxiliary losses are defined on whole rows
             if decoder_attention_mask is None:
-                decoder_attention_mask = trim_unscored(labels)
+                decoder_attention_mask = mask_up_to_last_label(labels)
         outputs: LiquidModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -482,13 +567,7 @@ class LiquidForSeq2SeqLM(FlowGenerationMixin, LiquidPreTrainedModel, GenerationM
         losses = {}
         if labels is not None:
             losses = self._losses(logits, labels, outputs, num_items_in_batch, **kwargs)
-        routing = {}
-        if output_router_logits:
-            routing = {
-                "encoder_router_logits": outputs.encoder_router_logits,
-                "decoder_router_logits": outputs.decoder_router_logits,
-                "metrics": outputs.metrics,
-            }
+        routing = ("encoder_router_logits", "decoder_router_logits", "metrics") if output_router_logits else ()
         return LiquidSeq2SeqLMOutput(
             logits=logits,
             **losses,
@@ -499,11 +578,18 @@ class LiquidForSeq2SeqLM(FlowGenerationMixin, LiquidPreTrainedModel, GenerationM
             encoder_last_hidden_state=outputs.encoder_last_hidden_state,
             encoder_hidden_states=outputs.encoder_hidden_states,
             encoder_attentions=outputs.encoder_attentions,
-            **routing,
+            **{name: getattr(outputs, name) for name in routing},
         )
 
-    def _losses(self, logits, labels, outputs, num_items_in_batch, **kwargs) -> dict[str, torch.Tensor]:
-        """Token loss, and the rows' own losses as means over rows weighted by their labels."""
+    def _losses(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        outputs: LiquidModelOutput,
+        num_items_in_batch: torch.Tensor | int | None,
+        **kwargs,
+    ) -> dict[str, torch.Tensor]:
+        """Compute the token loss and the means of the rows' auxiliary losses, weighted by their numbers of labels."""
         token_loss = self.loss_function(
             logits=logits,
             labels=None,
@@ -515,7 +601,7 @@ class LiquidForSeq2SeqLM(FlowGenerationMixin, LiquidPreTrainedModel, GenerationM
         scored = (labels != -100).sum(dim=1)
         total = scored.sum() if num_items_in_batch is None else num_items_in_batch
         reconstruction_loss, router_loss = (
-            (scored * of_rows).sum() / total for of_rows in (outputs.reconstruction_loss, outputs.router_loss)
+            (scored * row_losses).sum() / total for row_losses in (outputs.reconstruction_loss, outputs.router_loss)
         )
         loss = token_loss + self.config.reconstruction_loss_coef * reconstruction_loss + router_loss
         return {
@@ -526,15 +612,18 @@ class LiquidForSeq2SeqLM(FlowGenerationMixin, LiquidPreTrainedModel, GenerationM
         }
 
 
-def trim_unscored(labels: torch.Tensor) -> torch.Tensor:
-    """Mask `[B, M]` of all columns up to the last of each row that is scored."""
-    places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
-    last = torch.where(labels == -100, 0, places).amax(dim=1, keepdim=True)
-    return (places <= last).long()
+def mask_up_to_last_label(labels: torch.Tensor) -> torch.Tensor:
+    """Return the mask `[B, M]` of the columns up to the last scored label of each row."""
+    columns = torch.arange(1, labels.shape[1] + 1, device=labels.device)
+    last = torch.where(labels == -100, 0, columns).amax(dim=1, keepdim=True)
+    return (columns <= last).long()
 
 
 class LiquidForSequenceClassification(EncoderEmbeddingMixin, LiquidPreTrainedModel):
-    """The encoder with a linear head on the mean of its real tokens' states; of a translator it takes the encoder."""
+    """Liquid encoder with a linear classification head on the mean of its real tokens' states.
+
+    From the checkpoint of an encoder-decoder it loads the encoder.
+    """
 
     _keys_to_ignore_on_load_unexpected = [r"decoder\.", r"lm_head\."]
     _no_split_modules = ENCODER_PARTS
@@ -557,15 +646,14 @@ class LiquidForSequenceClassification(EncoderEmbeddingMixin, LiquidPreTrainedMod
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> SequenceClassifierOutput:
-        """
+        """Classify rows; the arguments that are not listed are those of `BidirectionalEncoder.forward`.
+
         Args:
-            labels: `[B]` classes or values, `[B, num_labels]` for several at once.
+            labels: `[B]` classes or values, or `[B, num_labels]` for multi-label classification.
 
         Returns:
-            `logits` `[B, num_labels]` and, with labels, `loss`: the head's, `reconstruction_loss_coef` times the
-            reconstruction loss, and the router's, means over rows.
-
-        The others are those of `BidirectionalEncoder.forward`.
+            `logits` `[B, num_labels]` and, with labels, `loss`: the sum of the head's loss, `reconstruction_loss_coef`
+            times the reconstruction loss, and the router loss, where the latter two are means over rows.
         """
         outputs: LiquidEncoderOutput = self.encoder(
             input_ids=input_ids,
@@ -574,7 +662,7 @@ class LiquidForSequenceClassification(EncoderEmbeddingMixin, LiquidPreTrainedMod
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
-        states = outputs.last_hidden_state  # zero where padded
+        states = outputs.last_hidden_state  # zero at padding
         counts = states.shape[1] if attention_mask is None else attention_mask.bool().sum(dim=1, keepdim=True)
         logits = self.score(states.sum(dim=1) / torch.as_tensor(counts, device=states.device).clamp(min=1))
         loss = None

@@ -1,6 +1,6 @@
-"""What the parts of a Liquid give.
+"""Outputs of the Liquid models.
 
-Shape letters: B batch, M tokens of the decoder in this call, N so far, S of the source, H heads, m experts.
+Shape letters: B batch, M decoder tokens of this call, N decoder tokens so far, S source tokens, H heads, m experts.
 """
 
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from .mixture_of_experts import Routing
 class LiquidEncoderOutput(BaseModelOutput):
     """
     Attributes:
-        last_hidden_state: `[B, S, hidden_size]`, zero where padded.
-        hidden_states: the embedding and each block's output, the last one after the final norm.
+        last_hidden_state: `[B, S, hidden_size]`, zero at padding.
+        hidden_states: the embedding and the output of each block, the last one after the final norm.
         attentions: per block `[B, H, S, S]`.
         router_logits: per block `[B, S, m]`.
-        reconstruction_loss, router_loss: `[B]`, of each row.
+        reconstruction_loss, router_loss: `[B]`, one value per row.
         metrics: scalar tensors `compression_ratio` and `experts_per_token`.
     """
 
@@ -34,13 +34,16 @@ class LiquidEncoderOutput(BaseModelOutput):
 class LiquidModelOutput(Seq2SeqModelOutput):
     """
     Attributes:
-        last_hidden_state: `[B, M, hidden_size]`, of the decoder, zero where padded.
-        past_key_values: `EncoderDecoderCache` for continuation; named `cache` by transformers 5.24 and later.
-        decoder_hidden_states, decoder_attentions (`[B, H, M, N]`), cross_attentions (`[B, H, M, S]`),
-        encoder_last_hidden_state, encoder_hidden_states, encoder_attentions: as for other encoder-decoder models.
+        last_hidden_state: decoder states `[B, M, hidden_size]`, zero at padding.
+        past_key_values: `EncoderDecoderCache` to continue from; named `cache` from transformers 5.24 on.
+        decoder_hidden_states: the embedding and the output of each decoder block, the last one after the final norm.
+        decoder_attentions: per block `[B, H, M, N]`.
+        cross_attentions: per block `[B, H, M, S]`.
+        encoder_last_hidden_state, encoder_hidden_states, encoder_attentions: see `LiquidEncoderOutput`.
         encoder_router_logits, decoder_router_logits: per block `[B, tokens, m]`; with `output_router_logits`.
-        reconstruction_loss, router_loss: `[B]`, of each row, encoder and decoder together; with `output_router_logits`.
-        metrics: scalar tensors, of the encoder and, named `decoder_…`, of the decoder; with `output_router_logits`.
+        reconstruction_loss, router_loss: `[B]`, sums of encoder and decoder per row; with `output_router_logits`.
+        metrics: scalar tensors of the encoder and, with the prefix `decoder_`, of the decoder; with
+            `output_router_logits`.
     """
 
     encoder_router_logits: tuple[torch.Tensor, ...] | None = None
@@ -54,10 +57,10 @@ class LiquidModelOutput(Seq2SeqModelOutput):
 class LiquidSeq2SeqLMOutput(Seq2SeqLMOutput):
     """
     Attributes:
-        loss: scalar, token loss + `reconstruction_loss_coef` · `reconstruction_loss` + `router_loss`; with labels.
+        loss: scalar token loss + `reconstruction_loss_coef` · reconstruction loss + router loss; with labels.
         logits: `[B, M, vocab_size]`.
-        token_loss, reconstruction_loss, router_loss: scalars, the parts of the loss; with labels.
-        The others are those of `LiquidModelOutput`.
+        token_loss, reconstruction_loss, router_loss: scalars, the terms of the loss; with labels.
+        The other attributes are those of `LiquidModelOutput`.
     """
 
     token_loss: torch.Tensor | None = None
@@ -70,7 +73,7 @@ class LiquidSeq2SeqLMOutput(Seq2SeqLMOutput):
 
 @dataclass
 class LiquidDecoderOutput(BaseModelOutput):
-    """The decoder's half of `LiquidModelOutput`."""
+    """Outputs of the decoder; the attributes are those of `LiquidModelOutput` without the prefix `decoder_`."""
 
     cross_attentions: tuple[torch.Tensor, ...] | None = None
     router_logits: tuple[torch.Tensor, ...] | None = None

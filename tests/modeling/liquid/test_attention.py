@@ -1,4 +1,4 @@
-"""Windows on both sides or one, and the attention over a source, against dense attention under a mask."""
+"""Window attention and cross-attention of Liquid against dense attention with a mask."""
 
 import math
 
@@ -13,7 +13,7 @@ from dfn_hf.modeling.modules.windowed_attention import RotaryEmbedding
 
 CPU = torch.device("cpu")
 STRICT = {"atol": 1e-10, "rtol": 0}
-# Heads, heads of keys and values, features of a head.
+# Query heads, key-value heads, features per head.
 HEADS = {"plain": (2, 2, 4), "grouped": (4, 2, 4), "one key": (3, 1, 6)}
 WINDOWS = [1, 2, 5, 50]
 LENGTHS = [1, 2, 7, 13, 21]
@@ -61,35 +61,35 @@ def attend(attention, u, rows=None, state=None, output_attentions=False):
 
 
 def project(attention, linear, norm, x):
-    """One row `[length, hidden_size]` → `[H, length, head_dim]`, keys repeated for their group."""
+    """Project one row `[length, hidden_size]` to `[H, length, head_dim]`, with keys repeated per group."""
     y = (x @ linear.weight.T).unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
     if norm is not None:
         y = norm.weight * y / (y.square().mean(dim=-1, keepdim=True) + norm.eps).sqrt()
     return y.repeat_interleave(attention.config.num_attention_heads // len(y), dim=0)
 
 
-def turned(x, cos, sin):
+def rotate(x, cos, sin):
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
-def mix(query, key, value, seen, o_proj):
-    """Outputs `[M, hidden_size]` and weights `[H, M, N]`, of which `seen` bool `[M, N]` are not 0."""
+def attend_masked(query, key, value, seen, o_proj):
+    """Return outputs `[M, hidden_size]` and weights `[H, M, N]`, which are 0 where `seen` bool `[M, N]` is False."""
     scores = query @ key.transpose(1, 2) / math.sqrt(query.shape[-1])
     weights = scores.masked_fill(~seen, -math.inf).softmax(dim=-1)
     return (weights @ value).transpose(0, 1).flatten(1) @ o_proj.weight.T + o_proj.bias, weights
 
 
 def attend_densely(attention, u, two_sided, window):
-    """One row `[length, hidden_size]`."""
+    """Attend within one row `[length, hidden_size]`."""
     inner = attention.attention
     places = torch.arange(len(u))
     age = places[:, None] - places
     seen = (age < window) & ((age > -window) if two_sided else (age >= 0))
     cos, sin = (turn[0] for turn in rotary_of(inner.config, places[None]))
-    query = turned(project(inner, inner.q_proj, inner.q_norm, u), cos, sin)
-    key = turned(project(inner, inner.k_proj, inner.k_norm, u), cos, sin)
-    return mix(query, key, project(inner, inner.v_proj, None, u), seen, attention.o_proj)
+    query = rotate(project(inner, inner.q_proj, inner.q_norm, u), cos, sin)
+    key = rotate(project(inner, inner.k_proj, inner.k_norm, u), cos, sin)
+    return attend_masked(query, key, project(inner, inner.v_proj, None, u), seen, attention.o_proj)
 
 
 @sides
@@ -139,7 +139,7 @@ def test_rows_of_any_length_equal_dense_attention(two_sided, heads, window, impl
 
 
 @windows
-def test_an_encoder_sees_as_far_on_both_sides(window):
+def test_encoder_window_is_symmetric(window):
     attention, u = make_attention(True, window=window), draw(1, 21, 16).requires_grad_()
     (gradient,) = torch.autograd.grad(attend(attention, u)[0][0, 10].square().sum(), u)
     reached = [place for place in range(21) if gradient[0, place].any()]
@@ -148,7 +148,7 @@ def test_an_encoder_sees_as_far_on_both_sides(window):
 
 @windows
 @pytest.mark.parametrize("sizes", [[1] * 21, [4, 1, 8, 8]])
-def test_a_decoder_goes_on_where_it_stopped(window, sizes):
+def test_decoder_calls_with_a_cache_equal_one_call(window, sizes):
     attention, u, state, pieces = make_attention(False, window=window), draw(2, 21, 16), FlowCacheLayer(), []
     with torch.no_grad():
         for piece in u.split(sizes, dim=1):
@@ -160,7 +160,7 @@ def test_a_decoder_goes_on_where_it_stopped(window, sizes):
         assert torch.allclose(torch.cat(pieces, dim=1), attend(attention, u)[0], **STRICT)
 
 
-# Over a source
+# Cross-attention
 
 
 def make_cross_attention(heads="grouped", implementation="eager"):
@@ -168,7 +168,7 @@ def make_cross_attention(heads="grouped", implementation="eager"):
 
 
 def cross(attention, x, source, mask, state=None, output_attentions=False, start=0):
-    """`x` stands at the places from `start` on."""
+    """Cross-attend from x, whose positions begin at `start`."""
     places = torch.arange(start, start + x.shape[1])[None]
     of_source = torch.arange(source.shape[1])[None] if mask is None else mask.long().cumsum(dim=1) - 1
     rotary, source_rotary = (rotary_of(attention.config, index) for index in (places, of_source))
@@ -177,14 +177,14 @@ def cross(attention, x, source, mask, state=None, output_attentions=False, start
 
 
 def cross_densely(attention, x, source):
-    """One row `[M, hidden_size]` over its real source `[S, hidden_size]`."""
+    """Attend from one row `[M, hidden_size]` to its real source tokens `[S, hidden_size]`."""
     rotary, source_rotary = (
         [turn[0] for turn in rotary_of(attention.config, torch.arange(len(one))[None])] for one in (x, source)
     )
-    query = turned(project(attention, attention.q_proj, attention.q_norm, x), *rotary)
-    key = turned(project(attention, attention.k_proj, attention.k_norm, source), *source_rotary)
+    query = rotate(project(attention, attention.q_proj, attention.q_norm, x), *rotary)
+    key = rotate(project(attention, attention.k_proj, attention.k_norm, source), *source_rotary)
     value = project(attention, attention.v_proj, None, source)
-    return mix(query, key, value, torch.ones(len(x), len(source), dtype=torch.bool), attention.o_proj)
+    return attend_masked(query, key, value, torch.ones(len(x), len(source), dtype=torch.bool), attention.o_proj)
 
 
 @heads
@@ -221,7 +221,7 @@ def test_gradients_of_cross_attention_equal_those_of_dense_attention(implementat
 
 
 @implementations
-def test_keys_of_a_source_are_made_once(implementation):
+def test_source_keys_are_computed_once(implementation):
     attention, state = make_cross_attention(implementation=implementation), FlowCacheLayer()
     x, source, mask = draw(2, 9, 16), draw(2, 7, 16, seed=1), torch.arange(7) < torch.tensor([[7], [3]])
     with torch.no_grad():
@@ -230,11 +230,11 @@ def test_keys_of_a_source_are_made_once(implementation):
         for piece in x.split([4, 1, 1, 3], dim=1):
             pieces.append(cross(attention, piece, source, mask, state, start=start)[0])
             start += piece.shape[1]
-            source = torch.full_like(source, math.nan)  # not looked at any more
+            source = torch.full_like(source, math.nan)  # the cached keys are used instead
     assert torch.allclose(torch.cat(pieces, dim=1), whole, **STRICT)
 
 
-def test_dropout_is_for_training():
+def test_dropout_is_active_in_training_only():
     for attention, inputs in (
         (make_attention(True), lambda one: attend(one, draw(2, 13, 16))),
         (make_cross_attention(), lambda one: cross(one, draw(2, 9, 16), draw(2, 7, 16, seed=1), None)),

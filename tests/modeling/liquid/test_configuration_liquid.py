@@ -1,4 +1,4 @@
-"""LiquidConfig: defaults, what it refuses and how it is written down."""
+"""LiquidConfig: defaults, validation and serialisation."""
 
 import json
 import math
@@ -57,7 +57,7 @@ CHANGED = {
 OWN = {name for name in LiquidConfig.__annotations__ if name not in ("auto_map", "is_encoder_decoder")}
 
 
-def test_it_needs_no_arguments():
+def test_defaults_are_valid():
     config = LiquidConfig()
     assert config.model_type == "liquid" and config.is_encoder_decoder and config.auto_map == AUTO_MAP
 
@@ -75,14 +75,14 @@ def test_round_trip_through_json(fields, tmp_path):
         assert loaded.to_dict() | {"_name_or_path": ""} == config.to_dict()
 
 
-def test_every_field_changes_and_is_documented():
+def test_every_field_is_settable_and_documented():
     assert set(CHANGED) == OWN
     documented = LiquidConfig.__doc__
     assert all(f"{name} (`" in documented or f"{name}, " in documented for name in OWN)
     assert all(getattr(LiquidConfig(), name) != value for name, value in CHANGED.items())
 
 
-def test_defaults_that_the_docstring_states():
+def test_defaults_match_the_docstring():
     stated = {}
     for line in LiquidConfig.__doc__.splitlines():
         if ", defaults to " in line or ", *optional*" in line:
@@ -92,7 +92,7 @@ def test_defaults_that_the_docstring_states():
     assert stated == {name: getattr(LiquidConfig, name) for name in OWN}
 
 
-def test_what_is_not_given_follows_from_the_rest():
+def test_optional_fields_are_derived():
     config = LiquidConfig(
         hidden_size=64, num_attention_heads=8, num_hidden_layers=3, num_experts=6, num_experts_per_tok=2
     )
@@ -105,7 +105,7 @@ def test_what_is_not_given_follows_from_the_rest():
 
 
 @pytest.mark.parametrize(("encoder", "decoder"), [(2, 5), (5, 2), (3, 3)])
-def test_caches_have_the_layers_of_the_decoder(encoder, decoder):
+def test_caches_have_the_number_of_decoder_layers(encoder, decoder):
     config = LiquidConfig(num_hidden_layers=encoder, num_decoder_layers=decoder)
     assert config.get_text_config(decoder=True).num_hidden_layers == decoder
     assert len(config.layer_types) == len(DynamicCache(config=config).layers) == decoder
@@ -113,19 +113,19 @@ def test_caches_have_the_layers_of_the_decoder(encoder, decoder):
         assert same is config and same.num_hidden_layers == encoder
 
 
-def test_auto_map_keeps_what_others_added():
+def test_auto_map_keeps_additional_entries():
     config = LiquidConfig(auto_map={"AutoTokenizer": "tokenization.Tokenizer"})
     assert config.auto_map == {**AUTO_MAP, "AutoTokenizer": "tokenization.Tokenizer"}
 
 
-def test_unknown_fields_are_kept_as_those_of_every_configuration_are():
+def test_unknown_fields_are_kept():
     config = LiquidConfig(note="mine", id2label={0: "a", 1: "b", 2: "c"})
     assert config.note == "mine" and config.num_labels == 3
     assert LiquidConfig.from_dict(config.to_dict()).note == "mine"
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "parts"),
     [
         *(
             ({name: value}, [f"`{name}`", "at least 1", f"got {value}"])
@@ -139,7 +139,8 @@ def test_unknown_fields_are_kept_as_those_of_every_configuration_are():
         *(
             ({name: value}, [f"`{name}`", "finite and not negative", f"got {value}"])
             for name in (
-                "router_entropy_coef", "router_aux_loss_coef", "reconstruction_loss_coef", "max_offset", "initializer_range",
+                "router_entropy_coef", "router_aux_loss_coef", "reconstruction_loss_coef", "max_offset",
+                "initializer_range",
             )
             for value in (-0.5, math.nan, math.inf)
         ),
@@ -193,15 +194,15 @@ def test_unknown_fields_are_kept_as_those_of_every_configuration_are():
         ),
     ],
 )  # fmt: skip
-def test_what_contradicts_is_named(fields, told):
+def test_invalid_values_raise(fields, parts):
     with pytest.raises(ValueError) as error:
         LiquidConfig(**fields)
-    for part in told:
+    for part in parts:
         assert part in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "parts"),
     [
         ({"hidden_size": "wide"}, ["hidden_size", "int", "wide"]),
         ({"frame_length": 16.0}, ["frame_length", "int", "16.0"]),
@@ -209,10 +210,10 @@ def test_what_contradicts_is_named(fields, told):
         ({"finite_check": True}, ["finite_check", "str", "True"]),
     ],
 )
-def test_what_is_of_another_type_is_named(fields, told):
+def test_wrong_types_raise(fields, parts):
     with pytest.raises(StrictDataclassError) as error:
         LiquidConfig(**fields)
-    for part in told:
+    for part in parts:
         assert part in str(error.value)
 
 
@@ -230,12 +231,12 @@ def test_what_is_of_another_type_is_named(fields, told):
         {"router_entropy_coef": 0, "router_aux_loss_coef": 0, "reconstruction_loss_coef": 0, "initializer_range": 0},
     ],
 )
-def test_what_is_just_possible_is_taken(fields):
+def test_boundary_values_are_accepted(fields):
     config = LiquidConfig(**fields)
     assert all(getattr(config, name) == value for name, value in fields.items())
 
 
-def test_a_contradiction_made_later_is_found_when_saving(tmp_path):
+def test_invalid_changes_raise_at_saving(tmp_path):
     config = LiquidConfig()
     config.num_attention_heads = 7
     with pytest.raises(StrictDataclassError, match="num_attention_heads"):

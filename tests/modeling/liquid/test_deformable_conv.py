@@ -1,4 +1,4 @@
-"""The convolution with moving taps against nn.Conv1d and a loop over entities and taps."""
+"""Deformable convolution against nn.Conv1d and a loop over entities and taps."""
 
 import math
 
@@ -24,7 +24,7 @@ def draw(*shape, seed=0):
 
 
 def make_conv(kernel_size, dilation, causal, max_offset=2.0, scale=1.0):
-    """`scale` is that of what the offsets come from: large ones saturate."""
+    """Create a convolution; `scale` multiplies the weights of the offsets, which saturate at large values."""
     torch.manual_seed(0)
     conv = DeformableConv1d(CHANNELS, OUTPUTS, kernel_size, dilation, max_offset, causal)
     with torch.no_grad():
@@ -35,14 +35,14 @@ def make_conv(kernel_size, dilation, causal, max_offset=2.0, scale=1.0):
     return conv.double()
 
 
-def tap_places(conv):
+def tap_displacements(conv):
     last = conv.kernel_size - 1 if conv.causal else conv.kernel_size // 2
     return [conv.dilation * (tap - last) for tap in range(conv.kernel_size)]
 
 
 def plain_conv(conv, x):
-    """`[B, M, C]` by an nn.Conv1d of the same weights, its padding on both sides or on the left."""
-    places = tap_places(conv)
+    """Apply nn.Conv1d with the same weights to `[B, M, C]`, padded on both sides or on the left."""
+    places = tap_displacements(conv)
     plain = nn.Conv1d(CHANNELS, OUTPUTS, conv.kernel_size, dilation=conv.dilation).double()
     with torch.no_grad():
         plain.weight.copy_(conv.tap_proj.weight.unflatten(1, (-1, CHANNELS)).transpose(1, 2))
@@ -51,13 +51,13 @@ def plain_conv(conv, x):
 
 
 def entity(row, place):
-    """Zero outside the row `[length, C]`."""
+    """Return an entity of the row `[length, C]`; zero outside."""
     return row[place] if 0 <= place < len(row) else row.new_zeros(row.shape[1])
 
 
 def offsets_by_loop(conv, row):
-    """Δ of one row, `[length, T]`, from the docstring."""
-    taps, places = conv.kernel_size, tap_places(conv)
+    """Compute Δ of one row, `[length, T]`, from the docstring."""
+    taps, places = conv.kernel_size, tap_displacements(conv)
     first = 1 - taps if conv.causal else -(taps // 2)
     offsets = []
     for i in range(len(row)):
@@ -72,12 +72,12 @@ def offsets_by_loop(conv, row):
 
 
 def convolve_by_loop(conv, row, offsets):
-    """One row `[length, C]` at offsets `[length, T]`."""
+    """Convolve one row `[length, C]` with offsets `[length, T]`."""
     weight = conv.tap_proj.weight.unflatten(1, (-1, CHANNELS))
     outputs = []
     for i in range(len(row)):
         y = conv.tap_proj.bias
-        for tap, displacement in enumerate(tap_places(conv)):
+        for tap, displacement in enumerate(tap_displacements(conv)):
             place = i + displacement + offsets[i, tap]
             left = math.floor(place)
             share = place - left
@@ -87,18 +87,18 @@ def convolve_by_loop(conv, row, offsets):
 
 
 def before(conv, x):
-    """x as `convolve` takes it, and the number of entities before."""
+    """Return x as `convolve` expects it, and the number of preceding entities."""
     history = conv.history if conv.causal else 0
     return F.pad(x, (0, 0, history, 0)), history
 
 
-# Without offsets
+# Zero offsets
 
 
 @sides
 @pytest.mark.parametrize(("kernel_size", "dilation"), [*SHAPES, (2, 1), (4, 2)])
 @pytest.mark.parametrize("length", [1, 2, 17])
-def test_at_offsets_of_0_it_is_a_convolution(causal, kernel_size, dilation, length):
+def test_zero_offsets_equal_a_convolution(causal, kernel_size, dilation, length):
     conv, x = make_conv(kernel_size, dilation, causal), draw(2, length, CHANNELS)
     expected = plain_conv(conv, x)
     padded, history = before(conv, x)
@@ -111,7 +111,7 @@ def test_at_offsets_of_0_it_is_a_convolution(causal, kernel_size, dilation, leng
 
 
 @shapes
-def test_an_offset_convolution_of_zeros_leaves_both_sides_a_convolution(kernel_size, dilation):
+def test_zero_offset_weights_equal_a_two_sided_convolution(kernel_size, dilation):
     conv, x = make_conv(kernel_size, dilation, causal=False), draw(2, 17, CHANNELS)
     nn.init.zeros_(conv.offset_conv.weight)
     nn.init.zeros_(conv.offset_conv.bias)
@@ -128,7 +128,7 @@ def test_any_offsets_equal_the_loop(causal, kernel_size, dilation, reach):
     conv, x = make_conv(kernel_size, dilation, causal, max_offset=reach), draw(2, 11, CHANNELS)
     offsets = reach * draw(2, 11, kernel_size, seed=1).tanh()
     if causal:
-        last = torch.tensor(tap_places(conv)).double()
+        last = torch.tensor(tap_displacements(conv)).double()
         offsets = torch.minimum(offsets, -last)
         offsets[..., -1] = -offsets[..., -1].abs()
     padded, history = before(conv, x)
@@ -141,7 +141,7 @@ def test_any_offsets_equal_the_loop(causal, kernel_size, dilation, reach):
 @shapes
 @pytest.mark.parametrize("max_offset", [0.5, 2, 3.3])
 @pytest.mark.parametrize("scale", [1, 1e4])
-def test_rows_equal_the_loop_whatever_pads_them(causal, kernel_size, dilation, max_offset, scale):
+def test_padded_rows_equal_the_loop(causal, kernel_size, dilation, max_offset, scale):
     conv = make_conv(kernel_size, dilation, causal, max_offset, scale)
     lengths, x = [1, 5, 13, 2], draw(4, 15, CHANNELS)
     mask = torch.arange(15) < torch.tensor(lengths)[:, None]
@@ -154,7 +154,7 @@ def test_rows_equal_the_loop_whatever_pads_them(causal, kernel_size, dilation, m
             assert torch.allclose(found[row, :length], convolve_by_loop(conv, real, offsets), **STRICT)
 
 
-def test_an_even_kernel_moves_its_taps_by_what_they_lie_on():
+def test_even_kernels_predict_offsets_from_their_taps():
     conv, x = make_conv(4, 1, causal=False), draw(1, 9, CHANNELS)
     with torch.no_grad():
         expected = convolve_by_loop(conv, x[0], offsets_by_loop(conv, x[0]))
@@ -164,14 +164,14 @@ def test_an_even_kernel_moves_its_taps_by_what_they_lie_on():
 @sides
 @pytest.mark.parametrize("max_offset", [0.5, 2, 3.3])
 @pytest.mark.parametrize("scale", [1, 1e4])
-def test_offsets_keep_to_their_bounds(causal, max_offset, scale):
+def test_offsets_are_bounded(causal, max_offset, scale):
     conv, x = make_conv(3, 2, causal, max_offset, scale), draw(2, 50, CHANNELS)
     padded, history = before(conv, x)
     with torch.no_grad():
         offsets = conv.offsets(padded, history)
     assert offsets.shape == (2, 50, 3)
     assert offsets.abs().max() <= max_offset and offsets.std() > 0.1 * max_offset
-    places = torch.tensor(tap_places(conv)) + offsets
+    places = torch.tensor(tap_displacements(conv)) + offsets
     if causal:
         assert (places <= 0).all() and (places >= -conv.history).all()
         assert (offsets[..., :-1] > 0).any() and (offsets[..., :-1] < 0).any()
@@ -181,13 +181,13 @@ def test_offsets_keep_to_their_bounds(causal, max_offset, scale):
 
 @sides
 @shapes
-def test_gradients_are_those_of_interpolation(causal, kernel_size, dilation):
+def test_gradients_equal_those_of_linear_interpolation(causal, kernel_size, dilation):
     conv = make_conv(kernel_size, dilation, causal)
     x = draw(1, 5, CHANNELS)
-    # Whole steps and a part away from both.
+    # Offsets that are not near integers, where the derivative jumps.
     offsets = torch.randint(-4, 4, (1, 5, kernel_size), generator=torch.Generator().manual_seed(0)).double()
     if causal:
-        offsets = offsets.clamp(max=-1) - torch.tensor(tap_places(conv))
+        offsets = offsets.clamp(max=-1) - torch.tensor(tap_displacements(conv))
     offsets = offsets + 0.25 + 0.5 * torch.rand(offsets.shape, generator=torch.Generator().manual_seed(1)).double()
     padded, history = before(conv, x)
     padded, offsets = padded.requires_grad_(), offsets.requires_grad_()
@@ -210,7 +210,7 @@ def test_every_parameter_has_a_gradient(causal):
 @shapes
 @pytest.mark.parametrize("max_offset", [0, 0.5, 2, 3.3])
 @pytest.mark.parametrize("scale", [1, 1e4])
-def test_what_comes_later_changes_nothing(kernel_size, dilation, max_offset, scale):
+def test_causal_convolution_ignores_later_entities(kernel_size, dilation, max_offset, scale):
     conv, x = make_conv(kernel_size, dilation, True, max_offset, scale), draw(2, 17, CHANNELS).requires_grad_()
     rows = make_row_layout(2, 17, CPU)
     y = conv(x, rows)
@@ -222,10 +222,10 @@ def test_what_comes_later_changes_nothing(kernel_size, dilation, max_offset, sca
         assert gradient[:, :t].any() and not gradient[:, t:].any()
 
 
-def test_a_tap_on_the_entity_itself_looks_ahead_in_no_gradient_either():
+def test_causal_gradients_do_not_reach_later_entities():
     conv, x = make_conv(3, 2, causal=True), draw(2, 17, CHANNELS)
     changed = torch.cat([x[:, :8], draw(2, 9, CHANNELS, seed=1)], dim=1)
-    offsets = (-torch.tensor(tap_places(conv)).double()).expand(2, 17, 3).clone().requires_grad_()
+    offsets = (-torch.tensor(tap_displacements(conv)).double()).expand(2, 17, 3).clone().requires_grad_()
     gradients = []
     for one in (x, changed):
         padded, history = before(conv, one)
@@ -234,14 +234,14 @@ def test_a_tap_on_the_entity_itself_looks_ahead_in_no_gradient_either():
     assert torch.equal(*gradients)
 
 
-def test_both_sides_are_seen_in_an_encoder():
+def test_encoder_convolution_reads_both_sides():
     conv, x = make_conv(3, 1, causal=False), draw(1, 17, CHANNELS).requires_grad_()
     (gradient,) = torch.autograd.grad(conv(x, make_row_layout(1, 17, CPU))[0, 8].sum(), x)
     assert gradient[0, :8].any() and gradient[0, 9:].any()
 
 
 def feed(module, x, counts_per_call):
-    """Rows through a causal module call by call: outputs of each row."""
+    """Run rows through a causal module call by call; return the outputs of each row."""
     state, done = FlowCacheLayer(), [0] * len(x)
     pieces = [[] for _ in x]
     for counts in counts_per_call:
@@ -273,18 +273,18 @@ SPLITS = {
 @shapes
 @pytest.mark.parametrize("max_offset", [0, 0.5, 2, 3.3])
 @pytest.mark.parametrize("split", SPLITS)
-def test_any_split_gives_the_same(kernel_size, dilation, max_offset, split):
+def test_any_split_gives_equal_outputs(kernel_size, dilation, max_offset, split):
     conv, x = make_conv(kernel_size, dilation, True, max_offset, scale=10), draw(2, 29, CHANNELS)
     with torch.no_grad():
         whole = conv(x, make_row_layout(2, 29, CPU))
     assert torch.allclose(feed(conv, x, SPLITS[split]), whole, **STRICT)
 
 
-# Precision, and the gated form
+# Precision and gating
 
 
 @sides
-def test_offsets_of_less_precision_are_in_float32(causal):
+def test_offsets_are_at_least_float32(causal):
     conv, x = make_conv(3, 1, causal).bfloat16(), draw(1, 9, CHANNELS).bfloat16()
     padded, history = before(conv, x)
     assert conv.offsets(padded, history).dtype == torch.float32
@@ -301,7 +301,7 @@ def make_gated(causal):
 
 
 @sides
-def test_the_gated_form_equals_its_formula(causal):
+def test_gated_convolution_equals_its_formula(causal):
     gated, x, rows = make_gated(causal), draw(2, 9, CHANNELS), make_row_layout(2, 9, CPU)
     conv = gated.deform_conv
     assert (conv.dilation, conv.max_offset, conv.causal) == (2, 1.5, causal)
@@ -315,14 +315,14 @@ def test_the_gated_form_equals_its_formula(causal):
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_any_split_gives_the_same_gated_form(split):
+def test_any_split_gives_equal_gated_outputs(split):
     gated, x = make_gated(causal=True), draw(2, 29, CHANNELS)
     with torch.no_grad():
         whole = gated(x, make_row_layout(2, 29, CPU))
     assert torch.allclose(feed(gated, x, SPLITS[split]), whole, **STRICT)
 
 
-def test_dropout_is_for_training():
+def test_dropout_is_active_in_training_only():
     gated, x = OptimizedGatedConvolution(CHANNELS, 3, dropout=0.5).double(), draw(2, 9, CHANNELS)
     rows = make_row_layout(2, 9, CPU)
     assert (gated(x, rows) == 0).any()

@@ -1,4 +1,4 @@
-"""What is done about values that are not finite."""
+"""`check_finite`: the three modes."""
 
 import math
 
@@ -11,22 +11,22 @@ BROKEN = torch.tensor([[1.0, math.nan], [math.inf, -2.0], [-math.inf, 0.0]])
 WHOLE = torch.tensor([[1.0, -3e38], [0.0, 1e-40]])
 
 
-def test_off_leaves_everything():
+def test_off_returns_the_input():
     assert check_finite(BROKEN, "off", "somewhere") is BROKEN
 
 
-def test_zero_puts_zeros_in_the_place_of_what_is_not_finite():
+def test_zero_replaces_values_that_are_not_finite():
     found = check_finite(BROKEN, "zero", "somewhere")
     assert torch.equal(found, torch.tensor([[1.0, 0], [0, -2], [0, 0]]))
 
 
-def test_zero_passes_the_gradient_of_what_is_finite_alone():
+def test_zero_passes_gradients_of_finite_values_only():
     x = BROKEN.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(check_finite(x, "zero", "somewhere").sum(), x)
     assert torch.equal(gradient, BROKEN.isfinite().float())
 
 
-def test_raise_names_the_place_the_number_and_what_to_do():
+def test_raise_names_sub_block_count_and_remedy():
     with pytest.raises(FloatingPointError) as error:
         check_finite(BROKEN, "raise", "decoder block 3, experts")
     for part in ("decoder block 3, experts: 3 of 6 values", "learning rate", "bfloat16", '`finite_check="zero"`'):
@@ -34,5 +34,5 @@ def test_raise_names_the_place_the_number_and_what_to_do():
 
 
 @pytest.mark.parametrize("mode", ["off", "zero", "raise"])
-def test_what_is_finite_stays(mode):
+def test_finite_values_are_unchanged(mode):
     assert torch.equal(check_finite(WHOLE, mode, "somewhere"), WHOLE)

@@ -1,4 +1,4 @@
-"""Attention between the frequencies of a frame against a loop over frames, bands and heads."""
+"""Frequency attention against a loop over frames, bands and heads."""
 
 import math
 
@@ -28,14 +28,14 @@ def make_attention(frame_length, dropout=0.0):
     return attention.double().eval()
 
 
-def normalised(norm, x):
+def layer_norm(norm, x):
     mean, variance = x.mean(dim=-1, keepdim=True), x.var(dim=-1, unbiased=False, keepdim=True)
     return norm.weight * (x - mean) / (variance + norm.eps).sqrt() + norm.bias
 
 
 def attend_band_by_loop(attend, magnitude):
-    """Attention over the bins of one band of one frame, `[bins, D]`."""
-    h = normalised(attend.norm, magnitude @ attend.proj.weight.T + attend.proj.bias)
+    """Attend over the bins of one band of one frame, `[bins, D]`."""
+    h = layer_norm(attend.norm, magnitude @ attend.proj.weight.T + attend.proj.bias)
     size = SIZE // HEADS
     heads = []
     for head in range(HEADS):
@@ -46,7 +46,7 @@ def attend_band_by_loop(attend, magnitude):
 
 
 def attend_by_loop(attention, frame):
-    """One frame `[L, D]` → the same."""
+    """Attend within one frame `[L, D]`."""
     spectrum = torch.fft.rfft(frame, dim=0)
     energy = spectrum.abs().square()
     size = (energy + max(module.PHASE_FLOOR**2 * energy.mean(), module.MIN_ENERGY)).sqrt()
@@ -79,8 +79,8 @@ def test_gradients_equal_those_of_the_loop():
 
 
 @pytest.mark.parametrize("length", [17, 27, 32])
-def test_one_frame_is_the_transform_of_the_whole_sequence(length, monkeypatch):
-    """The seed's: zero-padded to 2^⌈log₂ length⌉, magnitudes attend, O = A ⊙ e^{iΦ}. It has no floors."""
+def test_one_frame_equals_the_transform_of_the_paper(length, monkeypatch):
+    """The paper pads with zeros to 2^⌈log₂ length⌉ and computes O = A ⊙ e^{iΦ} from the magnitudes, without floors."""
     monkeypatch.setattr(module, "PHASE_FLOOR", 0.0)
     monkeypatch.setattr(module, "MIN_ENERGY", 0.0)
     attention, x = make_attention(32), draw(1, length, SIZE)
@@ -96,14 +96,14 @@ def test_one_frame_is_the_transform_of_the_whole_sequence(length, monkeypatch):
             for attend, band in zip(attention.attention, attention.bands, strict=True)
         ]
     half = torch.cat(half)
-    whole = torch.cat([half, half[1:-1].flip(0).conj()])  # of a real signal
+    whole = torch.cat([half, half[1:-1].flip(0).conj()])  # the spectrum of a real signal is Hermitian
     whole[0], whole[16] = whole[0].real, whole[16].real
     expected = torch.fft.ifft(whole, dim=0)
     assert expected.imag.abs().max() < 1e-12
     assert torch.allclose(found[0], expected.real[:length], **STRICT)
 
 
-def test_frames_do_not_know_each_other():
+def test_frames_are_independent():
     attention, frames = make_attention(16), draw(2, 3, 16, SIZE)
     changed = frames.clone()
     changed[0, 1] = 5
@@ -115,7 +115,7 @@ def test_frames_do_not_know_each_other():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_frame_of_zeros_stays_one_and_has_finite_gradients(dtype):
+def test_zero_frames_stay_zero_and_have_finite_gradients(dtype):
     attention, frames = make_attention(16).to(dtype), draw(2, 3, 16, SIZE).to(dtype)
     frames[:, 1] = 0
     frames.requires_grad_()
@@ -127,7 +127,7 @@ def test_a_frame_of_zeros_stays_one_and_has_finite_gradients(dtype):
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e-4, 1e4, 1e12])
-def test_frames_of_any_size_stay_finite(scale):
+def test_frames_of_any_scale_stay_finite(scale):
     attention, frames = make_attention(16).float(), (scale * draw(1, 2, 16, SIZE)).float().requires_grad_()
     y = attention(frames)
     y.square().sum().backward()
@@ -141,14 +141,14 @@ def test_every_parameter_has_a_gradient():
     assert all(parameter.grad.abs().max() > 1e-6 for parameter in attention.parameters())
 
 
-def test_projecting_is_a_linear_map_and_a_norm():
+def test_project_is_a_linear_map_and_a_norm():
     attention, x = make_attention(8), draw(2, 5, SIZE)
-    expected = normalised(attention.norm, x @ attention.out_proj.weight.T + attention.out_proj.bias)
+    expected = layer_norm(attention.norm, x @ attention.out_proj.weight.T + attention.out_proj.bias)
     assert torch.allclose(attention.project(x), expected, **STRICT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_in_bfloat16_give_about_the_same(dtype):
+def test_bfloat16_weights_are_close(dtype):
     attention, frames = make_attention(32).float(), draw(2, 3, 32, SIZE).to(dtype)
     with torch.no_grad():
         expected = attention(frames.float())
@@ -157,7 +157,7 @@ def test_weights_in_bfloat16_give_about_the_same(dtype):
     assert (found - expected).square().mean().sqrt() < 0.02 * expected.square().mean().sqrt()
 
 
-def test_dropout_is_for_training():
+def test_dropout_is_active_in_training_only():
     attention, frames = make_attention(16, dropout=0.5), draw(1, 2, 16, SIZE)
     with torch.no_grad():
         plain = attention(frames)

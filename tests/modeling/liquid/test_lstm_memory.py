@@ -1,4 +1,4 @@
-"""The recurrent memory against a loop over entities, gates written out, across calls and padding."""
+"""EnhancedLSTM against a loop over entities with explicit gates, across calls and padding."""
 
 import math
 
@@ -27,8 +27,8 @@ def make_memory(num_layers, dropout=0.0):
     return memory.double().eval()
 
 
-def remember_by_loop(memory, row):
-    """One row `[length, D]` → the same, from the equations."""
+def lstm_by_loop(memory, row):
+    """Run the memory on one row `[length, D]`, from the equations."""
     lstm, inputs = memory.lstm, list(row)
     for layer in range(lstm.num_layers):
         weights = (getattr(lstm, f"{name}_l{layer}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
@@ -59,17 +59,17 @@ layers = pytest.mark.parametrize("num_layers", [1, 2])
 def test_equals_the_loop(num_layers, length):
     memory, x = make_memory(num_layers), draw(2, length, SIZE).requires_grad_()
     y = memory(x, make_row_layout(2, length, CPU))
-    expected = torch.stack([remember_by_loop(memory, row) for row in x])
+    expected = torch.stack([lstm_by_loop(memory, row) for row in x])
     assert torch.allclose(y, expected, **STRICT)
     wanted, scale = [x, *memory.parameters()], draw(2, length, SIZE, seed=1)
     gradients = [torch.autograd.grad((one * scale).sum(), wanted) for one in (y, expected)]
     for one, other in zip(*gradients, strict=True):
         assert torch.allclose(one, other, **STRICT)
-        assert one.any() or length == 1  # what came before is zero there
+        assert one.any() or length == 1  # the preceding state is zero in the first call
 
 
 @layers
-def test_padding_moves_nothing(num_layers):
+def test_padding_does_not_change_the_state(num_layers):
     memory, x = make_memory(num_layers), draw(4, 13, SIZE)
     lengths = [13, 1, 0, 6]
     rows = make_row_layout(4, 13, CPU, mask=torch.arange(13) < torch.tensor(lengths)[:, None])
@@ -77,7 +77,7 @@ def test_padding_moves_nothing(num_layers):
     y = memory(x, rows)
     for row, length in enumerate(lengths):
         if length:
-            assert torch.allclose(y[row, :length], remember_by_loop(memory, x[row, :length]), **STRICT)
+            assert torch.allclose(y[row, :length], lstm_by_loop(memory, x[row, :length]), **STRICT)
     (gradient,) = torch.autograd.grad(y[rows.token_mask()].sum(), x)
     assert not gradient[~rows.token_mask()].any()
 
@@ -92,7 +92,7 @@ SPLITS = {
 
 @layers
 @pytest.mark.parametrize("split", SPLITS)
-def test_any_split_remembers_the_same(num_layers, split):
+def test_any_split_gives_equal_outputs(num_layers, split):
     memory, x = make_memory(num_layers), draw(2, 29, SIZE)
     state, done, pieces = FlowCacheLayer(), [0, 0], [[], []]
     for counts in SPLITS[split]:
@@ -113,11 +113,11 @@ def test_any_split_remembers_the_same(num_layers, split):
     assert done == [29, 29]
     with torch.no_grad():
         for row in range(2):
-            assert torch.allclose(torch.cat(pieces[row]), remember_by_loop(memory, x[row]), **STRICT)
+            assert torch.allclose(torch.cat(pieces[row]), lstm_by_loop(memory, x[row]), **STRICT)
 
 
 @layers
-def test_the_state_goes_with_its_rows(num_layers):
+def test_state_follows_reordered_rows(num_layers):
     memory, x, order = make_memory(num_layers), draw(3, 13, SIZE), torch.tensor([2, 0, 0])
     state = FlowCacheLayer()
     for piece in (x[:, :7], x[order, 7:]):
@@ -130,10 +130,10 @@ def test_the_state_goes_with_its_rows(num_layers):
         state.reorder_cache(order)
     with torch.no_grad():
         for row, source in enumerate(order):
-            assert torch.allclose(y[row], remember_by_loop(memory, x[source])[7:], **STRICT)
+            assert torch.allclose(y[row], lstm_by_loop(memory, x[source])[7:], **STRICT)
 
 
-def test_the_state_holds_no_graph_and_cannot_be_cropped():
+def test_state_is_detached_and_cannot_be_cropped():
     memory, x, state = make_memory(2), draw(2, 7, SIZE), FlowCacheLayer()
     state.start_forward(2, 7, CPU)
     rows = make_row_layout(2, 7, CPU)
@@ -145,7 +145,7 @@ def test_the_state_holds_no_graph_and_cannot_be_cropped():
         state.crop(-1)
 
 
-def test_dropout_is_for_training():
+def test_dropout_is_active_in_training_only():
     memory, x, rows = make_memory(1, dropout=0.5), draw(2, 7, SIZE), make_row_layout(2, 7, CPU)
     assert not (memory(x, rows) == 0).any()
     assert (memory.train()(x, rows) == 0).any()

@@ -1,4 +1,4 @@
-"""Experts and their router against a loop over tokens and experts; what the router's loss does."""
+"""Experts and router against a loop over tokens and experts; effect of the router loss."""
 
 import math
 
@@ -45,7 +45,7 @@ def entropy(probability):
 
 
 def route_by_loop(layer, entity):
-    """The experts that one entity `[D]` uses, each with its weight, and the probabilities of all."""
+    """Return the weights of the experts that one entity `[D]` uses, and the probabilities of all experts."""
     config = layer.config
     probability = (layer.gate.weight @ entity + layer.gate.bias).softmax(dim=0)
     count = config.num_experts_per_tok
@@ -64,7 +64,7 @@ def expert_by_loop(experts, number, entity):
 
 
 def mix_by_loop(layer, row):
-    """One row `[length, D]`."""
+    """Mix experts for one row `[length, D]`."""
     outputs = []
     for entity in row:
         weights, _ = route_by_loop(layer, entity)
@@ -73,7 +73,7 @@ def mix_by_loop(layer, row):
 
 
 def loss_by_loop(layer, row):
-    """The router's loss of one row `[length, D]`, its load with the gradient of the mean probability."""
+    """Compute the router loss of one row `[length, D]`; the load has the gradient of the mean probability."""
     config = layer.config
     routes = [route_by_loop(layer, entity) for entity in row]
     mean = sum(probability for _, probability in routes) / len(row)
@@ -99,7 +99,7 @@ SETTINGS = {
 settings = pytest.mark.parametrize("setting", SETTINGS)
 
 
-# What comes out
+# Outputs
 
 
 @settings
@@ -138,9 +138,9 @@ def outputs_and_gradients(layer, x):
 @pytest.mark.parametrize("setting", ["one of five", "two of five", "all", "one"])
 @pytest.mark.parametrize(
     ("implementation", "dtype", "tolerance"),
-    [("batched_mm", torch.float64, 1e-10), ("grouped_mm", torch.float32, 2e-6)],  # no kernel for more precision
+    [("batched_mm", torch.float64, 1e-10), ("grouped_mm", torch.float32, 2e-6)],  # there is no float64 kernel
 )
-def test_implementations_are_the_same(implementation, dtype, tolerance, setting):
+def test_implementations_are_equal(implementation, dtype, tolerance, setting):
     results = []
     for name in ("eager", implementation):
         layer = make_layer(experts_implementation=name, **SETTINGS[setting]).to(dtype)
@@ -159,11 +159,11 @@ def test_every_expert_and_the_gate_have_a_gradient():
         assert of_each_expert.abs().amax(dim=1).min() > 1e-4
 
 
-# How many experts
+# Number of experts
 
 
 def set_gate(layer, logits):
-    """The same logits for every entity."""
+    """Set equal logits for all entities."""
     with torch.no_grad():
         layer.gate.weight.zero_()
         layer.gate.bias.copy_(torch.tensor(logits))
@@ -172,7 +172,7 @@ def set_gate(layer, logits):
 
 @pytest.mark.parametrize("num_experts_per_tok", [1, 2, 3, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_router_in_no_doubt_uses_the_least_and_one_that_knows_nothing_twice_as_many(num_experts_per_tok, dtype):
+def test_number_of_experts_at_lowest_and_highest_entropy(num_experts_per_tok, dtype):
     layer, x = make_layer(num_experts_per_tok=num_experts_per_tok).to(dtype), draw(2, 4, SIZE).to(dtype)
     _, _, sure = run(set_gate(layer, [0.0, 0, 60, 0, 0]), x)
     columns = min(5, 2 * num_experts_per_tok)
@@ -183,7 +183,7 @@ def test_a_router_in_no_doubt_uses_the_least_and_one_that_knows_nothing_twice_as
     assert torch.allclose(unsure.weights, torch.ones(()).to(dtype) / columns)
 
 
-def test_more_doubt_uses_more_experts():
+def test_number_of_experts_grows_with_entropy():
     layer, x = make_layer(num_experts_per_tok=2), draw(1, 1, SIZE)
     counts = []
     for logit in (20.0, 4.0, 1.5, 0.0):
@@ -191,14 +191,14 @@ def test_more_doubt_uses_more_experts():
     assert counts == sorted(counts) and counts[0] == 2 and counts[-1] == 4 and 3 in counts
 
 
-def test_a_fixed_number_is_what_it_says():
+def test_static_number_of_experts():
     layer = make_layer(dynamic_experts=False)
     _, _, routing = run(set_gate(layer, [1.0] * 5), draw(2, 4, SIZE))
     assert routing.index.shape[-1] == 2 and (routing.weights > 0).all()
 
 
 @pytest.mark.parametrize("normalize", [True, False])
-def test_weights_sum_to_1_where_asked(normalize):
+def test_weights_sum_to_1_if_normalized(normalize):
     layer, x = make_layer(normalize_expert_weights=normalize), draw(2, 13, SIZE)
     _, _, routing = run(layer, x)
     used = routing.weights > 0
@@ -214,7 +214,7 @@ def test_weights_sum_to_1_where_asked(normalize):
 # Padding
 
 
-def test_padding_never_routes():
+def test_padding_is_not_routed():
     layer, x = make_layer(), draw(3, 13, SIZE)
     lengths = [13, 5, 0]
     y, loss, routing = run(layer, x, lengths)
@@ -237,11 +237,11 @@ def test_padding_has_no_gradient(implementation):
     assert gradient[1, :5].any() and not gradient[1, 5:].any() and not gradient[2].any()
 
 
-# The router's loss
+# Router loss
 
 
 @settings
-def test_the_loss_equals_the_loop(setting):
+def test_loss_equals_the_loop(setting):
     layer, x = make_layer(**SETTINGS[setting]), draw(3, 13, SIZE)
     lengths = [13, 1, 6]
     _, loss, _ = run(layer, x, lengths)
@@ -253,7 +253,7 @@ def test_the_loss_equals_the_loop(setting):
         assert layer.config.num_experts == 1 or one.any()
 
 
-def test_a_balanced_load_costs_less_than_an_unbalanced_one():
+def test_balanced_load_has_a_lower_loss():
     layer = make_layer(num_experts=4, num_experts_per_tok=1)
     with torch.no_grad():
         layer.gate.weight.copy_(20 * torch.eye(4, SIZE))
@@ -265,7 +265,7 @@ def test_a_balanced_load_costs_less_than_an_unbalanced_one():
 
 
 @pytest.mark.parametrize("term", ["router_entropy_coef", "router_aux_loss_coef"])
-def test_training_on_either_term_alone_spreads_the_load(term):
+def test_training_on_each_term_balances_the_load(term):
     layer = make_layer(**{"num_experts_per_tok": 1, "router_entropy_coef": 0, "router_aux_loss_coef": 0, term: 1.0})
     with torch.no_grad():
         layer.gate.weight *= 0.1
@@ -286,7 +286,7 @@ def test_training_on_either_term_alone_spreads_the_load(term):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_logits_of_any_size_have_finite_gradients(dtype):
+def test_logits_of_any_scale_have_finite_gradients(dtype):
     layer = set_gate(make_layer(), [0.0, 0, 2000, -2000, 0]).to(dtype)
     x = draw(2, 5, SIZE).to(dtype).requires_grad_()
     y, loss, _ = run(layer, x, [5, 3])
@@ -295,14 +295,14 @@ def test_logits_of_any_size_have_finite_gradients(dtype):
     assert all(parameter.grad.isfinite().all() for parameter in layer.parameters())
 
 
-def test_the_router_of_less_precision_is_in_float32():
+def test_router_is_at_least_float32():
     layer, x = make_layer().bfloat16(), draw(2, 5, SIZE).bfloat16()
     y, loss, routing = run(layer, x)
     assert y.dtype == torch.bfloat16
     assert loss.dtype == routing.logits.dtype == routing.weights.dtype == torch.float32
 
 
-def test_autocast_leaves_the_router_alone():
+def test_autocast_does_not_affect_the_router():
     layer, x = make_layer().float(), draw(2, 5, SIZE).float()
     _, expected, routing = run(layer, x)
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""What Liquid guarantees, over random small configurations: the invariants of encoder and decoder, and its losses."""
+"""Liquid models over random small configurations: invariants of encoder and decoder, losses, loading and errors."""
 
 import copy
 import random
@@ -58,7 +58,7 @@ def draw_model(seed: int, model_class=LiquidForSeq2SeqLM, dtype=torch.float64, *
     model = model_class(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() < 2:  # norms and biases, which start as constants
+            if parameter.dim() < 2:  # norms and biases, which are initialised to constants
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return model.to(dtype).eval()
 
@@ -80,29 +80,29 @@ def new_cache(model) -> EncoderDecoderCache:
     return EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache(config=model.config))
 
 
-def swapped(ids: torch.Tensor, place: int) -> torch.Tensor:
+def change_token(ids: torch.Tensor, place: int) -> torch.Tensor:
     changed = ids.clone()
     changed[:, place] = (changed[:, place] + 1) % VOCABULARY
     return changed
 
 
-# Causality, and what the encoder gives
+# Causality, and use of the source
 
 
 @seeds
 @pytest.mark.parametrize("training", [False, True])
-def test_a_target_token_changes_no_logit_before_it(seed, training):
+def test_target_tokens_do_not_affect_earlier_logits(seed, training):
     model = draw_model(seed).train(training)
     source, target = draw_pair(2, seed)
     before = logits_of(model, source, target)
     for place in (TARGET - 1, TARGET // 2, 1):
-        after = logits_of(model, source, swapped(target, place))
+        after = logits_of(model, source, change_token(target, place))
         assert torch.allclose(after[:, :place], before[:, :place], rtol=0, atol=1e-10)
         assert (after[:, place] - before[:, place]).abs().max() > 1e-3
 
 
 @seeds
-def test_no_gradient_reaches_back_from_an_earlier_logit(seed):
+def test_gradients_do_not_reach_later_tokens(seed):
     model = draw_model(seed)
     source, target = draw_pair(2, seed)
     embeddings = model.get_input_embeddings()(target).detach().requires_grad_()
@@ -114,14 +114,14 @@ def test_no_gradient_reaches_back_from_an_earlier_logit(seed):
 
 
 @seeds
-def test_every_source_token_changes_the_logits_and_states_on_both_sides(seed):
+def test_source_tokens_affect_logits_and_states_on_both_sides(seed):
     model = draw_model(seed)
     source, target = draw_pair(2, seed)
     logits = logits_of(model, source, target)
     with torch.no_grad():
         states = model.model.encoder(source).last_hidden_state
     for place in range(SOURCE):
-        changed = swapped(source, place)
+        changed = change_token(source, place)
         assert (logits_of(model, changed, target) - logits).abs().amax(dim=(1, 2)).min() > 1e-4
         with torch.no_grad():
             moved = (model.model.encoder(changed).last_hidden_state - states).abs().amax(dim=(0, 2))
@@ -169,7 +169,7 @@ MASKS = {
 
 @seeds
 @pytest.mark.parametrize("name", MASKS)
-def test_padding_of_the_target_changes_no_real_position(seed, name):
+def test_target_padding_does_not_affect_real_positions(seed, name):
     model = draw_model(seed)
     mask = torch.tensor(MASKS[name])
     source, target = draw_pair(2, seed)
@@ -187,7 +187,7 @@ def test_padding_of_the_target_changes_no_real_position(seed, name):
 
 @seeds
 @pytest.mark.parametrize("name", MASKS)
-def test_padding_of_the_source_changes_nothing(seed, name):
+def test_source_padding_does_not_affect_outputs(seed, name):
     model = draw_model(seed)
     mask = torch.tensor(MASKS[name])
     source, target = draw_ids(2, 29, seed), draw_ids(2, TARGET, seed + 1)
@@ -208,7 +208,7 @@ def test_padding_of_the_source_changes_nothing(seed, name):
 
 
 @seeds
-def test_rows_do_not_depend_on_each_other_and_empty_ones_do_no_harm(seed):
+def test_rows_are_independent_and_may_be_empty(seed):
     model = draw_model(seed)
     source, target = draw_pair(4, seed)
     together = logits_of(model, source, target)
@@ -222,7 +222,7 @@ def test_rows_do_not_depend_on_each_other_and_empty_ones_do_no_harm(seed):
 
 
 @seeds
-def test_eval_leaves_no_trace(seed):
+def test_eval_does_not_change_the_model(seed):
     model = draw_model(seed)
     source, target = draw_pair(2, seed)
     before = copy.deepcopy(model.state_dict())
@@ -255,7 +255,7 @@ def test_generation_with_and_without_cache(seed, beams):
 
 
 @seeds
-def test_the_caches_rows_are_reordered_repeated_and_selected(seed):
+def test_cache_rows_can_be_reordered_repeated_and_selected(seed):
     model = draw_model(seed)
     source, target = draw_pair(2, seed)
     expected = logits_of(model, source, target)[:, 12:]
@@ -273,7 +273,7 @@ def test_the_caches_rows_are_reordered_repeated_and_selected(seed):
     assert continued(lambda cache: cache.batch_select_indices(torch.tensor([1])), torch.tensor([1]))
 
 
-def test_assisted_decoding_is_refused_in_a_sentence():
+def test_assisted_decoding_raises():
     model, assistant = draw_model(0), draw_model(1)
     with pytest.raises(ValueError, match="stateful"):
         model.generate(draw_ids(1, 9, 0), assistant_model=assistant, max_new_tokens=5)
@@ -285,7 +285,7 @@ def test_assisted_decoding_is_refused_in_a_sentence():
             cache.crop(-1)
 
 
-def test_encoder_outputs_can_be_given_as_a_tuple():
+def test_encoder_outputs_may_be_a_tuple():
     model = draw_model(2)
     source, target = draw_pair(2, 2)
     with torch.no_grad():
@@ -331,7 +331,7 @@ def test_hidden_states_attentions_and_logits_to_keep(seed):
     assert torch.allclose(kept, outputs.logits[:, -3:], **STRICT)
 
 
-def test_the_embedding_compresses_and_experts_are_in_use():
+def test_compression_and_experts_are_active():
     model = draw_model(3, min_compression_ratio=0.1, num_experts=4, num_experts_per_tok=1, dynamic_experts=True)
     with torch.no_grad():
         outputs = model(*draw_pair(2, 3)[:1], decoder_input_ids=draw_pair(2, 3)[1], output_router_logits=True)
@@ -340,7 +340,7 @@ def test_the_embedding_compresses_and_experts_are_in_use():
         assert 1 <= outputs.metrics[f"{side}experts_per_token"] <= 2
 
 
-def test_routing_is_given_where_asked_for():
+def test_output_router_logits():
     model = draw_model(0)
     source, target = draw_pair(2, 0)
     names = {"encoder_router_logits", "decoder_router_logits", "metrics"}
@@ -352,7 +352,7 @@ def test_routing_is_given_where_asked_for():
     assert not names & model(source, decoder_input_ids=target, output_router_logits=False).keys()
 
 
-def test_features_of_one_text():
+def test_model_without_target_reads_the_source():
     model = draw_model(0, LiquidModel)
     source, _ = draw_pair(2, 0)
     mask = torch.ones_like(source)
@@ -367,7 +367,7 @@ def test_features_of_one_text():
 
 @seeds
 @pytest.mark.parametrize("padded", [False, True])
-def test_in_pieces_it_is_the_same(seed, padded, monkeypatch):
+def test_chunked_operations_give_equal_outputs(seed, padded, monkeypatch):
     model = draw_model(seed)
     source, target = draw_pair(3, seed)
     inputs = {"decoder_input_ids": target, "labels": target}
@@ -406,7 +406,7 @@ def loss_and_gradients(model, source, labels, **inputs):
 @seeds
 def test_every_parameter_learns(seed):
     options = {"learned_positions": False, "min_compression_ratio": 0.1, "max_expert_load": None}
-    # A window of one entity has no use for queries and keys.
+    # In a window of one entity, queries and keys receive no gradient.
     model = draw_model(seed, attention_window=max(2, draw_config(seed).attention_window), **options).train()
     for length in (1, 2, 3):
         model.zero_grad()
@@ -418,7 +418,7 @@ def test_every_parameter_learns(seed):
 
 @seeds
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_changes_nothing(seed, reentrant):
+def test_gradient_checkpointing_gives_equal_gradients(seed, reentrant):
     model = draw_model(seed).train()
     source, labels = draw_pair(2, seed)
     mask = torch.ones_like(source)
@@ -432,7 +432,7 @@ def test_gradient_checkpointing_changes_nothing(seed, reentrant):
 
 
 @seeds
-def test_a_batch_in_steps_is_a_batch_at_once(seed):
+def test_accumulated_gradients_equal_those_of_one_batch(seed):
     model = draw_model(seed, max_expert_load=None).train()
     source, labels = draw_pair(4, seed)
     labels[0, 20:] = labels[1, 5:] = labels[3, :4] = -100
@@ -448,7 +448,7 @@ def test_a_batch_in_steps_is_a_batch_at_once(seed):
 
 
 @seeds
-def test_losses_do_not_depend_on_padding_and_add_up(seed):
+def test_losses_ignore_padding_and_sum_to_the_loss(seed):
     model = draw_model(seed, max_expert_load=None, learned_positions=False)
     source, labels = draw_pair(2, seed)
     with torch.no_grad():
@@ -457,7 +457,7 @@ def test_losses_do_not_depend_on_padding_and_add_up(seed):
         mask = torch.cat([torch.zeros(2, 70, dtype=torch.int64), torch.ones_like(source)], dim=1)
         wide_labels = torch.cat([labels, torch.full((2, 30), -100)], dim=1)
         padded = model(wide_source, attention_mask=mask, labels=wide_labels)
-        # As a collator hands it over: the decoder's inputs made from the labels, without a mask.
+        # As a data collator returns it: decoder inputs from the labels, without a mask.
         shifted = model.prepare_decoder_input_ids_from_labels(wide_labels)
         collated = model(wide_source, attention_mask=mask, labels=wide_labels, decoder_input_ids=shifted)
     for name, close in (
@@ -473,7 +473,7 @@ def test_losses_do_not_depend_on_padding_and_add_up(seed):
     assert plain.reconstruction_loss > 1e-3 and plain.router_loss > 1e-6
 
 
-def test_nothing_compressed_is_nothing_to_reconstruct():
+def test_reconstruction_loss_is_0_without_compression():
     model = draw_model(1, min_compression_ratio=1)
     source, labels = draw_pair(2, 1)
     with torch.no_grad():
@@ -486,7 +486,7 @@ def test_nothing_compressed_is_nothing_to_reconstruct():
 
 
 @seeds
-def test_saved_and_loaded_it_is_the_same(seed, tmp_path):
+def test_save_and_load_is_exact(seed, tmp_path):
     model = draw_model(seed)
     source, target = draw_pair(2, seed)
     model.save_pretrained(tmp_path)
@@ -494,12 +494,12 @@ def test_saved_and_loaded_it_is_the_same(seed, tmp_path):
     assert type(loaded) is LiquidForSeq2SeqLM
     weights = loaded.state_dict()
     assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
-    # Loaded tensors lie at other addresses, and on some processors products round by alignment.
+    # The alignment of loaded tensors can change the rounding of matrix products.
     assert torch.allclose(logits_of(loaded, source, target), logits_of(model, source, target), **STRICT)
     assert (loaded.lm_head.weight is loaded.model.encoder.embed_tokens.weight) == model.config.tie_word_embeddings
 
 
-def test_a_translators_encoder_becomes_a_classifier_and_back(tmp_path):
+def test_encoder_moves_between_translator_and_classifier(tmp_path):
     model = draw_model(0, tie_word_embeddings=True)
     model.save_pretrained(tmp_path / "translator")
     classifier, report = AutoModelForSequenceClassification.from_pretrained(
@@ -515,7 +515,7 @@ def test_a_translators_encoder_becomes_a_classifier_and_back(tmp_path):
     assert not any("encoder" in key for key in report["missing_keys"])
 
 
-def test_initialisation_sets_every_parameter():
+def test_every_parameter_is_initialised():
     config = draw_config(4)
     torch.manual_seed(0)
     expected = LiquidForSeq2SeqLM(config)
@@ -534,7 +534,7 @@ def test_initialisation_sets_every_parameter():
 
 
 @seeds
-def test_bf16_stays_finite_and_close(seed):
+def test_bf16_is_finite_and_close(seed):
     model = draw_model(seed, dtype=torch.float32, max_expert_load=None)
     source, labels = draw_pair(2, seed)
     with torch.no_grad():
@@ -547,7 +547,7 @@ def test_bf16_stays_finite_and_close(seed):
 
 
 @seeds
-def test_classification_reads_real_tokens_alone(seed):
+def test_classification_ignores_padding(seed):
     model = draw_model(seed, LiquidForSequenceClassification, num_labels=3)
     ids = draw_ids(2, 29, seed)
     mask = torch.tensor(MASKS["holes"])
@@ -562,7 +562,7 @@ def test_classification_reads_real_tokens_alone(seed):
     assert not [name for name, parameter in model.named_parameters() if parameter.grad is None]
 
 
-def test_the_base_model_gives_the_states_behind_the_logits():
+def test_base_model_returns_the_states_of_the_logits():
     model = draw_model(5)
     source, target = draw_pair(2, 5)
     with torch.no_grad():
@@ -574,7 +574,7 @@ def test_the_base_model_gives_the_states_behind_the_logits():
 # Errors
 
 
-def test_mistakes_are_named():
+def test_invalid_inputs_raise():
     model = draw_model(0, max_position_embeddings=20, learned_positions=True)
     ids = draw_ids(1, 9, 0)
     with pytest.raises(ValueError, match="max_position_embeddings"):
@@ -589,9 +589,9 @@ def test_mistakes_are_named():
         logits_of(model, ids, ids, decoder_attention_mask=torch.ones(1, 5))
     with pytest.raises(ValueError, match="decoder_input_ids holds"):
         logits_of(model, ids, ids + VOCABULARY)
-    with pytest.raises(ValueError, match="Pass the target"):
+    with pytest.raises(ValueError, match="The target is missing"):
         model(ids)
-    with pytest.raises(ValueError, match="as many rows, got 1 and 2"):
+    with pytest.raises(ValueError, match="same number of rows, got 1 and 2"):
         logits_of(model, ids, ids.expand(2, -1))
     with pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"):
         model(ids, decoder_input_ids=ids, past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()))

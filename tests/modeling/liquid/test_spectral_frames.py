@@ -1,4 +1,4 @@
-"""Frames, bands and the adaptive low-pass against loops over tokens and formulas written out."""
+"""Frames, bands and adaptive low-pass filter against loops over tokens and explicit formulas."""
 
 import math
 
@@ -19,7 +19,7 @@ def draw(*shape, seed=0):
 
 
 def batch_of(lengths, width=None):
-    """Rows of these lengths, `[B, M, D]` with zeros behind their ends, and their `RowLayout`."""
+    """Return rows with these lengths, `[B, M, D]` padded with zeros, and their `RowLayout`."""
     width = max(lengths) if width is None else width
     mask = torch.arange(width) < torch.tensor(lengths)[:, None]
     return draw(len(lengths), width, FEATURES) * mask[..., None], make_row_layout(len(lengths), width, CPU, mask=mask)
@@ -29,11 +29,11 @@ def batch_of(lengths, width=None):
 
 
 @pytest.mark.parametrize("num_bins", [2, 3, 5, 9, 17, 33, 65, 1025])
-def test_octave_bands_hold_every_bin_once_and_none_holds_one_bin(num_bins):
+def test_octave_bands_partition_the_bins_without_one_bin_bands(num_bins):
     bands = octave_bands(num_bins)
     assert [bin for band in bands for bin in range(band.start, band.stop)] == list(range(num_bins))
     assert all(band.stop - band.start >= 2 for band in bands)
-    assert bands[-1].stop == num_bins  # the Nyquist bin is in the last
+    assert bands[-1].stop == num_bins  # the Nyquist bin is in the last band
 
 
 def test_octave_bands_double():
@@ -42,7 +42,7 @@ def test_octave_bands_double():
     assert octave_bands(5) == [slice(0, 5)] and octave_bands(3) == [slice(0, 3)]
 
 
-# Frames of rows that are known whole
+# Frames of complete rows
 
 
 def row_lengths(size):
@@ -51,7 +51,7 @@ def row_lengths(size):
 
 @pytest.mark.parametrize("size", [2, 4, 8])
 @pytest.mark.parametrize("place", range(10))
-def test_frames_give_a_row_back(size, place):
+def test_frames_reconstruct_a_row(size, place):
     length = row_lengths(size)[place]
     x, rows = draw(2, length, FEATURES), make_row_layout(2, length, CPU)
     framing = RowFrames(size, rows)
@@ -61,7 +61,7 @@ def test_frames_give_a_row_back(size, place):
 
 
 @pytest.mark.parametrize("size", [4, 8])
-def test_frames_give_rows_of_any_lengths_back(size):
+def test_frames_reconstruct_rows_of_any_lengths(size):
     x, rows = batch_of(row_lengths(size), width=size**2 + 4 * size)
     framing = RowFrames(size, rows)
     assert framing.lengths.tolist() == row_lengths(size)
@@ -70,7 +70,7 @@ def test_frames_give_rows_of_any_lengths_back(size):
 
 
 def frames_by_loop(row, size, coarse):
-    """Frames of one row `[length, D]` that count, from the docstring."""
+    """Return the frames of one row `[length, D]` without padding frames, from the docstring."""
     length, hop = len(row), size // 2
     if length <= size:
         return [torch.cat([row, row.new_zeros(size - length, FEATURES)])]
@@ -107,7 +107,7 @@ def test_frames_equal_the_loop(size, coarse):
         assert torch.allclose(found, expected, **STRICT)
 
 
-def test_a_call_of_short_rows_is_one_frame_each():
+def test_short_rows_have_one_frame():
     x, rows = batch_of([1, 5, 8, 7])
     for coarse in (False, True):
         frames = RowFrames(8, rows).split(x, coarse)
@@ -116,7 +116,7 @@ def test_a_call_of_short_rows_is_one_frame_each():
 
 
 @pytest.mark.parametrize("size", [4, 8])
-def test_joining_adds_what_the_coarse_frame_holds_to_its_stretch(size):
+def test_join_adds_the_coarse_frame_to_its_interval(size):
     lengths = row_lengths(size) + [2 * size**2 + 1]
     x, rows = batch_of(lengths)
     framing = RowFrames(size, rows)
@@ -133,48 +133,47 @@ def test_joining_adds_what_the_coarse_frame_holds_to_its_stretch(size):
         assert torch.allclose(joined[row, :length], expected, **STRICT)
 
 
-def heard(framing, x, coarse):
-    """A change of frames that mixes all of a frame, and the way back."""
+def transform_frames(framing, x, coarse):
+    """Split, change each frame with a map that mixes its entities, and join."""
     frames = framing.split(x, coarse)
     mix = draw(framing.frame_length, framing.frame_length, seed=2)
     return framing.join((mix @ frames).tanh(), coarse)
 
 
 @pytest.mark.parametrize("coarse", [False, True])
-def test_a_row_knows_neither_its_padding_nor_other_rows(coarse):
+def test_rows_are_independent_of_padding_and_other_rows(coarse):
     size = 4
     lengths = row_lengths(size) + [40]
     x, rows = batch_of(lengths, width=61)
-    together = heard(RowFrames(size, rows), x, coarse)
+    together = transform_frames(RowFrames(size, rows), x, coarse)
     for row, length in enumerate(lengths):
-        alone = heard(RowFrames(size, make_row_layout(1, length, CPU)), x[row : row + 1, :length], coarse)
+        alone = transform_frames(RowFrames(size, make_row_layout(1, length, CPU)), x[row : row + 1, :length], coarse)
         assert torch.allclose(together[row, :length], alone[0], **STRICT)
 
 
-def test_gradients_of_a_row_stay_in_it():
+def test_gradients_stay_within_a_row():
     x, rows = batch_of([3, 9, 30], width=33)
     x.requires_grad_()
-    y = heard(RowFrames(4, rows), x, coarse=True)
+    y = transform_frames(RowFrames(4, rows), x, coarse=True)
     (gradient,) = torch.autograd.grad(y[1, :9].sum(), x)
     assert gradient[1, :9].all() and not gradient[[0, 2]].any()
 
 
-# Frames of rows that grow
+# Lagged frames
 
 
 def lagged_by_loop(whole, size, change=lambda frames: frames):
-    """What each entity of one row `[length, D]` sees: frame ⌊t / size⌋ − 1 at its own place, frame −1 being zeros."""
-    """What each entity of one row `[length, D]` sees: frame ⌊t / size⌋ − 1 at its own place, frame −1 being zeros."""
-    completed = [whole[stop - size : stop] for stop in range(size, len(whole) + 1, size)]
+    """Return the value that each entity of one row `[length, D]` sees: frame ⌊t / size⌋ − 1 at offset t mod size.
+
+    Frame −1 is zero.
+    """
     completed = [whole[stop - size : stop] for stop in range(size, len(whole) + 1, size)]
     frames = [change(frame) for frame in (whole.new_zeros(size, FEATURES), *completed)]
-    frames = [change(frame) for frame in (whole.new_zeros(size, FEATURES), *completed)]
-    return torch.stack([frames[t // size][t % size] for t in range(len(whole))])
     return torch.stack([frames[t // size][t % size] for t in range(len(whole))])
 
 
 class Feed:
-    """Rows laid in lagged frames call by call, through `change` of the frames."""
+    """Feeds rows to lagged frames call by call, and applies `change` to the frames."""
 
     def __init__(self, x, size, change=lambda frames: frames):
         self.x, self.size, self.change = x, size, change
@@ -197,27 +196,27 @@ class Feed:
         return pieces
 
 
-def lay_lagged(x, size, rows):
+def split_lagged(x, size, rows):
     framing = LaggedFrames(size, rows)
     return framing, framing.split(torch.nn.functional.pad(x, (0, 0, framing.history, 0)))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 8, 9, 16, 23])
-def test_an_entity_sees_the_frame_before_its_own_at_its_own_place(size, length):
+def test_entities_see_the_preceding_frame_at_their_offset(size, length):
     x = draw(2, length, FEATURES)
-    framing, frames = lay_lagged(x, size, make_row_layout(2, length, CPU))
+    framing, frames = split_lagged(x, size, make_row_layout(2, length, CPU))
     assert frames.shape[2:] == (size, FEATURES) and not frames[:, 0].any()
     seen = framing.lag(frames)
     for row in range(2):
         assert torch.equal(seen[row], lagged_by_loop(x[row], size))
 
 
-def test_frames_hold_what_is_real_and_zeros():
+def test_frames_contain_real_entities_and_zeros():
     lengths = [1, 4, 7, 12]
     x, rows = batch_of(lengths, width=14)
-    x = x + (~rows.token_mask())[..., None] * 7.0  # what stands in padded places must not be seen
-    _, frames = lay_lagged(x, 4, rows)
+    x = x + (~rows.token_mask())[..., None] * 7.0  # padding must not affect the frames
+    _, frames = split_lagged(x, 4, rows)
     for row, length in enumerate(lengths):
         flat = frames[row, 1:].flatten(0, 1)
         assert torch.equal(flat[:length], x[row, :length]) and not flat[length:].any()
@@ -233,7 +232,7 @@ SPLITS = {
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_any_split_sees_the_same_frames(split, size):
+def test_any_split_gives_equal_frames(split, size):
     x = draw(2, 29, FEATURES)
     mix = draw(size, size, seed=2)
     feed = Feed(x, size, lambda frames: (mix @ frames).cos())
@@ -245,7 +244,7 @@ def test_any_split_sees_the_same_frames(split, size):
 
 
 @pytest.mark.parametrize("past", range(9))
-def test_frames_go_on_from_any_place(past):
+def test_frames_continue_from_any_position(past):
     x = draw(2, past + 11, FEATURES)
     feed = Feed(x, 4)
     if past:
@@ -255,10 +254,10 @@ def test_frames_go_on_from_any_place(past):
 
 
 @pytest.mark.parametrize("size", [1, 4])
-def test_completed_frames_are_those_of_real_entities_alone(size):
+def test_completed_frames_have_only_real_entities(size):
     lengths = [1, 3, 4, 5, 8, 11]
     x, rows = batch_of(lengths, width=13)
-    framing, frames = lay_lagged(x, size, rows)
+    framing, frames = split_lagged(x, size, rows)
     completed = framing.completed(frames.shape[1])
     for row, length in enumerate(lengths):
         expected = [0 <= frame < length // size for frame in range(-1, frames.shape[1] - 1)]
@@ -267,11 +266,11 @@ def test_completed_frames_are_those_of_real_entities_alone(size):
     assert alone.tolist() == [[False, *[True] * (8 // size), False]] * 2
 
 
-# The low-pass
+# Low-pass filter
 
 
 def low_pass_by_loop(frame, base, least):
-    """One frame `[L, D]`: the same and its ratio, from the docstring, by a transform written out."""
+    """Filter one frame `[L, D]` with an explicit transform; return it and its ratio."""
     length = len(frame)
     bins = length // 2 + 1
     places = torch.arange(length, dtype=torch.float64)
@@ -295,7 +294,7 @@ def low_pass_by_loop(frame, base, least):
 
 
 def smooth_and_noise(size):
-    """`[1, 2, L, D]`: a slow wave, and white noise."""
+    """Return a slow wave and white noise, `[1, 2, L, D]`."""
     turns = 2 * math.pi * torch.arange(size, dtype=torch.float64) / size
     wave = torch.stack([turns.sin(), turns.cos(), turns.sin() + 0.3], dim=-1)
     return torch.stack([wave, draw(size, FEATURES)])[None]
@@ -303,7 +302,7 @@ def smooth_and_noise(size):
 
 @pytest.mark.parametrize(("base", "least"), [(1.0, 0.1), (0.8, 0.3), (0.5, 0.5), (1.0, 1.0)])
 @pytest.mark.parametrize("size", [2, 4, 8, 32])
-def test_the_low_pass_equals_the_loop(size, base, least):
+def test_low_pass_equals_the_loop(size, base, least):
     frames = torch.cat([draw(2, 3, size, FEATURES), smooth_and_noise(size).view(2, 1, size, FEATURES)], dim=1)
     frames[0, 0] = 0
     found, ratio = AdaptiveLowPass(size, base, least)(frames)
@@ -316,13 +315,13 @@ def test_the_low_pass_equals_the_loop(size, base, least):
 
 
 @pytest.mark.parametrize("size", [4, 32])
-def test_a_least_ratio_of_1_changes_nothing(size):
+def test_minimum_ratio_of_1_changes_nothing(size):
     frames = draw(2, 3, size, FEATURES)
     found, ratio = AdaptiveLowPass(size, 1.0, 1.0)(frames)
     assert torch.allclose(found, frames, **STRICT) and (ratio == 1).all()
 
 
-def test_any_frame_keeps_from_the_least_share_to_all():
+def test_ratios_are_bounded():
     size = 16
     alternating = torch.tensor([1.0, -1]).double().repeat(size // 2)[:, None].expand(size, FEATURES)
     extremes = torch.stack([alternating, torch.ones(size, FEATURES).double(), draw(size, FEATURES)])
@@ -333,13 +332,13 @@ def test_any_frame_keeps_from_the_least_share_to_all():
     assert ratio[0, 0] > 0.95 and ratio[0, 1] < 0.1 + 1e-10
 
 
-def test_what_is_smooth_is_compressed_more_than_noise():
+def test_smooth_frames_are_compressed_more_than_noise():
     _, ratio = AdaptiveLowPass(32, 1.0, 0.1)(smooth_and_noise(32))
     assert ratio[0, 0] < 0.12 and ratio[0, 1] > 0.25
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_frame_without_energy_has_the_least_ratio_and_a_finite_gradient(dtype):
+def test_zero_frames_have_the_minimum_ratio_and_finite_gradients(dtype):
     frames = draw(1, 3, 8, FEATURES).to(dtype)
     frames[:, 1] = 0
     frames[:, 2] = torch.finfo(dtype).smallest_normal
@@ -350,18 +349,18 @@ def test_a_frame_without_energy_has_the_least_ratio_and_a_finite_gradient(dtype)
     assert found.isfinite().all() and frames.grad.isfinite().all()
 
 
-def test_the_ratio_has_a_gradient():
+def test_ratio_has_a_gradient():
     frames = draw(1, 2, 16, FEATURES).requires_grad_()
     low_pass = AdaptiveLowPass(16, 1.0, 0.1)
     (gradient,) = torch.autograd.grad(low_pass(frames)[1].sum(), frames)
     assert gradient.abs().amax(dim=(2, 3)).min() > 1e-4
     with torch.no_grad():
-        assert (low_pass(frames)[1] * 8 % 1).min() > 1e-3  # away from the ends of the ramp
+        assert (low_pass(frames)[1] * 8 % 1).min() > 1e-3  # the ramp is not differentiable at its ends
     assert torch.autograd.gradcheck(low_pass, frames)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_less_precision_is_transformed_in_float32(dtype):
+def test_transforms_are_at_least_float32(dtype):
     frames = draw(1, 2, 16, FEATURES).to(dtype)
     found, ratio = AdaptiveLowPass(16, 1.0, 0.1)(frames)
     expected, its_ratio = AdaptiveLowPass(16, 1.0, 0.1)(frames.float())
