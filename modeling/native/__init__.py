@@ -1,1 +1,1 @@
-"""The functions of original checkpoints, for `convert --native`."""
+"""Models that compute the functions of the original implementations, for `dfn-hf convert --native`."""

@@ -16,25 +16,35 @@ AUTO_MAP = {
 @strict
 class DFNNativeConfig(HubCodeMixin, PreTrainedConfig):
     r"""
-    Configuration of a converted `DFNPureModel`: the arguments of the original's constructor, under its names.
+    Configuration of a converted `DFNPureModel`. The fields are the arguments of the original constructor.
 
     Args:
-        input_dim (`int`, defaults to 768): Features of a value of the field.
+        input_dim (`int`, defaults to 768): Number of features of a field value.
         entity_dim (`int`, defaults to 256): Width of an entity's state.
         field_dim (`int`, defaults to 128): Width of a density.
-        num_entities (`int`, defaults to 64): Entities that are kept of a field.
-        num_layers (`int`, defaults to 4): Layers.
-        k (`int`, defaults to 8): Neighbours of an entity, itself excluded.
-        alpha (`float`, defaults to 0.1): How far an entity moves along its flow.
-        sigma (`float`, defaults to 1.0): Width of the affinity.
-        memory_size (`int`, defaults to 32): RowLayout of the memory.
-        beta (`float`, defaults to 0.9): Share of itself that the memory keeps.
-        dropout (`float`, defaults to 0.1): Dropout in the MLP, in training.
-        field_resolution (`int`, defaults to 100): Points of the output field; its root, rounded down, is the side of
-            the grid.
+        num_entities (`int`, defaults to 64): Number of entities extracted from a field.
+        num_layers (`int`, defaults to 4): Number of layers.
+        k (`int`, defaults to 8): Number of neighbours of an entity, itself excluded.
+        alpha (`float`, defaults to 0.1): Step size of an entity along its flow.
+        sigma (`float`, defaults to 1.0): Width of the affinity kernel.
+        memory_size (`int`, defaults to 32): Number of memory rows.
+        beta (`float`, defaults to 0.9): Decay of the memory per forward pass.
+        dropout (`float`, defaults to 0.1): Dropout rate of the MLP.
+        field_resolution (`int`, defaults to 100): Requested number of points of the output field; the side of the grid
+            is its square root, rounded down.
 
     Raises:
-        ValueError: a field out of range; the message names it.
+        ValueError: a field is out of range; the message names it.
+
+    Example:
+
+    ```python
+    >>> from dfn_hf import DFNNativeConfig, DFNNativeModel
+
+    >>> model = DFNNativeModel(DFNNativeConfig(input_dim=16, entity_dim=32, num_layers=1))
+    >>> model.config.hidden_size
+    32
+    ```
     """
 
     model_type = "dfn_native"
@@ -55,21 +65,21 @@ class DFNNativeConfig(HubCodeMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
-        self.validate_architecture()  # here too, where its ValueError reaches the user as it is
+        self.validate_architecture()  # transformers would wrap a ValueError that is raised later
         super().__post_init__(**kwargs)
 
     @property
     def hidden_size(self) -> int:
-        """`entity_dim`, under transformers' name."""
+        """Name of `entity_dim` in transformers."""
         return self.entity_dim
 
     @property
     def num_hidden_layers(self) -> int:
-        """`num_layers`, under transformers' name."""
+        """Name of `num_layers` in transformers."""
         return self.num_layers
 
     def validate_architecture(self):
-        """Reject values out of range and fields that contradict each other."""
+        """Raise `ValueError` if a field is out of range or fields contradict each other."""
         for field in (
             "input_dim", "entity_dim", "field_dim", "num_entities", "num_layers", "k", "memory_size",
             "field_resolution",
@@ -78,12 +88,12 @@ class DFNNativeConfig(HubCodeMixin, PreTrainedConfig):
                 raise ValueError(f"`{field}` must be at least 1, got {getattr(self, field)}.")
         if self.k >= self.num_entities:
             raise ValueError(
-                f"`k` ({self.k}) must be below `num_entities` ({self.num_entities}): an entity is no neighbour of "
-                "itself."
+                f"`k` ({self.k}) must be below `num_entities` ({self.num_entities}), because an entity is not its own "
+                "neighbour."
             )
         if not 0 < self.sigma < math.inf or not math.isfinite(self.alpha):
             raise ValueError(
-                f"`sigma` must be finite and positive and `alpha` finite, got {self.sigma}, {self.alpha}."
+                f"`sigma` must be finite and positive and `alpha` finite, got {self.sigma} and {self.alpha}."
             )
         if not 0 <= self.beta <= 1:
             raise ValueError(f"`beta` must lie in [0, 1], got {self.beta}.")

@@ -16,25 +16,38 @@ VERSIONS = ("F1", "F4", "F5")
 @strict
 class FlowNetworkNativeConfig(HubCodeMixin, PreTrainedConfig):
     r"""
-    Configuration of a converted `FlowNetwork` or `EnhancedFlowTransformer`: the arguments of the original's
-    constructor, under its names, and which original it is.
+    Configuration of a converted `FlowNetwork` or `EnhancedFlowTransformer`.
+
+    `version` names the original; the other fields are the arguments of the original constructor.
 
     Args:
-        version (`str`, defaults to `"F1"`): `"F1"` is `FlowNetwork` as first published, `"F5"` that of version 3.1,
-            `"F4"` the `EnhancedFlowTransformer` of version 3.1.
-        vocab_size (`int`, defaults to 256): Tokens of the vocabulary.
-        d_model (`int`, defaults to 512): Width of a token's state.
-        num_layers (`int`, defaults to 6): Layers.
-        max_seq_len (`int`, defaults to 2048): Places that have an embedding; F4 has no such embeddings.
-        dropout (`float`, defaults to 0.1): Dropout, in training.
-        num_patterns (`int`, defaults to 8): Flow patterns of a layer.
-        dense_limit (`int`, defaults to 64): F1: a flow matrix of at most so many entries stays dense. 64 since
-            `flownetwork_improved.py`, 0 in the first version, `flownetwork.py`.
-        memory_size (`int`, defaults to 0): F4: rows of its memory, which nothing reads; 0 for `use_memory=False`.
-        boundary_token_ids (`list[int]`, *optional*): F4: tokens known to separate words; without, each layer guesses.
+        version (`str`, defaults to `"F1"`): `"F1"` is the first published `FlowNetwork`, `"F5"` the `FlowNetwork` of
+            version 3.1, `"F4"` the `EnhancedFlowTransformer` of version 3.1.
+        vocab_size (`int`, defaults to 256): Number of tokens in the vocabulary.
+        d_model (`int`, defaults to 512): Width of the hidden states.
+        num_layers (`int`, defaults to 6): Number of layers.
+        max_seq_len (`int`, defaults to 2048): Number of position embeddings; F4 has none.
+        dropout (`float`, defaults to 0.1): Dropout rate.
+        num_patterns (`int`, defaults to 8): Number of flow patterns per layer.
+        dense_limit (`int`, defaults to 64): F1: flow matrices with at most this number of entries stay dense. The
+            value is 64 since `flownetwork_improved.py` and 0 in the first version, `flownetwork.py`.
+        memory_size (`int`, defaults to 0): F4: number of memory rows, which the model does not read; 0 for
+            `use_memory=False`.
+        boundary_token_ids (`list[int]`, *optional*): F4: ids of tokens that separate words; without them each layer
+            predicts the boundaries.
 
     Raises:
-        ValueError: a field out of range; the message names it.
+        ValueError: a field is out of range; the message names it.
+
+    Example:
+
+    ```python
+    >>> from dfn_hf import FlowNetworkNativeConfig, FlowNetworkNativeModel
+
+    >>> model = FlowNetworkNativeModel(FlowNetworkNativeConfig(version="F5", d_model=16, num_layers=1))
+    >>> model.config.hidden_size
+    16
+    ```
     """
 
     model_type = "flownetwork_native"
@@ -53,21 +66,21 @@ class FlowNetworkNativeConfig(HubCodeMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
-        self.validate_architecture()  # here too, where its ValueError reaches the user as it is
+        self.validate_architecture()  # transformers would wrap a ValueError that is raised later
         super().__post_init__(**kwargs)
 
     @property
     def hidden_size(self) -> int:
-        """`d_model`, under transformers' name."""
+        """Name of `d_model` in transformers."""
         return self.d_model
 
     @property
     def num_hidden_layers(self) -> int:
-        """`num_layers`, under transformers' name."""
+        """Name of `num_layers` in transformers."""
         return self.num_layers
 
     def validate_architecture(self):
-        """Reject values out of range."""
+        """Raise `ValueError` if a field is out of range."""
         if self.version not in VERSIONS:
             raise ValueError(f"`version` must be one of {VERSIONS}, got {self.version!r}.")
         for field in ("vocab_size", "d_model", "num_layers", "max_seq_len", "num_patterns"):
@@ -80,13 +93,13 @@ class FlowNetworkNativeConfig(HubCodeMixin, PreTrainedConfig):
             raise ValueError(f"`dropout` must lie in [0, 1), got {self.dropout}.")
         if self.version != "F4" and (self.memory_size or self.boundary_token_ids):
             raise ValueError(
-                f"`memory_size` ({self.memory_size}) and `boundary_token_ids` ({self.boundary_token_ids}) are of "
-                f'`version` "F4" alone, got {self.version!r}: leave them out.'
+                f"`memory_size` ({self.memory_size}) and `boundary_token_ids` ({self.boundary_token_ids}) require "
+                f'`version` "F4", got {self.version!r}: omit them.'
             )
         for token in self.boundary_token_ids or ():
             if token >= self.vocab_size:
                 raise ValueError(
-                    f"`boundary_token_ids` holds {token}, outside the vocabulary of {self.vocab_size} (`vocab_size`)."
+                    f"`boundary_token_ids` contains {token}, which must be below `vocab_size` ({self.vocab_size})."
                 )
 
 

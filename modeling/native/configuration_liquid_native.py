@@ -1,4 +1,4 @@
-"""Configuration of the original Liquid, for converted checkpoints."""
+"""Configuration of the original Liquid model, for converted checkpoints."""
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -16,27 +16,39 @@ LAYOUTS = ("L3", "L6")
 @strict
 class LiquidNativeConfig(HubCodeMixin, PreTrainedConfig):
     r"""
-    Configuration of a converted `LiquidFoundationModelOptimized`: the arguments of the original's constructor that its
-    logits depend on, under its names, but for `max_length`, which transformers has another meaning for.
+    Configuration of a converted `LiquidFoundationModelOptimized`.
+
+    The fields are those arguments of the original constructor that its logits depend on. `max_length`, which has
+    another meaning in transformers, is called `max_position_embeddings`.
 
     Args:
-        layout (`str`, defaults to `"L6"`): Version of the original: `"L3"`, the last with one projection for queries,
-            keys and values, or `"L6"`, with differential attention.
-        vocab_size (`int`, defaults to 50265): Tokens of the vocabulary.
-        embed_dim (`int`, defaults to 512): Width of a token's state.
-        num_encoder_layers (`int`, defaults to 12): Layers of the encoder, which no logits depend on.
-        num_decoder_layers (`int`, defaults to 12): Layers of the decoder.
-        num_heads (`int`, defaults to 8): Heads of every attention.
-        num_kv_groups (`int`, defaults to 2): Heads of keys and values in `"L6"`.
+        layout (`str`, defaults to `"L6"`): Version of the original: `"L3"`, the last one with a fused query-key-value
+            projection, or `"L6"`, with differential attention.
+        vocab_size (`int`, defaults to 50265): Number of tokens in the vocabulary.
+        embed_dim (`int`, defaults to 512): Width of the hidden states.
+        num_encoder_layers (`int`, defaults to 12): Number of encoder layers; the logits do not depend on them.
+        num_decoder_layers (`int`, defaults to 12): Number of decoder layers.
+        num_heads (`int`, defaults to 8): Number of attention heads.
+        num_kv_groups (`int`, defaults to 2): Number of key-value heads in `"L6"`.
         ff_hidden_dim (`int`, defaults to 1024): Inner width of the feed-forward networks.
-        num_experts (`int`, defaults to 8): Experts of a layer, which no logits depend on.
-        max_position_embeddings (`int`, defaults to 8192): The original's `max_length`.
-        window_size (`int`, defaults to 512): Tokens of a window of attention.
+        num_experts (`int`, defaults to 8): Number of experts per layer; the logits do not depend on them.
+        max_position_embeddings (`int`, defaults to 8192): Number of position embeddings, the original's `max_length`.
+        window_size (`int`, defaults to 512): Tokens per attention window.
         lstm_hidden_size (`int`, defaults to 256): Width of the LSTM.
-        lstm_num_layers (`int`, defaults to 2): Layers of the LSTM.
+        lstm_num_layers (`int`, defaults to 2): Number of layers of the LSTM.
 
     Raises:
-        ValueError: a field out of range, or fields that contradict each other; the message names them.
+        ValueError: a field is out of range, or fields contradict each other; the message names them.
+
+    Example:
+
+    ```python
+    >>> from dfn_hf import LiquidNativeConfig, LiquidNativeModel
+
+    >>> config = LiquidNativeConfig(embed_dim=16, num_encoder_layers=1, num_decoder_layers=1, vocab_size=100)
+    >>> LiquidNativeModel(config).config.hidden_size
+    16
+    ```
     """
 
     model_type = "liquid_native"
@@ -58,26 +70,26 @@ class LiquidNativeConfig(HubCodeMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
-        self.validate_architecture()  # here too, where its ValueError reaches the user as it is
+        self.validate_architecture()  # transformers would wrap a ValueError that is raised later
         super().__post_init__(**kwargs)
 
     @property
     def hidden_size(self) -> int:
-        """`embed_dim`, under transformers' name."""
+        """Name of `embed_dim` in transformers."""
         return self.embed_dim
 
     @property
     def num_hidden_layers(self) -> int:
-        """`num_decoder_layers`, under transformers' name."""
+        """Name of `num_decoder_layers` in transformers."""
         return self.num_decoder_layers
 
     @property
     def head_dim(self) -> int:
-        """Features of an attention head."""
+        """Number of features per attention head."""
         return self.embed_dim // self.num_heads
 
     def validate_architecture(self):
-        """Reject values out of range and fields that contradict each other."""
+        """Raise `ValueError` if a field is out of range or fields contradict each other."""
         if self.layout not in LAYOUTS:
             raise ValueError(f"`layout` must be one of {LAYOUTS}, got {self.layout!r}.")
         for field in (
@@ -87,13 +99,13 @@ class LiquidNativeConfig(HubCodeMixin, PreTrainedConfig):
             if getattr(self, field) < 1:
                 raise ValueError(f"`{field}` must be at least 1, got {getattr(self, field)}.")
         if self.window_size < 2:
-            raise ValueError(f"`window_size` must be at least 2, got {self.window_size}: windows overlap by half.")
+            raise ValueError(f"`window_size` must be at least 2, got {self.window_size}: windows overlap by one half.")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"`embed_dim` ({self.embed_dim}) must be a multiple of `num_heads` ({self.num_heads}).")
         if self.layout == "L6" and (self.head_dim % 2 or self.num_heads % self.num_kv_groups):
             raise ValueError(
-                f"`num_kv_groups` ({self.num_kv_groups}) must divide `num_heads` ({self.num_heads}), and the features "
-                f"of a head ({self.head_dim}, `embed_dim` / `num_heads`) must be even."
+                f"`num_kv_groups` ({self.num_kv_groups}) must divide `num_heads` ({self.num_heads}), and the number "
+                f"of features per head ({self.head_dim}, `embed_dim` / `num_heads`) must be even."
             )
 
 

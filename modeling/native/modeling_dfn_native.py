@@ -1,13 +1,15 @@
-"""The original DFN's function, for converted checkpoints: a field in, a field out; not causal, no language model.
+"""Function of the original DFN, for converted checkpoints. It maps a field to a field; it is neither causal nor a
+language model.
 
-Entities are the points of the field with the largest features. A layer, for their states s and places p:
+The entities are the points of the field with the largest feature norms. A layer computes, for their states s and
+positions p:
 
-    f_i = W_f s_i,  p_i ← p_i + α f_i,  N(i) = the k nearest others
+    f_i = W_f s_i,  p_i ← p_i + α f_i,  N(i) = the k nearest other entities
     a_ij = exp(−‖p_i − p_j‖ / 2σ²) over N(i), divided by (their sum + 1e-8)
     s_i ← LayerNorm(s_i + MLP[s_i, Σ_j a_ij W_v s_j + memory(s_i)]) / sqrt(mean_j ‖f_j‖² + 1e-6)
 
-Parameters have the original's names. What the original writes to its memory in a forward pass is not kept: every call
-is as its first one after loading.
+Parameters have the names of the original. The original updates its memory in each forward pass; this model does not,
+so that every call equals the first call of the original after loading.
 
 Shape letters: B batch, S points of the field, N entities, D entity_dim, M memory rows, R points of the output grid.
 """
@@ -25,16 +27,17 @@ from transformers.utils import can_return_tuple
 
 from .configuration_dfn_native import DFNNativeConfig
 
-GRID_DECAY = 0.1  # of exp(−d² / 0.1) between an entity and a point of the output grid
+GRID_DECAY = 0.1  # width of the kernel exp(−d² / 0.1) between an entity and a point of the output grid
 
 
 @dataclass
 class DFNNativeOutput(ModelOutput):
     """
     Attributes:
-        field: `[B, R, input_dim]`, at the points of a square grid over [−1, 1]², row by row.
-        states: `[B, N, entity_dim]`, positions: `[B, N, 2]`, of the entities after the last layer.
-        weights: `[B, N, 1]`, of the entities as extracted; nothing reads them.
+        field: `[B, R, input_dim]`, values at the points of a square grid over [−1, 1]², in row-major order.
+        states: `[B, N, entity_dim]`, states of the entities after the last layer.
+        positions: `[B, N, 2]`, positions of the entities after the last layer.
+        weights: `[B, N, 1]`, weights of the entities at extraction; the model does not use them.
     """
 
     field: torch.Tensor | None = None
@@ -44,7 +47,7 @@ class DFNNativeOutput(ModelOutput):
 
 
 class DensityField(nn.Module):
-    """Features and a place of each point."""
+    """Projects each point to a density and a position."""
 
     def __init__(self, config: DFNNativeConfig):
         super().__init__()
@@ -55,13 +58,13 @@ class DensityField(nn.Module):
         self.coordinate_generator = nn.Linear(width, 2)
 
     def forward(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`[B, S, input_dim]` → (places `[B, S, 2]`, densities `[B, S, field_dim]`)."""
+        """`[B, S, input_dim]` → (positions `[B, S, 2]`, densities `[B, S, field_dim]`)."""
         densities = self.density_projection(values)
         return self.coordinate_generator(densities), densities
 
 
 class EntityExtractor(nn.Module):
-    """Position, state and weight of the points whose three together are largest."""
+    """Extracts position, state and weight of the points with the largest feature norms."""
 
     def __init__(self, config: DFNNativeConfig):
         super().__init__()
@@ -71,16 +74,24 @@ class EntityExtractor(nn.Module):
             nn.Linear(config.field_dim + 2, config.field_dim), nn.GELU(), nn.Linear(config.field_dim, sum(self.sizes))
         )
 
-    def forward(self, places: torch.Tensor, densities: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """→ (positions `[B, N, 2]`, states `[B, N, D]`, weights `[B, N, 1]`)."""
-        features = self.entity_mapper(torch.cat([places, densities], dim=-1))
+    def forward(self, positions: torch.Tensor, densities: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Extract the entities.
+
+        Args:
+            positions: `[B, S, 2]`.
+            densities: `[B, S, field_dim]`.
+
+        Returns:
+            (positions `[B, N, 2]`, states `[B, N, D]`, weights `[B, N, 1]`).
+        """
+        features = self.entity_mapper(torch.cat([positions, densities], dim=-1))
         strongest = features.norm(dim=-1).topk(min(self.num_entities, features.shape[1]), dim=-1).indices
         features = features.gather(1, strongest[..., None].expand(-1, -1, features.shape[-1]))
         return features.split(self.sizes, dim=-1)
 
 
 class FlowAttention(nn.Module):
-    """Each entity moves along its flow and reads its nearest others."""
+    """Moves each entity along its flow and attends to its k nearest other entities."""
 
     def __init__(self, config: DFNNativeConfig):
         super().__init__()
@@ -89,7 +100,15 @@ class FlowAttention(nn.Module):
         self.value_projection = nn.Linear(config.entity_dim, config.entity_dim)
 
     def forward(self, states: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """→ (what is read `[B, N, D]`, positions `[B, N, 2]`, flow `[B, N, 2]`)."""
+        """Move the entities and attend.
+
+        Args:
+            states: `[B, N, D]`.
+            positions: `[B, N, 2]`.
+
+        Returns:
+            (context `[B, N, D]`, moved positions `[B, N, 2]`, flow `[B, N, 2]`).
+        """
         flow = self.flow_projection(states)
         positions = positions + self.alpha * flow
         distances = (positions.unsqueeze(2) - positions.unsqueeze(1)).norm(dim=-1)
@@ -102,7 +121,7 @@ class FlowAttention(nn.Module):
 
 
 class FieldMemory(nn.Module):
-    """Rows that move towards the mean of all entities of the batch, and are read by cosine similarity."""
+    """Memory rows that move towards the mean of all entities of the batch and are read by cosine similarity."""
 
     def __init__(self, config: DFNNativeConfig):
         super().__init__()
@@ -112,10 +131,10 @@ class FieldMemory(nn.Module):
         self.aggregate_projection = nn.Linear(config.entity_dim, config.entity_dim)
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """`[B, N, D]` → what is read, `[B, N, D]`."""
-        seen = self.memory_projection(self.aggregate_projection(states.mean(dim=1))).mean(dim=0)
-        # The original writes through `.data`: no gradient comes from the write.
-        memory = self.beta * self.memory + (1 - self.beta) * seen.detach()
+        """Read the memory: states `[B, N, D]` → `[B, N, D]`."""
+        update = self.memory_projection(self.aggregate_projection(states.mean(dim=1))).mean(dim=0)
+        # The original assigns to `.data`, so that no gradient flows through the update.
+        memory = self.beta * self.memory + (1 - self.beta) * update.detach()
         memory = self.memory_projection(memory)
         similarity = F.cosine_similarity(states.unsqueeze(2), memory, dim=-1)
         return similarity.softmax(dim=-1) @ memory
@@ -137,12 +156,12 @@ class FieldMLP(nn.Module):
         self.layer_norm = nn.LayerNorm(width)
 
     def forward(self, states: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        """`[B, N, D]`, `[B, N, D]` → `[B, N, D]`."""
+        """States `[B, N, D]` and context `[B, N, D]` → states `[B, N, D]`."""
         return self.layer_norm(states + self.mlp(torch.cat([states, context], dim=-1)))
 
 
 class DFNNativeLayer(nn.Module):
-    """Flow attention and memory, MLP, FlowNorm."""
+    """Layer of flow attention and memory, MLP, and FlowNorm."""
 
     def __init__(self, config: DFNNativeConfig):
         super().__init__()
@@ -151,15 +170,23 @@ class DFNNativeLayer(nn.Module):
         self.memory = FieldMemory(config)
 
     def forward(self, states: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """→ (states `[B, N, D]`, positions `[B, N, 2]`)."""
-        read, positions, flow = self.flow_attention(states, positions)
-        states = self.field_mlp(states, read + self.memory(states))
+        """Run the layer.
+
+        Args:
+            states: `[B, N, D]`.
+            positions: `[B, N, 2]`.
+
+        Returns:
+            (states `[B, N, D]`, positions `[B, N, 2]`).
+        """
+        context, positions, flow = self.flow_attention(states, positions)
+        states = self.field_mlp(states, context + self.memory(states))
         energy = flow.square().sum(dim=-1).mean(dim=-1).view(-1, 1, 1)
         return states / torch.sqrt(energy + 1e-6), positions
 
 
 class OutputGenerator(nn.Module):
-    """Values at the points of a grid, from the entities around them."""
+    """Interpolates the entities at the points of a square grid."""
 
     def __init__(self, config: DFNNativeConfig):
         super().__init__()
@@ -171,7 +198,7 @@ class OutputGenerator(nn.Module):
         self.field_generator = nn.Linear(config.input_dim, 2 * config.field_resolution)  # unused, as in the original
 
     def forward(self, states: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """→ `[B, R, input_dim]`."""
+        """States `[B, N, D]` and positions `[B, N, 2]` → field `[B, R, input_dim]`."""
         axis = torch.linspace(-1, 1, self.side, device=positions.device, dtype=positions.dtype)
         grid = torch.cartesian_prod(axis, axis).view(1, -1, 2).expand(positions.shape[0], -1, -1)
         weights = torch.exp(-torch.cdist(grid, positions).square() / GRID_DECAY)
@@ -180,6 +207,8 @@ class OutputGenerator(nn.Module):
 
 
 class DFNNativePreTrainedModel(PreTrainedModel):
+    """Base class of `DFNNativeModel`: initialisation and loading."""
+
     config: DFNNativeConfig
     main_input_name = "values"
     _no_split_modules = ["DFNNativeLayer"]
@@ -208,20 +237,23 @@ class DFNNativeModel(DFNNativePreTrainedModel):
 
     @can_return_tuple
     def forward(self, values: torch.FloatTensor, **kwargs) -> DFNNativeOutput:
-        """
+        """Compute the output field.
+
         Args:
-            values: `[B, S, input_dim]`, a field as points in any order; S above `k`.
+            values: `[B, S, input_dim]`, field values in any order; S must exceed `k`.
 
         Raises:
-            ValueError: a wrong shape, or too few points.
+            ValueError: `values` has a wrong shape or too few points.
         """
         config = self.config
         if values.ndim != 3 or values.shape[-1] != config.input_dim:
-            raise ValueError(f"`values` must be [batch, points, {config.input_dim}], got {tuple(values.shape)}.")
+            raise ValueError(
+                f"`values` must have shape [batch, points, {config.input_dim}], got {tuple(values.shape)}."
+            )
         if values.shape[1] <= config.k:
             raise ValueError(
-                f"`values` holds {values.shape[1]} points: more than `k` ({config.k}) are needed, an entity being no "
-                "neighbour of itself."
+                f"`values` has {values.shape[1]} points; pass more than `k` ({config.k}), because an entity is not "
+                "its own neighbour."
             )
         positions, states, weights = self.entity_extractor(*self.density_field(values))
         for layer in self.dfn_layers:

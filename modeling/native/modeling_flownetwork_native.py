@@ -1,17 +1,18 @@
-"""The original FlowNetworks' functions, for converted checkpoints: logits from tokens; no language models.
+"""Functions of the original FlowNetworks, for converted checkpoints. They map tokens to logits; they are not language
+models.
 
-A flow layer is a linear map whose matrix a token chooses for itself: of learnt patterns A_p `[out, in]`,
+A flow layer is a linear map whose matrix depends on the token. With learnt patterns A_p `[out, in]`,
 
     W(x) = σ(b · x + c) Σ_p softmax_p(S x + t) A_p
 
-F1  LayerNorm(sparse(W(x)) x + bias), then GELU; of the matrix the tenth with the largest entries stays
+F1  GELU(LayerNorm(sparse(W(x)) x + bias)); sparse keeps the tenth of the matrix with the largest magnitudes
 F5  LayerNorm(GELU(W(x) x))
-F4  the same for embeddings; its layers choose by the mean over the row too, have a second flow that tells words'
-    boundaries, and a feed-forward network
+F4  as F5 for the embeddings; the weights of its layers also depend on the mean over the row. They have a second flow
+    for word boundaries, and a feed-forward network
 
-Nothing passes between tokens in F1 and F5, which have an embedding of the place. In F4 the means see the whole row,
-the future included, and how many layers run hangs on a mean over the batch: a row's logits depend on the other rows.
-Parameters have the original's names.
+F1 and F5 mix no tokens; they have position embeddings. In F4 the means include later tokens, and the number of layers
+that run depends on a mean over the batch, so that a row's logits depend on the other rows. Parameters have the names
+of the original.
 
 Shape letters: B batch, S tokens, D d_model, V vocab_size, P patterns, T tokens of any row.
 """
@@ -30,11 +31,11 @@ from transformers.utils import can_return_tuple
 from ..modules.forward_utils import check_ids
 from .configuration_flownetwork_native import FlowNetworkNativeConfig
 
-SPARSITY = 0.1  # share of a flow matrix that stays
-CHANNELS = 3  # sets of patterns of a layer of F4, mixed by the mean over the row
-HIDDEN = 64  # of the small networks of F4 that decide something
-MIN_LAYERS = 2  # of F4 that always run
-SORT_CHUNK = 2**22  # of flow matrices that are held at a time
+SPARSITY = 0.1  # fraction of a flow matrix that is kept
+CHANNELS = 3  # pattern sets of an F4 layer
+HIDDEN = 64  # width of the routing networks of F4
+MIN_LAYERS = 2  # minimum number of layers of F4 that run
+SORT_CHUNK = 2**22  # matrix entries per chunk; bounds peak memory
 
 
 @dataclass
@@ -48,7 +49,7 @@ class FlowNetworkNativeOutput(ModelOutput):
 
 
 def mix_patterns(patterns: torch.Tensor, weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Σ_p w_p A_p x: `[P, out, in]`, `[B, S, P]`, `[B, S, in]` → `[B, S, out]`."""
+    """Compute Σ_p w_p A_p x: patterns `[P, out, in]`, weights `[B, S, P]`, x `[B, S, in]` → `[B, S, out]`."""
     mixed = weights[..., :1] * F.linear(x, patterns[0])
     for number in range(1, len(patterns)):
         mixed = mixed + weights[..., number, None] * F.linear(x, patterns[number])
@@ -56,7 +57,7 @@ def mix_patterns(patterns: torch.Tensor, weights: torch.Tensor, x: torch.Tensor)
 
 
 class FlowRouter(nn.Module):
-    """W(x) x."""
+    """Dense flow W(x) x."""
 
     def __init__(self, config: FlowNetworkNativeConfig, input_dim: int, output_dim: int):
         super().__init__()
@@ -70,7 +71,7 @@ class FlowRouter(nn.Module):
 
 
 class SparseFlowRouter(FlowRouter):
-    """sparse(W(x)) x."""
+    """Sparse flow sparse(W(x)) x."""
 
     def __init__(self, config: FlowNetworkNativeConfig, input_dim: int, output_dim: int):
         super().__init__(config, input_dim, output_dim)
@@ -80,7 +81,7 @@ class SparseFlowRouter(FlowRouter):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, S, in]` → `[B, S, out]`."""
         tokens = max(1, SORT_CHUNK // self.flow_patterns[0].numel())
-        return torch.cat([self._flow(some) for some in x.flatten(0, 1).split(tokens)]).unflatten(0, x.shape[:2])
+        return torch.cat([self._flow(chunk) for chunk in x.flatten(0, 1).split(tokens)]).unflatten(0, x.shape[:2])
 
     def _flow(self, x: torch.Tensor) -> torch.Tensor:
         """`[T, in]` → `[T, out]`."""
@@ -91,7 +92,7 @@ class SparseFlowRouter(FlowRouter):
 
 
 class SparseFlowLayer(nn.Module):
-    """The layer of F1."""
+    """Layer of F1."""
 
     def __init__(self, config: FlowNetworkNativeConfig, input_dim: int, output_dim: int):
         super().__init__()
@@ -105,7 +106,7 @@ class SparseFlowLayer(nn.Module):
 
 
 class FlowLayer(nn.Module):
-    """The layer of F5, and of F4 for embeddings."""
+    """Layer of F5, and embedding layer of F4."""
 
     def __init__(self, config: FlowNetworkNativeConfig, input_dim: int, output_dim: int):
         super().__init__()
@@ -118,7 +119,7 @@ class FlowLayer(nn.Module):
 
 
 class ChannelRouter(nn.Module):
-    """A flow whose patterns the token and the mean over the row choose; the mean alone mixes channels of patterns."""
+    """Flow whose pattern weights depend on the token and the row mean; the row mean mixes three pattern sets."""
 
     def __init__(self, config: FlowNetworkNativeConfig, input_dim: int, output_dim: int):
         super().__init__()
@@ -138,14 +139,14 @@ class ChannelRouter(nn.Module):
         mean = x.mean(dim=1, keepdim=True)
         context = self.context_projection(mean).expand(-1, x.shape[1], -1)
         weights = self.context_selector(torch.cat([x, context], dim=-1))
-        shares = self.channel_mixer(mean).unbind(dim=-1)
-        channels = zip(self.channel_patterns, shares, strict=True)
-        flow = sum(mix_patterns(patterns, weights, x) * share[..., None] for patterns, share in channels)
+        channel_weights = self.channel_mixer(mean).unbind(dim=-1)
+        channels = zip(self.channel_patterns, channel_weights, strict=True)
+        flow = sum(mix_patterns(patterns, weights, x) * factor[..., None] for patterns, factor in channels)
         return flow * self.flow_intensity(x)
 
 
 class BoundaryRouter(nn.Module):
-    """One linear map for tokens that separate words, one for the others, blended by how likely a token is either."""
+    """Blend of two linear maps, one for word boundaries and one for other tokens, by the boundary probability."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -153,14 +154,22 @@ class BoundaryRouter(nn.Module):
         self.classifier = nn.Sequential(nn.Linear(width, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, 1), nn.Sigmoid())
 
     def forward(self, x: torch.Tensor, boundaries: torch.Tensor | None) -> torch.Tensor:
-        """`[B, S, width]` → the same; boundaries: `[B, S, 1]`, 1 where known to be one, or None: it guesses."""
-        share = self.classifier(x) if boundaries is None else boundaries
+        """Apply the blended map.
+
+        Args:
+            x: `[B, S, width]`.
+            boundaries: `[B, S, 1]`, 1 at word boundaries; None uses the classifier's probabilities.
+
+        Returns:
+            `[B, S, width]`.
+        """
+        probability = self.classifier(x) if boundaries is None else boundaries
         inside, between = (F.linear(x, pattern) for pattern in self.patterns)
-        return (1 - share) * inside + share * between
+        return (1 - probability) * inside + probability * between
 
 
 class EnhancedFlowLayer(nn.Module):
-    """The layer of F4; its input is added only where it is as wide as the output."""
+    """Layer of F4; it has a residual only if input and output have the same width."""
 
     def __init__(self, config: FlowNetworkNativeConfig, input_dim: int, output_dim: int):
         super().__init__()
@@ -177,7 +186,15 @@ class EnhancedFlowLayer(nn.Module):
         )
 
     def forward(self, x: torch.Tensor, boundaries: torch.Tensor | None = None) -> torch.Tensor:
-        """`[B, S, in]` → `[B, S, out]`; boundaries: as for `BoundaryRouter`."""
+        """Run the layer.
+
+        Args:
+            x: `[B, S, in]`.
+            boundaries: as for `BoundaryRouter`.
+
+        Returns:
+            `[B, S, out]`.
+        """
         flow = self.flow_router(self.norm1(x))
         flow = flow + self.spatial_router(flow, boundaries)
         x = self.norm2(x + flow if self.has_residual else flow)
@@ -188,6 +205,8 @@ LAYERS = {"F1": SparseFlowLayer, "F4": EnhancedFlowLayer, "F5": FlowLayer}
 
 
 class FlowNetworkNativePreTrainedModel(PreTrainedModel):
+    """Base class of `FlowNetworkNativeModel`: initialisation and loading."""
+
     config: FlowNetworkNativeConfig
     _no_split_modules = ["SparseFlowLayer", "FlowLayer", "EnhancedFlowLayer"]
 
@@ -243,28 +262,29 @@ class FlowNetworkNativeModel(FlowNetworkNativePreTrainedModel):
     def forward(
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None, **kwargs
     ) -> FlowNetworkNativeOutput:
-        """
+        """Compute logits.
+
         Args:
-            input_ids: int64 `[B, S]`; in F1 and F5 S is at most `max_seq_len`.
-            attention_mask: not read, as in the original: give F4 rows of one length, without padding.
+            input_ids: int64 `[B, S]`; in F1 and F5, S is at most `max_seq_len`.
+            attention_mask: ignored, as in the original; for F4, pass rows of equal length without padding.
 
         Raises:
-            ValueError: no or too many tokens, or ids outside the vocabulary.
+            ValueError: no tokens, too many tokens, or ids outside the vocabulary.
         """
         config = self.config
         check_ids(input_ids, config.vocab_size, "input_ids")
         if not input_ids.numel():
-            raise ValueError(f"The input is empty: `input_ids` is {list(input_ids.shape)}. Pass at least one token.")
+            raise ValueError(f"`input_ids` of shape {list(input_ids.shape)} is empty; pass at least one token.")
         x = self.token_embedding(input_ids)
         if self.pos_embedding is not None:
             length = input_ids.shape[1]
             if length > config.max_seq_len:
                 raise ValueError(
-                    f"`input_ids` holds {length} tokens per row, but there are embeddings for {config.max_seq_len} "
-                    "places (`max_seq_len`): pass shorter rows."
+                    f"`input_ids` has {length} tokens per row, but there are {config.max_seq_len} position embeddings "
+                    "(`max_seq_len`): pass shorter rows."
                 )
-            places = self.pos_embedding(torch.arange(length, device=x.device))
-            x = torch.cat([x, places.expand_as(x)], dim=-1)
+            positions = self.pos_embedding(torch.arange(length, device=x.device))
+            x = torch.cat([x, positions.expand_as(x)], dim=-1)
         x = self.dropout(self.norm_embedding(self.embedding_flow(x))) * self.global_flow_gate
         boundaries = ()
         if config.boundary_token_ids:
@@ -275,14 +295,14 @@ class FlowNetworkNativeModel(FlowNetworkNativePreTrainedModel):
         return FlowNetworkNativeOutput(logits=self.output_flow(self.final_norm(x)))
 
     def _active_layers(self, x: torch.Tensor) -> int:
-        """How many layers run for states `[B, S, D]`; in F4 it synchronises with the device."""
+        """Return the number of layers that run for states `[B, S, D]`; F4 synchronises with the device."""
         number = self.config.num_layers
         if self.adaptive_controller is None:
             return number
         wanted = float(self.adaptive_controller(x.mean(dim=1)).detach().mean() * number)
         if not math.isfinite(wanted):
             return number
-        # Twice rounded down, as the original does: number · (n / number) may lie just below n.
+        # The original rounds down twice: number · (n / number) can be slightly below n.
         return max(MIN_LAYERS, int(number * (int(wanted) / number)))
 
 

@@ -1,19 +1,20 @@
-"""The original Liquid's function, for converted checkpoints: not causal, no cache, no mask of padding.
+"""Function of the original Liquid model, for converted checkpoints. It is not causal and has no cache and no padding
+mask.
 
-Logits come from the decoder alone. For the tokens t of a row of S:
+Only the decoder contributes to the logits. For the S tokens of a row:
 
     c = convolutions of (token + position);  X = FFT of c, padded to a power of two
-    x = W_p Re(inverse FFT, S long, of the first N bins of X),  N = ⌊S clamp((1 − complexity) / 2, 0.1, 1)⌋
+    x = W_p Re(inverse FFT of length S of the first N bins of X),  N = ⌊S clamp((1 − complexity) / 2, 0.1, 1)⌋
     in each layer   x += attention(LayerNorm x);  x += gated deformable convolution(LayerNorm x);  x += feed-forward(x)
-                    x += output(LSTM(x)), the LSTM's state going on from one layer's last token to the next one's first
+                    x += output(LSTM(x)); the LSTM starts each layer in its final state of the previous layer
     logits = W_o LayerNorm(x)
 
-complexity is the share of bins above a tenth of their feature's largest. Attention is what the original computes: over
-the heads of one token, each of which sees those before it. Its encoder reaches no logits and what its experts give is
-lost: both are here as parameters, under the original's names like all others, and never run.
+The complexity is the fraction of bins above a tenth of the largest bin of their feature. The attention computes what
+the original computes: causal attention across the heads of one token. The original discards the outputs of its encoder
+and its experts; this model has their parameters but does not run them. Parameters have the names of the original.
 
-The original runs attention in half precision on a GPU, and puts zeros for what fails or is not finite; this is its
-function in single precision without dropout, and an error or the value itself in the place of such zeros.
+On a GPU the original computes the attention in half precision, and it replaces failures and non-finite values by
+zeros. This model computes the function in single precision without dropout, and keeps such values or raises an error.
 
 Shape letters: B batch, S tokens, E embed_dim, H heads, G heads of keys and values, D features of a head, T taps.
 """
@@ -28,17 +29,17 @@ from transformers.utils import can_return_tuple
 
 from .configuration_liquid_native import LiquidNativeConfig
 
-BASE_RATIO, MIN_RATIO = 0.5, 0.1  # of the bins that the decoder's embedding keeps, whatever the encoder's does
-AUDIBLE = 0.1  # of a feature's largest bin
+BASE_RATIO, MIN_RATIO = 0.5, 0.1  # bounds of the fraction of bins that the decoder's embedding keeps
+BIN_THRESHOLD = 0.1  # relative to the largest bin of a feature
 KERNEL, DILATION = 3, 2
 LAMBDA_INIT, LAMBDA_RANGE = 0.8, (0.1, 0.9)
 FEED_FORWARD_LIMIT = 100.0
-ROTARY_LENGTH = 8192  # beyond it the original's attention fails
-MAX_LOGITS = 2048  # in L6
+ROTARY_LENGTH = 8192  # the original's attention fails beyond this length
+MAX_LOGITS = 2048  # L6 returns logits of at most this number of tokens
 
 
 class LiquidNativeEmbedding(nn.Module):
-    """Token and position, two convolutions, and the lowest bins of their spectrum."""
+    """Token and position embedding, two convolutions, and the lowest bins of their spectrum."""
 
     def __init__(self, config: LiquidNativeConfig):
         super().__init__()
@@ -52,10 +53,10 @@ class LiquidNativeEmbedding(nn.Module):
             self.activation, self.layer_norm = F.relu, nn.Identity()
         else:
             self.activation, self.layer_norm = F.gelu, nn.LayerNorm(size)
-            self.proj_head = nn.Linear(size, size)  # of a loss alone
+            self.proj_head = nn.Linear(size, size)  # used only by the reconstruction loss
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """int64 `[B, S]` → `[B, S, E]`."""
+        """Embed tokens: int64 `[B, S]` → `[B, S, E]`."""
         positions = torch.arange(tokens.shape[1], device=tokens.device)
         x = (self.token_embedding(tokens) + self.position_embedding(positions)).transpose(1, 2)
         for conv in (self.conv1, self.conv2):
@@ -65,15 +66,15 @@ class LiquidNativeEmbedding(nn.Module):
 
 
 def lowest_bins(x: torch.Tensor) -> torch.Tensor:
-    """`[B, S, E]` as the real part of as many of its bins as its complexity leaves, `[B, S, E]`.
+    """Reconstruct x `[B, S, E]` from its lowest bins; the complexity of x determines their number.
 
-    The bins are those of x padded to a power of two, the way back is of length S: no exact inverse.
+    The FFT pads x to a power of two, whereas the inverse FFT has length S, so that this is not an exact inverse.
     """
     length = x.shape[1]
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     spectrum = torch.fft.fft(wide, n=1 << (length - 1).bit_length(), dim=1)
-    loudness = spectrum.abs()
-    complexity = (loudness > AUDIBLE * loudness.amax(dim=1, keepdim=True)).float().mean(dim=(1, 2))
+    magnitude = spectrum.abs()
+    complexity = (magnitude > BIN_THRESHOLD * magnitude.amax(dim=1, keepdim=True)).float().mean(dim=(1, 2))
     ratio = (BASE_RATIO * (1 - complexity)).clamp(MIN_RATIO, 1)
     count = (ratio * length).long().clamp(min=1)
     kept = torch.arange(length, device=x.device) < count[:, None]
@@ -81,7 +82,7 @@ def lowest_bins(x: torch.Tensor) -> torch.Tensor:
 
 
 class FusedAttention(nn.Module):
-    """Attention over the heads of each token (L3), within the one window that the original can take."""
+    """Attention of L3 across the heads of each token; limited to one window, as in the original."""
 
     def __init__(self, config: LiquidNativeConfig):
         super().__init__()
@@ -90,21 +91,21 @@ class FusedAttention(nn.Module):
         self.out = nn.Linear(config.embed_dim, config.embed_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, S, E]` → the same, S up to the window."""
+        """`[B, S, E]` → `[B, S, E]`; S is at most `window_size`."""
         length = x.shape[1]
         x = F.pad(x, (0, 0, 0, self.window_size - length))
         heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         y = F.scaled_dot_product_attention(*heads.unbind(dim=2), is_causal=True)  # [B, window, H, D]
-        # The original reads its [H, window, D] as [window, H · D].
+        # The original reinterprets its [H, window, D] tensor as [window, H · D].
         y = y.transpose(1, 2).reshape(x.shape)
         return self.out(y[:, :length])
 
 
 class DifferentialAttention(nn.Module):
-    """A₁ − λ A₂ over the heads of each token (L6), λ = clamp(exp(λ_q1 · λ_k1) − exp(λ_q2 · λ_k2) + 0.8, 0.1, 0.9).
+    """Differential attention of L6 across the heads of each token: A₁ − λ A₂.
 
-    The original turns queries and keys by their token's place. Both are of one token: that leaves their product as it
-    is, and is left out here.
+    λ = clamp(exp(λ_q1 · λ_k1) − exp(λ_q2 · λ_k2) + 0.8, 0.1, 0.9). The original applies rotary embeddings to queries
+    and keys of the same token. They do not change the products of these, and are omitted here.
     """
 
     def __init__(self, config: LiquidNativeConfig):
@@ -124,53 +125,56 @@ class DifferentialAttention(nn.Module):
         self.lambda_k2 = nn.Parameter(torch.empty(self.head_dim))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, S, E]` → the same."""
-        value = self._groups(self.v_proj(x))
+        """`[B, S, E]` → `[B, S, E]`."""
+        value = self._repeat_groups(self.v_proj(x))
         first, second = (
             F.scaled_dot_product_attention(
-                query(x).unflatten(-1, (-1, self.head_dim)), self._groups(key(x)), value, is_causal=True
+                query(x).unflatten(-1, (-1, self.head_dim)), self._repeat_groups(key(x)), value, is_causal=True
             )
             for query, key in ((self.q_proj1, self.k_proj1), (self.q_proj2, self.k_proj2))
         )
-        share = torch.exp(self.lambda_q1 @ self.lambda_k1) - torch.exp(self.lambda_q2 @ self.lambda_k2) + LAMBDA_INIT
-        y = (first - share.clamp(*LAMBDA_RANGE) * second).flatten(2)
-        # Windows overlap by half and are laid one behind the other: a token behind the first gets an earlier one's.
-        places = torch.arange(x.shape[1], device=x.device)
-        return self.out(y[:, places // self.window_size * (self.window_size // 2) + places % self.window_size])
+        lambda_ = torch.exp(self.lambda_q1 @ self.lambda_k1) - torch.exp(self.lambda_q2 @ self.lambda_k2) + LAMBDA_INIT
+        y = (first - lambda_.clamp(*LAMBDA_RANGE) * second).flatten(2)
+        # The original concatenates windows that overlap by one half: tokens after the first window receive the output
+        # of an earlier token.
+        columns = torch.arange(x.shape[1], device=x.device)
+        return self.out(y[:, columns // self.window_size * (self.window_size // 2) + columns % self.window_size])
 
-    def _groups(self, x: torch.Tensor) -> torch.Tensor:
-        """`[B, S, G · D]` → `[B, S, H, D]`, all groups again and again."""
+    def _repeat_groups(self, x: torch.Tensor) -> torch.Tensor:
+        """Repeat the key-value heads in order until there are H: `[B, S, G · D]` → `[B, S, H, D]`."""
         return x.unflatten(-1, (-1, self.head_dim)).repeat(1, 1, self.repeats, 1)
 
 
 class DeformableConv1d(nn.Module):
-    """Taps that all start at the token itself and move by offsets of their own."""
+    """Convolution whose taps start at the token itself and move by predicted offsets."""
 
     def __init__(self, config: LiquidNativeConfig):
         super().__init__()
         size = config.embed_dim
-        self.reach = DILATION * (KERNEL - 1) // 2
-        self.offset_conv = nn.Conv1d(size, 2 * KERNEL, KERNEL, padding=self.reach, dilation=DILATION)
+        self.padding = DILATION * (KERNEL - 1) // 2
+        self.offset_conv = nn.Conv1d(size, 2 * KERNEL, KERNEL, padding=self.padding, dilation=DILATION)
         self.conv = nn.Conv1d(KERNEL * size, 2 * size, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[B, S, E]` → `[B, 2 E, S]`."""
         batch, length, size = x.shape
-        offsets = self.offset_conv(x.transpose(1, 2))[:, ::2]  # [B, T, S]: of a tap's two the first
-        x = F.pad(x, (0, 0, self.reach, self.reach))
+        offsets = self.offset_conv(x.transpose(1, 2))[
+            :, ::2
+        ]  # [B, T, S]: the original predicts two offsets per tap and uses the first
+        x = F.pad(x, (0, 0, self.padding, self.padding))
         last = x.shape[1] - 1
-        places = (torch.arange(length, device=x.device) + self.reach + offsets).clamp(0, last)
-        left = places.floor()
-        share = (places - left)[..., None]
+        columns = (torch.arange(length, device=x.device) + self.padding + offsets).clamp(0, last)
+        left = columns.floor()
+        fraction = (columns - left)[..., None]
         left, right = left.long(), (left.long() + 1).clamp(max=last)
         rows = torch.arange(batch, device=x.device)[:, None, None]
-        taps = (1 - share) * x[rows, left] + share * x[rows, right]  # [B, T, S, E]
-        # The original reads [T, S, E] as [T · E, S], which mixes tokens and features.
+        taps = (1 - fraction) * x[rows, left] + fraction * x[rows, right]  # [B, T, S, E]
+        # The original reinterprets [T, S, E] as [T · E, S], which mixes tokens and features.
         return self.conv(taps.reshape(batch, KERNEL * size, length))
 
 
 class GatedConvolution(nn.Module):
-    """GELU(y_main) ⊙ σ(y_gate), normalised over the features, [y_main, y_gate] = DeformableConv1d(x)."""
+    """LayerNorm(GELU(y_main) ⊙ σ(y_gate)) without affine parameters, [y_main, y_gate] = DeformableConv1d(x)."""
 
     def __init__(self, config: LiquidNativeConfig):
         super().__init__()
@@ -184,7 +188,7 @@ class GatedConvolution(nn.Module):
 
 
 class IdleExperts(nn.Module):
-    """Parameters of experts whose output the original loses."""
+    """Parameters of the experts, whose output the original discards."""
 
     def __init__(self, config: LiquidNativeConfig):
         super().__init__()
@@ -194,7 +198,7 @@ class IdleExperts(nn.Module):
 
 
 class LiquidNativeLayer(nn.Module):
-    """Attention, gated convolution, and a feed-forward network without a norm before it."""
+    """Layer of attention, gated convolution, and a feed-forward network without a preceding norm."""
 
     def __init__(self, config: LiquidNativeConfig):
         super().__init__()
@@ -217,9 +221,9 @@ class LiquidNativeLayer(nn.Module):
         """`[B, S, E]` → the same."""
         x = x + self.attention(self.norm1(x))
         x = x + self.dilated_conv(self.norm2(x))
-        return x + self._fed_forward(x)
+        return x + self._feed_forward(x)
 
-    def _fed_forward(self, x: torch.Tensor) -> torch.Tensor:
+    def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
         if "3" in self.ff_layer:
             return self.ff_layer["3"](F.gelu(self.ff_layer["0"](x)))
         inner = self.ff_layer["1"](self.ff_layer["0"](x).clamp(-FEED_FORWARD_LIMIT, FEED_FORWARD_LIMIT))
@@ -227,7 +231,7 @@ class LiquidNativeLayer(nn.Module):
 
 
 class LSTMMemory(nn.Module):
-    """x + W₂ GELU(W₁ h + b₁) + b₂, h an LSTM over x."""
+    """x + W₂ GELU(W₁ h + b₁) + b₂, where h is the output of an LSTM over x."""
 
     def __init__(self, config: LiquidNativeConfig):
         super().__init__()
@@ -238,13 +242,21 @@ class LSTMMemory(nn.Module):
     def forward(
         self, x: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor] | None
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-        """`[B, S, E]` and the LSTM's state, None for zeros, → (the former, the state after it)."""
+        """Run the LSTM.
+
+        Args:
+            x: `[B, S, E]`.
+            state: state (h, c) of the LSTM before x; None for zeros.
+
+        Returns:
+            (`[B, S, E]`; state after x).
+        """
         h, state = self.lstm(x, state)
         return x + self.output_layer(h), state
 
 
 class IdleEncoder(nn.Module):
-    """Parameters of the encoder, which no logits depend on."""
+    """Parameters of the encoder, on which the logits do not depend."""
 
     def __init__(self, config: LiquidNativeConfig):
         super().__init__()
@@ -254,6 +266,8 @@ class IdleEncoder(nn.Module):
 
 
 class LiquidNativePreTrainedModel(PreTrainedModel):
+    """Base class of `LiquidNativeModel`: initialisation and loading."""
+
     config: LiquidNativeConfig
     main_input_name = "decoder_input_ids"
     _no_split_modules = ["LiquidNativeLayer", "LiquidNativeEmbedding"]
@@ -272,7 +286,8 @@ class LiquidNativePreTrainedModel(PreTrainedModel):
 class LiquidNativeModel(LiquidNativePreTrainedModel):
     """The original `LiquidFoundationModelOptimized`.
 
-    `AutoModel` loads it, not `AutoModelForSeq2SeqLM`, whose models generate: a token's logits depend on later tokens.
+    `AutoModel` loads it. `AutoModelForSeq2SeqLM` does not, because a token's logits depend on later tokens and the
+    model therefore cannot generate.
     """
 
     def __init__(self, config: LiquidNativeConfig):
@@ -292,19 +307,22 @@ class LiquidNativeModel(LiquidNativePreTrainedModel):
         decoder_input_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> Seq2SeqLMOutput:
-        """
+        """Compute logits.
+
         Args:
-            input_ids: of the encoder, which no logits depend on: not read.
-            decoder_input_ids: int64 `[B, S]`; what stands beyond `max_position_embeddings` is cut off in L6.
+            input_ids: input of the encoder; ignored, because the logits do not depend on it.
+            decoder_input_ids: int64 `[B, S]`; L6 truncates them to `max_position_embeddings`.
 
         Returns:
-            `logits` `[B, S, vocab_size]`, in L6 of the first 2048 tokens.
+            `logits` `[B, S, vocab_size]`; in L6 of at most the first 2048 tokens.
 
         Raises:
-            ValueError: no `decoder_input_ids`, or more of them than the original can take.
+            ValueError: `decoder_input_ids` is missing or longer than the original accepts.
         """
         if decoder_input_ids is None or decoder_input_ids.ndim != 2:
-            raise ValueError("Pass `decoder_input_ids` [batch, tokens]: `input_ids`, the encoder's, reach no logits.")
+            raise ValueError(
+                "`decoder_input_ids` [batch, tokens] is required: the logits do not depend on `input_ids`."
+            )
         if self.config.layout == "L6":
             decoder_input_ids = decoder_input_ids[:, : self.config.max_position_embeddings]
         self._check_length(decoder_input_ids.shape[1])
@@ -319,15 +337,15 @@ class LiquidNativeModel(LiquidNativePreTrainedModel):
     def _check_length(self, length: int) -> None:
         config = self.config
         if config.layout == "L3":
-            most = min(config.window_size, config.max_position_embeddings)
+            max_length = min(config.window_size, config.max_position_embeddings)
             limits = f"`window_size` ({config.window_size}) and `max_position_embeddings`"
         else:
-            most = ROTARY_LENGTH // config.window_size * config.window_size
-            limits = f"the whole windows (`window_size` {config.window_size}) of {ROTARY_LENGTH}"
-        if not 1 <= length <= most:
+            max_length = ROTARY_LENGTH // config.window_size * config.window_size
+            limits = f"the complete windows (`window_size` {config.window_size}) in {ROTARY_LENGTH} tokens"
+        if not 1 <= length <= max_length:
             raise ValueError(
-                f"`decoder_input_ids` holds {length} tokens: the original takes 1 to {most}, limited by {limits}. "
-                "Shorten them, or set `window_size` to what the checkpoint was trained with."
+                f"`decoder_input_ids` has {length} tokens, but the original accepts 1 to {max_length}, limited by "
+                f"{limits}: shorten them, or set `window_size` to the value of the training."
             )
 
 

@@ -1,4 +1,4 @@
-"""A saved folder carries the code: it loads with `trust_remote_code` where dfn_hf cannot be imported."""
+"""Saved folders of DFN and FlowNetwork contain their code and load with `trust_remote_code` without dfn_hf."""
 
 import json
 import os
@@ -30,12 +30,14 @@ from dfn_hf.modeling.flownetwork import configuration_flownetwork
 
 @dataclass(frozen=True)
 class Case:
-    """A family, and what a saved folder of it must hold.
+    """A family and the expected content of its saved folders.
 
     Attributes:
+        config_class: configuration class.
         heads: the base model, `ForCausalLM` and `ForSequenceClassification`.
-        fields: of a small configuration.
-        code: files that travel with it.
+        fields: fields of a small configuration.
+        auto_map: expected `auto_map`.
+        code: expected code files.
     """
 
     config_class: type[PreTrainedConfig]
@@ -78,7 +80,7 @@ CASES = {
     ),
 }
 
-# Runs in an empty folder, with dfn_hf out of reach, on the folders that the test has saved.
+# Runs in an empty folder without access to dfn_hf; loads the folders that the test saved.
 CONSUMER = """
 import sys
 sys.modules["dfn_hf"] = None
@@ -117,7 +119,7 @@ with torch.no_grad():
         cache = DynamicCache(config=model.config)
         pieces = [model(piece, past_key_values=cache).logits for piece in ids.split([20, 1, 9], dim=1)]
         check(torch.cat(pieces, dim=1), "unpadded")
-        for name, options in expected["ways"].items():
+        for name, options in expected["generation_options"].items():
             assert torch.equal(model.generate(ids, attention_mask=mask, **options), expected[name]), name
 model.train().gradient_checkpointing_enable()
 model(ids, labels=ids).loss.backward()
@@ -127,7 +129,7 @@ if config.model_type == "flownetwork":
     assert not torch.equal(model.model.memory.memory_bank, before)
 """
 
-WAYS = {
+GENERATION_OPTIONS = {
     "greedy": {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0},
     "beams": {"do_sample": False, "max_new_tokens": 8, "pad_token_id": 0, "num_beams": 3},
 }
@@ -156,8 +158,10 @@ def saved(family, tmp_path_factory):
             "logits": causal(ids, attention_mask=mask).logits,
             "unpadded": causal(ids).logits,
             "classes": classes(ids, attention_mask=mask).logits,
-            "ways": WAYS,
-        } | {name: causal.generate(ids, attention_mask=mask, **options) for name, options in WAYS.items()}
+            "generation_options": GENERATION_OPTIONS,
+        } | {
+            name: causal.generate(ids, attention_mask=mask, **options) for name, options in GENERATION_OPTIONS.items()
+        }
     torch.save(expected, folder / "expected.pt")
     return folder
 
@@ -168,7 +172,7 @@ def assert_carries_its_code(folder, case):
 
 
 @pytest.mark.parametrize("head", [MODEL, CAUSAL, CLASSIFIER])
-def test_every_head_saves_all_code_and_every_entry(family, head, tmp_path):
+def test_every_head_saves_code_and_auto_map(family, head, tmp_path):
     case = CASES[family]
     case.make(head).save_pretrained(tmp_path)
     assert_carries_its_code(tmp_path, case)
@@ -177,7 +181,7 @@ def test_every_head_saves_all_code_and_every_entry(family, head, tmp_path):
         assert f"class {name}" in (tmp_path / f"{module}.py").read_text()
 
 
-def test_loads_where_the_package_is_not_installed(family, saved, tmp_path):
+def test_folder_loads_without_this_package(family, saved, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     elsewhere = tmp_path / "elsewhere"
@@ -192,7 +196,7 @@ def test_loads_where_the_package_is_not_installed(family, saved, tmp_path):
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "not initialized" not in result.stderr and "not used" not in result.stderr
-    # What was saved there is as complete, and opens with the installed package too.
+    # The folder that the remote code saved is complete and loads with the installed package.
     assert_carries_its_code(again, CASES[family])
     model = AutoModelForCausalLM.from_pretrained(again, dtype=torch.float64)
     assert type(model) is CASES[family].heads[CAUSAL]
@@ -213,7 +217,7 @@ def pair_model():
     return DFNForContrastive(DFNConfig(**COMMON_FIELDS, projection_dim=8, contrastive_fields=True))
 
 
-# Of each the Auto class, what it is given, and what of its output is compared.
+# Model, Auto class, input names, compared output.
 HEADS = {
     "entities": (adaptive_model, "AutoModelForCausalLM", ["input_ids"], "logits"),
     "field": (field_model, "AutoModelForPreTraining", ["coordinates", "values"], "reconstruction"),
@@ -234,7 +238,7 @@ with torch.no_grad():
 
 
 @pytest.mark.parametrize("name", HEADS)
-def test_bytes_fields_and_pairs_load_where_the_package_is_not_installed(name, tmp_path):
+def test_folders_of_other_heads_load_without_this_package(name, tmp_path):
     make, auto_class, arguments, output = HEADS[name]
     torch.manual_seed(0)
     model = make().double().eval()

@@ -1,4 +1,4 @@
-"""A saved Liquid carries its code: it loads with `trust_remote_code` where dfn_hf cannot be imported."""
+"""Saved folders of Liquid contain their code and load with `trust_remote_code` without dfn_hf."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from dfn_hf.modeling.liquid.configuration_liquid import AUTO_MAP
 
 CODE = {"configuration_liquid.py", "modeling_liquid.py"}
 
-# Runs in an empty folder, with dfn_hf out of reach, on the folder that the test has saved.
+# Runs in an empty folder without access to dfn_hf; loads the folder that the test saved.
 CONSUMER = """
 import sys
 sys.modules["dfn_hf"] = None
@@ -82,7 +82,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("head", ["seq2seq", "classes"])
-def test_every_head_saves_all_code_and_every_entry(folder, head):
+def test_every_head_saves_code_and_auto_map(folder, head):
     assert {path.name for path in (folder / head).glob("*.py")} == CODE
     assert json.loads((folder / head / "config.json").read_text())["auto_map"] == AUTO_MAP
     for entry in AUTO_MAP.values():
@@ -90,7 +90,7 @@ def test_every_head_saves_all_code_and_every_entry(folder, head):
         assert f"class {name}" in (folder / head / f"{module}.py").read_text()
 
 
-def test_it_loads_where_the_package_is_not_installed(folder, tmp_path):
+def test_folder_loads_without_this_package(folder, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     elsewhere = tmp_path / "elsewhere"

@@ -1,4 +1,4 @@
-"""The original DFN: its key layout, its function, and what of it a DFNModel takes over."""
+"""Original DFN: its format, the function of the native model, and converted weights."""
 
 import math
 
@@ -34,7 +34,7 @@ def write(checkpoint, folder, **options):
 
 
 def original(weights, values):
-    """The original's function, point by point, in float64, from its equations."""
+    """Return the field, computed point by point in float64 from the equations of the original."""
     w = {key: tensor.double() for key, tensor in weights.items()}
 
     def linear(name, x):
@@ -62,14 +62,14 @@ def original(weights, values):
 
     for layer in range(COUNTS["layer"]):
         name = f"dfn_layers.{layer}"
-        seen = []
+        means = []
         for _, states in rows:
             mean = sum(states) / len(states)
             mean = linear(f"{name}.memory.aggregate_projection", mean)
-            seen.append(linear(f"{name}.memory.memory_projection", mean))
-        seen = sum(seen) / len(seen)
+            means.append(linear(f"{name}.memory.memory_projection", mean))
+        means = sum(means) / len(means)
         slots = [
-            linear(f"{name}.memory.memory_projection", SETTINGS["beta"] * slot + (1 - SETTINGS["beta"]) * seen)
+            linear(f"{name}.memory.memory_projection", SETTINGS["beta"] * slot + (1 - SETTINGS["beta"]) * means)
             for slot in w[f"{name}.memory.memory"]
         ]
         after = []
@@ -83,13 +83,13 @@ def original(weights, values):
                 nearest = sorted(distances, key=distances.get)[: SETTINGS["k"]]
                 affinity = {j: math.exp(-distances[j] / (2 * SETTINGS["sigma"] ** 2)) for j in nearest}
                 total = sum(affinity.values()) + 1e-8
-                read = sum(
+                context = sum(
                     weight / total * linear(f"{name}.flow_attention.value_projection", states[j])
                     for j, weight in affinity.items()
                 )
                 similar = torch.stack([state @ slot / (state.norm() * slot.norm()) for slot in slots]).softmax(dim=0)
-                read = read + sum(share * slot for share, slot in zip(similar, slots, strict=True))
-                hidden = gelu(linear(f"{name}.field_mlp.mlp.0", torch.cat([state, read])))
+                context = context + sum(weight * slot for weight, slot in zip(similar, slots, strict=True))
+                hidden = gelu(linear(f"{name}.field_mlp.mlp.0", torch.cat([state, context])))
                 hidden = linear(f"{name}.field_mlp.mlp.3", hidden)
                 new_states.append(layer_norm(f"{name}.field_mlp.layer_norm", state + hidden) / scale)
             after.append((positions, new_states))
@@ -119,7 +119,7 @@ def test_native_model_computes_the_original(weights, checkpoint, tmp_path, point
     model = AutoModel.from_pretrained(tmp_path / "out")
     assert type(model) is DFNNativeModel and not report.dropped and not report.new
     values = torch.randn(2, points, SIZES["I"], generator=torch.Generator().manual_seed(points))
-    for _ in range(2):  # a call leaves nothing behind
+    for _ in range(2):  # a call does not change the model
         torch.testing.assert_close(model(values).field.double(), original(weights, values), atol=1e-5, rtol=0)
 
 
@@ -130,7 +130,7 @@ def test_native_round_trip_is_exact(weights, checkpoint, tmp_path):
     assert all(torch.equal(loaded[key], tensor) for key, tensor in weights.items())
 
 
-def test_model_takes_what_has_a_meaning(weights, checkpoint, tmp_path):
+def test_model_receives_weights_with_a_counterpart(weights, checkpoint, tmp_path):
     report = write(checkpoint, tmp_path / "out")
     model, info = AutoModel.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert type(model) is DFNModel and not any(info[kind] for kind in ("missing_keys", "unexpected_keys"))
@@ -144,7 +144,7 @@ def test_model_takes_what_has_a_meaning(weights, checkpoint, tmp_path):
     assert torch.isfinite(model(inputs_embeds=torch.randn(1, 40, SIZES["D"])).last_hidden_state).all()
 
 
-def test_settings_are_given_stored_or_the_originals(weights, tmp_path):
+def test_settings_come_from_arguments_file_or_defaults(weights, tmp_path):
     bare = tmp_path / "bare.pt"
     torch.save(weights, bare)
     assert plan_conversion(bare, native=True).config.k == 8
@@ -157,7 +157,7 @@ def test_native_configuration_and_inputs_are_checked():
     with pytest.raises(ValueError, match="`k` \\(8\\) must be below `num_entities` \\(8\\)"):
         DFNNativeConfig(num_entities=8)
     model = DFNNativeModel(DFNNativeConfig(input_dim=4, entity_dim=8, field_dim=8, num_layers=1))
-    with pytest.raises(ValueError, match="must be \\[batch, points, 4\\]"):
+    with pytest.raises(ValueError, match="must have shape \\[batch, points, 4\\]"):
         model(torch.randn(1, 20, 5))
     with pytest.raises(ValueError, match="more than `k` \\(8\\)"):
         model(torch.randn(1, 8, 4))

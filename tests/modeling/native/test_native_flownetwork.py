@@ -1,4 +1,4 @@
-"""The original FlowNetworks: their key layouts, their functions, and what a FlowNetworkForCausalLM takes over."""
+"""Original FlowNetworks: formats, functions of the native models, and converted weights."""
 
 import math
 
@@ -14,22 +14,26 @@ from dfn_hf.modeling.native import modeling_flownetwork_native as native
 from tests.support.native_checkpoints import random_weights, save_checkpoint
 
 SIZES = {"V": 11, "D": 9, "M": 20, "P": 7, "G": 6, "L": 5, "K": 8, "Y": 18, "C": 2, "X": 9}
-SMALL = {"V": 7, "D": 5, "M": 20, "P": 3}  # no flow matrix has more than 64 entries
+SMALL = {"V": 7, "D": 5, "M": 20, "P": 3}  # all flow matrices have at most 64 entries
 COUNTS = {"layer": 2}
-LAYOUTS = [*FLOW_NETWORKS, *FLOW_TRANSFORMERS]
+FORMATS = [*FLOW_NETWORKS, *FLOW_TRANSFORMERS]
 CHARACTERS = "\n abcdefgh."
-layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.name}-{len(layout.table)}")
-native_layouts = pytest.mark.parametrize(
-    "layout", [layout for layout in LAYOUTS if layout.native], ids=lambda layout: f"{layout.name}-{len(layout.table)}"
+formats = pytest.mark.parametrize(
+    "source_format", FORMATS, ids=lambda source_format: f"{source_format.name}-{len(source_format.table)}"
+)
+native_formats = pytest.mark.parametrize(
+    "source_format",
+    [source_format for source_format in FORMATS if source_format.native],
+    ids=lambda source_format: f"{source_format.name}-{len(source_format.table)}",
 )
 
 
 def by_name(name):
-    return next(layout for layout in LAYOUTS if layout.name == f"flownetwork-{name}")
+    return next(source_format for source_format in FORMATS if source_format.name == f"flownetwork-{name}")
 
 
 def write(weights, folder, beside=None, **options):
-    """Save a checkpoint of the weights and convert it into `folder`."""
+    """Save a checkpoint of the weights and convert it to `folder`."""
     folder.mkdir()
     checkpoint = save_checkpoint(folder.parent / "checkpoint.pt", weights, **(beside or {}))
     conversion = plan_conversion(checkpoint, **options)
@@ -62,8 +66,8 @@ def layer_norm(w, name, x):
     return x * w[f"{name}.weight"] + w[f"{name}.bias"]
 
 
-def chosen_map(w, name, x):
-    """The matrix that a token chooses."""
+def flow_map(w, name, x):
+    """Return the matrix W(x) of a token."""
     weights = softmax(linear(w, f"{name}.pattern_selector.0", x))
     patterns = w[f"{name}.flow_patterns"]
     mixed = sum(weight * pattern for weight, pattern in zip(weights, patterns, strict=True))
@@ -71,7 +75,7 @@ def chosen_map(w, name, x):
 
 
 def sparse_layer(w, name, x, dense_limit):
-    matrix = chosen_map(w, f"{name}.flow_router", x)
+    matrix = flow_map(w, f"{name}.flow_router", x)
     if matrix.numel() > dense_limit:
         entries = sorted(matrix.flatten().abs().tolist(), reverse=True)
         least = entries[max(1, int(matrix.numel() * 0.1)) - 1]
@@ -80,7 +84,7 @@ def sparse_layer(w, name, x, dense_limit):
 
 
 def dense_layer(w, name, x):
-    return layer_norm(w, f"{name}.norm", gelu(chosen_map(w, f"{name}.router", x) @ x))
+    return layer_norm(w, f"{name}.norm", gelu(flow_map(w, f"{name}.router", x) @ x))
 
 
 def num_layers(weights):
@@ -88,7 +92,11 @@ def num_layers(weights):
 
 
 def flow_network(weights, ids, layer):
-    """The function of F1 and F5, token by token, in float64; `layer(w, name, x)` is theirs."""
+    """Compute the function of F1 and F5 token by token in float64.
+
+    Args:
+        layer: the layer of the version, called as `layer(w, name, x)`.
+    """
     w = {key: tensor.double() for key, tensor in weights.items()}
     layers = num_layers(weights)
 
@@ -103,7 +111,7 @@ def flow_network(weights, ids, layer):
 
 
 def enhanced_layer(w, name, row, boundaries):
-    """The layer of F4 on the tokens of one row; boundaries: of each token 0 or 1, or None."""
+    """Run the layer of F4 on the tokens of one row; `boundaries` holds 0 or 1 per token, or is None."""
     router, spatial = f"{name}.flow_router", f"{name}.spatial_router"
     normed = [layer_norm(w, f"{name}.norm1", x) for x in row]
     mean = sum(normed) / len(normed)
@@ -130,7 +138,7 @@ def enhanced_layer(w, name, row, boundaries):
 
 
 def flow_transformer(weights, ids, known=()):
-    """The function of F4 in float64, and how many layers ran."""
+    """Compute the function of F4 in float64; also return the number of layers that ran."""
     w = {key: tensor.double() for key, tensor in weights.items()}
     rows, wanted = [], []
     for row in ids:
@@ -150,9 +158,9 @@ def flow_transformer(weights, ids, known=()):
     return torch.stack(logits), layers
 
 
-def lively(layout, sizes, layers, patterns=1.0):
-    """Weights that make logits hang on the tokens, and not on last bits; patterns so many times as large."""
-    weights = random_weights(layout.table, sizes, {"layer": layers})
+def large_random_weights(source_format, sizes, layers, patterns=1.0):
+    """Return weights that make the logits depend on the tokens clearly; `patterns` scales the pattern weights."""
+    weights = random_weights(source_format.table, sizes, {"layer": layers})
     for key, tensor in weights.items():
         if "norm" in key and key.endswith("weight"):
             tensor += 1
@@ -166,7 +174,7 @@ def lively(layout, sizes, layers, patterns=1.0):
 
 
 def converted(weights, folder, **settings):
-    """The native model of the weights."""
+    """Convert the weights and load the native model."""
     report = write(weights, folder, native=True, settings=settings)
     model, info = AutoModel.from_pretrained(folder, output_loading_info=True)
     assert type(model) is FlowNetworkNativeModel and not info["missing_keys"] and not info["unexpected_keys"]
@@ -175,7 +183,7 @@ def converted(weights, folder, **settings):
 
 
 def assert_same(model, ids, expected):
-    """In float32 and in float64; a call leaves nothing behind."""
+    """Compare the logits in float32 and float64; a call must not change the model."""
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-9), (torch.float32, 1e-5)):
         logits = model.to(dtype)(ids).logits
         torch.testing.assert_close(logits.double(), expected, atol=tolerance, rtol=0)
@@ -184,19 +192,19 @@ def assert_same(model, ids, expected):
 @pytest.mark.parametrize("sizes", [SIZES, SMALL], ids=["large", "small"])
 @pytest.mark.parametrize("dense_limit", [0, 64])
 def test_f1_computes_the_original(tmp_path, monkeypatch, sizes, dense_limit):
-    weights = lively(by_name("F1"), sizes, 2, patterns=3)
+    weights = large_random_weights(by_name("F1"), sizes, 2, patterns=3)
     model = converted(weights, tmp_path / "out", dense_limit=dense_limit)
     for length in (1, 8, sizes["M"]):
         ids = tokens(sizes, length)
         expected = flow_network(weights, ids, lambda w, name, x: sparse_layer(w, name, x, dense_limit))
         assert length == 1 or expected.std(dim=1).mean() > 0.05
         assert_same(model, ids, expected)
-        monkeypatch.setattr(native, "SORT_CHUNK", 3 * sizes["D"] ** 2)  # a few tokens at a time
+        monkeypatch.setattr(native, "SORT_CHUNK", 3 * sizes["D"] ** 2)  # chunks of a few tokens
         assert_same(model, ids, expected)
 
 
-def test_dense_limit_is_of_matrices_up_to_it(tmp_path):
-    weights = lively(by_name("F1"), SMALL, 2, patterns=3)
+def test_matrices_up_to_the_dense_limit_stay_dense(tmp_path):
+    weights = large_random_weights(by_name("F1"), SMALL, 2, patterns=3)
     first = converted(weights, tmp_path / "first", dense_limit=0)
     improved = converted(weights, tmp_path / "improved")
     assert improved.config.dense_limit == 64
@@ -205,7 +213,7 @@ def test_dense_limit_is_of_matrices_up_to_it(tmp_path):
 
 
 def test_f5_computes_the_original(tmp_path):
-    weights = lively(by_name("F5"), SIZES, 3)
+    weights = large_random_weights(by_name("F5"), SIZES, 3)
     model = converted(weights, tmp_path / "out")
     for length in (1, 8, SIZES["M"]):
         ids = tokens(SIZES, length)
@@ -218,9 +226,9 @@ def test_f5_computes_the_original(tmp_path):
 @pytest.mark.parametrize("vocab_size", [SIZES["V"], SIZES["D"]])
 def test_f4_computes_the_original(tmp_path, vocab_size, known):
     sizes = {**SIZES, "V": vocab_size}
-    weights = lively(by_name("F4"), sizes, 4)
+    weights = large_random_weights(by_name("F4"), sizes, 4)
     depths = set()
-    for shift in (-1, 0, 1):  # of how many layers run
+    for shift in (-1, 0, 1):  # of the number of layers that run
         weights["adaptive_controller.2.bias"] = torch.full((1,), 1.5 * shift)
         model = converted(weights, tmp_path / f"out{shift}", boundary_token_ids=known)
         for length in (1, 5, 23):
@@ -236,23 +244,23 @@ def test_f4_runs_at_least_two_layers_and_at_most_all(tmp_path):
     weights = random_weights(by_name("F4").table, SIZES, {"layer": 1})
     model = converted(weights, tmp_path / "one")
     assert model(tokens(SIZES, 4)).logits.isfinite().all()
-    weights["adaptive_controller.2.bias"] = torch.full((1,), math.nan)  # the original then runs all
+    weights["adaptive_controller.2.bias"] = torch.full((1,), math.nan)  # the original then runs all layers
     assert converted(weights, tmp_path / "nan")(tokens(SIZES, 4)).logits.isfinite().all()
 
 
-@native_layouts
-def test_native_round_trip_is_exact(layout, tmp_path):
-    weights = random_weights(layout.table, SIZES, COUNTS)
+@native_formats
+def test_native_round_trip_is_exact(source_format, tmp_path):
+    weights = random_weights(source_format.table, SIZES, COUNTS)
     loaded = converted(weights, tmp_path / "out").state_dict()
     assert loaded.keys() == weights.keys()
     assert all(torch.equal(loaded[key], tensor) for key, tensor in weights.items())
 
 
-@layouts
-def test_model_takes_what_has_a_meaning(layout, tmp_path):
-    weights = random_weights(layout.table, SIZES, COUNTS)
+@formats
+def test_model_receives_weights_with_a_counterpart(source_format, tmp_path):
+    weights = random_weights(source_format.table, SIZES, COUNTS)
     report = write(weights, tmp_path / "out")
-    assert report.layout == layout.name
+    assert report.source_format == source_format.name
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert type(model) is FlowNetworkForCausalLM and not any(
         info[kind] for kind in ("missing_keys", "unexpected_keys")
@@ -264,11 +272,11 @@ def test_model_takes_what_has_a_meaning(layout, tmp_path):
     filled = {target for targets in report.mapped.values() for target in targets}
     assert filled | set(report.new) == set(state) - {"lm_head.weight"} and not filled & set(report.new)
     assert all(state[name].isfinite().all() for name in report.new)
-    assert model.config.num_attention_heads == 3  # of the original's 8 the most that divide 9
+    assert model.config.num_attention_heads == 3  # the largest divisor of 9 up to the original's 8
     assert model(tokens(SIZES, 40)).logits.isfinite().all()
 
 
-def test_attention_is_taken_over_head_by_head(tmp_path):
+def test_attention_weights_are_split_into_query_key_and_value(tmp_path):
     weights = random_weights(by_name("F2").table, SIZES, COUNTS)
     write(weights, tmp_path / "out", settings={"num_heads": 9, "dropout": 0.2})
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -284,16 +292,18 @@ def test_attention_is_taken_over_head_by_head(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["F2", "F3", "F4"])
-def test_without_memory_there_is_none(name, tmp_path):
-    layout = [
-        layout for layout in LAYOUTS if layout.name == f"flownetwork-{name}" and "memory_gate" not in layout.table
+def test_use_memory_false_gives_a_model_without_memory(name, tmp_path):
+    source_format = [
+        source_format
+        for source_format in FORMATS
+        if source_format.name == f"flownetwork-{name}" and "memory_gate" not in source_format.table
     ]
-    write(random_weights(layout[0].table, SIZES, COUNTS), tmp_path / "out")
+    write(random_weights(source_format[0].table, SIZES, COUNTS), tmp_path / "out")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.memory_size == 0
 
 
 @pytest.mark.parametrize("name", ["num_heads", "heads"])
-def test_settings_are_read_under_either_name(name, tmp_path):
+def test_stored_settings_are_read_under_both_names(name, tmp_path):
     weights = random_weights(by_name("F4").table, SIZES, COUNTS)
     checkpoint = save_checkpoint(tmp_path / "checkpoint.pt", weights, config={"d_model": 9, name: 1})
     assert plan_conversion(checkpoint).config.num_attention_heads == 1
@@ -307,7 +317,7 @@ def test_random_output_layers_have_no_native_model(name, tmp_path):
         plan_conversion(save_checkpoint(tmp_path / "checkpoint.pt", weights), native=True)
 
 
-def test_one_pattern_leaves_nothing_to_select(tmp_path):
+def test_one_pattern_requires_native(tmp_path):
     weights = random_weights(by_name("F1").table, {**SIZES, "P": 1}, COUNTS)
     with pytest.raises(ValueError, match="num_patterns is 1"):
         write(weights, tmp_path / "out")
@@ -352,12 +362,12 @@ def test_new_models_are_initialised(version):
 def test_native_configuration_and_inputs_are_checked():
     with pytest.raises(ValueError, match="`version` must be one of"):
         FlowNetworkNativeConfig(version="F2")
-    with pytest.raises(ValueError, match="are of `version` \"F4\" alone, got 'F5'"):
+    with pytest.raises(ValueError, match="require `version` \"F4\", got 'F5'"):
         FlowNetworkNativeConfig(version="F5", boundary_token_ids=[1])
-    with pytest.raises(ValueError, match="`boundary_token_ids` holds 9, outside the vocabulary of 9"):
+    with pytest.raises(ValueError, match=r"`boundary_token_ids` contains 9, which must be below `vocab_size` \(9\)"):
         FlowNetworkNativeConfig(version="F4", vocab_size=9, boundary_token_ids=[-1, 9])
     model = FlowNetworkNativeModel(FlowNetworkNativeConfig(vocab_size=9, d_model=4, num_layers=1, max_seq_len=5))
-    with pytest.raises(ValueError, match="6 tokens per row, but there are embeddings for 5 places"):
+    with pytest.raises(ValueError, match="6 tokens per row, but there are 5 position embeddings"):
         model(torch.zeros(1, 6, dtype=torch.long))
     with pytest.raises(ValueError, match="outside the vocabulary of 9"):
         model(torch.full((1, 2), 9))

@@ -1,4 +1,4 @@
-"""The originals of Liquid: their key layouts, the function of two of them, and what of them a Liquid takes over."""
+"""Originals of Liquid: detection of their formats, functions of the native models, and converted weights."""
 
 import cmath
 import math
@@ -9,12 +9,12 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForSeq2SeqLM
 
 from dfn_hf import LiquidForSeq2SeqLM, LiquidNativeConfig, LiquidNativeModel
-from dfn_hf.conversion.detect import detect_layout
+from dfn_hf.conversion.detect import detect_format
 from dfn_hf.conversion.formats.liquid import LIQUID
 from dfn_hf.conversion.plan import plan_conversion
 from tests.support.native_checkpoints import random_weights, save_checkpoint
 
-LAYOUTS = {layout.name.removeprefix("liquid-"): layout for layout in LIQUID}
+FORMATS = {one.name.removeprefix("liquid-"): one for one in LIQUID}
 SIZES = {"V": 29, "E": 16, "L": 24, "F": 20, "X": 3, "Q": 10, "K": 8, "D": 4, "R": 2, "P": 9}
 COUNTS = {"encoder_layer": 1, "decoder_layer": 2, "expert": 3, "encoder_expert": 2, "lstm_layer": 2}
 HEADS, GROUPS = 4, 2
@@ -24,17 +24,17 @@ NEW = ("frequency_attention", "cross_", "q_norm", "k_norm", "gated_conv.norm", "
 
 def settings(name):
     given = {"window_size": WINDOWS.get(name, 8), "compression_ratio": 0.4}
-    return {**given, "num_heads": HEADS} if "num_heads" in LAYOUTS[name].settings else given
+    return {**given, "num_heads": HEADS} if "num_heads" in FORMATS[name].settings else given
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
+@pytest.fixture(scope="module", params=FORMATS)
 def name(request):
     return request.param
 
 
 @pytest.fixture(scope="module")
 def weights(name):
-    return random_weights(LAYOUTS[name].table, SIZES, COUNTS)
+    return random_weights(FORMATS[name].table, SIZES, COUNTS)
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +53,11 @@ def tokens(length, rows=2):
     return torch.randint(0, SIZES["V"], (rows, length), generator=torch.Generator().manual_seed(length))
 
 
-def test_layout_is_told_by_its_keys(name, weights):
-    assert detect_layout(set(weights)) is LAYOUTS[name]
+def test_format_is_detected_from_keys(name, weights):
+    assert detect_format(set(weights)) is FORMATS[name]
 
 
-def test_model_takes_what_has_a_meaning(name, weights, checkpoint, tmp_path):
+def test_model_receives_weights_with_a_counterpart(name, weights, checkpoint, tmp_path):
     report = write(checkpoint, tmp_path / "out", name)
     model, info = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert type(model) is LiquidForSeq2SeqLM and not any(info[kind] for kind in ("missing_keys", "unexpected_keys"))
@@ -97,14 +97,14 @@ def test_configuration_follows_shapes_and_settings(name, checkpoint):
 
 
 @pytest.mark.parametrize("name", ["L3", "L4", "L5", "L6"], indirect=True)
-def test_only_what_the_original_lacks_is_new(name, checkpoint):
+def test_only_weights_missing_in_the_original_are_new(name, checkpoint):
     new = plan_conversion(checkpoint, settings=settings(name)).report.new
     lacking = (*NEW, "proj_norm", "layer_norm", "mlp.norm") if name == "L3" else NEW
     assert all(any(part in one for part in lacking) for one in new)
 
 
 def original(name, weights, row, window):
-    """Logits of one row, token by token, in float64, from the original's equations."""
+    """Return the logits of one row, computed token by token in float64 from the equations of the original."""
     w = {key: tensor.double() for key, tensor in weights.items()}
     w = {key: x[..., 0] if key.endswith("deform_conv.conv.weight") else x for key, x in w.items()}
     size, head_dim = SIZES["E"], SIZES["E"] // HEADS
@@ -115,18 +115,18 @@ def original(name, weights, row, window):
     def activation(x):
         return x.clamp(min=0) if name == "L3" else F.gelu(x)
 
-    def normalised(x, eps):
+    def normalise(x, eps):
         return (x - x.mean()) / torch.sqrt(x.var(unbiased=False) + eps)
 
     def layer_norm(key, x):
-        return normalised(x, 1e-5) * w[f"{key}.weight"] + w[f"{key}.bias"]
+        return normalise(x, 1e-5) * w[f"{key}.weight"] + w[f"{key}.bias"]
 
     def softmax(scores):
         powers = [math.exp(score) for score in scores]
         return [power / sum(powers) for power in powers]
 
     def convolve(key, states, dilation=1):
-        """A centred convolution of 3 taps."""
+        """Apply a centred convolution with 3 taps."""
         outputs = []
         for place in range(len(states)):
             y = w[f"{key}.bias"]
@@ -153,22 +153,22 @@ def original(name, weights, row, window):
         bins = [
             sum(cmath.exp(-2j * math.pi * k * i / padded) * x for i, x in enumerate(states)) for k in range(padded)
         ]
-        loudness = torch.stack([one.abs() for one in bins])
-        complexity = float((loudness > 0.1 * loudness.max(dim=0).values).double().mean())
+        magnitude = torch.stack([one.abs() for one in bins])
+        complexity = float((magnitude > 0.1 * magnitude.max(dim=0).values).double().mean())
         kept = max(1, int(min(max(0.5 * (1 - complexity), 0.1), 1) * length))
-        heard = [
+        restored = [
             sum(cmath.exp(2j * math.pi * k * i / length) * bins[k] for k in range(kept)).real / length
             for i in range(length)
         ]
-        states = [linear(f"{key}.proj", x) for x in heard]
+        states = [linear(f"{key}.proj", x) for x in restored]
         return [layer_norm(f"{key}.layer_norm", x) for x in states] if name == "L6" else states
 
-    def over_heads(query, key, value):
-        """Each head reads the heads before it and itself."""
+    def attend_over_heads(query, key, value):
+        """Attend from each head to itself and the preceding heads."""
         read = []
         for head, q in enumerate(query):
-            shares = softmax([float(q @ k) / math.sqrt(head_dim) for k in key[: head + 1]])
-            read.append(sum(share * v for share, v in zip(shares, value, strict=False)))
+            weights = softmax([float(q @ k) / math.sqrt(head_dim) for k in key[: head + 1]])
+            read.append(sum(weight * v for weight, v in zip(weights, value, strict=False)))
         return read
 
     def fused_attention(key, states):
@@ -176,11 +176,11 @@ def original(name, weights, row, window):
         read = []
         for x in states:
             query, keys, value = (part.split(head_dim) for part in linear(f"{key}.qkv", x).split(size))
-            read.append(over_heads(query, keys, value))
+            read.append(attend_over_heads(query, keys, value))
         by_head = torch.cat([read[place][head] for head in range(HEADS) for place in range(window)])
         return [linear(f"{key}.out", x) for x in by_head.split(size)]
 
-    def turned(x, place):
+    def rotate(x, place):
         even, odd = [], []
         for pair in range(head_dim // 2):
             angle = place * 10000 ** (-2 * pair / head_dim)
@@ -191,16 +191,16 @@ def original(name, weights, row, window):
 
     def differential_attention(key, states):
         products = [w[f"{key}.lambda_q{one}"] @ w[f"{key}.lambda_k{one}"] for one in (1, 2)]
-        share = min(max(math.exp(products[0]) - math.exp(products[1]) + 0.8, 0.1), 0.9)
+        factor = min(max(math.exp(products[0]) - math.exp(products[1]) + 0.8, 0.1), 0.9)
         read = []
         for place, x in enumerate(states):
             value = linear(f"{key}.v_proj", x).split(head_dim) * (HEADS // GROUPS)
             maps = []
             for one in (1, 2):
-                query = [turned(q, place) for q in linear(f"{key}.q_proj{one}", x).split(head_dim)]
-                keys = [turned(k, place) for k in linear(f"{key}.k_proj{one}", x).split(head_dim)]
-                maps.append(torch.cat(over_heads(query, keys * (HEADS // GROUPS), value)))
-            read.append(maps[0] - share * maps[1])
+                query = [rotate(q, place) for q in linear(f"{key}.q_proj{one}", x).split(head_dim)]
+                keys = [rotate(k, place) for k in linear(f"{key}.k_proj{one}", x).split(head_dim)]
+                maps.append(torch.cat(attend_over_heads(query, keys * (HEADS // GROUPS), value)))
+            read.append(maps[0] - factor * maps[1])
         padded = -(-len(states) // window) * window
         read += [torch.zeros(size, dtype=torch.float64)] * (padded - len(states))
         laid = [x for start in range(0, padded - window + 1, window // 2) for x in read[start : start + window]]
@@ -218,12 +218,12 @@ def original(name, weights, row, window):
                 left = math.floor(where)
                 right = min(left + 1, length + 3)
                 taps.append((left + 1 - where) * padded[left] + (where - left) * padded[right])
-        numbers = torch.cat(taps)  # tap by tap, token by token; read feature by feature
+        numbers = torch.cat(taps)  # order: tap, token, feature; the original reinterprets it as [feature, token]
         outputs = []
         for place in range(length):
             y = linear(f"{key}.conv", numbers[place::length])
             gated = F.gelu(y[:size]) * torch.sigmoid(y[size:])
-            outputs.append(normalised(gated, 1e-5 if name == "L3" else 1e-8))
+            outputs.append(normalise(gated, 1e-5 if name == "L3" else 1e-8))
         return outputs
 
     def feed_forward(key, x):
@@ -281,7 +281,7 @@ def test_native_model_computes_the_original(name, length, weights, checkpoint, t
 
 @pytest.mark.parametrize("name", ["L6"], indirect=True)
 @pytest.mark.parametrize("part", ["ff_layer.0", "ff_layer.4"])
-def test_native_model_limits_its_feed_forward_network(name, part, weights, tmp_path):
+def test_native_model_clamps_its_feed_forward_network(name, part, weights, tmp_path):
     loud = {key: 1000 * tensor if part in key else tensor for key, tensor in weights.items()}
     write(save_checkpoint(tmp_path / "loud.pth", loud), tmp_path / "out", name, native=True)
     row = tokens(5, rows=1)
@@ -298,13 +298,13 @@ def test_native_round_trip_is_exact(name, weights, checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["L0", "L1", "L2", "L4", "L5"], indirect=True)
-def test_other_layouts_have_no_native_model(name, checkpoint):
-    with pytest.raises(ValueError, match=f"no native model for liquid-{name}: .*leave out --native"):
+def test_other_formats_have_no_native_model(name, checkpoint):
+    with pytest.raises(ValueError, match=f"no native model for liquid-{name}: .*omit --native"):
         plan_conversion(checkpoint, native=True)
 
 
 @pytest.mark.parametrize("name", ["L4"], indirect=True)
-def test_settings_that_do_not_fit_are_refused(name, checkpoint):
+def test_contradictory_settings_raise(name, checkpoint):
     with pytest.raises(ValueError, match="`num_heads` \\(3\\) gives heads of 5.33333 features"):
         plan_conversion(checkpoint, settings={"num_heads": 3})
     with pytest.raises(ValueError, match="must be a multiple of twice `num_attention_heads` \\(16\\)"):
@@ -312,9 +312,9 @@ def test_settings_that_do_not_fit_are_refused(name, checkpoint):
 
 
 @pytest.mark.parametrize("name", ["L6"], indirect=True)
-def test_weights_without_numbers_are_refused(name, weights, tmp_path):
+def test_empty_weights_raise(name, weights, tmp_path):
     empty = {key: tensor[:0] if "lambda" in key else tensor for key, tensor in weights.items()}
-    with pytest.raises(ValueError, match="lambda_q1' has shape \\(0,\\): it holds nothing"):
+    with pytest.raises(ValueError, match="lambda_q1' has shape \\(0,\\), which is empty"):
         plan_conversion(save_checkpoint(tmp_path / "empty.pth", empty))
 
 
@@ -337,7 +337,7 @@ def test_native_configuration_and_inputs_are_checked():
         LiquidNativeConfig(window_size=1)
     sizes = {"embed_dim": 8, "num_heads": 2, "num_encoder_layers": 1, "num_decoder_layers": 1, "vocab_size": 11}
     model = LiquidNativeModel(LiquidNativeConfig(layout="L3", window_size=4, **sizes))
-    with pytest.raises(ValueError, match="holds 5 tokens: the original takes 1 to 4.*set `window_size`"):
+    with pytest.raises(ValueError, match="has 5 tokens, but the original accepts 1 to 4.*set `window_size`"):
         model(decoder_input_ids=torch.zeros(1, 5, dtype=torch.long))
-    with pytest.raises(ValueError, match="Pass `decoder_input_ids`"):
+    with pytest.raises(ValueError, match="`decoder_input_ids` .* is required"):
         model(input_ids=torch.zeros(1, 5, dtype=torch.long))
