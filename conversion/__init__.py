@@ -1,1 +1,1 @@
-"""Native checkpoints to transformers folders: one module per source, each with one literal table of names."""
+"""Conversion of original checkpoints and Llama checkpoints to transformers folders."""

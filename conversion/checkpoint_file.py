@@ -1,4 +1,4 @@
-"""Checkpoint files as the originals write them: a dictionary of tensors, bare or beside other things."""
+"""Reading of checkpoint files of the originals: a dictionary of tensors, alone or together with other entries."""
 
 import os
 import pickle
@@ -14,20 +14,20 @@ from safetensors.torch import load_file
 
 WEIGHTS_KEYS = ("model_state_dict", "state_dict", "model")
 WRAPPERS = ("module.", "_orig_mod.", "base_model.")  # of DDP, torch.compile, CUDAOptimizedFlowNetwork
-REFUSED = re.compile(r"(?:GLOBAL|class) ([\w.]+)")  # torch's words
+UNSAFE_GLOBAL = re.compile(r"(?:GLOBAL|class) ([\w.]+)")  # in torch's error messages
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
 class CheckpointFile:
-    """What a checkpoint file holds.
+    """Content of a checkpoint file.
 
     Attributes:
         path: the file.
-        tensors: by the original's key, mapped from the file where its format allows.
-        prefix: what wrappers put before every key in the file; not part of the keys here.
-        settings: the file's `config`, or nothing.
-        vocabulary: the file's `stoi`, or nothing.
+        tensors: tensors by the original's key, memory-mapped if the file format allows it.
+        prefix: prefix that wrappers added to every key in the file; `tensors` has the keys without it.
+        settings: the file's `config`, or an empty mapping.
+        vocabulary: the file's `stoi`, or an empty mapping.
     """
 
     path: Path
@@ -38,30 +38,30 @@ class CheckpointFile:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype that most of the numbers have."""
+        """The dtype of the largest number of values."""
         sizes: dict[torch.dtype, int] = {}
         for tensor in self.tensors.values():
             sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
         return max(sizes, key=lambda dtype: sizes[dtype])
 
-    def reopened(self) -> "CheckpointFile":
-        """The same file mapped afresh: pages read so far stop counting as memory once this one is dropped."""
+    def reopen(self) -> "CheckpointFile":
+        """Map the file again: pages read so far no longer count as memory once this object is dropped."""
         return read_checkpoint(self.path)
 
 
 def read_checkpoint(path: Path) -> CheckpointFile:
-    """Read a native checkpoint without running any code in it.
+    """Read an original checkpoint without executing code from it.
 
     Raises:
-        ValueError: no such file; it is truncated, no checkpoint, or would run code; or a tensor is not a plain
-            floating-point one. The message names the file or the key.
+        ValueError: the file is missing, truncated, not a checkpoint, or would execute code; or a tensor is not a dense
+            floating-point tensor. The message names the file or the key.
     """
     if path.is_dir():
-        raise ValueError(f"{path} is a folder: give the checkpoint file in it, or for a Llama's folder --from llama")
+        raise ValueError(f"{path} is a folder: pass the checkpoint file in it, or --from llama for a Llama folder")
     if not path.is_file():
         raise ValueError(
-            f"{path} is no file: give a checkpoint that the original saved (.pt, .pth, .bin, .safetensors), or "
-            "--from llama with a Hub id"
+            f"{path} does not exist: pass a checkpoint file of the original (.pt, .pth, .bin, .safetensors), or a Hub "
+            "id with --from llama"
         )
     content = _load(path)
     weights = next((content[key] for key in WEIGHTS_KEYS if isinstance(content.get(key), Mapping)), None)
@@ -69,7 +69,7 @@ def read_checkpoint(path: Path) -> CheckpointFile:
     tensors = content if weights is None else weights
     if not tensors or not all(isinstance(key, str) for key in tensors):
         raise ValueError(
-            f"{path} holds no weights: a dictionary of named tensors is wanted, or one under {WEIGHTS_KEYS}"
+            f"{path} contains no weights: save a dictionary of named tensors, alone or under one of {WEIGHTS_KEYS}"
         )
     for key, tensor in tensors.items():
         check_tensor(path, key, tensor)
@@ -86,51 +86,55 @@ def _mapping(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def _load(path: Path) -> Mapping[str, Any]:
     try:
         with path.open("rb") as file:
-            mapped = file.read(2) == b"PK"  # torch's zip format; files of torch before 1.6 are read whole
+            mapped = file.read(2) == b"PK"  # zip format; files of torch < 1.6 cannot be mapped
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with warnings.catch_warnings(action="ignore"):  # of pickle's version
+        with warnings.catch_warnings(action="ignore"):  # about the pickle version
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        refused = REFUSED.search(str(error))
-        if refused is None:
-            raise ValueError(damaged(path, error)) from error
+        unsafe = UNSAFE_GLOBAL.search(str(error))
+        if unsafe is None:
+            raise ValueError(damaged_message(path, error)) from error
         raise ValueError(
-            f"{path} asks to call {refused.group(1)}, and is not loaded because that could run code: save it again "
-            "with tensors and plain values alone"
+            f"{path} refers to {unsafe.group(1)}, which could run code: save it again with only tensors and "
+            "plain values"
         ) from error
     except MemoryError:
         raise
-    except Exception as error:  # a damaged file fails in whichever part of the reader it meets first
-        raise ValueError(damaged(path, error)) from error
+    except Exception as error:  # a damaged file can fail anywhere in the reader
+        raise ValueError(damaged_message(path, error)) from error
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, no dictionary of tensors: save its state_dict")
+        raise ValueError(
+            f"{path} contains a {type(content).__name__} instead of a dictionary of tensors: save the state_dict"
+        )
     return content
 
 
-def damaged(path: Path, error: Exception) -> str:
-    """What to say of a file that its reader fails on, with the reader's own first line."""
+def damaged_message(path: Path, error: Exception) -> str:
+    """Return the error message for a file that its reader rejects, with the first line of the reader's error."""
     reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return f"{path} is damaged or no checkpoint ({reason}): copy or save it again"
+    return f"{path} is damaged or not a checkpoint ({reason}): copy or save it again"
 
 
 def check_tensor(path: Path, key: str, tensor: Any) -> None:
-    """Raise ValueError unless `tensor` is a plain floating-point tensor with storage of its own size."""
+    """Raise `ValueError` unless `tensor` is a dense floating-point tensor with complete storage."""
     if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"{path}: {key!r} is a {type(tensor).__name__}, no tensor: save the state_dict alone")
+        raise ValueError(f"{path}: {key!r} is a {type(tensor).__name__}, not a tensor: save only the state_dict")
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in FLOATS:
-        raise ValueError(f"{path}: {key!r} has dtype {tensor.dtype}, layout {tensor.layout}: dense floats are wanted")
+        raise ValueError(f"{path}: {key!r} has dtype {tensor.dtype} and layout {tensor.layout}: save dense floats")
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise ValueError(f"{path}: {key!r} of shape {tuple(tensor.shape)} is larger than what the file holds of it")
+        raise ValueError(
+            f"{path}: {key!r} of shape {tuple(tensor.shape)} is larger than its data in the file: save it again"
+        )
 
 
 def common_prefix(keys: Iterable[str]) -> str:
-    """Wrappers' prefixes that every key starts with."""
+    """Return the longest sequence of wrapper prefixes that every key starts with."""
     shared = os.path.commonprefix(list(keys))
     found = ""
-    while wrapper := next((one for one in WRAPPERS if shared[len(found) :].startswith(one)), None):
+    while wrapper := next((prefix for prefix in WRAPPERS if shared[len(found) :].startswith(prefix)), None):
         found += wrapper
     return found

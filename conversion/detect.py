@@ -1,58 +1,62 @@
-"""All layouts, and which of them a checkpoint has."""
+"""All checkpoint formats, and the detection of the format of a checkpoint."""
 
 from collections.abc import Mapping
 
 import torch
 
-from .format import Layout
+from .format import CheckpointFormat
 from .formats.dfn import DFN
 from .formats.flow_transformer import FLOW_TRANSFORMERS
 from .formats.flownetwork import FLOW_NETWORKS
 from .formats.liquid import LIQUID
 from .key_table import Difference, Match, compare_keys, expand, match_shapes
 
-LAYOUTS: tuple[Layout, ...] = (DFN, *FLOW_NETWORKS, *FLOW_TRANSFORMERS, *LIQUID)
-LIKE = 0.5  # share of the keys in which a checkpoint may differ from a layout and still be a damaged one of it
+FORMATS: tuple[CheckpointFormat, ...] = (DFN, *FLOW_NETWORKS, *FLOW_TRANSFORMERS, *LIQUID)
+MAX_KEY_DIFFERENCE = 0.5  # fraction of differing keys up to which the error names the nearest format
 
 
-def detect_layout(keys: set[str]) -> Layout:
-    """The layout whose table has exactly these keys.
+def detect_format(keys: set[str]) -> CheckpointFormat:
+    """Return the format whose table has exactly these keys.
 
     Raises:
-        ValueError: no layout has; the message names a missing or unexpected key where one is near.
+        ValueError: no format matches; the message names a missing or unexpected key if a format is near.
     """
-    differences = [(layout, compare_keys(layout.table, keys)[1]) for layout in LAYOUTS]
+    differences = [
+        (checkpoint_format, compare_keys(checkpoint_format.table, keys)[1]) for checkpoint_format in FORMATS
+    ]
     nearest, difference = min(differences, key=lambda pair: len(pair[1]))
     if not len(difference):
         return nearest
-    if len(difference) > LIKE * len(keys):
-        known = ", ".join(dict.fromkeys(layout.name for layout in LAYOUTS))
-        raise ValueError(f"unknown layout (a key is {min(keys)!r}): known are {known}, and Llama's (--from llama)")
-    raise ValueError(describe(nearest, difference))
+    if len(difference) > MAX_KEY_DIFFERENCE * len(keys):
+        known = ", ".join(dict.fromkeys(checkpoint_format.name for checkpoint_format in FORMATS))
+        raise ValueError(
+            f"unknown checkpoint format (a key is {min(keys)!r}): use one of {known}, or Llama (--from llama)"
+        )
+    raise ValueError(describe_difference(nearest, difference))
 
 
-def describe(layout: Layout, difference: Difference) -> str:
-    """A sentence that names the first key in which a checkpoint differs from `layout`."""
+def describe_difference(checkpoint_format: CheckpointFormat, difference: Difference) -> str:
+    """Return an error message that names the first key in which a checkpoint differs from the format."""
     if difference.unexpected:
         others = f" and {len(difference.unexpected) - 1} more" if len(difference.unexpected) > 1 else ""
         return (
-            f"{difference.unexpected[0]!r}{others} in the checkpoint is no key of {layout.name}, which it is nearest "
-            "to: remove it, or save the original's state_dict alone"
+            f"the checkpoint has the unexpected key {difference.unexpected[0]!r}{others}; the nearest format is "
+            f"{checkpoint_format.name}: remove the key, or save only the original's state_dict"
         )
     others = f" and {len(difference.missing) - 1} more" if len(difference.missing) > 1 else ""
     return (
-        f"the checkpoint lacks {difference.missing[0]!r}{others}, which {layout.name} has: save the original's whole "
-        "state_dict"
+        f"the checkpoint lacks {difference.missing[0]!r}{others} of the nearest format {checkpoint_format.name}: save "
+        "the original's complete state_dict"
     )
 
 
-def match(layout: Layout, tensors: Mapping[str, torch.Tensor]) -> Match:
-    """Targets, counts and sizes of `tensors`, whose keys are those of `layout`.
+def match_tensors(checkpoint_format: CheckpointFormat, tensors: Mapping[str, torch.Tensor]) -> Match:
+    """Match tensors to a format whose keys they have.
 
     Raises:
-        ValueError: a shape that contradicts the others; the message names its key.
+        ValueError: a shape contradicts the other shapes; the message names its key.
     """
-    counts, _ = compare_keys(layout.table, set(tensors))
-    lines = expand(layout.table, counts)
+    counts, _ = compare_keys(checkpoint_format.table, set(tensors))
+    lines = expand(checkpoint_format.table, counts)
     targets = {key: target for key, (_, target) in lines.items()}
     return Match(targets, {**counts, **match_shapes(lines, tensors)})

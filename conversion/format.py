@@ -1,4 +1,4 @@
-"""A layout: the keys of one original, and the models of this package that its weights go to."""
+"""Description of a checkpoint format: the keys of one original, and the models that its weights are converted to."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,12 +14,12 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Destination:
-    """A kind of model that a layout's weights go to.
+    """Model class that a checkpoint is converted to.
 
     Attributes:
-        model: its class.
-        config: its configuration, from sizes (the table's letters and the counts of its placeholders) and settings.
-        notes: what the result is and is not, a sentence each.
+        model: model class.
+        config: returns the configuration for sizes (letters of the table and counts of its placeholders) and settings.
+        notes: sentences of the report about the result and its limits.
     """
 
     model: type[PreTrainedModel]
@@ -28,18 +28,18 @@ class Destination:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """An original's way to name its weights.
+class CheckpointFormat:
+    """Format of the checkpoints of one original.
 
     Attributes:
         name: family and version, such as `liquid-L6`.
-        settings: arguments of the original's constructor that shapes don't give, with its defaults.
-        table: its keys; see `key_table`. The targets are weights of `model`.
-        model: what is written by default: this package's model with every weight that has a meaning there.
-        native: a model that computes the original's function under the original's keys; None where that function is
-            not well defined.
-        not_native: why there is none.
-        stored_names: what some files' `config` calls a setting in the place of the constructor's name.
+        settings: arguments of the original constructor that the shapes do not determine, with their defaults.
+        table: the keys; see `key_table`. The targets are weights of `model`.
+        model: default destination: this package's model, with every weight that has a counterpart in it.
+        native: destination that computes the function of the original and has the keys of the original; None if this
+            function is not well defined.
+        not_native: reason why there is no `native`.
+        stored_names: names of settings in the `config` of some files, if they differ from the constructor's.
     """
 
     name: str
@@ -50,24 +50,22 @@ class Layout:
     not_native: str = ""
     stored_names: Mapping[str, str] = field(default_factory=dict)
 
-    def settle(self, given: Settings, stored: Settings) -> dict[str, Any]:
-        """Settings as given, else as stored in the file, else as the original's default.
+    def resolve_settings(self, given: Settings, stored: Settings) -> dict[str, Any]:
+        """Return the settings: given by the user, else stored in the file, else the default of the original.
 
         Raises:
-            ValueError: a setting that this layout has not, or a value of another type than the default's.
+            ValueError: the format does not have a given setting, or a value has another type than the default.
         """
         for name in given:
             if name not in self.settings:
-                known = ", ".join(self.settings) or "none"
-                raise ValueError(f"{name} has no meaning for a checkpoint of layout {self.name}: it takes {known}")
-        settled = {}
+                known = ", ".join(self.settings) or "no settings"
+                raise ValueError(f"{name} does not apply to checkpoints of format {self.name}: use {known}")
+        resolved = {}
         for name, default in self.settings.items():
             value = given.get(name, stored.get(name, stored.get(self.stored_names.get(name, name), default)))
             kinds = {bool: bool, int: int, float: int | float, list: list}[type(default)]
             if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
                 example = [1, 2] if default == [] else default
-                raise ValueError(
-                    f"{name} is {value!r}: it must be of type {type(default).__name__}, such as {example}"
-                )
-            settled[name] = type(default)(value)
-        return settled
+                raise ValueError(f"{name} is {value!r}: it must have type {type(default).__name__}, such as {example}")
+            resolved[name] = type(default)(value)
+        return resolved

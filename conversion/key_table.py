@@ -1,8 +1,9 @@
-"""Tables of an original's keys: what shape each has and where it goes.
+"""Tables of an original's keys with their shapes and targets.
 
-A table is a literal: key → (shape, target). `{layer}` and the like in a key stand for a number counted from 0. A shape
-is a word per dimension: `D` a size, `4D` a multiple, `C+D+1` a sum, `?` any. A target is the name of a weight,
-`Chunks`, `Copies`, `Rows`, `Squeezed`, or `Dropped` with its reason. Where two lines give one key, the later holds.
+A table is a literal: key → (shape, target). A placeholder such as `{layer}` in a key stands for a number that is
+counted from 0. A shape has one word per dimension: `D` is a size, `4D` a multiple, `C+D+1` a sum, `?` any size. A
+target is the name of a weight, `Chunks`, `Copies`, `EveryNth`, `Squeezed`, or `Dropped` with its reason. If two lines
+give the same key, the later one applies.
 """
 
 import itertools
@@ -21,28 +22,28 @@ TERM = re.compile(r"(\d*)([A-Z]?)")
 
 @dataclass(frozen=True)
 class Dropped:
-    """On purpose not in the result."""
+    """The weight is deliberately not converted."""
 
-    why: str
+    reason: str
 
 
 @dataclass(frozen=True)
 class Chunks:
-    """Several weights one below the other: equal chunks of the first dimension."""
+    """Equal chunks of the first dimension become several weights."""
 
     names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Copies:
-    """Several weights that are all alike."""
+    """Several weights receive the same values."""
 
     names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Every `step`-th entry of the first dimension, from 0 on."""
+class EveryNth:
+    """Every `step`-th entry of the first dimension, starting at 0, becomes the weight."""
 
     step: int
     name: str
@@ -50,22 +51,22 @@ class Rows:
 
 @dataclass(frozen=True)
 class Squeezed:
-    """Without the last dimension, which is 1."""
+    """The weight without its last dimension, which has size 1."""
 
     name: str
 
 
-Target = str | Chunks | Copies | Rows | Squeezed | Dropped
+Target = str | Chunks | Copies | EveryNth | Squeezed | Dropped
 Table = Mapping[str, tuple[str, Target]]
 
 
 @dataclass(frozen=True)
 class Match:
-    """Keys of a checkpoint as a table knows them.
+    """Checkpoint keys matched to a table.
 
     Attributes:
-        targets: of each key, numbers filled in.
-        sizes: of each letter, and how many there are of each placeholder.
+        targets: target of each key, with the placeholders filled in.
+        sizes: value of each letter, and count of each placeholder.
     """
 
     targets: dict[str, Target]
@@ -74,7 +75,7 @@ class Match:
 
 @dataclass(frozen=True)
 class Difference:
-    """How a checkpoint's keys differ from a table's."""
+    """Keys that a checkpoint lacks, and keys that the table lacks."""
 
     missing: list[str]
     unexpected: list[str]
@@ -84,7 +85,7 @@ class Difference:
 
 
 def target_names(target: Target) -> list[str]:
-    """The weights that `target` fills."""
+    """Return the names of the weights that `target` fills."""
     if isinstance(target, Dropped):
         return []
     if isinstance(target, Chunks | Copies):
@@ -93,10 +94,10 @@ def target_names(target: Target) -> list[str]:
 
 
 def apply_target(target: Target, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """`tensor` as the weights that `target` names."""
+    """Return the weights that `tensor` becomes, by name."""
     if isinstance(target, Chunks):
         return dict(zip(target.names, tensor.chunk(len(target.names)), strict=True))
-    if isinstance(target, Rows):
+    if isinstance(target, EveryNth):
         return {target.name: tensor[:: target.step]}
     if isinstance(target, Squeezed):
         return {target.name: tensor.squeeze(-1)}
@@ -104,9 +105,9 @@ def apply_target(target: Target, tensor: torch.Tensor) -> dict[str, torch.Tensor
 
 
 def restore_target(target: Target, weights: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
-    """What `apply_target` was given, from the weights it filled; None where they don't hold all of it."""
+    """Invert `apply_target`; return None if the weights do not hold all values."""
     names = target_names(target)
-    if not names or isinstance(target, Rows):
+    if not names or isinstance(target, EveryNth):
         return None
     if isinstance(target, Chunks):
         return torch.cat([weights[name] for name in names])
@@ -115,16 +116,16 @@ def restore_target(target: Target, weights: Mapping[str, torch.Tensor]) -> torch
 
 
 def compare_keys(table: Table, keys: set[str]) -> tuple[dict[str, int], Difference]:
-    """Counts of the table's placeholders in `keys`, and how the keys differ from what the table then asks for."""
+    """Count the placeholders of the table in `keys`, and compare the keys with the expanded table."""
     patterns: dict[str, list[re.Pattern[str]]] = {}
     for key in table:
-        patterns.setdefault(without_numbers(key), []).append(key_pattern(key))
+        patterns.setdefault(without_indices(key), []).append(key_pattern(key))
     counts = {name: 0 for key in table for name in PLACEHOLDER.findall(key)}
     unexpected = []
     for key in sorted(keys):
-        candidates = patterns.get(without_numbers(key), ())
+        candidates = patterns.get(without_indices(key), ())
         match = next((found for pattern in candidates if (found := pattern.fullmatch(key))), None)
-        # A number beyond the count of keys would ask for more keys than there are.
+        # Such a number would require more keys than the checkpoint has; expanding the table could exhaust the memory.
         if match is None or any(int(number) >= len(keys) for number in match.groups()):
             unexpected.append(key)
             continue
@@ -134,45 +135,45 @@ def compare_keys(table: Table, keys: set[str]) -> tuple[dict[str, int], Differen
     return counts, Difference(missing, unexpected)
 
 
-def without_numbers(key: str) -> str:
-    """What a key and the table's key that it fits have in common."""
+def without_indices(key: str) -> str:
+    """Replace numbers and placeholders by 0, so that a key and its table key become equal."""
     return NUMBER.sub("0", PLACEHOLDER.sub("0", key))
 
 
 @cache
 def key_pattern(key: str) -> re.Pattern[str]:
-    """A table's key as a regular expression, placeholders as groups."""
+    """Return a table key as a regular expression, with placeholders as groups."""
     literal, *rest = PLACEHOLDER.split(key)
     pairs = zip(rest[::2], rest[1::2], strict=True)
     return re.compile(re.escape(literal) + "".join(rf"(?P<{name}>\d{{1,9}}){re.escape(text)}" for name, text in pairs))
 
 
 def expand(table: Table, counts: Mapping[str, int]) -> dict[str, tuple[str, Target]]:
-    """The table with a line for every number of its placeholders."""
+    """Return the table with one line for every number of its placeholders."""
     lines = {}
     for key, (shape, target) in table.items():
         names = PLACEHOLDER.findall(key)
         for numbers in itertools.product(*(range(max(counts[name], 1)) for name in names)):
             filled = dict(zip(names, map(str, numbers), strict=True))
-            lines[key.format(**filled)] = shape, fill(target, filled)
+            lines[key.format(**filled)] = shape, fill_placeholders(target, filled)
     return lines
 
 
-def fill(target: Target, numbers: Mapping[str, str]) -> Target:
-    """`target` with numbers in the place of its placeholders."""
-    return renamed(target, lambda name: name.format(**numbers))
+def fill_placeholders(target: Target, numbers: Mapping[str, str]) -> Target:
+    """Replace the placeholders of `target` by numbers."""
+    return rename_target(target, lambda name: name.format(**numbers))
 
 
 def prefixed(table: Table, key_prefix: str, name_prefix: str) -> Table:
-    """`table` with a prefix before its keys, and one before the weights that they go to."""
+    """Return `table` with prefixes added to its keys and to the names of its targets."""
     return {
-        key_prefix + key: (shape, renamed(target, lambda name: name_prefix + name))
+        key_prefix + key: (shape, rename_target(target, lambda name: name_prefix + name))
         for key, (shape, target) in table.items()
     }
 
 
-def renamed(target: Target, rename: Callable[[str], str]) -> Target:
-    """`target` with other names of the weights it fills."""
+def rename_target(target: Target, rename: Callable[[str], str]) -> Target:
+    """Rename the weights that `target` fills."""
     if isinstance(target, Dropped):
         return target
     if isinstance(target, str):
@@ -183,10 +184,10 @@ def renamed(target: Target, rename: Callable[[str], str]) -> Target:
 
 
 def match_shapes(lines: Mapping[str, tuple[str, Target]], tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Sizes of the letters; each is what most of the shapes that hold it alone say.
+    """Infer the sizes of the letters; each has the most frequent value among the shapes in which it occurs alone.
 
     Raises:
-        ValueError: a shape that contradicts the others or holds nothing; the message names its key.
+        ValueError: a shape contradicts the others or is empty; the message names its key.
     """
     votes: dict[str, Counter[int]] = {}
     for key, (shape, _) in lines.items():
@@ -200,15 +201,15 @@ def match_shapes(lines: Mapping[str, tuple[str, Target]], tensors: Mapping[str, 
         expected = [None if word == "?" else evaluate(word, sizes) for word in shape.split()]
         found = tuple(tensors[key].shape)
         if 0 in found:
-            raise ValueError(f"{key!r} has shape {found}: it holds nothing")
+            raise ValueError(f"{key!r} has shape {found}, which is empty: save the original's state_dict again")
         if len(found) != len(expected) or any(e not in (None, f) for e, f in zip(expected, found, strict=True)):
             wanted = ", ".join("any" if size is None else str(size) for size in expected)
-            raise ValueError(f"{key!r} has shape {found}, but beside the other weights it must be ({wanted})")
+            raise ValueError(f"{key!r} has shape {found}, but the other weights require ({wanted})")
     return sizes
 
 
 def evaluate(word: str, sizes: Mapping[str, int]) -> int:
-    """A size such as `C+4D+1`; −1 where a letter has none."""
+    """Evaluate a size such as `C+4D+1`; return −1 if a letter is unknown."""
     total = 0
     for factor, letter in (TERM.fullmatch(term).groups() for term in word.split("+")):  # type: ignore[union-attr]
         if letter and letter not in sizes:

@@ -1,8 +1,9 @@
-"""Checkpoints of the Llama family: all but the attention's choice of what to read becomes a DFN's.
+"""Conversion of Llama-family checkpoints to DFN.
 
-With `flow_norm="rms"`, `gated_mlp` and no `output_gate` a DFN layer is a Llama layer around another attention. Its
-convolution starts as the identity and its MLP's weights for what was read as zero, so that it computes what the
-Llama does but for the weights with which values are mixed: positions and flow are new, and fitted by distillation.
+With `flow_norm="rms"`, `gated_mlp=True` and `output_gate=False` a DFN layer equals a Llama layer except for the
+attention. The convolution starts as the identity, and the MLP weights of the attention context start at zero. The
+converted model therefore equals the Llama except for the attention weights: positions and flow are new and are fitted
+by distillation.
 """
 
 from pathlib import Path
@@ -16,9 +17,9 @@ from ..modeling.dfn.modeling_dfn import DFNForCausalLM
 from .key_table import Dropped, Table, compare_keys, expand, target_names
 from .report import ConversionReport
 
-DOT_PRODUCT = Dropped("a DFN finds what it reads by positions and flow, not by products of rotated queries and keys")
+DOT_PRODUCT = Dropped("DFN attention uses learnt positions and flow instead of products of rotated queries and keys")
 
-# V vocab_size, D hidden_size, I intermediate_size, Q heads of queries · head_dim, K those of keys, N head_dim
+# V vocab_size, D hidden_size, I intermediate_size, Q query heads · head_dim, K key heads · head_dim, N head_dim
 LLAMA: Table = {
     "model.embed_tokens.weight": ("V D", "model.embed_tokens.weight"),
     "model.layers.{layer}.input_layernorm.weight": ("D", "model.layers.{layer}.flow_norm.norm.weight"),
@@ -39,7 +40,7 @@ QWEN3: Table = {
     "model.layers.{layer}.self_attn.k_norm.weight": ("N", DOT_PRODUCT),
 }
 TABLES = {"llama": LLAMA, "mistral": LLAMA, "qwen3": QWEN3}
-NOTE = "The attention is new: `dfn-hf distill` fits it to the original's."
+NOTE = "The attention is new: fit it to the attention of the original with `dfn-hf distill`."
 
 
 def llama_to_dfn(
@@ -50,19 +51,20 @@ def llama_to_dfn(
     local_window: int = 32,
     seed: int = 0,
 ) -> tuple[DFNForCausalLM, ConversionReport]:
-    """The DFN that starts from a checkpoint of the Llama family.
+    """Convert a checkpoint of the Llama family to a DFN.
 
     Args:
-        source: a transformers folder of a causal Llama, Mistral or Qwen3, or its Hub id.
-        position_dim, num_neighbors, local_window: fields of the DFN's configuration; see `DFNConfig`.
-        seed: of the weights that are new.
+        source: transformers folder of a causal Llama, Mistral or Qwen3 model, or its Hub id.
+        position_dim, num_neighbors, local_window: fields of `DFNConfig`.
+        seed: seed of the new weights.
 
     Returns:
-        (the model in the dtype of the checkpoint, what became of every weight).
+        (the model in the checkpoint's dtype, the report).
 
     Raises:
-        ValueError: a model of another family, or one with parts that a DFN has no place for; the message names them.
-        OSError: `source` holds no model.
+        ValueError: the model belongs to another family, or has parts without a counterpart in DFN; the message names
+            them.
+        OSError: `source` contains no model.
     """
     config = AutoConfig.from_pretrained(source)
     check_family(config)
@@ -71,7 +73,10 @@ def llama_to_dfn(
     table = TABLES[config.model_type]
     counts, difference = compare_keys(table, set(weights))
     if difference.unexpected:
-        raise ValueError(f"{source} has {difference.unexpected[0]}, and a DFN no place for it: it cannot be converted")
+        raise ValueError(
+            f"{source} cannot be converted: {difference.unexpected[0]} has no counterpart in DFN; use a model "
+            "without it"
+        )
     targets = {key: target for key, (_, target) in expand(table, counts).items()}
 
     dfn_config = DFNConfig(
@@ -93,11 +98,13 @@ def llama_to_dfn(
         bos_token_id=config.bos_token_id,
         eos_token_id=config.eos_token_id,
     )
-    carried = {
-        name: fitted(name, weights[key], config) for key, target in targets.items() for name in target_names(target)
+    converted = {
+        name: adapt_weight(name, weights[key], config)
+        for key, target in targets.items()
+        for name in target_names(target)
     }
     torch.manual_seed(seed)
-    dfn = DFNForCausalLM.from_pretrained(None, config=dfn_config, state_dict=carried, dtype=llama.dtype)
+    dfn = DFNForCausalLM.from_pretrained(None, config=dfn_config, state_dict=converted, dtype=llama.dtype)
     with torch.no_grad():
         for layer in dfn.model.layers:
             layer.conv.conv.weight.zero_()[..., -1] = 1
@@ -107,37 +114,39 @@ def llama_to_dfn(
         layout=config.model_type,
         model=type(dfn).__name__,
         mapped={key: target_names(target) for key, target in targets.items() if not isinstance(target, Dropped)},
-        dropped={key: target.why for key, target in targets.items() if isinstance(target, Dropped)},
-        new=sorted(dfn.state_dict().keys() - carried.keys()),
+        dropped={key: target.reason for key, target in targets.items() if isinstance(target, Dropped)},
+        new=sorted(dfn.state_dict().keys() - converted.keys()),
         notes=[NOTE, *window_notes(config)],
     )
     return dfn, report
 
 
 def window_notes(config: PreTrainedConfig) -> list[str]:
-    """What there is to say of a model that reads a window."""
+    """Return the notes of the report for a model with a sliding window."""
     window = getattr(config, "sliding_window", None)
-    return [f"The original read the last {window} tokens; a DFN has no such limit."] if window else []
+    return [f"The original attends to the last {window} tokens; DFN has no such limit."] if window else []
 
 
 def check_family(config: PreTrainedConfig) -> None:
-    """Raise ValueError where a DFN cannot compute what a model of this configuration does beside its attention."""
+    """Raise `ValueError` if the model differs from a DFN in more than its attention."""
     if config.model_type not in TABLES:
         raise ValueError(
-            f"model_type is {config.model_type!r}: a DFN has a place for the parts of {', '.join(TABLES)} only"
+            f"model_type {config.model_type!r} cannot be converted to DFN: use one of {', '.join(TABLES)}"
         )
     if config.hidden_act != "silu":
-        raise ValueError(f"hidden_act is {config.hidden_act!r}: a DFN's gated MLP takes 'silu' only")
+        raise ValueError(
+            f"hidden_act is {config.hidden_act!r}, but the gated MLP of DFN requires 'silu': use a model with it"
+        )
     width = config.num_attention_heads * config.head_dim
     if width != config.hidden_size:
         raise ValueError(
-            f"num_attention_heads ({config.num_attention_heads}) times head_dim ({config.head_dim}) is {width}, not "
-            f"hidden_size ({config.hidden_size}): a DFN's values are as wide as its states"
+            f"num_attention_heads ({config.num_attention_heads}) times head_dim ({config.head_dim}) is {width}, but "
+            f"DFN requires hidden_size ({config.hidden_size}): use a model where they are equal"
         )
 
 
-def fitted(name: str, weight: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
-    """A weight of the Llama in the shape of the DFN's weight `name`."""
+def adapt_weight(name: str, weight: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
+    """Reshape a Llama weight to the shape of the DFN weight `name`."""
     if name.endswith("value_proj.weight"):
         groups = config.num_attention_heads // config.num_key_value_heads
         return weight.unflatten(0, (-1, config.head_dim)).repeat_interleave(groups, dim=0).flatten(0, 1)

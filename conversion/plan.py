@@ -1,4 +1,4 @@
-"""A native checkpoint on its way to a transformers folder."""
+"""Planning of the conversion of an original checkpoint to a transformers folder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,25 +8,25 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .checkpoint_file import CheckpointFile, read_checkpoint
-from .detect import detect_layout, match
+from .detect import detect_format, match_tensors
 from .key_table import Dropped, Target, target_names
 from .report import ConversionReport
 from .vocabulary import character_tokenizer
 from .writer import FolderWriter, empty_model, saved_names
 
-VOCABULARY = "V"  # letter of the tables: rows of the embedding
+VOCAB_LETTER = "V"  # letter of the tables for the number of embeddings
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What is going to be written.
+    """Planned conversion.
 
     Attributes:
         checkpoint: the source.
-        model: of the destination, without storage.
-        targets: of each source key.
-        report: what becomes of each key.
-        tokenizer: of the source's vocabulary, or None where it holds none.
+        model: model of the destination, on the meta device.
+        targets: target of each source key.
+        report: result for each key.
+        tokenizer: tokenizer of the source's vocabulary; None if the source has none.
     """
 
     checkpoint: CheckpointFile
@@ -37,11 +37,11 @@ class Conversion:
 
     @property
     def config(self) -> PreTrainedConfig:
-        """Configuration of what is written."""
+        """Configuration of the converted model."""
         return self.model.config
 
     def write(self, folder: Path) -> None:
-        """Write the transformers folder: weights, configuration, code, report, and a tokenizer where there is one."""
+        """Write weights, configuration, code, report and, if there is one, the tokenizer to `folder`."""
         FolderWriter(self.model, self.checkpoint, self.targets).write(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
@@ -49,40 +49,53 @@ class Conversion:
 
 
 def plan_conversion(source: Path, *, native: bool = False, settings: Mapping[str, Any] | None = None) -> Conversion:
-    """Find out what a native checkpoint is and what of it goes where; nothing is written.
+    """Detect the format of an original checkpoint and plan its conversion, without writing anything.
 
     Args:
-        source: file of a DFN, Liquid or FlowNetwork original.
-        native: for a model that computes the original's function, not this package's causal one.
-        settings: arguments of the original's constructor that shapes don't give; those missing are as in the file, or
-            the original's defaults.
+        source: checkpoint file of a DFN, Liquid or FlowNetwork original.
+        native: whether to convert to the model that computes the function of the original.
+        settings: arguments of the original constructor that the shapes do not determine. Missing ones are taken from
+            the file, or are the defaults of the original.
 
     Raises:
-        ValueError: a file that cannot be read, keys of no layout, a shape that contradicts the others, a setting that
-            has no meaning, or no native model for this layout; the message names what and the remedy.
+        ValueError: the file cannot be read, has an unknown format or a contradictory shape, a setting does not apply,
+            or the format has no native model; the message names the cause and the remedy.
     """
     checkpoint = read_checkpoint(source)
-    layout = detect_layout(set(checkpoint.tensors))
-    destination = layout.native if native else layout.model
+    source_format = detect_format(set(checkpoint.tensors))
+    destination = source_format.native if native else source_format.model
     if destination is None:
-        raise ValueError(f"there is no native model for {layout.name}: {layout.not_native}; leave out --native")
-    found = match(layout, checkpoint.tensors)
-    targets: dict[str, Target] = {key: key for key in found.targets} if native else found.targets
-    config = destination.config(found.sizes, layout.settle(settings or {}, checkpoint.settings))
+        raise ValueError(
+            f"there is no native model for {source_format.name}, because {source_format.not_native}: omit --native"
+        )
+    matched = match_tensors(source_format, checkpoint.tensors)
+    targets: dict[str, Target] = {key: key for key in matched.targets} if native else matched.targets
+    config = destination.config(matched.sizes, source_format.resolve_settings(settings or {}, checkpoint.settings))
     model = empty_model(destination.model, config)
-    report = ConversionReport(layout.name, destination.model.__name__, notes=list(destination.notes))
+    report = ConversionReport(source_format.name, destination.model.__name__, notes=list(destination.notes))
     tokenizer = None
-    if checkpoint.vocabulary and VOCABULARY in found.sizes:
-        tokenizer = character_tokenizer(checkpoint.vocabulary, found.sizes[VOCABULARY])
+    if checkpoint.vocabulary and VOCAB_LETTER in matched.sizes:
+        tokenizer = character_tokenizer(checkpoint.vocabulary, matched.sizes[VOCAB_LETTER])
     elif checkpoint.vocabulary:
-        report.notes.append("The file's vocabulary (stoi) is left out: the original reads no tokens.")
+        report.notes.append("The file's vocabulary (stoi) is omitted, because the original reads no tokens.")
+    report_weights(report, targets, checkpoint.prefix, saved_names(model))
+    return Conversion(checkpoint, model, targets, report, tokenizer)
+
+
+def report_weights(report: ConversionReport, targets: Mapping[str, Target], prefix: str, saved: list[str]) -> None:
+    """Fill in the mapped, dropped and new weights of a report.
+
+    Args:
+        report: changed in place.
+        targets: target of each source key.
+        prefix: prefix of the keys in the file.
+        saved: names of all weights of the destination.
+    """
     for key, target in targets.items():
         if isinstance(target, Dropped):
-            report.dropped[checkpoint.prefix + key] = target.why
+            report.dropped[prefix + key] = target.reason
         else:
-            report.mapped[checkpoint.prefix + key] = target_names(target)
+            report.mapped[prefix + key] = target_names(target)
     filled = {name for names in report.mapped.values() for name in names}
-    saved = saved_names(model)
-    report.new = [name for name in saved if name not in filled]
     assert filled <= set(saved), filled - set(saved)
-    return Conversion(checkpoint, model, targets, report, tokenizer)
+    report.new = [name for name in saved if name not in filled]

@@ -1,4 +1,4 @@
-"""What became of every weight."""
+"""Report on the conversion of every weight."""
 
 import json
 from dataclasses import asdict, dataclass, field
@@ -9,14 +9,15 @@ REPORT_FILE = "conversion_report.json"
 
 @dataclass
 class ConversionReport:
-    """What a conversion did.
+    """Report of a conversion.
 
     Attributes:
-        layout: of the source, such as `flownetwork-F1`.
-        model: class of what was written.
-        mapped: source key → names of the weights it fills; dropped: source key → why. Together all source keys.
-        new: weights that nothing of the source fills, freshly initialised.
-        notes: what the result is and is not, a sentence each.
+        layout: format of the source, such as `flownetwork-F1`.
+        model: class of the written model.
+        mapped: source key → names of the weights that it fills.
+        dropped: source key → reason. Together with `mapped` it covers all source keys.
+        new: weights without a source, which are newly initialised.
+        notes: sentences about the result and its limits.
     """
 
     layout: str
@@ -31,28 +32,28 @@ class ConversionReport:
         (folder / REPORT_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     def lines(self) -> list[str]:
-        """The report in a few lines, dropped weights by reason."""
+        """Return the report as a few lines, with the dropped weights grouped by reason."""
         total = len(self.mapped) + len(self.dropped)
         reasons: dict[str, list[str]] = {}
-        for key, why in self.dropped.items():
-            reasons.setdefault(why, []).append(key)
+        for key, reason in self.dropped.items():
+            reasons.setdefault(reason, []).append(key)
         filled = sum(len(targets) for targets in self.mapped.values())
         return [
-            f"layout {self.layout} → {self.model}",
+            f"format {self.layout} → {self.model}",
             f"{total} keys: {len(self.mapped)} mapped to {filled} weights, {len(self.dropped)} dropped; "
             f"{len(self.new)} weights newly initialised",
-            *(f"dropped {len(keys)}, such as {keys[0]}: {why}" for why, keys in reasons.items()),
+            *(f"dropped {len(keys)}, such as {keys[0]}: {reason}" for reason, keys in reasons.items()),
             *self.notes,
         ]
 
 
 def read_report(folder: Path) -> ConversionReport:
-    """The report of the conversion that wrote `folder`.
+    """Read the report of the conversion that wrote `folder`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: `folder` contains no report.
     """
     path = folder / REPORT_FILE
     if not path.is_file():
-        raise ValueError(f"{folder} holds no {REPORT_FILE}: give a folder that `dfn-hf convert` wrote")
+        raise ValueError(f"{folder} contains no {REPORT_FILE}: pass a folder that `dfn-hf convert` wrote")
     return ConversionReport(**json.loads(path.read_text()))

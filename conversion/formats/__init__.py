@@ -1,1 +1,1 @@
-"""One literal table of weight names for each format of original checkpoints."""
+"""Formats of the original checkpoints; each module holds literal tables of weight names."""

@@ -1,19 +1,21 @@
-"""Checkpoints of the original `DFNPureModel`: a field of floats in, a field out; no vocabulary and no order."""
+"""Checkpoints of the original `DFNPureModel`, which maps a field of floats to a field; it has no vocabulary and no
+order.
+"""
 
 from ...modeling.dfn.configuration_dfn import DFNConfig
 from ...modeling.dfn.modeling_dfn import DFNModel
 from ...modeling.native.configuration_dfn_native import DFNNativeConfig
 from ...modeling.native.modeling_dfn_native import DFNNativeModel
-from ..format import Destination, Layout, Settings, Sizes
+from ..format import CheckpointFormat, Destination, Settings, Sizes
 from ..key_table import Dropped, Table
 
-NO_FIELD = Dropped("a DFNModel reads tokens or embeddings, not a field: its entities are not extracted from one")
-NO_OUTPUT_FIELD = Dropped("a DFNModel gives states of entities, not a field")
+NO_FIELD = Dropped("DFNModel takes tokens or embeddings as entities and does not extract entities from a field")
+NO_OUTPUT_FIELD = Dropped("DFNModel returns states of entities, not a field")
 NO_BIAS = Dropped("this package's projection has no bias")
-POST_NORM = Dropped("this package normalises before a block, not after it")
+POST_NORM = Dropped("this package normalises before each block, not after it")
 STATE = Dropped("state of the last forward pass, not a weight")
-POOLING = Dropped("this package's memory pools by attention; the original never trained this one")
-UNUSED = Dropped("the original never uses it")
+POOLING = Dropped("this package's memory pools by attention; the original does not train this weight")
+UNUSED = Dropped("the original does not use it")
 
 # D entity_dim, F field_dim, I input_dim, C coord_dim, M memory_size, R 2 · field_resolution
 TABLE: Table = {
@@ -54,19 +56,20 @@ TABLE: Table = {
 }
 
 NOTES = (
-    "The original has no vocabulary, no order and no causal mask; this model is causal and computes another function: "
-    "it needs training.",
-    "Its embeddings are new: give it `inputs_embeds`, or load it as a `DFNForCausalLM` with the `vocab_size` of your "
-    "tokenizer and train that.",
+    "The original has no vocabulary, no order and no causal mask. This model is causal and computes another function, "
+    "so it must be trained.",
+    "The embeddings are new: pass `inputs_embeds`, or load the model as `DFNForCausalLM` with the `vocab_size` of "
+    "your tokenizer and train it.",
 )
 NATIVE_NOTES = (
-    "This model computes the original's function on a field (`values`), with dropout off and the memory as saved: "
-    "each call is as the original's first one after loading. It is not causal and no language model.",
+    "This model computes the function of the original on a field (`values`), without dropout and with the saved "
+    "memory: each call equals the first call of the original after loading. It is neither causal nor a language "
+    "model.",
 )
 
 
 def config(sizes: Sizes, settings: Settings) -> DFNConfig:
-    """One head, whose position space is the original's plane; the memory's slots, which are all alike, as one."""
+    """Return a configuration with one head, whose position space is the plane of the original, and one memory slot."""
     return DFNConfig(
         hidden_size=sizes["D"],
         num_hidden_layers=sizes["layer"],
@@ -82,7 +85,7 @@ def config(sizes: Sizes, settings: Settings) -> DFNConfig:
 
 
 def native_config(sizes: Sizes, settings: Settings) -> DFNNativeConfig:
-    """The original's constructor arguments."""
+    """Return the constructor arguments of the original."""
     return DFNNativeConfig(
         input_dim=sizes["I"],
         entity_dim=sizes["D"],
@@ -94,7 +97,7 @@ def native_config(sizes: Sizes, settings: Settings) -> DFNNativeConfig:
     )
 
 
-DFN = Layout(
+DFN = CheckpointFormat(
     name="dfn",
     settings={"num_entities": 64, "k": 8, "alpha": 0.1, "sigma": 1.0, "beta": 0.9, "dropout": 0.1},
     table=TABLE,

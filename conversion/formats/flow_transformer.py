@@ -1,6 +1,6 @@
 """Checkpoints of the original `EnhancedFlowTransformer`: F2 with attention, F3 of version 2, F4 of version 3.1.
 
-All three see the future: the loss that they were trained with is not that of a language model.
+In all three, tokens see later tokens, so that their training loss is not a language-modelling loss.
 """
 
 from typing import Any
@@ -9,20 +9,20 @@ from ...modeling.flownetwork.configuration_flownetwork import FlowNetworkConfig,
 from ...modeling.flownetwork.modeling_flownetwork import FlowNetworkForCausalLM
 from ...modeling.native.configuration_flownetwork_native import FlowNetworkNativeConfig
 from ...modeling.native.modeling_flownetwork_native import FlowNetworkNativeModel
-from ..format import Destination, Layout, Settings, Sizes
+from ..format import CheckpointFormat, Destination, Settings, Sizes
 from ..key_table import Chunks, Dropped, Table
 from .flownetwork import CHANNELS, EMBEDDING_FLOW, GATE, HEAD, NO_BIAS, POSITIONS, POST_NORM
 
-CONSTANT_MEMORY = Dropped("adds a constant: the original reads only the mean of random numbers that it never trains")
-DEPTH = Dropped("every layer runs here; how many of the original's run hangs on a mean over the batch")
-FLOW_SHARE = Dropped("weighs flow against attention, which are added here")
-MEMORY_GATE = Dropped("a factor on the memory, which has none here")
-SEQUENCE_MEAN = Dropped("reads the mean over the whole sequence, the future included")
-SPARSITY = Dropped("sets how many of a pattern's entries count, from a mean over the batch")
-UNUSED = Dropped("the original never reads it")
+CONSTANT_MEMORY = Dropped("adds a constant: the original reads only the mean of random values that it does not train")
+DEPTH = Dropped("every layer runs here; in the original a mean over the batch determines the number of layers")
+FLOW_GATE = Dropped("weights flow against attention, which are added here")
+MEMORY_GATE = Dropped("scales the memory, which has no scale here")
+SEQUENCE_MEAN = Dropped("reads the mean over the whole sequence, later tokens included")
+SPARSITY = Dropped("determines the number of used entries of a pattern from a mean over the batch")
+UNUSED = Dropped("the original does not read it")
 
-# V vocab_size, D d_model, M max_seq_len, P num_patterns, G rows of the global memory, L of a layer's, K of a router's,
-# Y D + min(D, V)
+# V vocab_size, D d_model, M max_seq_len, P num_patterns, G rows of the global memory, L rows of a layer's memory,
+# K rows of a router's context memory, Y D + min(D, V)
 F2: Table = {
     "memory_gate": ("1", MEMORY_GATE),
     "global_flow_gate": ("1", GATE),
@@ -40,7 +40,7 @@ F2: Table = {
     "embedding_flow.layer_norm.weight": ("D", EMBEDDING_FLOW),
     "embedding_flow.layer_norm.bias": ("D", EMBEDDING_FLOW),
     "flow_layers.{layer}.bias": ("D", NO_BIAS),
-    "flow_layers.{layer}.flow_gate": ("1", FLOW_SHARE),
+    "flow_layers.{layer}.flow_gate": ("1", FLOW_GATE),
     "flow_layers.{layer}.memory_bank": ("L D", UNUSED),
     "flow_layers.{layer}.flow_router.flow_patterns": ("P D D", CHANNELS),
     "flow_layers.{layer}.flow_router.context_memory": ("K D", UNUSED),
@@ -143,7 +143,7 @@ F2: Table = {
     "adaptive_controller.2.bias": ("1", DEPTH),
 }
 
-# The same letters.
+# The letters are those of F2.
 F3: Table = {
     "memory_gate": ("1", CONSTANT_MEMORY),
     "global_flow_gate": ("1", GATE),
@@ -219,7 +219,7 @@ F3: Table = {
     "adaptive_controller.2.bias": ("1", DEPTH),
 }
 
-# The same letters, and C max(1, P // 3), X min(D, V).
+# The letters are those of F2, and C max(1, P // 3), X min(D, V).
 F4: Table = {
     "memory_gate": ("1", UNUSED),
     "global_flow_gate": ("1", GATE),
@@ -298,29 +298,30 @@ F4: Table = {
 }
 
 NOTES = (
-    "The original sees the future, so that its training loss says nothing of this model, which is causal and computes "
-    "another function: it needs training.",
+    "In the original, tokens see later tokens. This model is causal and computes another function, so it must be "
+    "trained.",
 )
 ATTENTION_NOTES = (
     *NOTES,
-    "One head reads the memory, through all of the original's heads side by side: here heads share keys and values.",
+    "The attention to the memory has one head, as wide as all heads of the original together, because heads share "
+    "keys and values here.",
 )
 NATIVE_NOTES = (
-    "This model computes the original's function, dropout off: logits from `input_ids`. It sees the whole row, the "
-    "future and padding included, and how many of its layers run hangs on a mean over the batch: rows depend on each "
-    "other.",
-    "If the original was told its boundary tokens (flow_terminal.py does: space, full stop, ! and ?, newline), give "
-    "their ids: --set 'boundary_token_ids=[…]'.",
+    "This model computes the function of the original without dropout: logits from `input_ids`. Each token sees the "
+    "whole row, later tokens and padding included, and a mean over the batch determines the number of layers that "
+    "run, so that rows depend on each other.",
+    "If the original was given boundary tokens (flow_terminal.py uses space, full stop, ! and ?, newline), pass their "
+    "ids: --config-override 'boundary_token_ids=[…]'.",
 )
-RANDOM_PROJECTION = "its output layer draws a random projection in each forward pass"
+RANDOM_PROJECTION = "its output layer draws a new random projection in each forward pass"
 
 
 def without(table: Table, *parts: str) -> Table:
-    """The table without keys that hold one of `parts`."""
+    """Return the table without the keys that contain one of `parts`."""
     return {key: line for key, line in table.items() if not any(part in key for part in parts)}
 
 
-# Of an original with use_memory=False. The feed-forward network of F2 then reads what `norm2` gives.
+# With use_memory=False. The feed-forward network of F2 then follows `norm2`.
 F2_MEMORYLESS: Table = {
     **without(F2, "memory_gate", "global_memory", "memory_bank", "{layer}.cross_attention"),
     "flow_layers.{layer}.norm2.weight": ("D", "model.layers.{layer}.mlp_norm.weight"),
@@ -329,11 +330,11 @@ F2_MEMORYLESS: Table = {
 }
 F3_MEMORYLESS = without(F3, "memory_gate", "global_memory", "memory_bank", "memory_mixer")
 F4_MEMORYLESS = without(F4, "memory_gate", "global_memory")
-PROJECTION = "output_flow.input_projection"  # of F2, where d_model is not vocab_size
+PROJECTION = "output_flow.input_projection"  # exists in F2 if d_model differs from vocab_size
 
 
 def common_fields(sizes: Sizes, settings: Settings) -> dict[str, Any]:
-    """Fields of the configuration that F2, F3 and F4 give in the same way."""
+    """Return the fields of the configuration that F2, F3 and F4 determine in the same way."""
     return {
         "vocab_size": sizes["V"],
         "hidden_size": sizes["D"],
@@ -346,10 +347,11 @@ def common_fields(sizes: Sizes, settings: Settings) -> dict[str, Any]:
 
 
 def attention_config(sizes: Sizes, settings: Settings) -> FlowNetworkConfig:
-    """Attention over everything, and a memory of the original's slots.
+    """Return a configuration with full attention and a memory with the original's number of slots.
 
-    One head reads the memory: several share keys and values, so that the original's projections would not fit. A chunk
-    of the sequence's memory has as many tokens as there are slots: these then take no more room than states do.
+    The memory attention has one head, because heads share keys and values and the projections of the original would
+    not fit. A chunk of the sequence memory has as many tokens as there are slots, so that the slots take no more
+    memory than the states.
     """
     slots = sizes.get("G", 0)
     return FlowNetworkConfig(
@@ -364,7 +366,7 @@ def attention_config(sizes: Sizes, settings: Settings) -> FlowNetworkConfig:
 
 
 def config(sizes: Sizes, settings: Settings) -> FlowNetworkConfig:
-    """Attention and memory, of which the originals have nothing to take over, are those of a new model."""
+    """Return a configuration with default attention and memory, which have no counterpart in F3 and F4."""
     fields = common_fields(sizes, settings)
     return FlowNetworkConfig(
         **fields,
@@ -375,7 +377,7 @@ def config(sizes: Sizes, settings: Settings) -> FlowNetworkConfig:
 
 
 def native_config(sizes: Sizes, settings: Settings) -> FlowNetworkNativeConfig:
-    """The original's constructor arguments."""
+    """Return the constructor arguments of the original."""
     return FlowNetworkNativeConfig(
         version="F4",
         vocab_size=sizes["V"],
@@ -392,7 +394,7 @@ STORED_NAMES = {"num_heads": "heads"}
 
 FLOW_TRANSFORMERS = (
     *(
-        Layout(
+        CheckpointFormat(
             name="flownetwork-F2",
             settings={"num_heads": 8, "dropout": 0.1},
             table=table,
@@ -403,7 +405,7 @@ FLOW_TRANSFORMERS = (
         for table in (F2, F2_MEMORYLESS, without(F2, PROJECTION), without(F2_MEMORYLESS, PROJECTION))
     ),
     *(
-        Layout(
+        CheckpointFormat(
             name="flownetwork-F3",
             settings={"num_heads": 8, "dropout": 0.1, "max_seq_len": 4096},
             table=table,
@@ -414,7 +416,7 @@ FLOW_TRANSFORMERS = (
         for table in (F3, F3_MEMORYLESS)
     ),
     *(
-        Layout(
+        CheckpointFormat(
             name="flownetwork-F4",
             settings={"num_heads": 8, "dropout": 0.1, "max_seq_len": 4096, "boundary_token_ids": []},
             table=table,

@@ -1,6 +1,6 @@
-"""Checkpoints of the original `FlowNetwork`: F1 as first published, F5 of its version 3.1.
+"""Checkpoints of the original `FlowNetwork`: F1 is the first published version, F5 is version 3.1.
 
-Both are functions of one token and its place: nothing passes between tokens.
+Both compute a function of one token and its position; they mix no tokens.
 """
 
 from collections.abc import Callable
@@ -10,16 +10,16 @@ from ...modeling.flownetwork.modeling_flownetwork import FlowNetworkForCausalLM
 from ...modeling.flownetwork.paper_api import feed_forward_size
 from ...modeling.native.configuration_flownetwork_native import FlowNetworkNativeConfig
 from ...modeling.native.modeling_flownetwork_native import FlowNetworkNativeModel
-from ..format import Destination, Layout, Settings, Sizes
+from ..format import CheckpointFormat, Destination, Settings, Sizes
 from ..key_table import Dropped, Table
 
-CHANNELS = Dropped("acts between the channels of one token, not between tokens")
-EMBEDDING_FLOW = Dropped("the embedding enters the layers as it is")
-GATE = Dropped("a factor on the embedding, which the first layer normalises away")
-HEAD = Dropped("the output layer is the embedding, shared")
-NO_BIAS = Dropped("this package's layer has no bias there")
+CHANNELS = Dropped("mixes the channels of one token, not tokens")
+EMBEDDING_FLOW = Dropped("the layers use the embedding directly")
+GATE = Dropped("scales the embedding; the norm of the first layer removes the scale")
+HEAD = Dropped("the output layer shares the weights of the embedding")
+NO_BIAS = Dropped("this package's layer has no bias")
 POSITIONS = Dropped("positions are rotary")
-POST_NORM = Dropped("this package normalises before a block, not after it")
+POST_NORM = Dropped("this package normalises before each block, not after it")
 
 # V vocab_size, D d_model, M max_seq_len, P num_patterns
 F1: Table = {
@@ -58,7 +58,7 @@ F1: Table = {
     "output_flow.layer_norm.bias": ("V", HEAD),
 }
 
-# The same letters.
+# The letters are those of F1.
 F5: Table = {
     "global_flow_gate": ("1", GATE),
     "token_embedding.weight": ("V D", "model.embed_tokens.weight"),
@@ -89,28 +89,29 @@ F5: Table = {
     "output_flow.norm.bias": ("V", HEAD),
 }
 
-HEADS = 8  # where the original has none: what its other models have by default
+HEADS = 8  # the original has no heads; the default of its other models
 
 NOTES = (
-    "Nothing passes between tokens in the original; this model is causal, has attention and memory, and computes "
-    "another function: it needs training.",
+    "The original mixes no tokens. This model is causal, has attention and memory, and computes another function, so "
+    "it must be trained.",
 )
 NATIVE_NOTES = (
-    "This model computes the original's function, dropout off: logits from a token and its place. Nothing passes "
-    "between tokens, so it knows no context.",
+    "This model computes the function of the original without dropout: logits from a token and its position. It mixes "
+    "no tokens and therefore uses no context.",
 )
 
 
 def config(sizes: Sizes, settings: Settings) -> FlowNetworkConfig:
-    """Sizes of the original; of heads and the feed-forward network, which it has not, those of `FlowNetwork`.
+    """Return a configuration with the sizes of the original; heads and feed-forward network are those of
+    `FlowNetwork`.
 
     Raises:
-        ValueError: a checkpoint with one pattern, between which there is nothing to select.
+        ValueError: the checkpoint has one pattern, so that there is no pattern selector.
     """
     if sizes["P"] == 1:
         raise ValueError(
-            "the checkpoint has one flow pattern (num_patterns is 1), so that a FlowNetworkForCausalLM has no "
-            "pattern_selector: give --native"
+            "the checkpoint has one flow pattern (num_patterns is 1), but FlowNetworkForCausalLM has a "
+            "pattern_selector only for several: pass --native"
         )
     heads = adjust_num_heads(sizes["D"], HEADS)
     return FlowNetworkConfig(
@@ -127,7 +128,7 @@ def config(sizes: Sizes, settings: Settings) -> FlowNetworkConfig:
 
 
 def native_config(version: str) -> Callable[[Sizes, Settings], FlowNetworkNativeConfig]:
-    """A function that gives the original's constructor arguments."""
+    """Return a function that gives the constructor arguments of the original."""
 
     def config_of(sizes: Sizes, settings: Settings) -> FlowNetworkNativeConfig:
         return FlowNetworkNativeConfig(
@@ -144,7 +145,7 @@ def native_config(version: str) -> Callable[[Sizes, Settings], FlowNetworkNative
 
 
 FLOW_NETWORKS = (
-    Layout(
+    CheckpointFormat(
         name="flownetwork-F1",
         # dense_limit is 0 in flownetwork.py, the first version, and 64 since flownetwork_improved.py.
         settings={"dropout": 0.1, "dense_limit": 64},
@@ -152,7 +153,7 @@ FLOW_NETWORKS = (
         model=Destination(FlowNetworkForCausalLM, config, NOTES),
         native=Destination(FlowNetworkNativeModel, native_config("F1"), NATIVE_NOTES),
     ),
-    Layout(
+    CheckpointFormat(
         name="flownetwork-F5",
         settings={"dropout": 0.1},
         table=F5,

@@ -1,4 +1,4 @@
-"""Checkpoints of the originals of Liquid: in effect decoders that see later tokens; their encoders reach no logits."""
+"""Checkpoints of the original Liquid models: decoders that see later tokens; the logits ignore their encoders."""
 
 from functools import partial
 from typing import Any
@@ -7,47 +7,47 @@ from ...modeling.liquid.configuration_liquid import LiquidConfig
 from ...modeling.liquid.modeling_liquid import LiquidForSeq2SeqLM
 from ...modeling.native.configuration_liquid_native import LiquidNativeConfig
 from ...modeling.native.modeling_liquid_native import LiquidNativeModel
-from ..format import Destination, Layout, Settings, Sizes
+from ..format import CheckpointFormat, Destination, Settings, Sizes
 from . import liquid_tables as tables
 
-MIN_RATIO = 0.1  # of compression, in all originals that adapt it
+MIN_RATIO = 0.1  # minimum compression ratio in all originals with adaptive compression
 
 FIRST_SETTINGS = {"num_heads": 8, "window_size": 256, "compression_ratio": 0.5}
 CREATE_SETTINGS = {**FIRST_SETTINGS, "top_k": 2, "dynamic_k": False, "dropout": 0.12}
 SIMPLE_SETTINGS = {"window_size": 512, "compression_ratio": 0.5, "top_k": 4, "dynamic_k": True, "dropout": 0.1}
 
 NOT_CAUSAL = (
-    "The original sees later tokens and nothing of its source; this model is causal, reads its source through new "
-    "cross-attention and computes another function: it needs training."
+    "In the original, tokens see later tokens but not the source. This model is causal, attends to the source through "
+    "new cross-attention and computes another function, so it must be trained."
 )
 NO_TOKENS = (
-    "The file tells no special tokens: set `decoder_start_token_id`, `eos_token_id` and `pad_token_id` in the "
+    "The file contains no special tokens: set `decoder_start_token_id`, `eos_token_id` and `pad_token_id` in the "
     "configuration and the generation configuration to those of your tokenizer."
 )
-ENCODER_NEW = "The original has no encoder: this one's is new."
-ENCODER_UNTRAINED = "The original never trained its encoder: what comes from there is at its initial values."
-ENCODER_BY_LOSSES = "The original's encoder was trained by side losses alone, never by the loss on tokens."
+ENCODER_NEW = "The original has no encoder; the encoder of this model is new."
+ENCODER_UNTRAINED = "The original does not train its encoder: the encoder weights have their initial values."
+ENCODER_BY_LOSSES = "The encoder of the original was trained only by auxiliary losses, not by the token loss."
 TAPS = (
-    "The original mixes tokens and features before it weighs the taps of a convolution: the weights of the taps keep "
-    "their places, not their meaning."
+    "The original mixes tokens and features before it applies the taps of a convolution: the tap weights are "
+    "converted, but act on other inputs."
 )
 
 ONE_FUNCTION = (
-    "This model computes the original's logits, in single precision and without dropout; each sees later tokens, and "
-    "none its source."
+    "This model computes the logits of the original in single precision and without dropout; they depend on later "
+    "tokens and not on the source."
 )
 TRAINED_WINDOW = (
-    "Its attention is another one for each `window_size`, and with it the longest input: give what the original was "
-    "trained with (its own script: 2048)."
+    "Its attention and its maximum length depend on `window_size`: pass the value of the training (2048 in the "
+    "original's script)."
 )
-TRAINED_WINDOWS = "Behind the first window it depends on `window_size`: give what the original was trained with."
+TRAINED_WINDOWS = "After the first window the logits depend on `window_size`: pass the value of the training."
 
-SUPERSEDED = "of each of the original's two programs only the last version is reproduced, as liquid-L3 and liquid-L6"
-NO_FUNCTION_OF_A_ROW = "which experts it runs depends on a token's number in the batch, so it is no function of a row"
+SUPERSEDED = "only the last version of each of the original's two programs is supported, liquid-L3 and liquid-L6"
+NO_FUNCTION_OF_A_ROW = "its experts depend on the index of a token in the batch, so that it is not a function of a row"
 
 
 def config(sizes: Sizes, settings: Settings) -> LiquidConfig:
-    """Sizes as they are; at least `top_k` experts for each token."""
+    """Return a configuration with the sizes of the original and at least `top_k` experts per token."""
     base = settings["compression_ratio"]
     return LiquidConfig(
         **shared_fields(sizes, settings),
@@ -61,7 +61,7 @@ def config(sizes: Sizes, settings: Settings) -> LiquidConfig:
 
 
 def first_config(sizes: Sizes, settings: Settings) -> LiquidConfig:
-    """All experts for each token, the same compression of all frames, and no dropout."""
+    """Return a configuration with all experts for each token, constant compression and no dropout."""
     return LiquidConfig(
         **shared_fields(sizes, settings),
         num_experts_per_tok=sizes["X"],
@@ -72,7 +72,7 @@ def first_config(sizes: Sizes, settings: Settings) -> LiquidConfig:
 
 
 def shared_fields(sizes: Sizes, settings: Settings) -> dict[str, Any]:
-    """Fields of a LiquidConfig that all versions give."""
+    """Return the fields of `LiquidConfig` that all versions determine in the same way."""
     heads = num_heads(sizes, settings)
     return {
         "vocab_size": sizes["V"],
@@ -98,7 +98,7 @@ def shared_fields(sizes: Sizes, settings: Settings) -> dict[str, Any]:
 
 
 def num_heads(sizes: Sizes, settings: Settings) -> int:
-    """Heads, by the features of one where the keys tell them."""
+    """Return the number of heads, from the head size if the keys determine it."""
     if "D" in sizes:
         return sizes["E"] // sizes["D"]
     if "R" in sizes:
@@ -107,22 +107,22 @@ def num_heads(sizes: Sizes, settings: Settings) -> int:
 
 
 def num_kv_groups(sizes: Sizes, heads: int) -> int:
-    """Heads of keys and values.
+    """Return the number of key-value heads.
 
     Raises:
-        ValueError: keys that are no whole number of heads.
+        ValueError: the key features are not a multiple of the head size.
     """
     features = sizes.get("K", sizes["E"])
     if heads > 0 and features * heads % sizes["E"]:
         raise ValueError(
-            f"`num_heads` ({heads}) gives heads of {sizes['E'] / heads:g} features, and all keys together have "
-            f"{features}: give the number of heads that the checkpoint was trained with"
+            f"`num_heads` ({heads}) gives heads of {sizes['E'] / heads:g} features, which do not divide the "
+            f"{features} key features: pass the number of heads of the training"
         )
     return features * heads // sizes["E"]
 
 
 def native_config(layout: str, sizes: Sizes, settings: Settings) -> LiquidNativeConfig:
-    """The original's constructor arguments that its logits depend on, and sizes of what they don't."""
+    """Return the constructor arguments of the original that affect its logits, and the sizes of its unused parts."""
     heads = num_heads(sizes, settings)
     return LiquidNativeConfig(
         layout=layout,
@@ -142,49 +142,49 @@ def native_config(layout: str, sizes: Sizes, settings: Settings) -> LiquidNative
 
 
 LIQUID = (
-    Layout(
+    CheckpointFormat(
         name="liquid-L0",
         settings=FIRST_SETTINGS,
         table=tables.L0,
         model=Destination(LiquidForSeq2SeqLM, first_config, (NOT_CAUSAL, ENCODER_NEW, NO_TOKENS)),
         not_native=SUPERSEDED,
     ),
-    Layout(
+    CheckpointFormat(
         name="liquid-L1",
         settings=FIRST_SETTINGS,
         table=tables.L1,
         model=Destination(LiquidForSeq2SeqLM, first_config, (NOT_CAUSAL, ENCODER_UNTRAINED, NO_TOKENS)),
         not_native=SUPERSEDED,
     ),
-    Layout(
+    CheckpointFormat(
         name="liquid-L2",
         settings=CREATE_SETTINGS,
         table=tables.L2,
         model=Destination(LiquidForSeq2SeqLM, config, (NOT_CAUSAL, ENCODER_BY_LOSSES, NO_TOKENS)),
         not_native=NO_FUNCTION_OF_A_ROW,
     ),
-    Layout(
+    CheckpointFormat(
         name="liquid-L3",
         settings=CREATE_SETTINGS,
         table=tables.L3,
         model=Destination(LiquidForSeq2SeqLM, config, (NOT_CAUSAL, ENCODER_BY_LOSSES, TAPS, NO_TOKENS)),
         native=Destination(LiquidNativeModel, partial(native_config, "L3"), (ONE_FUNCTION, TRAINED_WINDOW)),
     ),
-    Layout(
+    CheckpointFormat(
         name="liquid-L4",
         settings={"num_heads": 8, **SIMPLE_SETTINGS},
         table=tables.L4,
         model=Destination(LiquidForSeq2SeqLM, config, (NOT_CAUSAL, ENCODER_BY_LOSSES, TAPS, NO_TOKENS)),
         not_native=SUPERSEDED,
     ),
-    Layout(
+    CheckpointFormat(
         name="liquid-L5",
         settings=SIMPLE_SETTINGS,
         table=tables.L5,
         model=Destination(LiquidForSeq2SeqLM, config, (NOT_CAUSAL, ENCODER_BY_LOSSES, TAPS, NO_TOKENS)),
         not_native=SUPERSEDED,
     ),
-    Layout(
+    CheckpointFormat(
         name="liquid-L6",
         settings=SIMPLE_SETTINGS,
         table=tables.L6,

@@ -1,20 +1,22 @@
-"""Keys of the originals of Liquid, from the first version (L0) to the last (L6), and where each goes in ours.
+"""Keys of the original Liquid models, from the first version (L0) to the last (L6), and their targets.
 
 Letters: V vocab_size, E embed_dim, L max_length, F ff_hidden_dim, X num_experts, Q lstm_hidden_size, K features of all
-keys, D features of a head, R half of them, P length of the rotary table.
+keys, D features of a head, R half of D, P length of the rotary table.
 """
 
-from ..key_table import Chunks, Copies, Dropped, Rows, Squeezed, Table, prefixed
+from ..key_table import Chunks, Copies, Dropped, EveryNth, Squeezed, Table, prefixed
 
-OTHER_EMBEDDING = Dropped("this package has one embedding, the decoder's: the encoder's output reached no logits")
+OTHER_EMBEDDING = Dropped(
+    "encoder and decoder share one embedding here; the decoder's is used, because it alone affected the logits"
+)
 NO_BIAS = Dropped("this package's projection has no bias")
-PLAIN_CONV = Dropped("this package's convolution is gated: a plain one is half of it")
-LINEAR_EXPERT = Dropped("this package's experts are two maps with a GELU between, not a single one")
-IDLE_EXPERT = Dropped("what the original's experts gave reached no state: these are at their initial values")
-TWO_EXPERTS = Dropped("the original's encoder had two experts, whatever its decoder had, and was never trained")
-RECONSTRUCTION = Dropped("only the original's reconstruction loss reads it")
-ROTARY = Dropped("a table of sines and cosines, no weight")
-DIFFERENCE = Dropped("this package's attention is a single map, not the difference of two")
+PLAIN_CONV = Dropped("this package's convolution is gated and has twice as many outputs")
+LINEAR_EXPERT = Dropped("this package's experts are two linear maps with a GELU, not a single map")
+IDLE_EXPERT = Dropped("the original discards the output of its experts: the weights have their initial values")
+TWO_EXPERTS = Dropped("the encoder of the original always has two experts and is not trained")
+RECONSTRUCTION = Dropped("only the reconstruction loss of the original uses it")
+ROTARY = Dropped("a table of sines and cosines, not a weight")
+DIFFERENCE = Dropped("this package's attention is not a difference of two attention maps")
 
 EMBEDDING: Table = {
     "position_embedding.weight": ("L E", "position_embedding.weight"),
@@ -92,9 +94,9 @@ DILATED_CONV: Table = {
     "dilated_conv.conv.bias": ("E", PLAIN_CONV),
 }
 DEFORMABLE_CONV: Table = {
-    # Two offsets of each of the 3 taps, of which the original uses the first.
-    "dilated_conv.deform_conv.offset_conv.weight": ("6 E 3", Rows(2, "gated_conv.deform_conv.offset_conv.weight")),
-    "dilated_conv.deform_conv.offset_conv.bias": ("6", Rows(2, "gated_conv.deform_conv.offset_conv.bias")),
+    # The original predicts two offsets for each of the 3 taps and uses the first.
+    "dilated_conv.deform_conv.offset_conv.weight": ("6 E 3", EveryNth(2, "gated_conv.deform_conv.offset_conv.weight")),
+    "dilated_conv.deform_conv.offset_conv.bias": ("6", EveryNth(2, "gated_conv.deform_conv.offset_conv.bias")),
     "dilated_conv.deform_conv.conv.weight": ("2E 3E 1", Squeezed("gated_conv.deform_conv.tap_proj.weight")),
     "dilated_conv.deform_conv.conv.bias": ("2E", "gated_conv.deform_conv.tap_proj.bias"),
 }
@@ -152,7 +154,7 @@ MEMORY: Table = {
         "4Q Q",
         "model.decoder.external_memory.lstm.weight_ih_l{lstm_layer}",
     ),
-    # The first layer reads the states themselves.
+    # The first LSTM layer reads the hidden states.
     "external_memory.lstm.weight_ih_l0": ("4Q E", "model.decoder.external_memory.lstm.weight_ih_l0"),
     "external_memory.lstm.weight_hh_l{lstm_layer}": (
         "4Q Q",
@@ -168,7 +170,7 @@ MEMORY: Table = {
 
 
 def encoder(embedding: Table, block: Table) -> Table:
-    """Keys of the encoder that holds these."""
+    """Return the keys of an encoder with the given embedding and blocks."""
     return {
         "encoder.embedding.token_embedding.weight": ("V E", OTHER_EMBEDDING),
         **prefixed(embedding, "encoder.embedding.", "model.encoder.embedding."),
@@ -179,7 +181,7 @@ def encoder(embedding: Table, block: Table) -> Table:
 
 
 def decoder(embedding: Table, block: Table, embedding_prefix="decoder_embedding.", layers="decoder_layers") -> Table:
-    """Keys of the decoder that holds these, under the names that the original has for its embedding and its layers."""
+    """Return the keys of a decoder; `embedding_prefix` and `layers` are the names that the original uses."""
     return {
         f"{embedding_prefix}token_embedding.weight": ("V E", "model.encoder.embed_tokens.weight"),
         **prefixed(embedding, embedding_prefix, "model.decoder.embedding."),

@@ -1,4 +1,4 @@
-"""`dfn-hf convert`: what it reads, what it refuses and what it leaves behind."""
+"""`dfn-hf convert`: accepted files, errors, and written folders."""
 
 import json
 import os
@@ -44,8 +44,8 @@ def command(*arguments):
     return CliRunner().invoke(app, ["convert", *map(str, arguments)])
 
 
-def refused(source, output, *options) -> str:
-    """The one line that a refused conversion prints; nothing else is left of it."""
+def error_of(source, output, *options) -> str:
+    """Run a conversion that must fail; return its error line, and check that it left nothing behind."""
     before = set(output.parent.iterdir())
     result = command(source, output, *options)
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit)
@@ -64,7 +64,7 @@ def test_command_writes_a_model_its_report_and_its_card(checkpoint, weights, tmp
     )
     assert set(report.mapped) == set(weights)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert 'AutoModel.from_pretrained("out")' in card and "It is not causal and no language model." in card
+    assert 'AutoModel.from_pretrained("out")' in card and "It is neither causal nor a language model." in card
     assert AutoModel.from_pretrained(tmp_path / "out").config.num_entities == 16
 
 
@@ -78,14 +78,14 @@ def test_report_counts_add_up(checkpoint, weights, tmp_path):
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_wrappers_prefixes_are_taken_off(weights, tmp_path, prefix):
+def test_wrapper_prefixes_are_removed(weights, tmp_path, prefix):
     torch.save({prefix + key: tensor for key, tensor in weights.items()}, tmp_path / "wrapped.pt")
     report = convert(tmp_path / "wrapped.pt", tmp_path / "out")
     assert sorted([*report.mapped, *report.dropped]) == sorted(prefix + key for key in weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_the_source_dtype_stays(weights, tmp_path, dtype):
+def test_source_dtype_is_kept(weights, tmp_path, dtype):
     source = tmp_path / "dfn.safetensors"
     save_file({key: tensor.to(dtype) for key, tensor in weights.items()}, source)
     convert(source, tmp_path / "out")
@@ -103,7 +103,7 @@ def test_files_of_old_torch_and_bare_weights_are_read(weights, tmp_path):
     assert all(torch.equal(read[key], tensor) for key, tensor in weights.items())
 
 
-def test_shards_are_as_one_file(checkpoint, tmp_path, monkeypatch):
+def test_shards_equal_one_file(checkpoint, tmp_path, monkeypatch):
     convert(checkpoint, tmp_path / "one", native=True)
     monkeypatch.setattr(writing, "SHARD_BYTES", 4000)
     convert(checkpoint, tmp_path / "many", native=True)
@@ -113,7 +113,7 @@ def test_shards_are_as_one_file(checkpoint, tmp_path, monkeypatch):
     assert all(torch.equal(many[name], tensor) for name, tensor in one.items())
 
 
-def test_new_weights_are_those_of_a_fresh_model(checkpoint, tmp_path):
+def test_new_weights_are_initialised_like_those_of_a_new_model(checkpoint, tmp_path):
     report = convert(checkpoint, tmp_path / "out")
     converted = AutoModel.from_pretrained(tmp_path / "out")
     fresh = type(converted)(converted.config).state_dict()
@@ -126,7 +126,7 @@ def test_new_weights_are_those_of_a_fresh_model(checkpoint, tmp_path):
             assert abs(ours.std() / theirs.std() - 1) < 5 / theirs.numel() ** 0.5  # five standard deviations
 
 
-def test_loads_where_this_package_is_not_installed(checkpoint, tmp_path):
+def test_converted_folder_loads_without_this_package(checkpoint, tmp_path):
     for options in ({"native": True}, {}):
         folder = tmp_path / ("native" if options else "causal")
         convert(checkpoint, folder, **options)
@@ -147,7 +147,7 @@ assert torch.isfinite(model(**{{name: torch.ones(1, 20, width)}})[0]).all()
 
 
 class Touch:
-    """A pickle that would make a file."""
+    """Object whose pickle creates a folder."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -157,69 +157,75 @@ class Touch:
 
 
 @pytest.mark.parametrize("old_format", [False, True])
-def test_no_code_runs(weights, tmp_path, old_format):
+def test_checkpoints_cannot_execute_code(weights, tmp_path, old_format):
     source = tmp_path / "evil.pt"
     content = {"model_state_dict": weights, "config": Touch(tmp_path / "touched")}
     torch.save(content, source, _use_new_zipfile_serialization=not old_format)
-    message = refused(source, tmp_path / "out")
+    message = error_of(source, tmp_path / "out")
     assert "posix.mkdir" in message and "could run code" in message
     source.write_bytes(pickle.dumps(Touch(tmp_path / "touched"), protocol=2))
-    assert "could run code" in refused(source, tmp_path / "out")
+    assert "could run code" in error_of(source, tmp_path / "out")
     assert not (tmp_path / "touched").exists()
 
 
-def test_damaged_files_are_refused(checkpoint, tmp_path):
+def test_damaged_files_raise(checkpoint, tmp_path):
     whole = checkpoint.read_bytes()
     for content in (b"", b"PK", whole[: len(whole) // 2], whole[:-10], b"# Notes\n"):
         checkpoint.write_bytes(content)
-        assert f"{checkpoint} is damaged or no checkpoint" in refused(checkpoint, tmp_path / "out")
+        assert f"{checkpoint} is damaged or not a checkpoint" in error_of(checkpoint, tmp_path / "out")
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(whole[:1000])
-    assert "is damaged or no checkpoint (Error while deserializing header" in refused(broken, tmp_path / "out")
-    assert "is no file" in refused(tmp_path / "none.pt", tmp_path / "out")
+    assert "is damaged or not a checkpoint (Error while deserializing header" in error_of(broken, tmp_path / "out")
+    assert "does not exist" in error_of(tmp_path / "none.pt", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda w: w.pop("dfn_layers.1.memory.memory"), "lacks 'dfn_layers.1.memory.memory', which dfn has"),
-        (lambda w: w.update({"extra.weight": torch.ones(2)}), "'extra.weight' in the checkpoint is no key of dfn"),
-        (lambda w: w.update({"dfn_layers.9999999999.memory.memory": torch.ones(2)}), "is no key of dfn"),
+        (
+            lambda w: w.pop("dfn_layers.1.memory.memory"),
+            "lacks 'dfn_layers.1.memory.memory' of the nearest format dfn",
+        ),
+        (
+            lambda w: w.update({"extra.weight": torch.ones(2)}),
+            "has the unexpected key 'extra.weight'; the nearest format is dfn",
+        ),
+        (lambda w: w.update({"dfn_layers.9999999999.memory.memory": torch.ones(2)}), "the nearest format is dfn"),
         (
             lambda w: w.update({"dfn_layers.0.field_mlp.mlp.0.weight": torch.ones(48, 12)}),
-            "mlp.0.weight' has shape (48, 12), but beside the other weights it must be (48, 24)",
+            "mlp.0.weight' has shape (48, 12), but the other weights require (48, 24)",
         ),
         (lambda w: w.update({"dfn_layers.0.memory.memory": torch.ones(5)}), "has shape (5,)"),
-        (lambda w: w.update({"dfn_layers.0.memory.memory": torch.ones(5, 12).long()}), "dense floats are wanted"),
-        (lambda w: w.update({"dfn_layers.0.memory.memory": "text"}), "is a str, no tensor"),
-        (lambda w: [w.pop(key) for key in list(w)[3:]], "unknown layout (a key is"),
-        (lambda w: w.clear(), "holds no weights"),
+        (lambda w: w.update({"dfn_layers.0.memory.memory": torch.ones(5, 12).long()}), "save dense floats"),
+        (lambda w: w.update({"dfn_layers.0.memory.memory": "text"}), "is a str, not a tensor"),
+        (lambda w: [w.pop(key) for key in list(w)[3:]], "unknown checkpoint format (a key is"),
+        (lambda w: w.clear(), "contains no weights"),
     ],
 )
 def test_wrong_keys_and_shapes_are_named(weights, tmp_path, change, message):
     weights = dict(weights)
     change(weights)
-    assert message in refused(save_checkpoint(tmp_path / "wrong.pt", weights), tmp_path / "out")
+    assert message in error_of(save_checkpoint(tmp_path / "wrong.pt", weights), tmp_path / "out")
 
 
 def test_settings_are_checked(checkpoint, tmp_path):
-    assert "num_heads has no meaning" in refused(checkpoint, tmp_path / "out", "--num-heads", 4)
+    assert "num_heads does not apply" in error_of(checkpoint, tmp_path / "out", "--num-heads", 4)
     override = "--config-override"
-    assert "k is 'many': it must be of type int" in refused(checkpoint, tmp_path / "out", override, "k=many")
-    assert "`k` (99) must be below `num_entities`" in refused(
+    assert "k is 'many': it must have type int" in error_of(checkpoint, tmp_path / "out", override, "k=many")
+    assert "`k` (99) must be below `num_entities`" in error_of(
         checkpoint, tmp_path / "out", "--native", override, "k=99"
     )
 
 
-def test_what_stands_in_the_way_stays(checkpoint, tmp_path):
+def test_existing_output_is_kept(checkpoint, tmp_path):
     output = tmp_path / "out"
     output.mkdir()
     (output / "mine.txt").write_text("mine")
-    assert "exists already" in refused(checkpoint, output)
+    assert "exists already" in error_of(checkpoint, output)
     assert [path.name for path in output.iterdir()] == ["mine.txt"]
 
 
-def test_full_disk_leaves_nothing(weights, tmp_path):
+def test_full_disk_leaves_no_output(weights, tmp_path):
     checkpoint = save_checkpoint(tmp_path / "dfn.pt", weights)
     done = subprocess.run(
         [sys.executable, "-m", "dfn_hf.cli", "convert", checkpoint, tmp_path / "out"],
@@ -232,7 +238,7 @@ def test_full_disk_leaves_nothing(weights, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["dfn.pt"]
 
 
-def test_commands_of_the_page_run(tmp_path, monkeypatch):
+def test_commands_in_the_documentation_run(tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "guides" / "convert.md").read_text(encoding="utf-8")
     save_those_in_docs(tmp_path, page)
     monkeypatch.chdir(tmp_path)
@@ -244,7 +250,7 @@ def test_commands_of_the_page_run(tmp_path, monkeypatch):
         assert result.exit_code == 0, result.output
 
 
-def test_a_converted_language_model_continues_a_prompt(tmp_path):
+def test_converted_language_model_continues_a_prompt(tmp_path):
     convert(random_checkpoint(tmp_path / "flow.pt", "flownetwork-F5"), tmp_path / "out")
     result = CliRunner().invoke(app, ["generate", str(tmp_path / "out"), "--prompt", "abc", "--max-new-tokens", "5"])
     assert result.exit_code == 0 and result.stdout.startswith("abc")
@@ -252,7 +258,7 @@ def test_a_converted_language_model_continues_a_prompt(tmp_path):
     assert result.exit_code == 1 and "or give a prompt" in result.stderr
 
 
-def test_a_native_model_is_described_and_not_taken_for_a_language_model(tmp_path):
+def test_native_model_is_described_but_does_not_generate(tmp_path):
     convert(random_checkpoint(tmp_path / "flow.pt", "flownetwork-F5"), tmp_path / "out", native=True)
     result = CliRunner().invoke(app, ["info", str(tmp_path / "out")])
     assert result.exit_code == 0 and "flownetwork_native" in result.stdout
@@ -260,21 +266,21 @@ def test_a_native_model_is_described_and_not_taken_for_a_language_model(tmp_path
     assert result.exit_code == 1 and "is not a language model" in result.stderr
 
 
-def test_a_llama_without_a_tokenizer_is_refused(tmp_path):
+def test_llama_without_a_tokenizer_raises(tmp_path):
     LlamaForCausalLM(
         LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
     ).save_pretrained(tmp_path / "llama")
-    assert "holds no tokenizer" in refused(tmp_path / "llama", tmp_path / "out", "--from", "llama")
-    assert "is a folder" in refused(tmp_path / "llama", tmp_path / "out")
+    assert "holds no tokenizer" in error_of(tmp_path / "llama", tmp_path / "out", "--from", "llama")
+    assert "is a folder" in error_of(tmp_path / "llama", tmp_path / "out")
 
 
-def test_report_is_wanted_where_one_is_read(tmp_path):
-    with pytest.raises(ValueError, match="holds no conversion_report.json"):
+def test_missing_report_raises(tmp_path):
+    with pytest.raises(ValueError, match="contains no conversion_report.json"):
         read_report(tmp_path)
 
 
 @pytest.mark.slow  # writes and reads four gigabytes
-def test_two_gigabytes_pass_through_little_memory(tmp_path):
+def test_two_gigabytes_convert_with_bounded_memory(tmp_path):
     sizes = {"D": 1152, "F": 64, "I": 64, "M": 8, "R": 50}
     weights = random_weights(DFN.table, sizes, {"layer": 31})
     checkpoint = save_checkpoint(tmp_path / "large.pt", weights)
@@ -293,7 +299,7 @@ print(peak_memory_mib("cpu") * 2**20)
         assert float(done.stdout.split()[-1]) < 1.3 * size
 
 
-def test_saved_json_is_plain(checkpoint, tmp_path):
+def test_report_file_is_json(checkpoint, tmp_path):
     convert(checkpoint, tmp_path / "out")
     content = json.loads((tmp_path / "out" / "conversion_report.json").read_text())
     assert content["layout"] == "dfn" and content["mapped"] and content["dropped"] and content["new"]

@@ -1,4 +1,4 @@
-"""Ten thousand damaged or hostile checkpoint files: each is converted or refused in a sentence, and none runs code."""
+"""Ten thousand damaged or hostile checkpoint files: each converts or raises a user error; none executes code."""
 
 import io
 import json
@@ -13,17 +13,17 @@ import torch
 from safetensors.torch import save
 
 from dfn_hf.cli.errors import is_user_error
-from dfn_hf.conversion.detect import LAYOUTS
+from dfn_hf.conversion.detect import FORMATS
 from dfn_hf.hub.convert import convert
 from tests.support.native_checkpoints import random_weights
 
 FILES = 10_000
-SIZES = 16  # of every letter of a table
+SIZES = 16  # value of every size letter of a table
 SUFFIXES = (".pt", ".safetensors")
 
 
 class Call:
-    """A pickle that calls a function."""
+    """Object whose pickle calls a function."""
 
     def __init__(self, *call):
         self.call = call
@@ -33,11 +33,11 @@ class Call:
 
 
 def good_files(draw: random.Random) -> list[tuple[str, bytes]]:
-    """A file of every layout in every format."""
+    """Return a checkpoint of every format, saved in every file type."""
     files = []
-    for layout in LAYOUTS:
-        weights = random_weights(layout.table, Sizes(), Counts())
-        content = {"model_state_dict": weights, "config": dict(layout.settings), "stoi": {"a": 0, "b": 1}}
+    for source_format in FORMATS:
+        weights = random_weights(source_format.table, Sizes(), Counts())
+        content = {"model_state_dict": weights, "config": dict(source_format.settings), "stoi": {"a": 0, "b": 1}}
         for old in (False, True):
             buffer = io.BytesIO()
             torch.save(content, buffer, _use_new_zipfile_serialization=not old)
@@ -57,7 +57,7 @@ class Sizes(dict):
 
 
 class Counts(dict):
-    """Two of every placeholder."""
+    """A count of two for every placeholder."""
 
     def __missing__(self, name):
         return 2
@@ -84,7 +84,7 @@ def noise(draw, content):
 
 
 def inside(draw, content):
-    """Bytes changed inside the records of a zip file, whose sums then agree again; elsewhere in the head."""
+    """Change bytes inside the records of a zip file and update the checksums; change the head of other files."""
     if not content.startswith(b"PK"):
         head = min(len(content), 4000)
         return flip(draw, content[:head]) + content[head:]
@@ -97,7 +97,7 @@ def inside(draw, content):
 
 
 def hostile(canary):
-    """A change to pickles that would make the folder `canary`."""
+    """Return a change that makes pickles create the folder `canary`."""
 
     def change(draw, content):
         call = Call(
@@ -116,7 +116,7 @@ def hostile(canary):
 
 
 def odd(draw, content):
-    """A whole file with a strange content."""
+    """Save a complete file with unusual content."""
     value = draw.choice(
         [
             torch.ones(3),
@@ -131,8 +131,8 @@ def odd(draw, content):
             {"nested": torch.ones(2)},
         ]
     )
-    layout = draw.choice(LAYOUTS)
-    weights = random_weights(layout.table, Sizes(), Counts())
+    source_format = draw.choice(FORMATS)
+    weights = random_weights(source_format.table, Sizes(), Counts())
     weights[draw.choice([*weights, "new.key", "", "layers.99999999999999999999.weight"])] = value
     if draw.random() < 0.3:
         weights = value
@@ -143,7 +143,7 @@ def odd(draw, content):
 
 
 @pytest.mark.slow  # ten thousand files
-def test_damaged_and_hostile_files(tmp_path):
+def test_damaged_and_hostile_files_raise_user_errors(tmp_path):
     draw = random.Random(0)
     canary, output = tmp_path / "canary", tmp_path / "out"
     files = good_files(draw)

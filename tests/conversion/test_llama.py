@@ -1,4 +1,4 @@
-"""Llama-family checkpoints become DFNs that compute the same but for the attention's weights."""
+"""Llama-family checkpoints become DFNs that differ only in the attention weights."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def llama(request, tmp_path):
     return model
 
 
-def test_every_weight_is_carried_or_dropped_with_its_reason(llama, tmp_path):
+def test_every_weight_is_converted_or_dropped_with_a_reason(llama, tmp_path):
     dfn, report = llama_to_dfn(tmp_path, position_dim=3, num_neighbors=5, local_window=6)
 
     source, target = llama.state_dict(), dfn.state_dict()
@@ -79,7 +79,7 @@ def test_every_weight_is_carried_or_dropped_with_its_reason(llama, tmp_path):
     assert dfn.generation_config.eos_token_id == 2
 
 
-def test_beside_the_attention_the_function_is_the_same(llama, tmp_path):
+def test_without_attention_output_the_logits_are_equal(llama, tmp_path):
     dfn, _ = llama_to_dfn(tmp_path)
     with torch.no_grad():
         for layer in llama.model.layers:
@@ -89,13 +89,13 @@ def test_beside_the_attention_the_function_is_the_same(llama, tmp_path):
         torch.testing.assert_close(dfn(IDS).logits, llama(IDS).logits, atol=1e-5, rtol=0)
 
 
-def test_a_token_that_reads_itself_alone_gets_the_same_logits(llama, tmp_path):
+def test_single_token_rows_have_equal_logits(llama, tmp_path):
     dfn, _ = llama_to_dfn(tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(dfn(IDS[:, :1]).logits, llama(IDS[:, :1]).logits, atol=1e-5, rtol=0)
 
 
-def test_saved_and_loaded_it_is_the_same(llama, tmp_path):
+def test_save_and_load_is_exact(llama, tmp_path):
     dfn, _ = llama_to_dfn(tmp_path)
     dfn.save_pretrained(tmp_path / "dfn")
     loaded = DFNForCausalLM.from_pretrained(tmp_path / "dfn")
@@ -103,14 +103,14 @@ def test_saved_and_loaded_it_is_the_same(llama, tmp_path):
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in dfn.state_dict().items())
 
 
-def test_the_dtype_stays_and_scales_keep_theirs(tmp_path):
+def test_dtype_is_kept_and_scales_stay_float32(tmp_path):
     make(CONFIGS["llama"]).to(torch.bfloat16).save_pretrained(tmp_path)
     dfn, _ = llama_to_dfn(tmp_path)
     assert dfn.dtype == torch.bfloat16
     assert dfn.model.layers[0].attention.log_sharpness.dtype == torch.float32
 
 
-def test_a_seed_draws_the_new_weights(tmp_path):
+def test_seed_determines_the_new_weights(tmp_path):
     make(CONFIGS["llama"]).save_pretrained(tmp_path)
     one, again, other = (llama_to_dfn(tmp_path, seed=seed)[0].state_dict() for seed in (0, 0, 1))
     name = "model.layers.0.attention.entities.position_proj.weight"
@@ -118,18 +118,18 @@ def test_a_seed_draws_the_new_weights(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "parts"),
     [
-        (LlamaConfig(**SMALL, attention_bias=True), ["self_attn.k_proj.bias", "no place"]),
-        (LlamaConfig(**SMALL, mlp_bias=True), ["mlp.down_proj.bias", "no place"]),
+        (LlamaConfig(**SMALL, attention_bias=True), ["self_attn.k_proj.bias", "no counterpart"]),
+        (LlamaConfig(**SMALL, mlp_bias=True), ["mlp.down_proj.bias", "no counterpart"]),
         (LlamaConfig(**SMALL, hidden_act="gelu"), ["hidden_act", "'gelu'", "'silu'"]),
         (LlamaConfig(**SMALL | {"head_dim": 8}), ["head_dim (8)", "32", "hidden_size (24)"]),
         (Qwen2Config(**{name: value for name, value in SMALL.items() if name != "head_dim"}), ["'qwen2'", "mistral"]),
         (GemmaConfig(**SMALL), ["'gemma'", "llama, mistral, qwen3"]),
     ],
 )
-def test_what_a_dfn_has_no_place_for_is_named(config, told, tmp_path):
+def test_parts_without_a_counterpart_are_named(config, parts, tmp_path):
     make(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError) as error:
         llama_to_dfn(tmp_path)
-    assert all(part in str(error.value) for part in told)
+    assert all(part in str(error.value) for part in parts)
