@@ -76,7 +76,7 @@ class TestResults:
     def test_another_benchmarks_file_is_refused_and_kept(self, tmp_path):
         path = tmp_path / "runs.csv"
         path.write_text("a,b\n1,2\n")
-        with pytest.raises(ValueError, match="other columns"):
+        with pytest.raises(ValueError, match="has the columns .*choose another --results file"):
             ResultsFile(path, Settings, Result)
         assert path.read_text() == "a,b\n1,2\n"
 

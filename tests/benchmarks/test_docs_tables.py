@@ -4,8 +4,8 @@ import re
 import shlex
 from pathlib import Path
 
-import click
 import pytest
+import typer
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -35,14 +35,18 @@ After.
 """
 
 
-def echo_group() -> click.Group:
-    @click.command("echo")
-    @click.option("--word")
-    @click.option("--results")
-    def echo(word: str, results: str) -> None:
-        click.echo(f"\n| {word} |\n|---|\n\n| {results} |\n|---|\nslope 1.0\n")
+def echo_group():
+    echo_app = typer.Typer()
 
-    return click.Group("bench", commands=[echo])
+    @echo_app.command()
+    def echo(word: str = typer.Option(), results: str = typer.Option()) -> None:
+        typer.echo(f"\n| {word} |\n|---|\n\n| {results} |\n|---|\nslope 1.0\n")
+
+    @echo_app.callback()
+    def bench() -> None:
+        pass
+
+    return get_command(echo_app)
 
 
 @pytest.mark.parametrize("block", BLOCKS)

@@ -1,5 +1,6 @@
 """`dfn-hf bench`: benchmarks whose runs are stored in CSV files, from which their tables are printed."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -7,7 +8,7 @@ import typer
 
 from . import field_quality, language_models, model_quality, peer_speed, recall, speed
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "recall": recall.associative_recall,
     "retrieval": recall.retrieval,
     "memory": recall.memory,

@@ -4,9 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
-import click
-
-from .output import captured_output
+from .output import Command, captured_output
 
 # A bash block that holds one `dfn-hf bench` command with --results, and the tables below it.
 TABLE_BLOCK = re.compile(
@@ -27,12 +25,12 @@ def tables_of(output: str) -> str:
     return re.sub(r"\n{2,}", "\n\n", "\n".join(lines).strip()) + "\n"
 
 
-def render_page(page: str, group: click.Command) -> str:
+def render_page(page: str, group: Command) -> str:
     """Replace every table of a Markdown page by the output of its command."""
     return TABLE_BLOCK.sub(lambda block: block["head"] + tables_of(captured_output(group, _arguments(block))), page)
 
 
-def update_tables(folder: Path, group: click.Command, *, write: bool = True) -> list[Path]:
+def update_tables(folder: Path, group: Command, *, write: bool = True) -> list[Path]:
     """Render the Markdown pages of a folder.
 
     Args:

@@ -61,8 +61,15 @@ def lm(
         device=device,
     )
     path = results_path(results, "lm.csv")
-    search = {"learning_rates": learning_rates, "search_steps": search_steps}
-    finished = run_byte_lm(settings, models=models, seeds=range(seeds), path=path, report=report_progress, **search)
+    finished = run_byte_lm(
+        settings,
+        models=models,
+        seeds=range(seeds),
+        learning_rates=learning_rates,
+        search_steps=search_steps,
+        path=path,
+        report=report_progress,
+    )
     print_table(byte_lm_table(finished), finished, path)
 
 
@@ -111,8 +118,15 @@ def long_lm(
         device=device,
     )
     path = results_path(results, "long-lm.csv")
-    search = {"learning_rates": learning_rates, "search_steps": search_steps}
-    finished = run_long_lm(settings, models=models, seeds=range(seeds), path=path, report=report_progress, **search)
+    finished = run_long_lm(
+        settings,
+        models=models,
+        seeds=range(seeds),
+        learning_rates=learning_rates,
+        search_steps=search_steps,
+        path=path,
+        report=report_progress,
+    )
     print_table(long_lm_table(finished), finished, path)
 
 

@@ -4,10 +4,15 @@ import contextlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import click
 import typer
+
+
+class Command(Protocol):
+    """A command of typer or click, as far as it is called here."""
+
+    def main(self, args: Sequence[str] | None = None, *, standalone_mode: bool = True) -> Any: ...
 
 
 def report_progress(line: str) -> None:
@@ -29,7 +34,7 @@ def print_table(table: str, finished: Sequence[tuple[Any, Any]], path: Path) -> 
     typer.echo(f"results: {path}")
 
 
-def captured_output(group: click.Command, arguments: Sequence[str]) -> str:
+def captured_output(group: Command, arguments: Sequence[str]) -> str:
     """Run a benchmark command in this process and return its standard output."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output):

@@ -22,14 +22,18 @@ from .options import (
 )
 from .output import print_table, report_progress
 
+PEER_LENGTHS = [2**power for power in range(10, 17)]
+TRAINING_LENGTHS = PEER_LENGTHS[:5]
+HEAD_LENGTHS = [4**power for power in range(5, 11)]
+
 
 def peers(
     models: Models = ["dfn", "llama", "lfm2", "mamba2", "reformer"],  # noqa: B006
     workloads: Workloads = None,
-    lengths: Lengths = [2**power for power in range(10, 17)],  # noqa: B006
+    lengths: Lengths = PEER_LENGTHS,
     training_lengths: Annotated[
         list[int], typer.Option("--training-length", min=2, help="Tokens of a training step; repeatable.")
-    ] = [2**power for power in range(10, 15)],  # noqa: B006
+    ] = TRAINING_LENGTHS,
     caches: Annotated[
         list[str], typer.Option("--cache", help="Cache of decoding: dynamic, or static and compiled; repeatable.")
     ] = ["dynamic"],  # noqa: B006
@@ -48,22 +52,31 @@ def peers(
     threads: Threads = 1,
     device: Device = "cpu",
 ) -> None:
-    """DFN and models of other families with equal size over the length, in round-robin order.
+    """DFN and other families with equal size over the length. Workloads: forward, training, prefill, decoding.
 
     Example: dfn-hf bench peers --model dfn --model llama --workload decoding --cache dynamic --cache static
     """
     from ..harness.length_plots import plot_lengths
     from ..speed.peers import WORKLOADS, PeerSettings, peer_runs, peers_table, run_peers
 
-    sizes = {
-        "hidden_size": hidden_size,
-        "num_hidden_layers": num_hidden_layers,
-        "num_attention_heads": num_attention_heads,
-        "intermediate_size": intermediate_size,
-    }
-    settings = PeerSettings(**sizes, dtype=dtype, repeats=repeats, threads=threads, device=device)
-    tokens = {"lengths": lengths, "training_lengths": training_lengths}
-    runs = peer_runs(settings, models=models, workloads=workloads or WORKLOADS, caches=caches, **tokens)
+    settings = PeerSettings(
+        hidden_size=hidden_size,
+        num_hidden_layers=num_hidden_layers,
+        num_attention_heads=num_attention_heads,
+        intermediate_size=intermediate_size,
+        dtype=dtype,
+        repeats=repeats,
+        threads=threads,
+        device=device,
+    )
+    runs = peer_runs(
+        settings,
+        models=models,
+        workloads=workloads or WORKLOADS,
+        lengths=lengths,
+        training_lengths=training_lengths,
+        caches=caches,
+    )
     path = results_path(results, "peers.csv")
     finished = run_peers(runs, time_limit, path, report_progress, interleave_lengths=interleave_lengths)
     plot_lengths(finished, figure := plot or path.with_suffix(".png"))
@@ -76,7 +89,7 @@ def single_head(
         list[str] | None, typer.Option("--operation", help="An operation of the table; repeatable. Default: all.")
     ] = None,
     workloads: Workloads = None,
-    lengths: Lengths = [4**power for power in range(5, 11)],  # noqa: B006
+    lengths: Lengths = HEAD_LENGTHS,
     time_limit: TimeLimit = 60.0,
     heads: Annotated[int, typer.Option(min=1, help="Heads, each with separate positions.")] = 1,
     dtype: Annotated[
@@ -88,7 +101,7 @@ def single_head(
     threads: Threads = 1,
     device: Device = "cpu",
 ) -> None:
-    """One head of flow attention, neighbour search included, and torch's causal attention over the length.
+    """One head of flow attention and of torch's causal attention. Workloads: forward, forward and backward.
 
     Example: dfn-hf bench single-head --length 4096 --length 16384 --workload forward
     """

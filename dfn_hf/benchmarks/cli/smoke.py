@@ -7,8 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import click
-
 from ..harness.environment import without_isolation
 from ..quality.ablations import VARIANTS
 from ..quality.byte_chunking import MODELS as BYTE_MODELS
@@ -17,7 +15,7 @@ from ..speed.peers import WORKLOADS as PEER_WORKLOADS
 from ..speed.seq2seq_speed import WORKLOADS as SEQ2SEQ_WORKLOADS
 from ..speed.single_head import WORKLOADS as SINGLE_HEAD_WORKLOADS
 from ..speed.throughput import WORKLOADS
-from .output import captured_output
+from .output import Command, captured_output
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ TABLES = (
 
 
 def run_smoke(
-    group: click.Command, tables: Sequence[SmokeTable] = TABLES, report: Callable[[str], None] = lambda line: None
+    group: Command, tables: Sequence[SmokeTable] = TABLES, report: Callable[[str], None] = lambda line: None
 ) -> list[str]:
     """Run benchmarks with minimal sizes and check the rows of their tables; times and peak memory are not meaningful.
 
@@ -118,7 +116,7 @@ def run_smoke(
     return lines
 
 
-def output_of(group: click.Command, command: str) -> str:
+def output_of(group: Command, command: str) -> str:
     """Return the output of a benchmark command that starts with an empty CSV file."""
     with tempfile.TemporaryDirectory() as folder, without_isolation():
         return captured_output(group, [*shlex.split(command), "--results", str(Path(folder) / "results.csv")])

@@ -150,7 +150,7 @@ def throughput(
     threads: Threads = 1,
     device: Device = "cpu",
 ) -> None:
-    """Forward pass, training step and decoding of models of equal size over the length.
+    """Models of equal size over the length. Workloads: forward, training, decoding.
 
     Example: dfn-hf bench speed --model flownetwork --model flow-transformer --model llama --workload training
     """
@@ -181,16 +181,17 @@ def seq2seq_speed(
     threads: Threads = 1,
     device: Device = "cpu",
 ) -> None:
-    """Encoder, teacher-forced decoder, both, training step and decoding of Liquid and a T5 over the length.
+    """Liquid and a T5 over the length. Workloads: encoder, decoder, joint, training, decoding.
 
     Example: dfn-hf bench seq2seq-speed --model liquid --workload encoder
     """
     from ..speed.seq2seq_speed import WORKLOADS, Seq2SeqSpeedSettings, run_seq2seq_speed
     from ..speed.throughput import speed_table
 
-    sizes = {"repeats": repeats, "threads": threads, "device": device}
     runs = [
-        Seq2SeqSpeedSettings(model=model, workload=workload, length=length, **sizes)
+        Seq2SeqSpeedSettings(
+            model=model, workload=workload, length=length, repeats=repeats, threads=threads, device=device
+        )
         for workload in workloads or WORKLOADS
         for length in lengths
         for model in models

@@ -54,10 +54,10 @@ def break_even(lengths: Sequence[int], first: Sequence[float], other: Sequence[f
         0 if `first` is faster at every length, None if it is slower at the last length.
     """
     advantage = [math.log(b / a) for a, b in zip(first, other, strict=True)]
-    behind = [place for place, value in enumerate(advantage) if value <= 0]
-    if not behind:
+    slower = [place for place, value in enumerate(advantage) if value <= 0]
+    if not slower:
         return 0.0
-    at = behind[-1]
+    at = slower[-1]
     if at == len(lengths) - 1:
         return None
     fraction = advantage[at] / (advantage[at] - advantage[at + 1])

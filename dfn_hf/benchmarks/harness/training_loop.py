@@ -62,11 +62,7 @@ def fit(
     """
     device = str(model.device)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
+    optimizer = _adamw(parameters, learning_rate, weight_decay)
     warmup_steps = round(WARMUP_RATIO * steps)
     decay_steps = round(decay_ratio * (steps - warmup_steps))
     scheduler = get_wsd_schedule(optimizer, warmup_steps, decay_steps, num_training_steps=steps)
@@ -99,3 +95,11 @@ def fit(
     if evaluate is not None:
         evaluate(steps)
     return FitResult(seconds=seconds, wall_seconds=wall_seconds, largest_gradient_norm=largest)
+
+
+def _adamw(parameters: list[torch.nn.Parameter], learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.95))
