@@ -32,8 +32,6 @@ IntermediateSize = Annotated[
 
 Lengths = Annotated[list[int], typer.Option("--length", min=1, help="Tokens; repeatable.")]
 Workloads = Annotated[list[str] | None, typer.Option("--workload", help="Workload; repeatable. Default: all.")]
-    list[str] | None, typer.Option("--workload", help="Workload of the benchmark; repeatable. Default: all.")
-]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed calls after a warm-up; the result is their median.")]
 TimeLimit = Annotated[float, typer.Option(min=0, help="Seconds; runs with a longer expected call are skipped.")]
 Plot = Annotated[Path | None, typer.Option(help="PNG file of the figure. Default: beside the CSV.")]
