@@ -1,7 +1,7 @@
-"""Writes a family's code beside its weights, so that a saved folder loads with `trust_remote_code=True`.
+"""Writes a family's code next to its weights, so that a saved folder loads with `trust_remote_code=True`.
 
-transformers loads remote code from flat files whose relative imports name files of the same folder. This module
-therefore merges the modules that a family imports, in dependency order, into at most three files:
+transformers loads remote code from the files of one folder; their relative imports may only name files of that folder.
+This module therefore merges the modules that a family imports, in dependency order, into at most three files:
 
 - `configuration_<family>.py`: the configuration and what it imports;
 - `<family>_kernels.py`: the modules of `ops/kernels`, with their C code as strings;
@@ -28,10 +28,10 @@ MARK = "# Generated from the modules of dfn_hf.modeling that are named below. Do
 
 
 class HubCodeMixin:
-    """Lets a configuration save the code of its family. It is the first base class of a configuration.
+    """Lets a configuration save the code of its family. It must be the first base class of the configuration.
 
-    `PreTrainedModel.save_pretrained`, `push_to_hub` and `Trainer` save the configuration too: one method serves all.
-    Merged files leave this class out: transformers copies the code of classes that it loaded from a saved folder.
+    `PreTrainedModel.save_pretrained`, `push_to_hub` and `Trainer` all save the configuration, so they all run this
+    method. Merged files omit this class: transformers itself copies the code of classes loaded from a saved folder.
 
     Attributes:
         when_created: called whenever a configuration is created, unpickled or copied.
@@ -50,7 +50,7 @@ class HubCodeMixin:
 
 
 def write_code(configuration_file: str, folder: Path) -> None:
-    """Write the merged files of the family of `configuration_file`; delete those that an earlier save has left."""
+    """Write the merged files of the family of `configuration_file`; delete merged files of earlier saves."""
     files = merged_files(Path(configuration_file))
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("*.py"):
@@ -62,7 +62,7 @@ def write_code(configuration_file: str, folder: Path) -> None:
 
 @cache
 def merged_files(configuration: Path) -> dict[str, str]:
-    """The merged files of a family, name → text, from the path of its configuration module."""
+    """Return the merged files, {file name: text}, of the family with this configuration module."""
     family = configuration.stem.removeprefix("configuration_")
     names = dict.fromkeys(closure([configuration]), configuration.name)
     for path in closure(sorted(configuration.parent.glob(f"modeling_{family}*.py"))):
@@ -73,7 +73,7 @@ def merged_files(configuration: Path) -> dict[str, str]:
 
 
 def closure(entries: Iterable[Path]) -> list[Path]:
-    """The modules that `entries` import, directly or not, dependencies first."""
+    """Return `entries` and the modules that they import, directly or indirectly, dependencies first."""
     ordered: dict[Path, None] = {}
 
     def visit(path: Path) -> None:
@@ -92,10 +92,10 @@ def closure(entries: Iterable[Path]) -> list[Path]:
 
 
 def relative_imports(path: Path) -> Iterator[tuple[ast.ImportFrom, Path]]:
-    """The statements `from .module import name` of a module, and the file that each imports from.
+    """Yield the statements `from .module import name` of a module, and the file that each imports from.
 
     Raises:
-        ValueError: an import in another form, which a merged file could not resolve.
+        ValueError: a relative import has another form, which a merged file could not resolve.
     """
     for node in ast.walk(parsed(path)):
         if not isinstance(node, ast.ImportFrom) or not node.level:
@@ -107,7 +107,7 @@ def relative_imports(path: Path) -> Iterator[tuple[ast.ImportFrom, Path]]:
 
 
 def merge(paths: list[Path], names: dict[Path, str]) -> str:
-    """The text of one merged file.
+    """Return the text of one merged file.
 
     Args:
         paths: its modules, dependencies first.
@@ -129,7 +129,7 @@ def blocks(parts: Iterable[str]) -> str:
 
 
 def needs_triton(path: Path) -> bool:
-    """Whether a module imports Triton, which it does inside a `try`."""
+    """Return whether a module imports Triton; such imports stand in a `try`."""
     return any(is_guarded_import(node) for node in parsed(path).body)
 
 
@@ -138,7 +138,7 @@ def is_guarded_import(node: ast.stmt) -> TypeGuard[ast.Try]:
 
 
 def imports_of(paths: list[Path], names: dict[Path, str], within_try: bool = False) -> str:
-    """The import statements at the top of a merged file, each once: standard library, packages, other merged files."""
+    """Return the imports of a merged file without duplicates: standard library, packages, other merged files."""
     modules: set[str] = set()
     members: dict[str, set[str]] = {}
     for path in paths:
@@ -167,13 +167,13 @@ def from_import(module: str, members: Iterable[str]) -> str:
 
 
 def import_order(module: str) -> tuple[int, str]:
-    """Standard library, then packages, then files of the folder."""
+    """Sort key: standard library, then packages, then files of the folder."""
     is_standard = module.partition(".")[0] in sys.stdlib_module_names
     return (0 if is_standard else 2 if module.startswith(".") else 1), module
 
 
 def body_of(path: Path, names: dict[Path, str]) -> str:
-    """A module without its imports and `__all__`, below a comment with its path."""
+    """Return a module without its imports and `__all__`, after a comment with its path."""
     lines = path.read_text(encoding="utf-8").splitlines()
     edits: list[tuple[ast.stmt, str]] = []
     for inner, target in relative_imports(path):
@@ -194,7 +194,7 @@ def body_of(path: Path, names: dict[Path, str]) -> str:
 
 
 def import_in_function(node: ast.ImportFrom, file: str) -> str:
-    """An import inside a function, from the merged file that holds the module."""
+    """Return an import inside a function, rewritten to import from the merged file that contains the module."""
     names = ", ".join(alias.name for alias in node.names)
     return f"{' ' * node.col_offset}from .{Path(file).stem} import {names}"
 
@@ -204,14 +204,14 @@ def is_export_list(node: ast.stmt) -> bool:
 
 
 def named_c_source(node: ast.Assign) -> str | None:
-    """The file name in `NAME = c_source("file.c")`, None for another assignment."""
+    """Return the file name in `NAME = c_source("file.c")`; None for another assignment."""
     if isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "c_source":
         return ast.literal_eval(node.value.args[0])
     return None
 
 
 def indented(text: str) -> str:
-    """`text` one level deeper; the lines inside multi-line strings stay as they are."""
+    """Indent `text` by four spaces, except the lines inside multi-line strings."""
     inside: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.STRING:

@@ -157,14 +157,14 @@ class ChunkMemory(nn.Module):
             aligned: number of entities before this call if equal in all rows, else None.
         """
         chunk_length = self.chunk_length
-        index = rows.positions
-        batch, length = index.shape
-        device = index.device
-        real = torch.ones_like(index, dtype=torch.bool)
+        positions = rows.positions
+        batch, length = positions.shape
+        device = positions.device
+        real = torch.ones_like(positions, dtype=torch.bool)
         if rows.lengths is not None:
             real = torch.arange(length, device=device) < rows.lengths[:, None]
         if rows.segment is None:
-            past = index[:, :1]
+            past = positions[:, :1]
             place = torch.arange(-history, length, device=device) + past
             chunk = torch.div(place, chunk_length, rounding_mode="floor") - past // chunk_length
             real = torch.cat([chunk[:, :history] == 0, real], dim=1)

@@ -56,7 +56,7 @@ def check_ids(input_ids: torch.Tensor, vocab_size: int, name: str) -> None:
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= vocab_size:
         raise ValueError(
-            f"{name} contains {low if low < 0 else high}, but `vocab_size` is {vocab_size}: "
+            f"{name} holds {low if low < 0 else high}, outside the vocabulary of {vocab_size} (`vocab_size`): "
             "use the tokenizer of this model."
         )
 

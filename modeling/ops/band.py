@@ -107,7 +107,7 @@ def to_dense(weights: torch.Tensor, index: torch.Tensor, num_entities: int) -> t
         num_entities: columns of the result.
     """
     width = weights.shape[-1]
-    places = index[..., None] - torch.arange(width - 1, -1, -1, device=index.device)
+    positions = index[..., None] - torch.arange(width - 1, -1, -1, device=index.device)
     dense = weights.new_zeros(*weights.shape[:3], num_entities)
-    places = places.clamp(0, num_entities - 1)[:, None].expand_as(weights)
-    return dense.scatter_add(-1, places, weights)
+    positions = positions.clamp(0, num_entities - 1)[:, None].expand_as(weights)
+    return dense.scatter_add(-1, positions, weights)

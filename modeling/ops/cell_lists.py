@@ -221,14 +221,14 @@ class CellLists:
         starts: int64 `[G, M, L]`, index in flattened `times` of each query's first candidate.
         filled: int64 `[G, M, L]`, number of candidates, the last ones, that lie in the query's cell.
         num_candidates: w.
-        places: positions of the entities, one tensor `[G L (w + M)]` per axis; None before `lay_out`.
+        positions: of the entities, one tensor `[G L (w + M)]` per axis; None before `lay_out`.
     """
 
     times: torch.Tensor
     starts: torch.Tensor
     filled: torch.Tensor
     num_candidates: int
-    places: list[torch.Tensor] | None = None
+    positions: list[torch.Tensor] | None = None
 
     @classmethod
     def empty(cls, rows: int, num_tables: int, num_queries: int, num_candidates: int, device: torch.device):
@@ -262,7 +262,7 @@ class CellLists:
         """Store the positions of the entities in list order; `positions` `[G, M, P]` are by time."""
         first = torch.arange(positions.shape[0], device=positions.device)[:, None, None] * positions.shape[1]
         order = (self.times + first).view(-1)
-        self.places = [axis.reshape(-1).index_select(0, order) for axis in positions.unbind(dim=-1)]
+        self.positions = [axis.reshape(-1).index_select(0, order) for axis in positions.unbind(dim=-1)]
 
     def read(self, queries: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (times of the candidates, oldest first, int32; whether each exists, bool), `[G, M', L w]`."""
@@ -270,9 +270,9 @@ class CellLists:
         exists = entry >= self.num_candidates - self.filled[:, queries, :, None]
         return self._windows(self.times, queries), exists.flatten(2)
 
-    def read_places(self, queries: slice) -> Iterator[torch.Tensor]:
+    def read_positions(self, queries: slice) -> Iterator[torch.Tensor]:
         """Yield the positions of the candidates, one tensor `[G, M', L w]` per axis."""
-        return (self._windows(axis, queries) for axis in self.places)
+        return (self._windows(axis, queries) for axis in self.positions)
 
     def _windows(self, lists: torch.Tensor, queries: slice) -> torch.Tensor:
         """Gather the candidates' entries of `lists` `[G, L, w + M]`, `[G, M', L w]`."""

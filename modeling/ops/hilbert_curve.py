@@ -36,25 +36,25 @@ class Box:
 
     @classmethod
     @torch.no_grad()
-    def around(cls, places: torch.Tensor, real: torch.Tensor) -> "Box":
-        """Return the bounding cube of points `places` `[B, M, c]`; `real`, bool `[B, M]`, is False at padding."""
-        places, padding = places.double(), ~real.unsqueeze(-1)
-        low = places.masked_fill(padding, torch.inf).amin(dim=1, keepdim=True)
-        high = places.masked_fill(padding, -torch.inf).amax(dim=1, keepdim=True)
+    def around(cls, points: torch.Tensor, real: torch.Tensor) -> "Box":
+        """Return the bounding cube of `points` `[B, M, c]`; `real`, bool `[B, M]`, is False at padding."""
+        points, padding = points.double(), ~real.unsqueeze(-1)
+        low = points.masked_fill(padding, torch.inf).amin(dim=1, keepdim=True)
+        high = points.masked_fill(padding, -torch.inf).amax(dim=1, keepdim=True)
         edge = (high - low).amax(dim=2, keepdim=True)
         return cls(low, torch.where(edge > 0, edge, 1))
 
     @torch.no_grad()
-    def keys(self, places: torch.Tensor, shift: float = 0.0) -> torch.Tensor:
+    def keys(self, points: torch.Tensor, shift: float = 0.0) -> torch.Tensor:
         """Return the position of points on the curve, int64 `[B, M]`.
 
         Args:
-            places: `[B, M, c]`. A point outside the box has the key of the nearest point inside.
+            points: `[B, M, c]`. A point outside the box has the key of the nearest point inside.
             shift: 0 for the curve of this box. Otherwise the curve of a box twice as large, shifted by this fraction
                 of the edge along every axis: points that one curve separates are close on another.
         """
-        bits = max(1, KEY_BITS // places.shape[-1])
-        inside = ((places.double() - self.low) / self.edge).clamp(0, 1)
+        bits = max(1, KEY_BITS // points.shape[-1])
+        inside = ((points.double() - self.low) / self.edge).clamp(0, 1)
         if shift:
             inside = (inside + shift) / 2
         return hilbert_keys((inside * 2**bits).long().clamp(max=2**bits - 1), bits)

@@ -310,7 +310,9 @@ def _search_cells_torch(
         times, visible = lists.read(part)
         ids = times + entering[:, :1, None].int()
         if chains is None:
-            squared = sum_of_squares(positions[..., p, None] - keys for p, keys in enumerate(lists.read_places(part)))
+            squared = sum_of_squares(
+                positions[..., p, None] - keys for p, keys in enumerate(lists.read_positions(part))
+            )
         else:
             ids = ids.long().masked_fill_(~visible, -1).unflatten(-1, (num_tables, -1)).transpose(1, 2).contiguous()
             chains.walk(ids, newest[..., part])

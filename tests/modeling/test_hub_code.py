@@ -1,4 +1,4 @@
-"""The merged files of each family: how many there are, what they define, and what a save leaves behind."""
+"""The merged files of each family: their number, their names, and the files in a saved folder."""
 
 import ast
 import os
@@ -29,7 +29,7 @@ def files_of(config) -> dict[str, str]:
 
 
 def defined_names(statements):
-    """Names that the top level of a file binds, as (name, statement)."""
+    """Yield the names that the top level of a file binds, as (name, statement)."""
     for node in statements:
         text = ast.unparse(node)
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
@@ -44,7 +44,7 @@ def defined_names(statements):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
-def test_each_family_has_at_most_three_files_and_no_name_twice(config):
+def test_each_family_has_at_most_three_files_and_unique_names(config):
     files = files_of(config)
     assert set(files) == FILES[config.model_type] and len(files) <= 3
     statements = {statement for text in files.values() for statement in defined_names(ast.parse(text).body)}
@@ -61,13 +61,13 @@ def test_each_part_names_its_source(config):
         assert hub_code.HubCodeMixin.__name__ not in text and "c_source(" not in text
 
 
-def test_c_code_travels_within_the_kernels_file():
+def test_kernels_file_contains_the_c_code():
     text = files_of(DFNConfig)["dfn_kernels.py"]
     for source in hub_code.KERNELS.glob("*.c"):
         assert source.read_text(encoding="utf-8") in text
 
 
-def test_a_configuration_opens_from_one_file(tmp_path):
+def test_a_configuration_loads_from_one_file(tmp_path):
     DFNConfig().save_pretrained(tmp_path)
     for path in tmp_path.glob("*.py"):
         if path.name != "configuration_dfn.py":
@@ -88,7 +88,7 @@ def test_kernels_file_imports_without_triton(tmp_path):
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
 
 
-def test_saving_another_family_leaves_no_orphans_and_keeps_foreign_files(tmp_path):
+def test_saving_another_family_deletes_merged_files_and_keeps_others(tmp_path):
     (tmp_path / "modeling_mine.py").write_text("mine = 1\n")
     DFNConfig().save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.glob("*.py")} == FILES["dfn"] | {"modeling_mine.py"}
@@ -98,7 +98,7 @@ def test_saving_another_family_leaves_no_orphans_and_keeps_foreign_files(tmp_pat
 
 
 def test_auto_map_entries_are_frozen():
-    """Saved folders name these classes: a change would break every folder on the Hub."""
+    """Saved folders refer to these classes, so a change would break every folder on the Hub."""
     assert DFNConfig().auto_map == {
         "AutoConfig": "configuration_dfn.DFNConfig",
         "AutoModel": "modeling_dfn.DFNModel",
@@ -134,12 +134,12 @@ def test_loaded_configuration_is_the_packages_own(tmp_path):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model_type)
-def test_what_transformers_guesses_from_source_is_the_same_in_a_saved_folder(config, tmp_path):
+def test_source_inspection_of_transformers_gives_the_same_in_a_saved_folder(config, tmp_path):
     from transformers import AutoModel
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     model_class = model_classes()[config][AutoModel]
     config().save_pretrained(tmp_path)
-    travelled = get_class_from_dynamic_module(config().auto_map["AutoModel"], str(tmp_path))
+    loaded = get_class_from_dynamic_module(config().auto_map["AutoModel"], str(tmp_path))
     for guess in ("_can_set_attn_implementation", "_can_set_experts_implementation"):
-        assert getattr(travelled, guess)() == getattr(model_class, guess)(), guess
+        assert getattr(loaded, guess)() == getattr(model_class, guess)(), guess

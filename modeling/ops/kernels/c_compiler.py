@@ -86,7 +86,7 @@ def library_folder() -> Path:
         PermissionError: another user owns the folder or can write to it.
     """
     base = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(base if os.path.isabs(base) else Path.home() / ".cache") / "dfn_hf" / "native"
+    folder = Path(base if os.path.isabs(base) else Path.home() / ".cache") / "dfn_hf" / "kernels"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     status = folder.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:

@@ -141,7 +141,7 @@ def test_state_is_detached_and_cannot_be_cropped():
     memory(x, rows, state)
     state.finish_forward()
     assert state.data("lstm").shape == (2, 2, 2, HIDDEN) and not state.data("lstm").requires_grad
-    with pytest.raises(ValueError, match="cannot be taken back"):
+    with pytest.raises(ValueError, match="cannot be cropped"):
         state.crop(-1)
 
 

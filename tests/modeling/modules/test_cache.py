@@ -1,4 +1,4 @@
-"""The state of a layer: every kind of tensor through growth, padding, crop, selection and offload."""
+"""The cache of a layer: every kind of state through growth, padding, crop, selection and offload."""
 
 import copy
 
@@ -7,7 +7,8 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, LlamaConfig
 
 from dfn_hf import DFNConfig
-from dfn_hf.modeling.modules.cache import FlowCacheLayer, GrowingState, ReplaceState, state_layers
+from dfn_hf.modeling.modules.cache import FlowCacheLayer, state_layers
+from dfn_hf.modeling.modules.cache_states import GrowingState, ReplaceState
 from dfn_hf.modeling.modules.row_layout import make_row_layout
 
 CPU = torch.device("cpu")
@@ -15,7 +16,7 @@ TAIL = 3
 
 
 class Recorder:
-    """A layer fed with numbered entities; `rows[b]` is what row b should hold."""
+    """A cache layer filled with numbered entities; `rows[b]` lists the expected entities of row b."""
 
     def __init__(self, batch):
         self.layer = FlowCacheLayer()
@@ -23,17 +24,17 @@ class Recorder:
         self.undone = []
 
     def call(self, mask):
-        """One call with a column mask `[batch][length]`; returns what `append` and `tail` return."""
+        """Make one call with a column mask `[batch][length]`; returns the results of `append` and `roll`."""
         layer, mask = self.layer, torch.tensor(mask).bool()
         batch, length = mask.shape
         layer.start_forward(batch, length, CPU)
         rows = make_row_layout(batch, length, CPU, mask=mask, past=layer.lengths, aligned_past=layer.aligned)
         layer.set_layout(rows)
         new = torch.zeros(batch, length, 2)
-        for row, held in enumerate(self.rows):
+        for row, entities in enumerate(self.rows):
             for step in range(int(mask[row].sum())):
-                new[row, step] = 100.0 * (row + 1) + len(held)
-                held.append(100.0 * (row + 1) + len(held))
+                new[row, step] = 100.0 * (row + 1) + len(entities)
+                entities.append(100.0 * (row + 1) + len(entities))
         layer.index_state("index", lambda: torch.zeros(batch, 4), self.undo).add_(1)
         appended, tail = layer.append("entities", new[:, None]), layer.roll("tail", new, TAIL)
         layer.finish_forward()
@@ -46,17 +47,17 @@ class Recorder:
     def crop(self, columns):
         before = self.layer.lengths
         self.layer.crop(-columns)
-        for held, count in zip(self.rows, (before - self.layer.lengths).tolist(), strict=True):
-            del held[len(held) - count :]
+        for entities, count in zip(self.rows, (before - self.layer.lengths).tolist(), strict=True):
+            del entities[len(entities) - count :]
 
     def check(self):
         layer = self.layer
-        assert layer.lengths.tolist() == [len(held) for held in self.rows]
+        assert layer.lengths.tolist() == [len(entities) for entities in self.rows]
         assert layer.get_seq_length() == layer.seq_length
         tail = layer.data("tail")
-        for row, held in enumerate(self.rows):
-            assert layer.data("entities")[row, 0, : len(held), 0].tolist() == held
-            expected = ([0.0] * TAIL + held)[-TAIL:]
+        for row, entities in enumerate(self.rows):
+            assert layer.data("entities")[row, 0, : len(entities), 0].tolist() == entities
+            expected = ([0.0] * TAIL + entities)[-TAIL:]
             assert tail[row, tail.shape[1] - TAIL :, 0].tolist() == expected
 
 
@@ -67,8 +68,8 @@ def ones(batch, length):
 CALLS = {
     "aligned": [ones(2, 4), ones(2, 1), ones(2, 1), ones(2, 7)],
     "left": [[[0, 0, 0, 1, 1], [1, 1, 1, 1, 1]], ones(2, 1), ones(2, 3)],
-    "right, then on": [[[1, 1, 0, 0], [1, 1, 1, 1]], ones(2, 2), [[1, 0, 0], [0, 0, 1]]],
-    "a row of nothing": [[[0, 0], [1, 1]], [[0], [1]], [[1], [1]]],
+    "right, then tokens": [[[1, 1, 0, 0], [1, 1, 1, 1]], ones(2, 2), [[1, 0, 0], [0, 0, 1]]],
+    "an empty row": [[[0, 0], [1, 1]], [[0], [1]], [[1], [1]]],
 }
 
 
@@ -79,18 +80,18 @@ def test_every_row_holds_its_own_entities(name, record):
     if record:
         recorder.layer.activate_past_recording()
     for mask in CALLS[name]:
-        before = [list(held) for held in recorder.rows]
+        before = [list(entities) for entities in recorder.rows]
         appended, tail = recorder.call(mask)
         recorder.check()
-        assert appended.shape[2] >= max(len(held) for held in recorder.rows)
+        assert appended.shape[2] >= max(len(entities) for entities in recorder.rows)
         assert tail.shape[1] == TAIL + len(mask[0])
-        for row, held in enumerate(before):
-            assert tail[row, :TAIL, 0].tolist() == ([0.0] * TAIL + held)[-TAIL:]
-            new = recorder.rows[row][len(held) :]
+        for row, entities in enumerate(before):
+            assert tail[row, :TAIL, 0].tolist() == ([0.0] * TAIL + entities)[-TAIL:]
+            new = recorder.rows[row][len(entities) :]
             assert tail[row, TAIL : TAIL + len(new), 0].tolist() == new
     assert recorder.layer.data("index")[0, 0] == len(CALLS[name])
-    held = recorder.layer.data("tail").shape[1]
-    assert held == (TAIL + recorder.layer.seq_length if record else TAIL)
+    entities = recorder.layer.data("tail").shape[1]
+    assert entities == (TAIL + recorder.layer.seq_length if record else TAIL)
 
 
 def test_get_mask_sizes_counts_columns():
@@ -108,10 +109,10 @@ def test_growth_copies_each_entry_a_bounded_number_of_times(lengths, monkeypatch
     reserve = GrowingState.reserve
 
     def counted(self, capacity):
-        held = self.data.shape[2]
+        before = self.data.shape[2]
         reserve(self, capacity)
-        if self.data.shape[2] != held:
-            copied.append(held)
+        if self.data.shape[2] != before:
+            copied.append(before)
 
     monkeypatch.setattr(GrowingState, "reserve", counted)
     layer = FlowCacheLayer()
@@ -122,20 +123,20 @@ def test_growth_copies_each_entry_a_bounded_number_of_times(lengths, monkeypatch
         layer.append("entities", torch.full((2, 1, 1, 1), float(step)))
         layer.finish_forward()
     assert sum(copied) <= 2 * len(lengths) and len(copied) <= 14
-    held = [step for step, counts in enumerate(lengths) if counts[0]]
-    assert layer.data("entities")[0, 0, : len(held), 0].tolist() == held
+    entities = [step for step, counts in enumerate(lengths) if counts[0]]
+    assert layer.data("entities")[0, 0, : len(entities), 0].tolist() == entities
 
 
-def test_append_keeps_the_gradient_of_what_is_new():
+def test_append_keeps_the_gradient_of_new_entries():
     layer = FlowCacheLayer()
     pieces = [torch.randn(2, 1, 3, 2, requires_grad=True) for _ in range(2)]
     for piece in pieces:
         layer.start_forward(2, 3, CPU)
         layer.set_layout(make_row_layout(2, 3, CPU, aligned_past=layer.aligned))
-        held = layer.append("entities", piece)
+        entities = layer.append("entities", piece)
         tail = layer.roll("tail", piece[:, 0], 2)
         layer.finish_forward()
-    (held.sum() + tail.sum()).backward()
+    (entities.sum() + tail.sum()).backward()
     assert pieces[0].grad is None
     assert torch.equal(pieces[1].grad, torch.full((2, 1, 3, 2), 2.0))
     assert not layer.data("entities").requires_grad and not layer.data("tail").requires_grad
@@ -146,14 +147,14 @@ def test_append_keeps_the_gradient_of_what_is_new():
 
 @pytest.mark.parametrize("removed", [0, 1, 2, 5, 9])
 @pytest.mark.parametrize("name", CALLS)
-def test_crop_takes_the_right_number_from_each_row(name, removed):
+def test_crop_removes_the_right_number_from_each_row(name, removed):
     recorder = Recorder(2)
     recorder.layer.activate_past_recording()
     for mask in CALLS[name]:
         recorder.call(mask)
     columns = recorder.layer.seq_length
     if removed > columns:
-        with pytest.raises(ValueError, match=rf"crop\(-{removed}\).*{columns} tokens"):
+        with pytest.raises(ValueError, match=rf"crop\(-{removed}\) removes more than the {columns} tokens"):
             recorder.layer.crop(-removed)
         recorder.check()
         return
@@ -164,7 +165,7 @@ def test_crop_takes_the_right_number_from_each_row(name, removed):
     real = torch.cat([torch.tensor(mask) for mask in CALLS[name]], dim=1)[:, : columns - removed].sum(dim=1).tolist()
     assert recorder.layer.lengths.tolist() == real
     assert recorder.undone == ([(lengths, real)] if removed else [])
-    # What was recorded for the crop is gone, and what comes is recorded again.
+    # The crop deletes the recorded inputs; later inputs are recorded again.
     assert recorder.layer.data("tail").shape[1] == TAIL
     recorder.call(ones(2, 3))
     recorder.crop(2)
@@ -173,7 +174,7 @@ def test_crop_takes_the_right_number_from_each_row(name, removed):
 
 
 @pytest.mark.parametrize("removed", [torch.tensor(-2), torch.tensor([-2])])
-def test_crop_takes_a_tensor_of_one_number(removed):
+def test_crop_accepts_a_tensor(removed):
     recorder = Recorder(1)
     recorder.layer.activate_past_recording()
     recorder.call(ones(1, 6))
@@ -189,14 +190,17 @@ def test_crop_of_an_unused_layer_does_nothing():
     assert layer.get_seq_length() == 0
 
 
-def test_crop_is_refused_whole():
+def test_refused_crop_changes_nothing():
     recorder = Recorder(2)
     recorder.call(ones(2, 9))
-    for removed, told in ((3, r"takes minus the number of tokens to remove, got 3"), (-10, r"crop\(-10\).*9 tokens")):
-        with pytest.raises(ValueError, match=told):
+    for removed, message in (
+        (3, r"takes the negative number of tokens to remove, got 3"),
+        (-10, r"crop\(-10\).*9 tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
             recorder.layer.crop(removed)
-    # The tail was not recorded: what comes before it in the layer must not have been cropped when it refuses.
-    with pytest.raises(ValueError, match=r"take back 0 tokens here, not 1: .*activate_past_recording"):
+    # The rolling state was not recorded: no other state may have been cropped before the error.
+    with pytest.raises(ValueError, match=r"at most 0 tokens from this cache, not 1: .*activate_past_recording"):
         recorder.layer.crop(-1)
     assert recorder.undone == [] and recorder.layer.seq_length == 9
     recorder.check()
@@ -212,7 +216,7 @@ def test_a_short_row_needs_no_recording():
     assert recorder.layer.lengths.tolist() == [1, 0]
 
 
-def test_a_tail_of_nothing_needs_no_recording():
+def test_rolling_state_of_size_zero_needs_no_recording():
     layer = FlowCacheLayer()
     layer.start_forward(1, 5, CPU)
     layer.set_layout(make_row_layout(1, 5, CPU))
@@ -223,12 +227,12 @@ def test_a_tail_of_nothing_needs_no_recording():
     assert layer.get_seq_length() == 2 and layer.data("tail").shape == (1, 0, 2)
 
 
-def test_fixed_state_is_selected_and_cannot_be_cropped():
+def test_replaced_state_is_selected_and_cannot_be_cropped():
     recorder = Recorder(2)
     recorder.layer.activate_past_recording()
     recorder.call(ones(2, 3))
     recorder.layer.states["fixed"] = ReplaceState(torch.tensor([[1.0], [2.0]]))
-    with pytest.raises(ValueError, match="cannot be taken back"):
+    with pytest.raises(ValueError, match="cannot be cropped"):
         recorder.layer.crop(-1)
     recorder.check()
     recorder.layer.batch_select_indices(torch.tensor([1]))
@@ -274,7 +278,7 @@ def test_changes_to_an_unused_layer_do_nothing():
     assert layer.get_seq_length() == 0
 
 
-def test_reset_forgets_everything_but_recording():
+def test_reset_keeps_recording():
     recorder = ragged()
     recorder.layer.activate_past_recording()
     recorder.layer.reset()
@@ -301,7 +305,7 @@ def test_a_copy_is_independent():
     copied = copy.deepcopy(recorder.layer)
     recorder.call(ones(2, 4))
     assert copied.get_seq_length() == 9
-    recorder.layer, recorder.rows = copied, [held[:-4] for held in recorder.rows]
+    recorder.layer, recorder.rows = copied, [entities[:-4] for entities in recorder.rows]
     recorder.check()
 
 
@@ -320,7 +324,7 @@ def test_the_batch_of_an_unused_layer_is_unknown():
         _ = FlowCacheLayer().batch_size
 
 
-def test_other_models_cannot_store_in_it():
+def test_other_models_cannot_use_the_layer():
     key = torch.zeros(1, 1, 1, 1)
     for store in (FlowCacheLayer().update, FlowCacheLayer().lazy_initialization):
         with pytest.raises(ValueError, match="flow model"):
@@ -340,11 +344,11 @@ LLAMA = LlamaConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2)
         DynamicCache(config=DFNConfig(num_hidden_layers=1)),
     ],
 )
-def test_what_cannot_hold_the_state_is_refused(cache):
+def test_unsuitable_caches_are_refused(cache):
     with pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"):
         state_layers(cache, 2)
 
 
-def test_the_layers_of_a_cache_made_for_the_model():
+def test_state_layers_of_a_suitable_cache():
     cache = DynamicCache(config=DFNConfig(num_hidden_layers=2))
     assert state_layers(cache, 2) == cache.layers

@@ -19,7 +19,7 @@ def conv(request):
 
 
 def convolved_alone(conv, x):
-    """`[length, channels]` of one segment → the same, by a padded nn.Conv1d."""
+    """Convolve one segment `[length, channels]` with a padded nn.Conv1d."""
     kernel = conv.kernel_size
     plain = nn.Conv1d(CHANNELS, CHANNELS, kernel, groups=CHANNELS, padding=kernel - 1, bias=False).double()
     plain.load_state_dict(conv.conv.state_dict())
@@ -40,7 +40,7 @@ def test_equals_a_left_padded_convolution(conv, length):
         assert torch.allclose(y[row], convolved_alone(conv, x[row]), atol=1e-12)
 
 
-def test_segments_are_convolved_each_alone(conv):
+def test_segments_are_convolved_separately(conv):
     segments = torch.tensor([[0, 0, 0, 1, 2, 2, 2, 2, 2, 3], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0]])
     x = draw(2, 10)
     y = conv(x, make_row_layout(2, 10, CPU, segment_ids=segments))
@@ -52,7 +52,7 @@ def test_segments_are_convolved_each_alone(conv):
 
 
 @pytest.mark.parametrize("counts_per_call", [[[1, 1]] * 9, [[4, 4], [5, 5]], [[3, 0], [0, 5], [1, 1], [5, 3]]])
-def test_state_goes_on_where_the_call_before_ended(conv, counts_per_call):
+def test_calls_with_a_cache_equal_one_call(conv, counts_per_call):
     x = draw(2, 9).detach()
     whole = conv(x, make_row_layout(2, 9, CPU))
     state, done = FlowCacheLayer(), [0, 0]

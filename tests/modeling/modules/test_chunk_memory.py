@@ -1,4 +1,4 @@
-"""The slots of the chunk memory against a loop over segments, chunks and entities."""
+"""The chunk memory against a loop over segments, chunks and entities."""
 
 import math
 
@@ -29,7 +29,7 @@ def draw(batch, length):
 
 
 def read_alone(memory, x):
-    """What each entity of one segment `[length, D]` reads, `[length, S, D]`, straight from the equations."""
+    """Return the slots that each entity of one segment `[length, D]` reads, `[length, S, D]`, from the equations."""
     decay = memory.decay_logit.sigmoid()
     slots, read = memory.initial_slots, []
     for start in range(0, len(x), memory.chunk_length):
@@ -44,10 +44,10 @@ def read_alone(memory, x):
 
 
 def read(memory, x, rows, state=None):
-    """What each entity reads, `[B, M, S, D]`."""
+    """Return the slots that each entity reads, `[B, M, S, D]`."""
     slots, layout = memory(x, rows, state)
     per_place = slots.flatten(2)[:, :, None].expand(-1, -1, memory.chunk_length, -1)
-    return layout.take(per_place).unflatten(-1, slots.shape[2:])
+    return layout.from_chunks(per_place).unflatten(-1, slots.shape[2:])
 
 
 def gradients(memory, x, outputs):
@@ -68,7 +68,7 @@ def test_equals_the_loop(chunk_length, length):
             assert one.any() and torch.allclose(one, other, **STRICT)
 
 
-def test_segments_are_read_as_if_alone():
+def test_segments_are_independent():
     memory, x = make_memory(4), draw(2, 30).requires_grad_()
     lengths = [[1, 4, 9, 5, 11], [12, 18]]
     segments = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths])
@@ -97,7 +97,7 @@ SPLITS = {
 
 
 class Feed:
-    """Rows of a memory fed call by call."""
+    """Feeds rows to a memory call by call."""
 
     def __init__(self, memory, x):
         self.memory, self.x, self.state = memory, x, FlowCacheLayer()
@@ -134,12 +134,12 @@ def test_any_split_reads_the_same(split, chunk_length):
 
 
 @pytest.mark.parametrize("removed", [1, 3, 4, 9, 20])
-def test_crop_opens_a_chunk_again(removed):
+def test_crop_reopens_a_chunk(removed):
     memory, x = make_memory(4), draw(2, 40)
     feed = Feed(memory, x)
     feed.state.activate_past_recording()
     feed([7, 7])
-    feed([13, 13], x=draw(2, 60)[:, 20:])  # other entities, to be taken back in part
+    feed([13, 13], x=draw(2, 60)[:, 20:])  # other entities, which the crop removes in part
     taken = torch.cat([x[:, :7], draw(2, 60)[:, 27:40]], dim=1)[:, : 20 - removed]
     feed.state.crop(-removed)
     feed.done = [20 - removed] * 2
@@ -150,13 +150,13 @@ def test_crop_opens_a_chunk_again(removed):
         assert torch.allclose(torch.cat([piece[row] for piece in found]), expected, **STRICT)
 
 
-def test_less_precision_is_pooled_in_float32():
+def test_half_precision_is_pooled_in_float32():
     memory = make_memory(4).float()
     slots, _ = memory(draw(1, 12).bfloat16(), make_row_layout(1, 12, CPU))
     assert slots.dtype == torch.float32
 
 
-def test_reset_gives_slots_that_differ_and_the_decay_asked_for():
+def test_reset_parameters():
     memory = ChunkMemory(FEATURES, SLOTS, 4, initial_decay=0.9)
     torch.manual_seed(0)
     memory.reset_parameters(std=0.02)
@@ -170,14 +170,14 @@ def test_scan_equals_the_recurrence(chunks):
     decays = torch.rand(2, chunks, SLOTS, 1, generator=generator, dtype=torch.float64)
     decays[:, chunks // 2] = 0
     inputs = torch.randn(2, chunks, SLOTS, FEATURES, generator=generator, dtype=torch.float64)
-    held, expected = torch.zeros(2, SLOTS, FEATURES, dtype=torch.float64), []
+    state, expected = torch.zeros(2, SLOTS, FEATURES, dtype=torch.float64), []
     for chunk in range(chunks):
-        held = decays[:, chunk] * held + inputs[:, chunk]
-        expected.append(held)
+        state = decays[:, chunk] * state + inputs[:, chunk]
+        expected.append(state)
     assert torch.allclose(ema_scan(decays, inputs), torch.stack(expected, dim=1), **STRICT)
 
 
-def test_mixing_equals_a_sum_per_entity():
+def test_mix_slots_equals_a_sum_per_entity():
     memory, heads = make_memory(4), 2
     segments = torch.tensor([[0] * 9 + [1] * 6, [0] * 15])
     rows = make_row_layout(2, 15, CPU, segment_ids=segments)

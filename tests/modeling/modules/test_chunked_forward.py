@@ -1,4 +1,4 @@
-"""Rows read span by span give what whole rows give: outputs, gradients, metrics and cache."""
+"""A forward pass in chunks equals one over whole rows: outputs, gradients, metrics and cache."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def make_model(**options) -> FlowNetworkForCausalLM:
     return FlowNetworkForCausalLM(FlowNetworkConfig(**{**sizes, **options})).double().eval()
 
 
-def set_spans(model, length: int) -> None:
+def set_forward_chunks(model, length: int) -> None:
     for layer in model.model.layers:
         layer.forward_chunk_length = length
 
@@ -50,58 +50,58 @@ VARIANTS = [{}, {"memory_size": 0}, {"flow_window": 1, "min_flow_window": 1}, {"
 
 @pytest.mark.parametrize("options", VARIANTS)
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("span", [6, 12, 30, 60])
-def test_outputs_gradients_and_metrics_are_those_of_whole_rows(options, padded, span):
+@pytest.mark.parametrize("size", [6, 12, 30, 60])
+def test_outputs_gradients_and_metrics(options, padded, size):
     model = make_model(**options)
     inputs = draw_input(padded)
     found = {}
-    for length in (WHOLE, span):
-        set_spans(model, length)
+    for length in (WHOLE, size):
+        set_forward_chunks(model, length)
         model.zero_grad()
         outputs = model(**inputs, use_cache=False)
         outputs.loss.backward()
         found[length] = outputs, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    (whole, whole_gradients), (spans, gradients) = found[WHOLE], found[span]
-    assert torch.allclose(spans.logits, whole.logits, **EXACT)
+    (whole, whole_gradients), (chunked, gradients) = found[WHOLE], found[size]
+    assert torch.allclose(chunked.logits, whole.logits, **EXACT)
     assert gradients.keys() == whole_gradients.keys()
     for name, gradient in gradients.items():
         assert torch.allclose(gradient, whole_gradients[name], **EXACT), name
     for name, value in whole.metrics.items():
-        assert torch.allclose(spans.metrics[name], value, rtol=1e-6, atol=0), name
+        assert torch.allclose(chunked.metrics[name], value, rtol=1e-6, atol=0), name
 
 
 @pytest.mark.parametrize("options", VARIANTS)
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("span", [6, 30])
+@pytest.mark.parametrize("size", [6, 30])
 @torch.no_grad()
-def test_a_cache_filled_in_spans_goes_on_as_one_filled_at_once(options, padded, span):
+def test_cache_filled_in_chunks(options, padded, size):
     model = make_model(**options)
     inputs = draw_input(padded)
     more = torch.randint(0, 50, (3, 70), generator=torch.Generator().manual_seed(2))
     logits = {}
-    for length in (WHOLE, span):
-        set_spans(model, length)
+    for length in (WHOLE, size):
+        set_forward_chunks(model, length)
         cache = DynamicCache(config=model.config)
         cache.activate_past_recording()
         first = model(**inputs, past_key_values=cache).logits
         assert cache.get_seq_length() == LENGTH
         cache.crop(-4)
-        second = model(more, past_key_values=cache).logits  # from the middle of a chunk on
+        second = model(more, past_key_values=cache).logits  # continues in the middle of a memory chunk
         assert cache.get_seq_length() == LENGTH - 4 + 70
         logits[length] = torch.cat([first, second], dim=1)
-    assert torch.allclose(logits[span], logits[WHOLE], **EXACT)
+    assert torch.allclose(logits[size], logits[WHOLE], **EXACT)
 
 
-def test_packed_rows_and_training_with_a_cache_are_read_whole():
+def test_packed_rows_and_training_with_a_cache_are_not_chunked():
     model = make_model()
     inputs = draw_input(padded=False)
     segments = torch.arange(LENGTH).div(25, rounding_mode="floor").expand(3, -1)
-    set_spans(model, WHOLE)
+    set_forward_chunks(model, WHOLE)
     packed = model(inputs["input_ids"], segment_ids=segments).logits
     model(**inputs, past_key_values=DynamicCache(config=model.config)).loss.backward()
     gradient = model.model.embed_tokens.weight.grad.clone()
     model.zero_grad()
-    set_spans(model, 6)
+    set_forward_chunks(model, 6)
     assert torch.equal(model(inputs["input_ids"], segment_ids=segments).logits, packed)
     model(**inputs, past_key_values=DynamicCache(config=model.config)).loss.backward()
     assert torch.equal(model.model.embed_tokens.weight.grad, gradient)
@@ -110,7 +110,7 @@ def test_packed_rows_and_training_with_a_cache_are_read_whole():
 def test_checkpointed_gradients_are_the_same():
     model = make_model().train()
     inputs = draw_input(padded=True)
-    set_spans(model, 12)
+    set_forward_chunks(model, 12)
     model(**inputs, use_cache=False).loss.backward()
     gradient = model.model.embed_tokens.weight.grad.clone()
     model.zero_grad()
@@ -119,16 +119,16 @@ def test_checkpointed_gradients_are_the_same():
     assert torch.allclose(model.model.embed_tokens.weight.grad, gradient, **EXACT)
 
 
-def test_spans_are_whole_chunks_and_leave_blocks_almost_full():
+def test_forward_chunk_length():
     assert forward_chunk_length(64, block=127) == 4032
     assert forward_chunk_length(7, block=40) % 7 == 0
     assert forward_chunk_length(10_000, block=127) == 10_000
     assert forward_chunk_length(64, block=10_000) == 64
 
 
-def test_a_long_row_is_read_in_spans_and_compiles_whole():
+def test_chunked_forward_compiles_into_one_graph():
     model = make_model().float()
-    set_spans(model, 30)
+    set_forward_chunks(model, 30)
     inputs = {"input_ids": draw_input(padded=False)["input_ids"], "use_cache": False}
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():

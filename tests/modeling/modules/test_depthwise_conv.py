@@ -1,4 +1,4 @@
-"""The depthwise convolution beside torch's."""
+"""The depthwise convolution against torch's."""
 
 import pytest
 import torch
@@ -20,10 +20,10 @@ def test_equals_the_convolution_of_torch(dtype, batch, length, kernel_size, monk
     torchs.load_state_dict(ours.state_dict())
     x = torch.randn(batch, 5, length).to(dtype)
     results = []
-    for conv, given in ((ours, x.clone().requires_grad_()), (torchs, x.double().requires_grad_())):
-        y = conv(given)
+    for conv, inputs in ((ours, x.clone().requires_grad_()), (torchs, x.double().requires_grad_())):
+        y = conv(inputs)
         (y.double() * torch.arange(y.numel()).view(y.shape).cos()).sum().backward()
-        results.append((y, given.grad, conv.weight.grad))
+        results.append((y, inputs.grad, conv.weight.grad))
     assert results[0][0].dtype == dtype
     for found, expected in zip(*results, strict=True):
         scale = expected.abs().max().clamp(min=1)

@@ -1,4 +1,4 @@
-"""Root mean square norm: its own gradient, and its dtypes."""
+"""RMSNorm: its backward pass and its dtypes."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from dfn_hf.modeling.modules.rms_norm import RMSNorm
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 7), (2, 3, 5, 8), (0, 4)])
-def test_it_is_the_rms_norm_of_torch_and_so_is_its_gradient(shape):
+def test_equals_torch_with_gradients(shape):
     torch.manual_seed(0)
     states = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     norm = RMSNorm(shape[-1], eps=1e-3).double()
@@ -25,7 +25,7 @@ def test_it_is_the_rms_norm_of_torch_and_so_is_its_gradient(shape):
         assert torch.allclose(one, other, rtol=0, atol=1e-12)
 
 
-def test_bf16_is_computed_in_fp32():
+def test_bfloat16_is_computed_in_float32():
     torch.manual_seed(0)
     norm = RMSNorm(16, eps=1e-6)
     torch.nn.init.normal_(norm.weight)
@@ -34,7 +34,7 @@ def test_bf16_is_computed_in_fp32():
     assert torch.equal(norm(states), expected)
 
 
-def test_the_gradient_is_the_same_where_backward_runs_under_autocast():
+def test_gradient_does_not_depend_on_autocast():
     torch.manual_seed(0)
     norm = RMSNorm(16, eps=1e-6)
     states, towards = torch.randn(4, 16, requires_grad=True), torch.randn(4, 16)

@@ -1,4 +1,4 @@
-"""Rows without holes: compact, scatter, index, reach."""
+"""Row layout: unpad, pad, positions and segment positions."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ MASKS = {
     "left": [[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]],
     "right": [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0]],
     "holes": [[1, 0, 1, 1, 0, 1], [0, 1, 0, 0, 1, 0]],
-    "a row of nothing": [[0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 1]],
+    "an empty row": [[0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 1]],
 }
 
 
@@ -25,7 +25,7 @@ def draw(*shape):
 
 
 @pytest.mark.parametrize("trailing", [(), (3,), (2, 3)])
-def test_rows_hold_the_real_entities_in_order_and_go_back(mask, trailing):
+def test_unpad_keeps_the_order_and_pad_undoes_it(mask, trailing):
     columns = draw(2, 6, *trailing)
     rows = make_row_layout(2, 6, CPU, mask=mask)
     compact = rows.unpad(columns)
@@ -38,7 +38,7 @@ def test_rows_hold_the_real_entities_in_order_and_go_back(mask, trailing):
     assert torch.equal(rows.pad(compact), expected)
 
 
-def test_what_is_padded_is_never_read(mask):
+def test_padding_is_never_read(mask):
     columns = draw(2, 6, 3)
     columns[~mask] = float("nan")
     columns.requires_grad_()
@@ -50,7 +50,7 @@ def test_what_is_padded_is_never_read(mask):
 
 
 @pytest.mark.parametrize("mask", [None, torch.ones(2, 6, dtype=torch.bool)])
-def test_without_padding_nothing_moves(mask):
+def test_unpad_without_padding_returns_its_input(mask):
     rows = make_row_layout(2, 6, CPU, mask=mask)
     assert rows.mask is None and rows.order is None and rows.lengths is None
     columns = draw(2, 6, 3)
@@ -59,7 +59,7 @@ def test_without_padding_nothing_moves(mask):
     assert torch.equal(rows.segment_positions, rows.positions)
 
 
-def test_index_goes_on_from_the_past(mask):
+def test_positions_continue_after_the_past(mask):
     aligned = make_row_layout(2, 6, CPU, mask=mask, aligned_past=4)
     assert aligned.positions.tolist() == [list(range(4, 10))] * 2
     ragged = make_row_layout(2, 6, CPU, mask=mask, past=torch.tensor([0, 7]), aligned_past=None)
@@ -68,7 +68,7 @@ def test_index_goes_on_from_the_past(mask):
         assert torch.equal(rows.segment_positions, rows.positions)
 
 
-def test_reach_ends_where_a_segment_starts():
+def test_segment_positions_restart_with_each_segment():
     segments = torch.tensor([[5, 5, 5, 2, 2, 9], [0, 1, 1, 1, 1, 0]])
     rows = make_row_layout(2, 6, CPU, segment_ids=segments)
     assert rows.mask is None
@@ -76,13 +76,13 @@ def test_reach_ends_where_a_segment_starts():
     assert rows.segment.tolist() == [[0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 2]]
 
 
-def test_negative_segments_and_the_mask_are_both_padding():
+def test_negative_segments_and_masked_columns_are_padding():
     segments = torch.tensor([[-1, 3, -1, 3, 4, 4], [1, 1, 2, -5, 2, 2]])
     mask = torch.tensor([[1, 1, 1, 1, 0, 1], [1, 1, 1, 1, 1, 1]]).bool()
     rows = make_row_layout(2, 6, CPU, mask=mask, segment_ids=segments)
     assert rows.mask.tolist() == [[False, True, False, True, False, True], [True, True, True, False, True, True]]
     assert rows.lengths.tolist() == [3, 5]
-    # What is left of a segment is in one piece again.
+    # Removing padding joins the parts of a segment.
     assert rows.segment_positions[0, :3].tolist() == [0, 1, 0] and rows.segment[0, :3].tolist() == [0, 0, 1]
     assert rows.segment_positions[1, :5].tolist() == [0, 1, 0, 1, 2] and rows.segment[1, :5].tolist() == [
         0,

@@ -1,4 +1,4 @@
-"""A cache of fixed shape gives what a growing one gives, from tensors that stay where they are."""
+"""A static cache equals a growing one, and its tensors keep their addresses."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ CALLS = (3, 17, 1, 1, 7, 1, 1, 1, 5, 1, 1, 1)  # 40 columns
 
 @pytest.fixture(params=["as on a CPU", "as on a GPU or compiled"], autouse=True)
 def form(request, monkeypatch):
-    """Steps in torch operations are tested on the CPU too, where they are taken in C."""
+    """Run decode steps both in C, as on a CPU, and in torch operations of fixed shape, as on a GPU."""
     if request.param == "as on a GPU or compiled":
         monkeypatch.setattr(
             dfn_attention,
@@ -32,13 +32,13 @@ def form(request, monkeypatch):
 
 
 def run(model, cache, ids, mask=None, calls=CALLS, **options):
-    """Outputs of `ids` `[batch, columns]`, call by call."""
+    """Return the outputs for `ids` `[batch, columns]`, call by call."""
     outputs, place = [], 0
     for length in calls:
         columns = slice(place, place + length)
-        given = None if mask is None else mask[:, columns]
+        call_mask = None if mask is None else mask[:, columns]
         with torch.no_grad():
-            outputs.append(model(ids[:, columns], attention_mask=given, past_key_values=cache, **options))
+            outputs.append(model(ids[:, columns], attention_mask=call_mask, past_key_values=cache, **options))
         place += length
     return outputs
 
@@ -72,7 +72,7 @@ def test_logits_neighbors_and_weights(seed, mask):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_generated_tokens(seed, prompt):
     model, ids = draw_model("dfn", seed), draw_ids(2, 20, seed)
-    given = {"attention_mask": prompt, "max_new_tokens": 12, "pad_token_id": 0}
+    options = {"attention_mask": prompt, "max_new_tokens": 12, "pad_token_id": 0}
     modes = (
         {"do_sample": False},
         {"do_sample": True},
@@ -83,11 +83,11 @@ def test_generated_tokens(seed, prompt):
         tokens = []
         for implementation in ("dynamic", "static"):
             torch.manual_seed(seed)
-            tokens.append(model.generate(ids, cache_implementation=implementation, **given, **mode))
+            tokens.append(model.generate(ids, cache_implementation=implementation, **options, **mode))
         assert torch.equal(*tokens), mode
 
 
-def test_tensors_keep_their_shape_and_place():
+def test_tensors_keep_shape_and_address():
     model, ids = draw_model("dfn", 5), draw_ids(2, 40, 5)
     cache = StaticCache(config=model.config, max_cache_len=50)
     run(model, cache, ids, calls=(3,))
@@ -101,7 +101,7 @@ def test_tensors_keep_their_shape_and_place():
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_reset_forgets_everything(seed):
+def test_reset(seed):
     model, ids = draw_model("dfn", seed), draw_ids(2, 40, seed)
     cache = StaticCache(config=model.config, max_cache_len=40)
     run(model, cache, draw_ids(2, 40, seed + 1), MASKS["holes"])
@@ -126,7 +126,7 @@ def test_rows_move_with_all_their_state(seed):
 
 
 @pytest.mark.parametrize("overrides", [{"num_neighbors": 0}, {"conv_kernel": 1}, {"local_window": 1}])
-def test_parts_that_are_turned_off(overrides):
+def test_disabled_mechanisms(overrides):
     model, ids = draw_model("dfn", 5, **overrides), draw_ids(2, 40, 5)
     expected = run(model, DynamicCache(config=model.config), ids, MASKS["holes"])
     fixed = run(model, StaticCache(config=model.config, max_cache_len=40), ids, MASKS["holes"])
@@ -147,7 +147,7 @@ def test_gradients(seed):
         assert gradient is None or torch.allclose(gradient, expected, atol=1e-9, rtol=1e-9)
 
 
-def test_what_does_not_fit_is_refused():
+def test_too_many_tokens_are_refused():
     model, ids = draw_model("dfn", 5), draw_ids(2, 40, 5)
     cache = StaticCache(config=model.config, max_cache_len=20)
     with pytest.raises(ValueError, match=r"max_cache_len is 20.*0 tokens and 21 more"):
@@ -159,7 +159,7 @@ def test_what_does_not_fit_is_refused():
     assert torch.equal(logits_of(run(model, cache, ids, calls=(18, 1, 1)))[:, :19], expected)
 
 
-def test_what_a_fixed_shape_rules_out_is_refused():
+def test_unsupported_operations_are_refused():
     model = draw_model("dfn", 5)
     cache = StaticCache(config=model.config, max_cache_len=20)
     run(model, cache, draw_ids(2, 8, 5), calls=(8,))
@@ -176,7 +176,7 @@ def test_what_a_fixed_shape_rules_out_is_refused():
 
 
 @pytest.mark.parametrize("family", ["dfn-adaptive", "flownetwork", "liquid"])
-def test_state_that_grows_as_it_likes_is_refused(family):
+def test_models_with_growing_state_are_refused(family):
     model, ids = make_small_model(family), torch.randint(3, 50, (1, 4))
     with pytest.raises(ValueError, match=r"'static' cannot hold.*\"dynamic\""):
         model.generate(ids, cache_implementation="static", max_new_tokens=2)

@@ -1,4 +1,4 @@
-"""Causal attention, full and over a window, against a loop over entities with its rotation written out."""
+"""Causal attention, full and windowed, against a loop over entities with an explicit rotation."""
 
 import math
 
@@ -36,7 +36,7 @@ def make_attention(window, heads="grouped", implementation="eager", dtype=torch.
 
 
 def angles(places, head_dim):
-    """Place · θ^(−2f / rotated) for the pairs (f, f + half) of a head: `[..., half]`, in float64."""
+    """Return position · θ^(−2f / rotated) for the feature pairs (f, f + half) of a head: float64 `[..., half]`."""
     half = head_dim // 2
     return places[..., None] * THETA ** -(torch.arange(half, dtype=torch.float64) / max(half, 1))
 
@@ -54,7 +54,7 @@ def attend(attention, u, rows=None, state=None, output_attentions=False):
 
 
 def turn(x, place):
-    """One head's features, its pairs turned by their angles; an odd last one stays."""
+    """Rotate the feature pairs of one head; an odd last feature is unchanged."""
     half = len(x) // 2
     first, second, rest = x.split([half, half, len(x) % 2])
     angle = angles(torch.tensor(place), len(x))
@@ -66,7 +66,7 @@ def normalised(norm, x):
 
 
 def attend_by_loop(attention, u, window):
-    """What the heads read `[M, hidden_size]` and weights `[H, M, M]` of one segment `[M, hidden_size]`."""
+    """Return (output `[M, hidden_size]`, weights `[H, M, M]`) of one segment `[M, hidden_size]`."""
     heads = attention.config.num_attention_heads
     query, key, value = (
         (u @ project.weight.T).unflatten(-1, (-1, attention.head_dim))
@@ -89,7 +89,7 @@ def attend_by_loop(attention, u, window):
 
 
 @pytest.mark.parametrize("heads", HEADS)
-def test_the_rotary_embedding_is_that_of_as_many_pairs_as_there_are(heads):
+def test_rotary_embedding(heads):
     attention, places = make_attention(None, heads), torch.tensor([[0, 1, 2, 300], [7, 0, 1, 40]])
     cos, sin = RotaryEmbedding(attention.config)(torch.zeros(2, 4, 1), places)
     turns = angles(places, attention.head_dim).repeat(1, 1, 2)
@@ -149,7 +149,7 @@ def test_sdpa_equals_eager_in_fp32(heads, window, packed):
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_asking_for_weights_changes_nothing_and_they_give_the_output(window):
+def test_returned_weights_reproduce_the_output(window):
     attention = make_attention(window, implementation="sdpa")
     u = draw(attention, 2, 13)
     with torch.no_grad():
@@ -162,7 +162,7 @@ def test_asking_for_weights_changes_nothing_and_they_give_the_output(window):
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-def test_segments_attend_as_if_alone(window):
+def test_segments_are_independent(window):
     attention = make_attention(window)
     u, lengths = draw(attention, 2, 30), [[1, 4, 9, 5, 11], [12, 18]]
     segments = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in lengths])
@@ -184,7 +184,7 @@ def test_segments_attend_as_if_alone(window):
 @pytest.mark.parametrize("sizes", [[1] * 13, [4, 1, 8]])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-def test_any_split_attends_the_same(sizes, window, implementation):
+def test_any_split_into_calls(sizes, window, implementation):
     attention = make_attention(window, implementation=implementation)
     u, state, pieces = draw(attention, 2, 13), FlowCacheLayer(), []
     with torch.no_grad():
@@ -205,7 +205,7 @@ def test_any_split_attends_the_same(sizes, window, implementation):
 
 
 @pytest.mark.parametrize("window", [5, None])
-def test_dropout_is_for_training(window):
+def test_dropout_applies_in_training_only(window):
     attention = make_attention(window)
     attention.config.attention_dropout = 0.5
     u = draw(attention, 2, 13)

@@ -24,7 +24,7 @@ def homeless():
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     compiled_library.cache_clear()
-    yield tmp_path / "dfn_hf" / "native"
+    yield tmp_path / "dfn_hf" / "kernels"
     compiled_library.cache_clear()
 
 
