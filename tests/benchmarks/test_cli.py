@@ -13,7 +13,7 @@ import sys
 sys.modules["dfn_hf_cli"] = sys  # the command line, in which the package does not import torch
 import dfn_hf.benchmarks.cli
 heavy = {"torch", "transformers", "numpy", "datasets", "matplotlib", "peft", "sacrebleu"} & set(sys.modules)
-sys.exit(", ".join(sorted(heavy)))
+sys.exit(", ".join(sorted(heavy)) or 0)
 """
 
 

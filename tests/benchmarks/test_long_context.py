@@ -15,7 +15,7 @@ from dfn_hf.benchmarks.datasets.token_windows import TokenWindows
 from dfn_hf.benchmarks.harness.results import ResultsFile
 from dfn_hf.benchmarks.quality import long_lm
 from dfn_hf.benchmarks.recall import retrieval
-from dfn_hf.data.packing import token_ids
+from dfn_hf.data.tokens import token_ids
 from dfn_hf.modeling.ops.cell_grid import geometric_cell_sizes
 
 DEPTHS, PAIRS = retrieval.DEPTHS, retrieval.PAIRS_PER_DEPTH
