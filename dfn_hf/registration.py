@@ -5,7 +5,7 @@ registered when the first configuration is created: no `AutoModel` looks for a c
 """
 
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -50,7 +50,7 @@ def register_models() -> None:
             auto_class.register(config, head, exist_ok=True)
 
 
-def model_classes() -> dict[type[PreTrainedConfig], dict[type, type["PreTrainedModel"]]]:
+def model_classes() -> dict[type[PreTrainedConfig], dict[Any, type["PreTrainedModel"]]]:
     """The model class of each `AutoModel` class, for every configuration."""
     from transformers import (
         AutoModel,

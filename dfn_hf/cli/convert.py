@@ -1,7 +1,7 @@
 """`dfn-hf convert`."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -55,7 +55,7 @@ def convert(
         "compression_ratio": compression_ratio,
         "dropout": dropout,
     }
-    settings = {name: value for name, value in named.items() if value is not None}
+    settings: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     settings |= parse_assignments("--config-override", config_override)
     check_source(source, start)
 

@@ -129,10 +129,10 @@ def translate(
     from ..evaluation.translation import translate as translate_texts
     from ..hub.loading import load_seq2seq_lm
 
-    pairs = None if texts else load_translation_pairs(data, source_field, target_field, split)
+    pairs: Any = None if texts else load_translation_pairs(data, source_field, target_field, split)
     loaded, tokenizer = load_seq2seq_lm(model)
     generation: dict[str, Any] = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
-    if pairs is None:
+    if texts:
         for text in translate_texts(loaded, tokenizer, texts, **generation):
             typer.echo(text)
         return

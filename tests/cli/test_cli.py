@@ -285,7 +285,8 @@ def test_notices_of_optional_packages_are_dropped_and_warnings_kept(caplog):
 
 def test_missing_extras_are_named():
     error = ModuleNotFoundError("No module named 'matplotlib.pyplot'", name="matplotlib.pyplot")
-    assert is_user_error(error) and one_line(error) == "this command needs matplotlib: pip install 'dfn-hf[plot]'"
+    assert is_user_error(error)
+    assert one_line(error) == "matplotlib is not installed: run pip install 'dfn-hf[plot]'"
     assert not is_user_error(ModuleNotFoundError("No module named 'dfn'", name="dfn"))
 
 
