@@ -1,4 +1,4 @@
-"""What `dfn-hf train` does with `--objective field` and `--objective contrastive`: from files to a saved model."""
+"""`dfn-hf train field` and `dfn-hf train contrastive` as functions: from files to a saved model."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -95,7 +95,7 @@ def learn_pairs(
     }
     for field in options:
         if field in fixed:
-            raise ValueError(f"{field} is the tokenizer's or the objective's: leave out --set {field}")
+            raise ValueError(f"{field} is the tokenizer's or the objective's: leave out --config-override {field}")
     if data is None:
         pairs, held_out = load_verses("train"), load_verses("validation")
     else:
