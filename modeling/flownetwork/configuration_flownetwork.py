@@ -87,15 +87,11 @@ class FlowNetworkConfig(HubCodeMixin, PreTrainedConfig):
         huggingface_hub.errors.StrictDataclassError: a field has the wrong type.
 
     Example:
-
-    ```python
-    >>> from dfn_hf import FlowNetworkConfig, FlowNetworkForCausalLM
-
-    >>> config = FlowNetworkConfig(hidden_size=64, num_hidden_layers=2)
-    >>> model = FlowNetworkForCausalLM(config)
-    >>> model.config.num_key_value_heads
-    4
-    ```
+        >>> from dfn_hf import FlowNetworkConfig, FlowNetworkForCausalLM
+        >>> config = FlowNetworkConfig(hidden_size=64, num_hidden_layers=2)
+        >>> model = FlowNetworkForCausalLM(config)
+        >>> model.config.num_key_value_heads
+        4
     """
 
     model_type = "flownetwork"

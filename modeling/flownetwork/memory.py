@@ -212,16 +212,12 @@ class FlowMemoryNetwork(MemoryBank):
         ValueError: a size is below 1, or `memory_bank_decay` is outside (0, 1).
 
     Example:
-
-    ```python
-    >>> import torch
-    >>> from dfn_hf import FlowMemoryNetwork
-
-    >>> memory = FlowMemoryNetwork(d_model=64, memory_size=16, num_memory_heads=4)
-    >>> out, metrics = memory(torch.randn(2, 10, 64))
-    >>> out.shape
-    torch.Size([2, 10, 64])
-    ```
+        >>> import torch
+        >>> from dfn_hf import FlowMemoryNetwork
+        >>> memory = FlowMemoryNetwork(d_model=64, memory_size=16, num_memory_heads=4)
+        >>> out, metrics = memory(torch.randn(2, 10, 64))
+        >>> out.shape
+        torch.Size([2, 10, 64])
     """
 
     def __init__(self, d_model: int, memory_size: int, num_memory_heads: int, memory_bank_decay: float = 0.99):

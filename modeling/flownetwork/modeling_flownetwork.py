@@ -408,16 +408,12 @@ class FlowNetworkForCausalLM(FlowGenerationMixin, FlowNetworkPreTrainedModel, Ge
     """FlowNetwork with a next-token head.
 
     Example:
-
-    ```python
-    >>> import torch
-    >>> from dfn_hf import FlowNetworkConfig, FlowNetworkForCausalLM
-
-    >>> model = FlowNetworkForCausalLM(FlowNetworkConfig(vocab_size=100, hidden_size=64, num_hidden_layers=2))
-    >>> input_ids = torch.randint(100, (2, 10))
-    >>> model(input_ids, labels=input_ids).logits.shape
-    torch.Size([2, 10, 100])
-    ```
+        >>> import torch
+        >>> from dfn_hf import FlowNetworkConfig, FlowNetworkForCausalLM
+        >>> model = FlowNetworkForCausalLM(FlowNetworkConfig(vocab_size=100, hidden_size=64, num_hidden_layers=2))
+        >>> input_ids = torch.randint(100, (2, 10))
+        >>> model(input_ids, labels=input_ids).logits.shape
+        torch.Size([2, 10, 100])
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}

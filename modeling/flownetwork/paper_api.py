@@ -52,16 +52,12 @@ class EnhancedFlowLayer(nn.Module):
         ValueError: a size is below 1, or a value is out of range.
 
     Example:
-
-    ```python
-    >>> import torch
-    >>> from dfn_hf import EnhancedFlowLayer
-
-    >>> layer = EnhancedFlowLayer(input_dim=32, output_dim=64)
-    >>> out, metrics = layer(torch.randn(2, 10, 32))
-    >>> out.shape
-    torch.Size([2, 10, 64])
-    ```
+        >>> import torch
+        >>> from dfn_hf import EnhancedFlowLayer
+        >>> layer = EnhancedFlowLayer(input_dim=32, output_dim=64)
+        >>> out, metrics = layer(torch.randn(2, 10, 32))
+        >>> out.shape
+        torch.Size([2, 10, 64])
     """
 
     def __init__(
@@ -138,16 +134,12 @@ class FlowNetwork(nn.Module):
         ValueError: a size is below 1, or a value is out of range.
 
     Example:
-
-    ```python
-    >>> import torch
-    >>> from dfn_hf import FlowNetwork
-
-    >>> model = FlowNetwork(vocab_size=100, d_model=64, num_layers=2)
-    >>> logits, metrics = model(torch.randint(100, (2, 10)))
-    >>> logits.shape
-    torch.Size([2, 10, 100])
-    ```
+        >>> import torch
+        >>> from dfn_hf import FlowNetwork
+        >>> model = FlowNetwork(vocab_size=100, d_model=64, num_layers=2)
+        >>> logits, metrics = model(torch.randint(100, (2, 10)))
+        >>> logits.shape
+        torch.Size([2, 10, 100])
     """
 
     block_type = "enhanced_flow"

@@ -118,17 +118,13 @@ class FlowLayer(nn.Module):
         ValueError: a size is below 1, or `base_sparsity` is outside (0, 1].
 
     Example:
-
-    ```python
-    >>> import torch
-    >>> from dfn_hf import FlowLayer
-
-    >>> layer = FlowLayer(input_dim=64, output_dim=64, num_patterns=8)
-    >>> x = torch.randn(2, 10, 64)
-    >>> flow, metrics = layer(x)
-    >>> flow.shape, layer.apply(flow, x).shape
-    (torch.Size([2, 10, 10]), torch.Size([2, 10, 64]))
-    ```
+        >>> import torch
+        >>> from dfn_hf import FlowLayer
+        >>> layer = FlowLayer(input_dim=64, output_dim=64, num_patterns=8)
+        >>> x = torch.randn(2, 10, 64)
+        >>> flow, metrics = layer(x)
+        >>> flow.shape, layer.apply(flow, x).shape
+        (torch.Size([2, 10, 10]), torch.Size([2, 10, 64]))
     """
 
     def __init__(
@@ -366,16 +362,12 @@ class ContextAwareFlowRouter(nn.Module):
         ValueError: a size is below 1, `min_flow_window` exceeds `flow_window`, or `base_sparsity` is outside (0, 1].
 
     Example:
-
-    ```python
-    >>> import torch
-    >>> from dfn_hf import ContextAwareFlowRouter
-
-    >>> router = ContextAwareFlowRouter(input_dim=64, flow_window=32)
-    >>> window, fraction = router(torch.randn(2, 10, 64))
-    >>> window.shape, fraction.shape
-    (torch.Size([2, 10]), torch.Size([2, 10]))
-    ```
+        >>> import torch
+        >>> from dfn_hf import ContextAwareFlowRouter
+        >>> router = ContextAwareFlowRouter(input_dim=64, flow_window=32)
+        >>> window, fraction = router(torch.randn(2, 10, 64))
+        >>> window.shape, fraction.shape
+        (torch.Size([2, 10]), torch.Size([2, 10]))
     """
 
     def __init__(

@@ -19,15 +19,17 @@ class EnhancedLocalAttentionWithGQA(nn.Module):
         two_sided: whether to attend to both sides, as the encoder does; otherwise the attention is causal.
 
     Example:
-
-    ```python
-    >>> import torch
-    >>> from dfn_hf import LiquidConfig, LiquidModel
-
-    >>> model = LiquidModel(LiquidConfig(hidden_size=64, num_hidden_layers=1))
-    >>> model.encoder.layers[0].attention.o_proj.weight.shape
-    torch.Size([64, 64])
-    ```
+        >>> import torch
+        >>> from dfn_hf import EnhancedLocalAttentionWithGQA, LiquidConfig
+        >>> from dfn_hf.modeling.modules.row_layout import make_row_layout
+        >>> from dfn_hf.modeling.modules.windowed_attention import RotaryEmbedding
+        >>> config = LiquidConfig(hidden_size=64, attn_implementation="sdpa")
+        >>> attention = EnhancedLocalAttentionWithGQA(config, two_sided=False)
+        >>> x, rows = torch.randn(2, 10, 64), make_row_layout(2, 10, torch.device("cpu"))
+        >>> rotary = RotaryEmbedding(config)(x, rows.positions)
+        >>> y, weights = attention(x, rotary, rows, None, output_attentions=False)
+        >>> y.shape
+        torch.Size([2, 10, 64])
     """
 
     def __init__(self, config, two_sided: bool):

@@ -83,15 +83,11 @@ class LiquidConfig(HubCodeMixin, PreTrainedConfig):
         huggingface_hub.errors.StrictDataclassError: a field has the wrong type.
 
     Example:
-
-    ```python
-    >>> from dfn_hf import LiquidConfig, LiquidForSeq2SeqLM
-
-    >>> config = LiquidConfig(hidden_size=64, num_hidden_layers=2, num_experts=2)
-    >>> model = LiquidForSeq2SeqLM(config)
-    >>> model.config.num_decoder_layers
-    2
-    ```
+        >>> from dfn_hf import LiquidConfig, LiquidForSeq2SeqLM
+        >>> config = LiquidConfig(hidden_size=64, num_hidden_layers=2, num_experts=2)
+        >>> model = LiquidForSeq2SeqLM(config)
+        >>> model.config.num_decoder_layers
+        2
     """
 
     model_type = "liquid"

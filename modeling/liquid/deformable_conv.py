@@ -32,17 +32,13 @@ class DeformableConv1d(nn.Module):
         causal: whether taps lie at the entity and before it only.
 
     Example:
-
-    ```python
-    >>> import torch
-    >>> from dfn_hf import DeformableConv1d
-    >>> from dfn_hf.modeling.modules.row_layout import make_row_layout
-
-    >>> conv = DeformableConv1d(in_channels=8, out_channels=16, kernel_size=3)
-    >>> x = torch.randn(2, 10, 8)
-    >>> conv(x, make_row_layout(2, 10, x.device)).shape
-    torch.Size([2, 10, 16])
-    ```
+        >>> import torch
+        >>> from dfn_hf import DeformableConv1d
+        >>> from dfn_hf.modeling.modules.row_layout import make_row_layout
+        >>> conv = DeformableConv1d(in_channels=8, out_channels=16, kernel_size=3)
+        >>> x = torch.randn(2, 10, 8)
+        >>> conv(x, make_row_layout(2, 10, x.device)).shape
+        torch.Size([2, 10, 16])
     """
 
     def __init__(
@@ -144,17 +140,13 @@ class OptimizedGatedConvolution(nn.Module):
         norm_eps: epsilon of the LayerNorm.
 
     Example:
-
-    ```python
-    >>> import torch
-    >>> from dfn_hf import OptimizedGatedConvolution
-    >>> from dfn_hf.modeling.modules.row_layout import make_row_layout
-
-    >>> conv = OptimizedGatedConvolution(channels=8, kernel_size=3, causal=True)
-    >>> x = torch.randn(2, 10, 8)
-    >>> conv(x, make_row_layout(2, 10, x.device)).shape
-    torch.Size([2, 10, 8])
-    ```
+        >>> import torch
+        >>> from dfn_hf import OptimizedGatedConvolution
+        >>> from dfn_hf.modeling.modules.row_layout import make_row_layout
+        >>> conv = OptimizedGatedConvolution(channels=8, kernel_size=3, causal=True)
+        >>> x = torch.randn(2, 10, 8)
+        >>> conv(x, make_row_layout(2, 10, x.device)).shape
+        torch.Size([2, 10, 8])
     """
 
     def __init__(

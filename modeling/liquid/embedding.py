@@ -41,18 +41,14 @@ class EnhancedLiquidEmbedding(nn.Module):
         config: `LiquidConfig`.
 
     Example:
-
-    ```python
-    >>> import torch
-    >>> from dfn_hf import EnhancedLiquidEmbedding, LiquidConfig
-    >>> from dfn_hf.modeling.modules.row_layout import make_row_layout
-
-    >>> embedding = EnhancedLiquidEmbedding(LiquidConfig(hidden_size=32))
-    >>> x = torch.randn(2, 10, 32)
-    >>> out, compression = embedding(x, make_row_layout(2, 10, x.device))
-    >>> out.shape
-    torch.Size([2, 10, 32])
-    ```
+        >>> import torch
+        >>> from dfn_hf import EnhancedLiquidEmbedding, LiquidConfig
+        >>> from dfn_hf.modeling.modules.row_layout import make_row_layout
+        >>> embedding = EnhancedLiquidEmbedding(LiquidConfig(hidden_size=32))
+        >>> x = torch.randn(2, 10, 32)
+        >>> out, compression = embedding(x, make_row_layout(2, 10, x.device))
+        >>> out.shape
+        torch.Size([2, 10, 32])
     """
 
     causal = False

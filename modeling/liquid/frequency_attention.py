@@ -62,16 +62,12 @@ class FrequencyHyenaAttention(nn.Module):
         norm_eps: epsilon of the LayerNorms.
 
     Example:
-
-    ```python
-    >>> import torch
-    >>> from dfn_hf import FrequencyHyenaAttention
-
-    >>> attention = FrequencyHyenaAttention(size=32, frame_length=16, num_heads=4)
-    >>> frames = torch.randn(2, 3, 16, 32)
-    >>> attention.project(attention(frames)).shape
-    torch.Size([2, 3, 16, 32])
-    ```
+        >>> import torch
+        >>> from dfn_hf import FrequencyHyenaAttention
+        >>> attention = FrequencyHyenaAttention(size=32, frame_length=16, num_heads=4)
+        >>> frames = torch.randn(2, 3, 16, 32)
+        >>> attention.project(attention(frames)).shape
+        torch.Size([2, 3, 16, 32])
     """
 
     def __init__(self, size: int, frame_length: int, num_heads: int, dropout: float = 0.0, norm_eps: float = 1e-5):

@@ -20,17 +20,13 @@ class EnhancedLSTM(nn.Module):
         dropout: dropout rate on the output.
 
     Example:
-
-    ```python
-    >>> import torch
-    >>> from dfn_hf import EnhancedLSTM
-    >>> from dfn_hf.modeling.modules.row_layout import make_row_layout
-
-    >>> lstm = EnhancedLSTM(size=8, hidden_size=16, num_layers=1)
-    >>> x = torch.randn(2, 10, 8)
-    >>> lstm(x, make_row_layout(2, 10, x.device)).shape
-    torch.Size([2, 10, 8])
-    ```
+        >>> import torch
+        >>> from dfn_hf import EnhancedLSTM
+        >>> from dfn_hf.modeling.modules.row_layout import make_row_layout
+        >>> lstm = EnhancedLSTM(size=8, hidden_size=16, num_layers=1)
+        >>> x = torch.randn(2, 10, 8)
+        >>> lstm(x, make_row_layout(2, 10, x.device)).shape
+        torch.Size([2, 10, 8])
     """
 
     def __init__(self, size: int, hidden_size: int, num_layers: int, dropout: float = 0.0):

@@ -80,18 +80,14 @@ class MoELayer(nn.Module):
             `max_expert_load` θ, `router_entropy_coef`, `router_aux_loss_coef`.
 
     Example:
-
-    ```python
-    >>> import torch
-    >>> from dfn_hf import LiquidConfig, MoELayer
-    >>> from dfn_hf.modeling.modules.row_layout import make_row_layout
-
-    >>> moe = MoELayer(LiquidConfig(hidden_size=32, num_experts=2))
-    >>> x = torch.randn(2, 10, 32)
-    >>> y, router_loss, routing = moe(x, make_row_layout(2, 10, x.device))
-    >>> y.shape, router_loss.shape
-    (torch.Size([2, 10, 32]), torch.Size([2]))
-    ```
+        >>> import torch
+        >>> from dfn_hf import LiquidConfig, MoELayer
+        >>> from dfn_hf.modeling.modules.row_layout import make_row_layout
+        >>> moe = MoELayer(LiquidConfig(hidden_size=32, num_experts=2))
+        >>> x = torch.randn(2, 10, 32)
+        >>> y, router_loss, routing = moe(x, make_row_layout(2, 10, x.device))
+        >>> y.shape, router_loss.shape
+        (torch.Size([2, 10, 32]), torch.Size([2]))
     """
 
     def __init__(self, config):

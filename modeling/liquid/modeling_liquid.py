@@ -286,16 +286,12 @@ class LiquidModel(EncoderEmbeddingMixin, LiquidPreTrainedModel):
     """Liquid encoder-decoder without a head; the decoder uses the encoder's token embedding.
 
     Example:
-
-    ```python
-    >>> import torch
-    >>> from dfn_hf import LiquidConfig, LiquidModel
-
-    >>> model = LiquidModel(LiquidConfig(vocab_size=100, hidden_size=64, num_hidden_layers=1))
-    >>> source, target = torch.randint(100, (2, 12)), torch.randint(100, (2, 5))
-    >>> model(input_ids=source, decoder_input_ids=target).last_hidden_state.shape
-    torch.Size([2, 5, 64])
-    ```
+        >>> import torch
+        >>> from dfn_hf import LiquidConfig, LiquidModel
+        >>> model = LiquidModel(LiquidConfig(vocab_size=100, hidden_size=64, num_hidden_layers=1))
+        >>> source, target = torch.randint(100, (2, 12)), torch.randint(100, (2, 5))
+        >>> model(input_ids=source, decoder_input_ids=target).last_hidden_state.shape
+        torch.Size([2, 5, 64])
     """
 
     def __init__(self, config: LiquidConfig):
@@ -464,16 +460,12 @@ class LiquidForSeq2SeqLM(FlowGenerationMixin, LiquidPreTrainedModel, GenerationM
     """Liquid with a next-token head on the decoder.
 
     Example:
-
-    ```python
-    >>> import torch
-    >>> from dfn_hf import LiquidConfig, LiquidForSeq2SeqLM
-
-    >>> model = LiquidForSeq2SeqLM(LiquidConfig(vocab_size=100, hidden_size=64, num_hidden_layers=1))
-    >>> source, target = torch.randint(100, (2, 12)), torch.randint(100, (2, 5))
-    >>> model(input_ids=source, labels=target).logits.shape
-    torch.Size([2, 5, 100])
-    ```
+        >>> import torch
+        >>> from dfn_hf import LiquidConfig, LiquidForSeq2SeqLM
+        >>> model = LiquidForSeq2SeqLM(LiquidConfig(vocab_size=100, hidden_size=64, num_hidden_layers=1))
+        >>> source, target = torch.randint(100, (2, 12)), torch.randint(100, (2, 5))
+        >>> model(input_ids=source, labels=target).logits.shape
+        torch.Size([2, 5, 100])
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}

@@ -37,14 +37,10 @@ class DFNNativeConfig(HubCodeMixin, PreTrainedConfig):
         ValueError: a field is out of range; the message names it.
 
     Example:
-
-    ```python
-    >>> from dfn_hf import DFNNativeConfig, DFNNativeModel
-
-    >>> model = DFNNativeModel(DFNNativeConfig(input_dim=16, entity_dim=32, num_layers=1))
-    >>> model.config.hidden_size
-    32
-    ```
+        >>> from dfn_hf import DFNNativeConfig, DFNNativeModel
+        >>> model = DFNNativeModel(DFNNativeConfig(input_dim=16, entity_dim=32, num_layers=1))
+        >>> model.config.hidden_size
+        32
     """
 
     model_type = "dfn_native"

@@ -40,14 +40,10 @@ class FlowNetworkNativeConfig(HubCodeMixin, PreTrainedConfig):
         ValueError: a field is out of range; the message names it.
 
     Example:
-
-    ```python
-    >>> from dfn_hf import FlowNetworkNativeConfig, FlowNetworkNativeModel
-
-    >>> model = FlowNetworkNativeModel(FlowNetworkNativeConfig(version="F5", d_model=16, num_layers=1))
-    >>> model.config.hidden_size
-    16
-    ```
+        >>> from dfn_hf import FlowNetworkNativeConfig, FlowNetworkNativeModel
+        >>> model = FlowNetworkNativeModel(FlowNetworkNativeConfig(version="F5", d_model=16, num_layers=1))
+        >>> model.config.hidden_size
+        16
     """
 
     model_type = "flownetwork_native"

@@ -41,14 +41,10 @@ class LiquidNativeConfig(HubCodeMixin, PreTrainedConfig):
         ValueError: a field is out of range, or fields contradict each other; the message names them.
 
     Example:
-
-    ```python
-    >>> from dfn_hf import LiquidNativeConfig, LiquidNativeModel
-
-    >>> config = LiquidNativeConfig(embed_dim=16, num_encoder_layers=1, num_decoder_layers=1, vocab_size=100)
-    >>> LiquidNativeModel(config).config.hidden_size
-    16
-    ```
+        >>> from dfn_hf import LiquidNativeConfig, LiquidNativeModel
+        >>> config = LiquidNativeConfig(embed_dim=16, num_encoder_layers=1, num_decoder_layers=1, vocab_size=100)
+        >>> LiquidNativeModel(config).config.hidden_size
+        16
     """
 
     model_type = "liquid_native"

@@ -36,10 +36,10 @@ def rows_of(x, mask=None):
 def written_by_loop(bank, entities):
     """Return the slots after an update with `entities` `[number, D]`, from the equation."""
     slots = []
-    shares = [(4 * bank @ entity / math.sqrt(FEATURES)).softmax(dim=0) for entity in entities]
+    assignments = [(4 * bank @ entity / math.sqrt(FEATURES)).softmax(dim=0) for entity in entities]
     for j in range(len(bank)):
-        total = sum(share[j] * entity for share, entity in zip(shares, entities, strict=True))
-        mean = total / sum(share[j] for share in shares)
+        total = sum(assignment[j] * entity for assignment, entity in zip(assignments, entities, strict=True))
+        mean = total / sum(assignment[j] for assignment in assignments)
         slots.append(DECAY * bank[j] + (1 - DECAY) * mean)
     return torch.stack(slots)
 
@@ -205,11 +205,11 @@ def held_by_loop(memory, x):
     for start in range(0, len(x), memory.chunk_length):
         chunk = x[start : start + memory.chunk_length]
         seen += [slots] * len(chunk)
-        shares = [(memory.pooling_query @ entity / math.sqrt(FEATURES)).softmax(dim=0) for entity in chunk]
+        assignments = [(memory.pooling_query @ entity / math.sqrt(FEATURES)).softmax(dim=0) for entity in chunk]
         moved = []
         for j in range(SLOTS):
-            mass = sum(share[j] for share in shares)
-            mean = sum(share[j] * entity for share, entity in zip(shares, chunk, strict=True)) / mass
+            mass = sum(assignment[j] for assignment in assignments)
+            mean = sum(assignment[j] * entity for assignment, entity in zip(assignments, chunk, strict=True)) / mass
             kept = memory.decay_logit[j].sigmoid() ** (mass * SLOTS / memory.chunk_length)
             moved.append(kept * slots[j] + (1 - kept) * mean)
         slots = torch.stack(moved)

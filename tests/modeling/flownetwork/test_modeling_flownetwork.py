@@ -180,8 +180,8 @@ def train_step(model, ids, **inputs):
 def expected_bank(model, states):
     """Return the bank after an update with final states `[number, D]`, from the equation."""
     bank, decay = bank_of(model), model.config.memory_bank_decay
-    shares = (4 * states @ bank.T / math.sqrt(states.shape[-1])).softmax(dim=-1)
-    return decay * bank + (1 - decay) * (shares.T @ states) / shares.sum(dim=0)[:, None]
+    assignment = (4 * states @ bank.T / math.sqrt(states.shape[-1])).softmax(dim=-1)
+    return decay * bank + (1 - decay) * (assignment.T @ states) / assignment.sum(dim=0)[:, None]
 
 
 @block_types

@@ -262,8 +262,8 @@ def test_dropout_is_active_in_training_only():
         ),
         ({"memory_size": -1}, "`memory_size` must be finite and not negative, got -1"),
         *(
-            ({"base_sparsity": share}, rf"`base_sparsity` must lie in \(0, 1\], got {share}")
-            for share in (0.0, -0.1, 1.1, float("nan"))
+            ({"base_sparsity": fraction}, rf"`base_sparsity` must lie in \(0, 1\], got {fraction}")
+            for fraction in (0.0, -0.1, 1.1, float("nan"))
         ),
         ({"dropout": 1.0}, r"dropout` must lie in \[0, 1\), got 1.0"),
     ],

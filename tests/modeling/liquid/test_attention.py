@@ -124,16 +124,16 @@ def test_gradients_equal_those_of_dense_attention(two_sided, window, implementat
 @implementations
 def test_rows_of_any_length_equal_dense_attention(two_sided, heads, window, implementation):
     attention = make_attention(two_sided, heads, window, implementation)
-    lengths, asked = [21, 1, 6, 12], implementation == "eager"
+    lengths, with_weights = [21, 1, 6, 12], implementation == "eager"
     u = draw(4, 23, attention.attention.config.hidden_size)
     mask = torch.arange(23) < torch.tensor(lengths)[:, None]
     with torch.no_grad():
-        y, weights = attend(attention, u, make_row_layout(4, 23, CPU, mask=mask), output_attentions=asked)
-        assert (weights is None) != asked
+        y, weights = attend(attention, u, make_row_layout(4, 23, CPU, mask=mask), output_attentions=with_weights)
+        assert (weights is None) != with_weights
         for row, length in enumerate(lengths):
             expected, its_weights = attend_densely(attention, u[row, :length], two_sided, window)
             assert torch.allclose(y[row, :length], expected, **STRICT)
-            if asked:
+            if with_weights:
                 assert torch.allclose(weights[row, :, :length, :length], its_weights, **STRICT)
                 assert not weights[row, :, :length, length:].any()
 
@@ -193,19 +193,19 @@ def cross_densely(attention, x, source):
 @pytest.mark.parametrize("masked", [True, False])
 def test_cross_attention_equals_dense_attention(heads, implementation, length, masked):
     attention = make_cross_attention(heads, implementation)
-    size, asked = attention.config.hidden_size, implementation == "eager"
+    size, with_weights = attention.config.hidden_size, implementation == "eager"
     x, source = draw(3, length, size), draw(3, 11, size, seed=1)
     mask = torch.tensor([[True] * 11, [True] + [False] * 10, [False, True] * 5 + [True]]) if masked else None
     with torch.no_grad():
-        y, weights = cross(attention, x, source, mask, None, asked)
+        y, weights = cross(attention, x, source, mask, None, with_weights)
         for row in range(3):
             real = mask[row] if masked else torch.ones(11, dtype=torch.bool)
             expected, its_weights = cross_densely(attention, x[row], source[row, real])
             assert torch.allclose(y[row], expected, **STRICT)
-            if asked:
+            if with_weights:
                 assert torch.allclose(weights[row, :, :, real], its_weights, **STRICT)
                 assert not weights[row, :, :, ~real].any()
-    assert (weights is None) != asked
+    assert (weights is None) != with_weights
 
 
 @implementations

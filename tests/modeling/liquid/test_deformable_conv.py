@@ -80,8 +80,8 @@ def convolve_by_loop(conv, row, offsets):
         for tap, displacement in enumerate(tap_displacements(conv)):
             place = i + displacement + offsets[i, tap]
             left = math.floor(place)
-            share = place - left
-            y = y + weight[:, tap] @ ((1 - share) * entity(row, left) + share * entity(row, left + 1))
+            fraction = place - left
+            y = y + weight[:, tap] @ ((1 - fraction) * entity(row, left) + fraction * entity(row, left + 1))
         outputs.append(y)
     return torch.stack(outputs)
 

@@ -345,8 +345,8 @@ def test_output_router_logits():
     source, target = draw_pair(2, 0)
     names = {"encoder_router_logits", "decoder_router_logits", "metrics"}
     plain = model(source, decoder_input_ids=target)
-    asked = model(source, decoder_input_ids=target, output_router_logits=True)
-    assert asked.keys() - plain.keys() == names
+    routed = model(source, decoder_input_ids=target, output_router_logits=True)
+    assert routed.keys() - plain.keys() == names
     model.config.output_router_logits = True
     assert names <= model(source, decoder_input_ids=target).keys()
     assert not names & model(source, decoder_input_ids=target, output_router_logits=False).keys()

@@ -121,9 +121,9 @@ def enhanced_layer(w, name, row, boundaries):
     for place, (x, u) in enumerate(zip(row, normed, strict=True)):
         weights = softmax(linear(w, f"{router}.context_selector.0", torch.cat([u, context])))
         flow = 0
-        for channel, share in enumerate(channels):
+        for channel, channel_weight in enumerate(channels):
             patterns = w[f"{router}.channel_patterns.{channel}"]
-            flow = flow + share * sum(a * pattern @ u for a, pattern in zip(weights, patterns, strict=True))
+            flow = flow + channel_weight * sum(a * pattern @ u for a, pattern in zip(weights, patterns, strict=True))
         flow = flow * sigmoid(linear(w, f"{router}.flow_intensity.0", u))
         if boundaries is None:
             hidden = linear(w, f"{spatial}.classifier.0", flow).clamp(min=0)

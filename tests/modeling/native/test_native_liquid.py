@@ -299,7 +299,7 @@ def test_native_round_trip_is_exact(name, weights, checkpoint, tmp_path):
 
 @pytest.mark.parametrize("name", ["L0", "L1", "L2", "L4", "L5"], indirect=True)
 def test_other_formats_have_no_native_model(name, checkpoint):
-    with pytest.raises(ValueError, match=f"no native model for liquid-{name}: .*omit --native"):
+    with pytest.raises(ValueError, match=f"no native model for liquid-{name}, because .*omit --native"):
         plan_conversion(checkpoint, native=True)
 
 
