@@ -260,7 +260,7 @@ def test_native_round_trip_is_exact(source_format, tmp_path):
 def test_model_receives_weights_with_a_counterpart(source_format, tmp_path):
     weights = random_weights(source_format.table, SIZES, COUNTS)
     report = write(weights, tmp_path / "out")
-    assert report.source_format == source_format.name
+    assert report.layout == source_format.name
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert type(model) is FlowNetworkForCausalLM and not any(
         info[kind] for kind in ("missing_keys", "unexpected_keys")
