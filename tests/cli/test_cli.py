@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, pipeline
 from typer.testing import CliRunner
 
@@ -281,6 +282,21 @@ def test_notices_of_optional_packages_are_dropped_and_warnings_kept(caplog):
         logging.getLogger(name).warning(notice)
         logging.getLogger(name).warning("another warning")
     assert [record.getMessage() for record in caplog.records] == len(IMPORT_NOTICES) * ["another warning"]
+
+
+def test_missing_weights_are_reported_and_nothing_else(model, tmp_path):
+    shutil.copytree(model, tmp_path / "cut")
+    weights = load_file(tmp_path / "cut" / "model.safetensors")
+    name = next(name for name in weights if "down_proj" in name)
+    save_file({key: tensor for key, tensor in weights.items() if key != name}, tmp_path / "cut" / "model.safetensors")
+    for folder in (tmp_path / "cut", model):
+        command = [sys.executable, "-c", "from dfn_hf_cli import main; main()", "generate", folder]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+        arguments = [*map(str, command), "--max-new-tokens", "1"]
+        ended = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr
+        assert ("MISSING" in ended.stderr) == (folder != model)
+    assert ended.stderr == ""
 
 
 def test_missing_extras_are_named():
