@@ -151,5 +151,5 @@ def test_version_is_the_same_everywhere():
 
 
 def test_unknown_checkpoint_names_those_there_are():
-    with pytest.raises(ValueError, match="no embedded checkpoint is named 'dfn-vast'; there are: "):
+    with pytest.raises(ValueError, match="no bundled checkpoint is named 'dfn-vast': choose one of "):
         dfn_hf.checkpoint_path("dfn-vast")
