@@ -16,6 +16,12 @@ MODULES = [
     if not module.ispkg and ".kernels." not in module.name  # kernels have no examples; some of them need Triton
 ]
 PUBLIC = {
+    "dfn.attention": ["DynamicFlowAttention"],
+    "dfn.configuration_dfn": ["DFNConfig"],
+    "dfn.layers": ["DFNLayer", "FlowNorm"],
+    "dfn.modeling_dfn": ["DFNForCausalLM", "DFNForSequenceClassification", "DFNModel"],
+    "dfn.modeling_dfn_contrastive": ["DFNForContrastive"],
+    "dfn.modeling_dfn_field": ["DFNForFieldReconstruction"],
     "modules.causal_conv": ["CausalConv"],
     "modules.chunk_memory": ["ChunkMemory"],
     "modules.depthwise_conv": ["DepthwiseConv1d"],
