@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+from .extras import missing_extra
+
 
 def lazy_exports(
     package: str, modules: Mapping[str, Sequence[str]]
@@ -13,6 +15,8 @@ def lazy_exports(
     Args:
         package: `__name__` of the package.
         modules: the names that each of its modules exports, by the module's path below the package.
+
+    `__getattr__` raises an ImportError that names the extra to install if the module needs a package that is missing.
 
     Example:
         ```python
@@ -24,6 +28,12 @@ def lazy_exports(
     def __getattr__(name: str) -> Any:
         if name not in module_of:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(f"{package}.{module_of[name]}"), name)
+        try:
+            return getattr(import_module(f"{package}.{module_of[name]}"), name)
+        except ImportError as error:
+            sentence = missing_extra(error)
+            if sentence is None:
+                raise
+            raise ImportError(sentence, name=error.name) from error
 
     return __getattr__, lambda: sorted(module_of), sorted(module_of)

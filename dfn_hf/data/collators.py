@@ -1,4 +1,4 @@
-"""Batches of packed blocks for any causal language model."""
+"""Collates packed blocks for causal language models."""
 
 import inspect
 from typing import Any
@@ -8,11 +8,11 @@ from transformers import PreTrainedModel, default_data_collator
 
 
 class PackedBlockCollator:
-    """Collate packed blocks so that no token reads another document, whatever the model.
+    """Collates packed blocks so that no token attends to another document.
 
-    A block has `input_ids`, `labels` and `segment_ids`, each `[block_size]` int64. A model whose forward pass takes
-    `segment_ids` gets them. Any other gets `position_ids` that start again at 0 in each document, from which
-    transformers' attention models build a mask per document while nothing is cached, as in training.
+    A block has `input_ids`, `labels` and `segment_ids`, each `[block_size]` int64. A model whose `forward` has an
+    argument `segment_ids` receives them. Any other model receives `position_ids` that restart at 0 in each document;
+    without a cache, transformers' attention models derive a block-diagonal mask from them.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -26,7 +26,7 @@ class PackedBlockCollator:
 
 
 def positions_in_segments(segment_ids: torch.Tensor) -> torch.Tensor:
-    """Count from 0 within each run of equal ids: `[batch, length]` int64 to the same shape and type."""
+    """Position of each token within its run of equal segment ids, int64 `[batch, length]` like the argument."""
     columns = torch.arange(segment_ids.shape[1]).expand_as(segment_ids)
     starts = torch.ones_like(segment_ids, dtype=torch.bool)
     starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]

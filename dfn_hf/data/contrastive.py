@@ -1,10 +1,13 @@
-"""Pairs of views as rows, and batches of them, for `DFNForContrastive`.
+"""Rows of paired views, their collator and their sampler, for `DFNForContrastive`.
 
-rows = text_pairs(load_verses("train"), tokenizer)
-batch = ContrastiveCollator(tokenizer.pad_token_id)(rows[:32])
+A view is a text (`input_ids`) or a field (`coordinates` and `values`). The keys of a row's second view have the prefix
+`pair_`.
 
-A view is a text (`input_ids`) or a field (`coordinates` and `values`); the second view of a row has the same names
-with the prefix `pair_`.
+Example:
+    ```python
+    rows = text_pairs(load_verses("train"), tokenizer)
+    batch = ContrastiveCollator(tokenizer.pad_token_id)(rows[:32])
+    ```
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,26 +28,26 @@ Row = dict[str, Any]
 
 
 def text_view(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None) -> list[Row]:
-    """The tokens of each text as the tokenizer gives them, cut after `max_length`: rows of `input_ids`.
+    """Tokenize texts, truncate them to `max_length` tokens and return one row with `input_ids` per text.
 
     Raises:
-        ValueError: a text has no token.
+        ValueError: a text has no tokens.
     """
     encoded = tokenizer(list(texts), truncation=max_length is not None, max_length=max_length)["input_ids"]
     for number, ids in enumerate(encoded):
         if not ids:
-            raise ValueError(f"text {number} is {texts[number]!r}, which has no token: leave it out")
+            raise ValueError(f"text {number} ({texts[number]!r}) has no tokens: remove it from the data")
     return [{"input_ids": ids} for ids in encoded]
 
 
 def pair_views(first: Sequence[Row], second: Sequence[Row]) -> list[Row]:
-    """Rows of two views each.
+    """Join first and second views to rows of two views.
 
     Raises:
-        ValueError: there are more of one than of the other.
+        ValueError: `first` and `second` differ in length.
     """
     if len(first) != len(second):
-        raise ValueError(f"there are {len(first)} first views and {len(second)} second: each needs its pair")
+        raise ValueError(f"first has {len(first)} views and second has {len(second)}: give equally many")
     return [
         {**one, **{PAIR + name: value for name, value in other.items()}}
         for one, other in zip(first, second, strict=True)
@@ -52,19 +55,19 @@ def pair_views(first: Sequence[Row], second: Sequence[Row]) -> list[Row]:
 
 
 def text_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_length: int | None = None) -> list[Row]:
-    """Rows of the columns `source` and `target`, such as `load_verses` and `translation.load_pairs` give."""
+    """Rows of two text views from the columns `source` and `target`, as `load_verses` and `load_pairs` return them."""
     source, target = (text_view(list(pairs[side]), tokenizer, max_length=max_length) for side in SIDES)
     return pair_views(source, target)
 
 
 class ContrastiveCollator:
-    """Rows of one or two views → what `DFNForContrastive` takes, each view padded on the right.
+    """Collates rows of one or two views to the arguments of `DFNForContrastive`, padded on the right.
 
-    Texts come to `input_ids` and `attention_mask`, int64 `[batch, length]`; fields to `coordinates` and `values`,
-    float32 `[batch, samples, …]`, and `mask`, bool `[batch, samples]`.
+    A text becomes `input_ids` and `attention_mask`, int64 `[batch, length]`. A field becomes `coordinates` and
+    `values`, float32 `[batch, samples, …]`, and `mask`, bool `[batch, samples]`.
 
     Args:
-        pad_token_id: stands at padded places of texts; no model reads it.
+        pad_token_id: id at padded positions of texts; the mask hides them from the model. None means 0.
     """
 
     def __init__(self, pad_token_id: int | None = None) -> None:
@@ -93,18 +96,18 @@ class ContrastiveCollator:
 
 
 class DistinctPairsSampler(Sampler[int]):
-    """An order in which every batch holds each second view once: two alike would be each other's negatives.
+    """Samples batches without duplicate second views, because duplicates would be negatives of each other.
 
-    Batches are of rows about as long as each other and come in random order. Rows that would complete no batch are
-    left out of an epoch; each epoch draws anew.
+    Rows of similar length share a batch, and batches come in random order. An epoch omits the rows that do not fill
+    a batch; each epoch uses a new order.
 
     Args:
-        rows: of two views.
-        batch_size: rows of a batch.
-        seed: of the order.
+        rows: rows of two views.
+        batch_size: rows per batch.
+        seed: seed of the order.
 
     Raises:
-        ValueError: there are fewer than `batch_size` different second views.
+        ValueError: there are fewer than `batch_size` distinct second views.
     """
 
     def __init__(self, rows: Sequence[Row], batch_size: int, seed: int = 0) -> None:
@@ -116,8 +119,8 @@ class DistinctPairsSampler(Sampler[int]):
         distinct = len(set(self.keys))
         if distinct < batch_size:
             raise ValueError(
-                f"a batch of {batch_size} needs as many different second views, and there are {distinct}: lower "
-                "batch_size (--batch-size), or give more pairs"
+                f"batch_size is {batch_size} but there are only {distinct} distinct second views: lower batch_size "
+                "(--batch-size), or give more pairs"
             )
 
     def __len__(self) -> int:
@@ -139,7 +142,7 @@ class DistinctPairsSampler(Sampler[int]):
             yield from batches[place]
 
     def _batches(self, numbers: Iterable[int]) -> Iterator[list[int]]:
-        """Batches as they fill up; a row goes into the first that lacks its second view."""
+        """Yield each batch when it is full; a row joins the first batch that does not contain its second view."""
         started: list[dict[Any, int]] = []
         for number in numbers:
             key = self.keys[number]
@@ -154,7 +157,7 @@ class DistinctPairsSampler(Sampler[int]):
 
 
 def second_view_key(row: Row) -> Any:
-    """What tells one second view from another."""
+    """Hashable key of a row's second view, equal for equal views."""
     if PAIR + "input_ids" in row:
         return tuple(row[PAIR + "input_ids"])
     return torch.as_tensor(row[PAIR + "values"]).numpy().tobytes()

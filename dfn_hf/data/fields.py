@@ -1,4 +1,4 @@
-"""Images, arrays and sound as fields: coordinates in [−1, 1] and values, batches of them, and how well one is met.
+"""Converts images, arrays and sound to fields (coordinates in [−1, 1] and values), collates them, and scores them.
 
 Shape letters: N samples, c coordinate_dim, v value_dim.
 """
@@ -14,47 +14,56 @@ import torch
 
 
 def grid_coordinates(*sizes: int) -> torch.Tensor:
-    """Coordinates of an array's samples, float32 `[N, c]`, the last axis fastest.
+    """Coordinates of the samples of an array, float32 `[N, c]`, in row-major order.
 
-    Steps are the same along all axes: the longest spans [−1, 1], the others lie about 0.
+    The step is the same along all axes. The longest axis spans [−1, 1]; the others are centred at 0.
+
+    Args:
+        sizes: length of each axis.
 
     Raises:
-        ValueError: no size, or one below 1.
+        ValueError: no size is given, or a size is below 1.
     """
     if not sizes or min(sizes) < 1:
-        raise ValueError(f"sizes must be one or more positive numbers, got {list(sizes)}")
+        raise ValueError(f"sizes must be one or more positive integers, got {list(sizes)}")
     longest = max(*sizes, 2) - 1
     axes = [torch.linspace(-1, 1, size) * ((size - 1) / longest) if size > 1 else torch.zeros(1) for size in sizes]
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
 
 
 def array_field(array: Any, coordinate_dim: int) -> dict[str, torch.Tensor]:
-    """An array, NumPy's or torch's, as a field: `coordinates` float32 `[N, c]` and `values` float32 `[N, v]`.
+    """Convert an array to a field.
+
+    8-bit and 16-bit integers and booleans are scaled linearly from their type's range to [−1, 1], for example uint8
+    from [0, 255]. Floats keep their values.
 
     Args:
-        array: `[size, …]`, `coordinate_dim` axes and, where values are not single numbers, one more for them.
+        array: NumPy array or tensor with `coordinate_dim` axes, and one more axis if a sample has several values.
+        coordinate_dim: number of coordinate axes.
 
-    Integers of 8 or 16 bits and booleans are taken as shares of their type's range, so that 0 … 255 becomes −1 … 1;
-    floats stay.
+    Returns:
+        `coordinates` float32 `[N, c]` and `values` float32 `[N, v]`.
 
     Raises:
-        ValueError: another number of axes, no samples, or numbers of other types.
+        ValueError: the array has another number of axes, no samples, or an unsupported dtype.
     """
     array = np.asarray(array)
     if array.dtype == bool:
         array = array * np.uint8(255)
     if array.ndim not in (coordinate_dim, coordinate_dim + 1):
         raise ValueError(
-            f"an array with coordinate_dim {coordinate_dim} must have {coordinate_dim} axes, or one more for the "
-            f"values; got the shape {list(array.shape)}"
+            f"the array has shape {list(array.shape)} but coordinate_dim is {coordinate_dim}: give {coordinate_dim} "
+            "axes, and one more if a sample has several values"
         )
     if 0 in array.shape:
-        raise ValueError(f"an array of the shape {list(array.shape)} holds no samples")
+        raise ValueError(
+            f"the array has shape {list(array.shape)} and holds no samples: give an array without empty axes"
+        )
     integer = np.issubdtype(array.dtype, np.integer)
     if not (integer and array.dtype.itemsize <= 2 or np.issubdtype(array.dtype, np.floating)):
         raise ValueError(
-            f"the array holds {array.dtype}, which says nothing of its range: give uint8, uint16 or int16, or floats "
-            "that are about as large as 1"
+            f"the array has dtype {array.dtype}, whose value range is not defined: convert it to uint8, uint16 "
+            "or int16, or to floats in about [-1, 1]"
         )
     if integer:
         limits = np.iinfo(array.dtype)
@@ -64,15 +73,15 @@ def array_field(array: Any, coordinate_dim: int) -> dict[str, torch.Tensor]:
 
 
 def image_field(path: str | Path) -> dict[str, torch.Tensor]:
-    """An image file as a field over (y, x) with values in [−1, 1]: 1 for grey, 3 for colour. See `read_image`."""
+    """Read an image file as a field over (y, x); values lie in [−1, 1], 1 per sample if grey, else 3 (RGB)."""
     return array_field(read_image(path), 2)
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """An image file: `[height, width]` where it is grey, uint8 or uint16, else uint8 `[height, width, 3]`.
+    """Read an image file: a grey image as uint8 or uint16 `[height, width]`, any other as uint8 `[height, width, 3]`.
 
     Raises:
-        OSError: no such file, or no image.
+        OSError: the file does not exist or is not an image.
     """
     from PIL import Image
 
@@ -83,58 +92,63 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def sound_field(path: str | Path) -> dict[str, torch.Tensor]:
-    """A WAV file as a field over time with values in [−1, 1], one for each channel. See `read_sound`."""
+    """Read a WAV file as a field over time; values lie in [−1, 1], one per channel."""
     return array_field(read_sound(path), 1)
 
 
 def read_sound(path: str | Path) -> np.ndarray:
-    """A WAV file, uint8 or int16 `[length, channels]`. See `read_wav`."""
+    """Read the samples of a WAV file, uint8 or int16 `[length, channels]`; see `read_wav`."""
     return read_wav(path)[0]
 
 
 def read_wav(path: str | Path) -> tuple[np.ndarray, int]:
-    """The samples of a WAV file of 8 or 16 bits, uint8 or int16 `[length, channels]`, and how many make a second.
+    """Read a WAV file with 8 or 16 bits per sample.
+
+    Returns:
+        The samples, uint8 or int16 `[length, channels]`, and the sampling rate in Hz.
 
     Raises:
-        OSError: no such file. ValueError: no WAV file, or one of another sample width.
+        OSError: the file does not exist.
+        ValueError: the file is not a PCM WAV file, or has another sample width.
     """
     try:
         with wave.open(str(path), "rb") as file:
             channels, width, rate = file.getnchannels(), file.getsampwidth(), file.getframerate()
             frames = file.readframes(file.getnframes())
     except (wave.Error, EOFError) as error:
-        raise ValueError(f"{path} is no WAV file of plain samples: {error}") from error
+        raise ValueError(f"{path} is not a PCM WAV file ({error}): convert it to one") from error
     if width not in (1, 2):
-        raise ValueError(f"{path} has samples of {8 * width} bits: convert it to 8 or 16")
+        raise ValueError(f"{path} has {8 * width} bits per sample: convert it to 8 or 16 bits")
     return np.frombuffer(frames, dtype="u1" if width == 1 else "<i2").reshape(-1, channels), rate
 
 
 def psnr(reconstruction: torch.Tensor, values: torch.Tensor, value_range: float = 2.0) -> float:
-    """Peak signal-to-noise ratio in dB of tensors of one shape; `value_range` is 2 for values in [−1, 1]."""
+    """Peak signal-to-noise ratio in dB of two tensors of equal shape; `value_range` is 2 for values in [−1, 1]."""
     return -10 * ((reconstruction - values).double().square().mean() / value_range**2).log10().item()
 
 
 def snr(reconstruction: torch.Tensor, values: torch.Tensor) -> float:
-    """Signal-to-noise ratio in dB of tensors of one shape."""
+    """Signal-to-noise ratio in dB of two tensors of equal shape."""
     values = values.double()
     return 10 * (values.square().sum() / (reconstruction - values).square().sum()).log10().item()
 
 
 class FieldCollator:
-    """Collate fields of different sizes: `mask` says which samples there are, and NaN in `labels` is not scored.
+    """Collates fields of different sizes, and masks samples for pre-training.
 
-    A field has `coordinates` `[N, c]` and `values` `[N, v]`, and may have `mask` bool `[N]`, True where a sample is
-    given to the model. Without one, with `hidden_share`, so large a share of the samples is hidden, drawn anew at
-    each call from torch's random state.
+    A field has `coordinates` `[N, c]` and `values` `[N, v]`. It may have `mask`, bool `[N]`, True for the samples that
+    the model reads; otherwise each call masks a fraction `mask_ratio` of the samples, drawn with torch's generator.
+    In a batch, `mask` is False at masked and padded samples, and `labels` are NaN at samples that are not scored. If
+    any sample is masked, the loss scores masked samples only; otherwise it scores all samples.
 
     Args:
-        hidden_share: in [0, 1): 0.75 for masked-field pre-training on what is hidden; 0 to reconstruct what is given.
+        mask_ratio: fraction of samples to mask, in [0, 1): 0.75 for masked pre-training, 0 for reconstruction.
     """
 
-    def __init__(self, hidden_share: float = 0.0):
-        if not 0 <= hidden_share < 1:
-            raise ValueError(f"hidden_share must lie in [0, 1), got {hidden_share}")
-        self.hidden_share = hidden_share
+    def __init__(self, mask_ratio: float = 0.0):
+        if not 0 <= mask_ratio < 1:
+            raise ValueError(f"mask_ratio must be at least 0 and below 1, got {mask_ratio}")
+        self.mask_ratio = mask_ratio
 
     def __call__(self, fields: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         fields = [{name: torch.as_tensor(x) for name, x in field.items()} for field in fields]
@@ -156,8 +170,8 @@ class FieldCollator:
             return field["mask"].bool()
         length = len(field["values"])
         mask = torch.ones(length, dtype=torch.bool)
-        if self.hidden_share:
-            mask[torch.randperm(length)[: min(round(self.hidden_share * length), length - 1)]] = False
+        if self.mask_ratio:
+            mask[torch.randperm(length)[: min(round(self.mask_ratio * length), length - 1)]] = False
         return mask
 
 

@@ -1,4 +1,4 @@
-"""Packed blocks to train and to validate on, from the embedded corpus or from one's own text."""
+"""Packed blocks for training and validation, from the bundled corpus or from a user's text."""
 
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
@@ -16,21 +16,24 @@ SHUFFLE_BUFFER = 1024
 def corpus_blocks(
     tokenizer: PreTrainedTokenizerBase, block_size: int, *, num_validation: int = NUM_VALIDATION
 ) -> tuple[Dataset, Dataset]:
-    """Blocks of the embedded corpus: all of its train split, and some of its validation split.
+    """Pack the bundled corpus into blocks.
 
     Args:
-        tokenizer: of the model to train.
+        tokenizer: tokenizer of the model to train.
         block_size: tokens per block.
-        num_validation: how many blocks to validate on at most, spread evenly.
+        num_validation: maximum number of validation blocks, evenly spaced over the validation split.
+
+    Returns:
+        The blocks of the train split and `num_validation` blocks of the validation split.
 
     Raises:
         ValueError: `block_size` is below 2 or `num_validation` below 1.
     """
     train, validation = (
-        pack(tokenize(load_corpus(split), tokenizer), block_size, pad_token_id=padding(tokenizer))
+        pack(tokenize(load_corpus(split), tokenizer), block_size, pad_token_id=pad_id(tokenizer))
         for split in ("train", "validation")
     )
-    return train, spread(validation, num_validation)
+    return train, evenly_spaced(validation, num_validation)
 
 
 def text_blocks(
@@ -44,29 +47,33 @@ def text_blocks(
     streaming: bool = False,
     seed: int = 0,
 ) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:
-    """Blocks of one's own text, to train on and to validate on.
+    """Pack a user's text into blocks for training and validation.
 
     Args:
-        tokenizer: of the model to train.
+        tokenizer: tokenizer of the model to train.
         block_size: tokens per block.
-        data: file or folder, as `load_text` takes it; None for the embedded corpus (`corpus_blocks`), which the
-            options below, but for `num_validation`, say nothing of.
-        validation_data: likewise; without it the last 5 % of the blocks of `data` are held out, and of a stream the
-            first 64.
-        num_validation: how many blocks to validate on at most, spread evenly; of a stream the first.
-        text_field: of JSON Lines.
-        streaming: read `data` while training, its blocks shuffled within a buffer of 1,024.
-        seed: of that shuffling.
+        data: file or folder, see `load_text`; None means the bundled corpus (`corpus_blocks`), for which all options
+            below except `num_validation` are ignored.
+        validation_data: file or folder to validate on; None holds out the last 5 % of the blocks of `data`, or the
+            first 64 blocks if `streaming`.
+        num_validation: maximum number of validation blocks, evenly spaced; of a stream the first ones.
+        text_field: field of JSON Lines that holds the text.
+        streaming: read `data` during training and shuffle its blocks in a buffer of 1,024.
+        seed: seed of that shuffle.
+
+    Returns:
+        Training blocks and validation blocks.
 
     Raises:
-        ValueError: no text, or too little to hold some of it out; `block_size` below 2 or `num_validation` below 1.
+        ValueError: there is no text or too little to hold out a block, `block_size` is below 2, or `num_validation` is
+            below 1.
     """
     if data is None:
         return corpus_blocks(tokenizer, block_size, num_validation=num_validation)
 
     def blocks(path: str) -> Dataset | IterableDataset:
         documents = load_text(path, text_field=text_field, streaming=streaming)
-        return pack(tokenize(documents, tokenizer), block_size, pad_token_id=padding(tokenizer))
+        return pack(tokenize(documents, tokenizer), block_size, pad_token_id=pad_id(tokenizer))
 
     train = blocks(data)
     if validation_data is not None:
@@ -76,30 +83,30 @@ def text_blocks(
     else:
         if len(train) < 2:
             raise ValueError(
-                f"{data} fills no more than one block of {block_size} tokens, so none can be held out: "
-                "lower block_size, or give validation data"
+                f"{data} fills less than two blocks of {block_size} tokens, so no block can be held out for "
+                "validation: lower block_size (--block-size), or give validation_data (--validation-data)"
             )
         first_held_out = len(train) - max(1, round(HELD_OUT_FRACTION * len(train)))
         train, validation = train.select(range(first_held_out)), train.select(range(first_held_out, len(train)))
     if isinstance(train, IterableDataset):
         train = train.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
-    return train, spread(validation, num_validation)
+    return train, evenly_spaced(validation, num_validation)
 
 
-def spread(blocks: Dataset | IterableDataset, at_most: int) -> Dataset | IterableDataset:
-    """`at_most` of the blocks, evenly spread over them; of a stream the first.
+def evenly_spaced(blocks: Dataset | IterableDataset, num_validation: int) -> Dataset | IterableDataset:
+    """Select at most `num_validation` blocks, evenly spaced; of a stream the first ones.
 
     Raises:
-        ValueError: `at_most` is below 1.
+        ValueError: `num_validation` is below 1.
     """
-    if at_most < 1:
-        raise ValueError(f"num_validation must be at least 1, got {at_most}")
+    if num_validation < 1:
+        raise ValueError(f"num_validation must be at least 1, got {num_validation}")
     if isinstance(blocks, IterableDataset):
-        return blocks.take(at_most)
-    number = min(at_most, len(blocks))
+        return blocks.take(num_validation)
+    number = min(num_validation, len(blocks))
     return blocks.select([index * len(blocks) // number for index in range(number)])
 
 
-def padding(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that stands at padded places; no model reads it."""
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The tokenizer's pad token id, or 0 if it has none."""
     return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id

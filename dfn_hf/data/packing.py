@@ -1,53 +1,51 @@
-"""From documents to blocks that a causal language model trains on.
+"""Tokenizes documents and packs them into blocks for causal language models.
 
-tokenizer = load_tokenizer("bpe")
-blocks = pack(tokenize(load_corpus("train"), tokenizer), block_size=256)
+Example:
+    ```python
+    tokenizer = load_tokenizer("bpe")
+    blocks = pack(tokenize(load_corpus("train"), tokenizer), block_size=256)
+    ```
 """
 
-from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import numpy as np
 from datasets import Dataset, Features, IterableDataset, Sequence, Value
 from transformers import PreTrainedTokenizerBase
 
-from ..assets.corpus import load_corpus
-from ..assets.tokenizers import load_tokenizer
-from ..assets.verses import load_verses
-from .text import load_text
-
-__all__ = ["load_corpus", "load_text", "load_tokenizer", "load_verses", "pack", "tokenize"]
+from .tokens import token_ids
 
 AnyDataset = TypeVar("AnyDataset", Dataset, IterableDataset)
 
 IDS = Sequence(Value("int32"))
 IGNORED_LABEL = -100
 
-# Documents per group: few for the memory that tokenizing takes, many for the little that padding costs.
+# Documents per group: few limit the memory of tokenizing, many limit the padding of packed blocks.
 TOKENIZING_BATCH = 16
 PACKING_BATCH = 256
-CHARACTER_CHUNK = 1 << 20
 
 
 def tokenize(dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase) -> AnyDataset:
-    """The tokens of each document, between a start and an end token.
+    """Tokenize documents and add a start and an end token to each.
 
-    The start token is the tokenizer's `bos_token`, or else its `eos_token`; the end token is its `eos_token`. A token
-    that the tokenizer does not have is left out.
+    The start token is the tokenizer's `bos_token`, or its `eos_token` if there is none. The end token is its
+    `eos_token`. Tokens that the tokenizer does not define are omitted.
 
     Args:
-        dataset: documents, with the string column `text`; map-style or streaming.
+        dataset: documents in the string column `text`; map-style or streaming.
         tokenizer: any tokenizer of transformers.
 
     Returns:
-        A dataset of the same kind with the columns `input_ids` (integers) and `num_bytes` (of the text in UTF-8, for
-        bits per byte).
+        A dataset of the same kind with the columns `input_ids` (int32) and `num_bytes` (UTF-8 bytes of the text, used
+        for bits per byte).
 
     Raises:
-        ValueError: there is no column `text`, or no document.
+        ValueError: the dataset has no column `text` or no document.
     """
     if dataset.column_names is not None and "text" not in dataset.column_names:
-        raise ValueError(f"the dataset has no column 'text' but {dataset.column_names}: rename the one with the text")
+        raise ValueError(
+            f"the dataset has the columns {dataset.column_names} but no column 'text': rename the column with the text"
+        )
     require_rows(dataset)
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     start = end if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -68,48 +66,28 @@ def tokenize(dataset: AnyDataset, tokenizer: PreTrainedTokenizerBase) -> AnyData
     )
 
 
-def token_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The ids of a text, without special tokens. Part by part: tokenizing takes some 150 bytes per character."""
-    ids: list[int] = []
-    for part in split_text(text):
-        ids += tokenizer(part, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    return ids
-
-
-def split_text(text: str) -> Iterator[str]:
-    """Parts of bounded length that end where a word does before a line break: a byte-level BPE never merges across."""
-    start = 0
-    while len(text) - start > CHARACTER_CHUNK:
-        limit = start + CHARACTER_CHUNK
-        before_break = text[start : text.rfind("\n", start, limit) + 1].rstrip()
-        stop = start + len(before_break) if before_break else limit
-        yield text[start:stop]
-        start = stop
-    yield text[start:]
-
-
 def pack(dataset: AnyDataset, block_size: int, *, pad_token_id: int = 0) -> AnyDataset:
-    """Documents one after another, cut into blocks of `block_size` tokens.
+    """Concatenate documents and cut them into blocks of `block_size` tokens.
 
-    A block may hold parts of several documents; `segment_ids` tells them apart, so that an entity finds no neighbour
-    in another document, and nothing is predicted from one document to the next. Documents are packed in groups of
-    256, and the last block of each group is padded.
+    A block may hold parts of several documents. `segment_ids` separates them, so that no token attends to or is
+    predicted from another document. Documents are packed in groups of 256; the last block of each group is padded.
 
     Args:
-        dataset: what `tokenize` returns; map-style or streaming.
+        dataset: result of `tokenize`; map-style or streaming.
         block_size: tokens per block, at least 2.
-        pad_token_id: stands at the padded places; no model reads it.
+        pad_token_id: id at padded positions, which the model does not read.
 
     Returns:
-        A dataset of the same kind whose columns all are `[block_size]` integers: `input_ids`; `labels`, the same
-        tokens (a causal language model shifts them itself) but -100 at each document's first token in the block and
-        at padding; `segment_ids`, which count the block's documents from 0, and are -1 at padding.
+        A dataset of the same kind with the int32 columns `input_ids`, `labels` and `segment_ids`, each `[block_size]`.
+        `labels` equal `input_ids`, because a causal language model shifts them itself, but are -100 at padding and at
+        the first token of each document in a block. `segment_ids` number the documents of a block from 0 and are -1
+        at padding.
 
     Raises:
         ValueError: `block_size` is below 2, or there is no document.
     """
     if block_size < 2:
-        raise ValueError(f"block_size is {block_size}, but a block needs a token and the one it predicts: at least 2")
+        raise ValueError(f"block_size must be at least 2 (one token and the token it predicts), got {block_size}")
     require_rows(dataset)
 
     def pack_documents(batch: dict[str, list[np.ndarray]]) -> dict[str, np.ndarray]:
@@ -139,5 +117,6 @@ def pack(dataset: AnyDataset, block_size: int, *, pad_token_id: int = 0) -> AnyD
 
 
 def require_rows(dataset: Dataset | IterableDataset) -> None:
+    """Raise ValueError if a map-style dataset is empty."""
     if isinstance(dataset, Dataset) and len(dataset) == 0:
-        raise ValueError("the dataset holds no document: give one with text in it")
+        raise ValueError("the dataset holds no document: give at least one document with text")

@@ -1,4 +1,4 @@
-"""Pairs of texts: loading, splitting and encoding for encoder-decoders.
+"""Loads, splits and encodes pairs of texts for encoder-decoders.
 
 Example:
     ```python
@@ -25,34 +25,35 @@ FEATURES = Features({side: Value("string") for side in SIDES})
 
 
 def load_pairs(path: str | os.PathLike[str], *, source_field: str = "source", target_field: str = "target") -> Dataset:
-    """The pairs of a file of JSON Lines, or of all those below a folder.
+    """Load pairs from a JSON Lines file, or from all JSON Lines files in a folder.
 
-    A line holds both fields, or a field `translation` that holds them, as WMT's do: with `source_field="en"` and
-    `target_field="es"` that is `{"translation": {"en": …, "es": …}}`. Pairs of which a side is blank are left out.
+    A line holds both fields, or an object `translation` that holds them, as in the WMT datasets: with
+    `source_field="en"` and `target_field="es"` that is `{"translation": {"en": …, "es": …}}`. Pairs with a blank
+    source or target are skipped.
 
     Args:
-        path: file or folder, UTF-8; files may be compressed (.gz, .bz2, .xz).
-        source_field, target_field: fields that hold the texts.
+        path: UTF-8 file or folder; files may be compressed (.gz, .bz2, .xz).
+        source_field, target_field: names of the fields that hold the texts.
 
     Returns:
         A dataset with the string columns `source` and `target`.
 
     Raises:
-        ValueError: nothing is there, it holds no pair, or a line is not JSON with these fields.
+        ValueError: `path` does not exist or holds no pair, or a line is not a JSON object with these fields.
     """
     if source_field == target_field:
-        raise ValueError(f"source and target are both {source_field!r}: name two fields")
+        raise ValueError(f"source_field and target_field are both {source_field!r}: name two fields")
     pairs = list(read_pairs(Path(path), source_field, target_field))
     if not pairs:
         raise ValueError(
-            f"{os.fspath(path)} holds no pair of two texts: give JSON Lines with {source_field!r} and "
-            f"{target_field!r}, neither of them blank"
+            f"{os.fspath(path)} holds no pair: give JSON Lines in which the fields {source_field!r} and "
+            f"{target_field!r} are not blank"
         )
     return Dataset.from_list(pairs, features=FEATURES)
 
 
 def read_pairs(path: Path, source_field: str, target_field: str) -> Iterator[dict[str, str]]:
-    """The pairs of all JSON Lines files at `path`, one after another."""
+    """Yield the pairs of all JSON Lines files at `path`."""
     for file in text_files(path):
         for number, record in json_records(file.path):
             fields = record.get("translation", record)
@@ -65,11 +66,13 @@ def read_pairs(path: Path, source_field: str, target_field: str) -> Iterator[dic
 
 
 def text_of(fields: dict[str, Any], name: str, place: str) -> str:
-    """The text in a field."""
+    """Return the text in the field `name`; `place` names the file and line in errors."""
     if name not in fields:
-        raise ValueError(f"{place} has no field {name!r}, only {', '.join(fields)}: name those that hold the texts")
+        raise ValueError(
+            f"{place} has no field {name!r}, only {', '.join(fields)}: name the fields that hold the texts"
+        )
     if not isinstance(fields[name], str):
-        raise ValueError(f"{place}: {name!r} is {fields[name]!r}, not a text")
+        raise ValueError(f"{place}: the field {name!r} is {fields[name]!r}: give a string")
     return fields[name]
 
 
@@ -81,24 +84,29 @@ def training_pairs(
     *,
     seed: int = 0,
 ) -> tuple[Dataset, Dataset, int]:
-    """Encoded pairs to train and to validate on, and how many were too long; see `encode_pairs`.
+    """Encode pairs for training and validation; see `encode_pairs`.
 
     Args:
-        tokenizer: of the model to train.
-        max_length: tokens of a side, at most.
-        pairs: to train on; None for the embedded verses, which have a validation split of their own.
-        held_out: to validate on; None for `HELD_OUT_FRACTION` of `pairs`, at most `MAX_HELD_OUT`, drawn at random.
-        seed: of the drawing.
+        tokenizer: tokenizer of the model to train.
+        max_length: maximum number of tokens of a source or target.
+        pairs: pairs to train on; None means the bundled verses and their validation split.
+        held_out: pairs to validate on; None holds out a random 5 % of `pairs`, at most 1,000.
+        seed: seed of the random split.
+
+    Returns:
+        Training pairs, validation pairs, and the number of pairs skipped because they exceed `max_length`.
 
     Raises:
-        ValueError: there is one pair alone, or every pair is longer than `max_length`.
+        ValueError: there is only one pair, or every pair exceeds `max_length`.
     """
     if pairs is None:
         pairs = load_verses("train").select_columns(SIDES)
         held_out = load_verses("validation").select_columns(SIDES) if held_out is None else held_out
     if held_out is None:
         if len(pairs) < 2:
-            raise ValueError("one pair is too few to train and to validate on: give more")
+            raise ValueError(
+                f"there are {len(pairs)} pairs but a train and a validation split need at least 2: give more"
+            )
         split = pairs.train_test_split(min(MAX_HELD_OUT, max(1, round(HELD_OUT_FRACTION * len(pairs)))), seed=seed)
         pairs, held_out = split["train"], split["test"]
     train, validation = (encode_pairs(given, tokenizer, max_length) for given in (pairs, held_out))
@@ -106,16 +114,18 @@ def training_pairs(
 
 
 def encode_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Tokens of each pair: `input_ids` of the source and `labels` of the target, each at most `max_length`.
-
-    Longer pairs are left out, not cut: half a sentence is no translation.
+    """Tokenize pairs and skip those that exceed `max_length`; truncated sentences would not be translations.
 
     Args:
-        pairs: with the string columns `source` and `target`.
-        tokenizer: one that ends what it encodes by its end token.
+        pairs: dataset with the string columns `source` and `target`.
+        tokenizer: a tokenizer that appends its end token to every text.
+        max_length: maximum number of tokens of a source or target.
+
+    Returns:
+        A dataset with the columns `input_ids` (source) and `labels` (target).
 
     Raises:
-        ValueError: every pair is longer.
+        ValueError: every pair exceeds `max_length`.
     """
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
@@ -125,5 +135,5 @@ def encode_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length:
     encoded = pairs.map(encode, batched=True, remove_columns=pairs.column_names)
     kept = encoded.filter(lambda pair: max(len(pair["input_ids"]), len(pair["labels"])) <= max_length)
     if not len(kept):
-        raise ValueError(f"every pair is longer than {max_length} tokens a side: allow more (--max-length)")
+        raise ValueError(f"every pair exceeds max_length {max_length}: increase it (--max-length)")
     return kept

@@ -1,4 +1,4 @@
-"""Images, arrays and sound as fields, and batches of them."""
+"""Tests the conversion of images, arrays and sound to fields, and the field collator."""
 
 import math
 import wave
@@ -11,7 +11,7 @@ from PIL import Image
 from dfn_hf.data.fields import FieldCollator, array_field, grid_coordinates, image_field, psnr, snr, sound_field
 
 
-def test_coordinates_have_equal_steps_and_span_the_longest_axis():
+def test_coordinates_have_equal_steps_and_the_longest_axis_spans_the_range():
     coordinates = grid_coordinates(3, 5).view(3, 5, 2)
     assert torch.equal(coordinates[..., 1], torch.linspace(-1, 1, 5).expand(3, 5))
     assert torch.equal(coordinates[:, 0, 0], torch.tensor([-0.5, 0.0, 0.5]))
@@ -22,7 +22,7 @@ def test_coordinates_have_equal_steps_and_span_the_longest_axis():
         grid_coordinates(3, 0)
 
 
-def test_integers_are_shares_of_their_range_and_floats_stay():
+def test_integers_are_scaled_from_their_range_and_floats_are_kept():
     field = array_field(np.array([[0, 255], [51, 204]], dtype=np.uint8), 2)
     assert torch.allclose(field["values"], torch.tensor([[-1.0], [1.0], [-0.6], [0.6]]))
     assert array_field(torch.full((2, 3, 4, 5), 7.5), 3)["values"].shape == (24, 5)
@@ -62,13 +62,13 @@ def test_sound_is_read(tmp_path, width, dtype, high):
     assert field["values"][0, 0] == pytest.approx(-1 if width == 1 else 0, abs=1e-4) and field["values"][0, 1] == 1
 
 
-def test_what_is_no_sound_is_refused(tmp_path):
+def test_files_without_sound_are_rejected(tmp_path):
     (tmp_path / "text.wav").write_text("hello")
-    with pytest.raises(ValueError, match="no WAV file"):
+    with pytest.raises(ValueError, match="not a PCM WAV file"):
         sound_field(tmp_path / "text.wav")
 
 
-def test_decibels():
+def test_psnr_and_snr():
     values = torch.tensor([[1.0], [-1.0]])
     assert psnr(values + 0.02, values) == pytest.approx(40)
     assert psnr(values + 0.01, values, value_range=1.0) == pytest.approx(40)
@@ -89,7 +89,7 @@ def test_fields_of_different_sizes_are_padded():
 
 
 @pytest.mark.parametrize("share", [0.25, 0.75, 0.999])
-def test_hidden_samples_are_what_is_scored(share):
+def test_loss_scores_the_masked_samples(share):
     torch.manual_seed(0)
     fields = [array_field(np.full((4, 5), 0.5), 2), array_field(np.full((2, 2), 0.25), 2)]
     first, second = FieldCollator(share)(fields), FieldCollator(share)(fields)
@@ -101,16 +101,16 @@ def test_hidden_samples_are_what_is_scored(share):
     assert share > 0.9 or not torch.equal(first["mask"], second["mask"])
 
 
-def test_a_field_may_bring_its_own_mask():
+def test_mask_of_a_field_is_used():
     mask = torch.tensor([True, False, True, False])
     batch = FieldCollator(0.5)([array_field(np.zeros((2, 2)), 2) | {"mask": mask}])
     assert torch.equal(batch["mask"][0], mask) and torch.equal(batch["labels"][0, :, 0].isnan(), mask)
-    with pytest.raises(ValueError, match="hidden_share"):
+    with pytest.raises(ValueError, match="mask_ratio"):
         FieldCollator(1.0)
     assert math.isnan(batch["labels"][0, 0, 0])
 
 
-def test_numbers_without_a_range_are_refused_and_those_with_one_scaled():
+def test_dtypes_without_a_value_range_are_rejected():
     for array in (np.zeros((2, 2), np.int64), np.zeros((2, 2), complex), np.zeros((0, 3))):
         with pytest.raises(ValueError, match="range|no samples"):
             array_field(array, 2)
@@ -118,7 +118,7 @@ def test_numbers_without_a_range_are_refused_and_those_with_one_scaled():
         assert array_field(array, 2)["values"].flatten().tolist() == [-1, 1]
 
 
-def test_grey_images_of_any_depth_have_one_value(tmp_path):
+def test_grey_images_of_all_bit_depths_have_one_value_per_sample(tmp_path):
     grey = (np.arange(12).reshape(3, 4) * 20).astype(np.uint8)
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
     Image.fromarray(grey).convert("LA").save(tmp_path / "alpha.png")

@@ -1,4 +1,4 @@
-"""Users' text, tokens and packed blocks."""
+"""Tests loading of text files, tokenizing and packing."""
 
 import gzip
 import json
@@ -51,20 +51,20 @@ def random_documents(seed: int) -> list[str]:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_folder_is_read_recursively_in_order(folder, streaming):
+def test_folder_is_read_recursively_in_path_order(folder, streaming):
     dataset = load_text(folder, streaming=streaming)
     assert [row["text"] for row in dataset] == ["first\n", "second", "third", "förth"]
     assert [row["text"] for row in dataset] == ["first\n", "second", "third", "förth"]
 
 
-def test_changed_file_is_read_anew(folder):
+def test_changed_file_is_read_again(folder):
     assert load_text(folder / "a.txt")["text"][:] == ["first\n"]
     (folder / "a.txt").write_text("other\n")
     os.utime(folder / "a.txt", ns=(1, 1))
     assert load_text(folder / "a.txt")["text"][:] == ["other\n"]
 
 
-def test_text_field_is_the_users_choice(tmp_path):
+def test_text_field_selects_the_json_field(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"body": "héllo", "text": 3}))
     assert load_text(tmp_path / "a.jsonl", text_field="body")[0] == {"text": "héllo"}
 
@@ -78,56 +78,56 @@ def test_text_field_is_the_users_choice(tmp_path):
         ("blank.jsonl", b'{"text": " "}\n', "blank.jsonl holds no text"),
         ("latin.txt", b"caf\xe9", "latin.txt is not UTF-8"),
         ("broken.jsonl", b'{"text": \n', "broken.jsonl, line 1 is not JSON"),
-        ("array.jsonl", b"[1]\n", "array.jsonl, line 1 has no text"),
+        ("array.jsonl", b"[1]\n", "array.jsonl, line 1 is not a JSON object"),
         ("number.jsonl", b'{"text": 3}\n', "number.jsonl, line 1 has no text"),
         ("field.jsonl", b'{"body": "x"}\n', "field.jsonl, line 1 has no text in the field 'text' .its fields: body"),
     ],
 )
-def test_unusable_files_are_named(tmp_path, streaming, name, content, message):
+def test_error_names_the_unreadable_file(tmp_path, streaming, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message):
         load_text(tmp_path / name, streaming=streaming)
 
 
-def test_bad_line_after_good_ones_is_named(tmp_path):
+def test_error_names_an_invalid_line_after_valid_lines(tmp_path):
     (tmp_path / "late.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
     with pytest.raises(ValueError, match="late.jsonl, line 2"):
         load_text(tmp_path / "late.jsonl")
 
 
-def test_folder_without_text_is_refused(tmp_path):
+def test_folder_without_text_is_rejected(tmp_path):
     (tmp_path / "a.py").write_text("x")
     with pytest.raises(ValueError, match="holds no text file .*.jsonl"):
         load_text(tmp_path)
 
 
-def test_documents_stand_between_end_tokens(byte):
+def test_documents_start_and_end_with_the_end_token(byte):
     tokens = tokenize(Dataset.from_dict({"text": ["aé", ""], "title": ["x", "y"]}), byte)
     assert tokens[0] == {"input_ids": [256, *"aé".encode(), 256], "num_bytes": 3}
     assert tokens[1] == {"input_ids": [256, 256], "num_bytes": 0}
 
 
 @pytest.mark.parametrize("name", ["bpe", "byte"])
-def test_long_documents_are_tokenized_in_parts_without_a_trace(name, monkeypatch):
+def test_tokenizing_in_parts_equals_tokenizing_the_whole_text(name, monkeypatch):
     tokenizer = load_tokenizer(name)
     text = load_corpus("test")[0]["text"]
     expected = tokenizer(text, verbose=False)["input_ids"]
-    monkeypatch.setattr(dfn_hf.data.packing, "CHARACTER_CHUNK", 1000)
-    assert len(list(dfn_hf.data.packing.split_text(text))) > len(text) / 1000
-    assert dfn_hf.data.packing.token_ids(text, tokenizer) == expected
+    monkeypatch.setattr(dfn_hf.data.tokens, "CHARACTER_CHUNK", 1000)
+    assert len(list(dfn_hf.data.tokens.split_text(text))) > len(text) / 1000
+    assert dfn_hf.data.tokens.token_ids(text, tokenizer) == expected
 
 
 @pytest.mark.parametrize("text", ["a" * 50, "\n" * 50, " \n" * 20 + "a" * 40 + "\n" * 30])
-def test_text_without_usable_breaks_is_split_all_the_same(text, monkeypatch):
-    monkeypatch.setattr(dfn_hf.data.packing, "CHARACTER_CHUNK", 7)
-    parts = list(dfn_hf.data.packing.split_text(text))
+def test_text_without_line_breaks_is_split_at_the_limit(text, monkeypatch):
+    monkeypatch.setattr(dfn_hf.data.tokens, "CHARACTER_CHUNK", 7)
+    parts = list(dfn_hf.data.tokens.split_text(text))
     assert "".join(parts) == text
     assert max(map(len, parts)) <= 7
 
 
 @pytest.mark.parametrize("block_size", [2, 7, 32, 1000])
-def test_blocks_hold_every_token_once_and_never_predict_across_documents(block_size, byte):
+def test_blocks_contain_every_token_once_and_no_label_crosses_documents(block_size, byte):
     documents = random_documents(seed=block_size)
     blocks = pack(tokenize(Dataset.from_dict({"text": documents}), byte), block_size, pad_token_id=257)
     columns = {name: np.array(blocks[name][:]) for name in ("input_ids", "labels", "segment_ids")}
@@ -151,7 +151,7 @@ def test_blocks_hold_every_token_once_and_never_predict_across_documents(block_s
         start += length
 
 
-def test_streaming_gives_the_same_blocks(byte, monkeypatch):
+def test_streaming_yields_the_same_blocks(byte, monkeypatch):
     monkeypatch.setattr(dfn_hf.data.packing, "PACKING_BATCH", 5)
     documents = Dataset.from_dict({"text": random_documents(seed=0)})
     stored = pack(tokenize(documents, byte), 16)
@@ -174,7 +174,7 @@ def test_streamed_files_are_packed_while_they_are_read(folder, byte):
     assert text == "first\nsecondthirdförth"
 
 
-def test_packed_documents_are_read_as_if_alone(byte):
+def test_logits_of_packed_documents_equal_those_of_single_documents(byte):
     torch.manual_seed(0)
     config = DFNConfig(vocab_size=258, hidden_size=32, num_hidden_layers=2, local_window=4, initializer_range=0.5)
     model = DFNForCausalLM(config).double().eval()
@@ -191,12 +191,12 @@ def test_packed_documents_are_read_as_if_alone(byte):
 
 
 @pytest.mark.parametrize("block_size", [-1, 0, 1])
-def test_too_small_blocks_are_refused(block_size, byte):
-    with pytest.raises(ValueError, match=f"block_size is {block_size}.*at least 2"):
+def test_too_small_block_size_is_rejected(block_size, byte):
+    with pytest.raises(ValueError, match=f"block_size must be at least 2 .*got {block_size}"):
         pack(tokenize(Dataset.from_dict({"text": ["a"]}), byte), block_size)
 
 
-def test_empty_and_unfit_datasets_are_refused(byte):
+def test_datasets_without_documents_or_text_column_are_rejected(byte):
     with pytest.raises(ValueError, match="holds no document"):
         tokenize(Dataset.from_dict({"text": []}), byte)
     with pytest.raises(ValueError, match="no column 'text' but .'body'"):

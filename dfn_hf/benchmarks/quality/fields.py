@@ -189,7 +189,7 @@ def _measure_quarter(settings: FieldSettings) -> FieldResult:
     if settings.method == "pre-trained":
         seconds += fit(
             model,
-            _other_photographs(FieldCollator(hidden_share=0.75), len(crops), settings.seed),
+            _other_photographs(FieldCollator(mask_ratio=0.75), len(crops), settings.seed),
             steps=settings.pretraining_steps,
             learning_rate=settings.learning_rate,
             weight_decay=0.0,
@@ -197,7 +197,7 @@ def _measure_quarter(settings: FieldSettings) -> FieldResult:
     whole = FieldCollator()(crops)
     first = _hidden_psnr(model, whole, crops)
     if settings.steps:
-        collate = FieldCollator(hidden_share=0.25)
+        collate = FieldCollator(mask_ratio=0.25)
         batches = (collate(given) for _ in range(settings.steps))
         seconds += fit(
             model, batches, steps=settings.steps, learning_rate=settings.learning_rate / 3, weight_decay=0.0
