@@ -267,14 +267,14 @@ def field(
     )
     check_output(output, resume=resume, overwrite=overwrite, push_to_hub=push_to_hub)
 
-    from ..training.recipes import learn_fields
+    from ..training.recipes import train_new_field_model
 
-    result = learn_fields(
+    result = train_new_field_model(
         data,
         output,
         settings,
         num_samples=num_samples,
-        hidden_share=mask_ratio,
+        mask_ratio=mask_ratio,
         size=size or "tiny",
         options=overrides,
         resume=resume,
@@ -335,9 +335,9 @@ def contrastive(
     check_output(output, resume=resume, overwrite=overwrite, push_to_hub=push_to_hub)
 
     from ..assets.tokenizers import load_tokenizer
-    from ..training.recipes import learn_pairs
+    from ..training.recipes import train_new_contrastive_model
 
-    result = learn_pairs(
+    result = train_new_contrastive_model(
         data,
         output,
         settings,

@@ -11,6 +11,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "lora": ["add_lora"],
         "settings": ["TrainingSettings"],
         "trainer": ["MatrixDecayTrainer", "TrainingResult", "train_model"],
-        "recipes": ["learn_fields", "learn_pairs"],
+        "recipes": ["train_new_contrastive_model", "train_new_field_model"],
     },
 )

@@ -1,4 +1,4 @@
-"""The output folder of a training run and the checkpoints in it. Imports the standard library only."""
+"""Checks the output folder of a training run and finds its checkpoints. Imports the standard library only."""
 
 import json
 import shutil
@@ -13,28 +13,26 @@ def check_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Raise ValueError unless a trained model may be written to `folder`.
 
     Args:
-        folder: output folder of a training run.
-        resume: continue an interrupted run, so checkpoints may exist.
-        overwrite: replace what `folder` holds.
+        folder: output folder of the training run.
+        resume: allow checkpoints of an interrupted run.
+        overwrite: allow any content, which the trained model will replace.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: choose a folder")
+        raise ValueError(f"{folder} is a file: give a folder")
     others = [path.name for path in folder.iterdir() if path.name != CHECKPOINTS] if folder.is_dir() else []
     if others and not overwrite:
         if resume:
-            raise ValueError(f"{folder} holds a finished model: leave out --resume")
+            raise ValueError(f"{folder} holds a finished model: remove --resume")
         raise ValueError(
             f"{folder} is not empty (it holds {sorted(others)[0]}): choose another folder, or add --overwrite"
         )
     last = last_checkpoint(folder / CHECKPOINTS)
     if last is not None and not resume and not overwrite:
-        raise ValueError(
-            f"{folder} holds a run that stopped after {last.name}: add --resume or --overwrite"
-        )
+        raise ValueError(f"{folder} holds a run that stopped after {last.name}: add --resume or --overwrite")
 
 
 def check_same_run(checkpoints: Path, run: dict[str, Any]) -> None:
-    """Raise ValueError if the run that wrote these checkpoints had other settings than `run`."""
+    """Raise ValueError unless the run that wrote these checkpoints had the settings `run`."""
     earlier = json.loads((checkpoints / RUN_FILE).read_text())
     for field, value in run.items():
         if earlier.get(field) != value:
@@ -51,19 +49,19 @@ def last_checkpoint(checkpoints: Path) -> Path | None:
 
 
 def remove_incomplete_checkpoints(checkpoints: Path) -> None:
-    """Delete checkpoints that were not written completely, after a kill or on a full disk."""
+    """Delete incomplete checkpoints, which a killed process or a full disk leaves behind."""
     for path in checkpoint_folders(checkpoints):
         if not is_complete(path):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def checkpoint_folders(checkpoints: Path) -> list[Path]:
-    """Return the checkpoint folders of the Trainer, complete or not."""
+    """Return all checkpoint folders, complete or not."""
     return [path for path in checkpoints.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether the Trainer state, which is written last, exists and is valid JSON."""
+    """Whether the Trainer state, the last file that the Trainer writes, exists and is valid JSON."""
     try:
         json.loads((checkpoint / "trainer_state.json").read_text())
     except (OSError, ValueError):

@@ -1,9 +1,12 @@
-"""Contrastive training: the two views of a row close, those of other rows far.
+"""Contrastive training of `DFNForContrastive` with a symmetric InfoNCE loss over pairs of views.
 
+`dfn_hf.data.contrastive` makes the rows; `dfn_hf.evaluation.retrieval_metrics` measures recall.
+
+Example:
+    ```python
     rows, held_out = (text_pairs(load_verses(split), tokenizer) for split in ("train", "validation"))
     train_contrastive(DFNForContrastive(config), tokenizer, rows, held_out, "my-embedder")
-
-Rows are made by `views.py`; `retrieval.py` tells how well one view then finds the other.
+    ```
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,11 +26,11 @@ from .trainer import MatrixDecayTrainer, TrainingResult, TrainingSettings, train
 
 
 class ContrastiveTrainer(MatrixDecayTrainer):
-    """A Trainer whose batches hold each second view once; the loss needs no labels."""
+    """A Trainer whose batches contain no second view twice, and whose loss needs no labels."""
 
     def __init__(self, args: TrainingArguments, **kwargs: Any) -> None:
         args.label_names = []
-        args.dataloader_drop_last = True  # a batch of few rows has few negatives, of one none
+        args.dataloader_drop_last = True  # a smaller batch would have fewer negatives
         super().__init__(args=args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
@@ -53,28 +56,34 @@ def train_contrastive(
     progress: bool = True,
     callbacks: Iterable[TrainerCallback] = (),
 ) -> TrainingResult:
-    """Train `model` so that the views of a row lie close; saved, resumed and logged as by `training.train_model`.
+    """Train `model` to give the two views of a row similar embeddings.
 
-    The other rows of a batch are a row's negatives, those of all processes together. Batches are not accumulated:
-    `gradient_accumulation_steps` means several batches, each with negatives of its own.
+    The negatives of a row are the other rows of its batch on all processes. Gradient accumulation does not add
+    negatives: each forward pass has its own. Checkpoints, resuming and logs are those of `train_model`.
 
     Args:
-        train_rows, validation_rows: of two views each (`text_pairs`, `pair_views`).
+        model: model to train, with or without adapters.
+        tokenizer: tokenizer of the model; its pad token pads texts.
+        train_rows, validation_rows: rows of two views (`text_pairs`, `pair_views`).
+        output_folder, settings, provenance, resume, overwrite, progress, callbacks: see `train_model`.
 
     Returns:
-        Its losses are those of batches, in nats per pair: comparable between runs of one `batch_size`.
+        The result, with losses in nats per pair. They depend on `batch_size`, the number of candidates.
 
     Raises:
-        ValueError: fewer different second views than a batch holds, or what `train_model` refuses.
+        ValueError: `batch_size` is 1, or exceeds the number of rows or of distinct second views; or `train_model`
+            raises it.
     """
     settings = settings or TrainingSettings()
     if settings.batch_size < 2:
-        raise ValueError("batch_size is 1 (--batch-size): one pair has no other to be told from, take at least 2")
+        raise ValueError(
+            "batch_size is 1 but contrastive training needs at least 2 pairs per batch: increase it (--batch-size)"
+        )
     for name, rows in (("train", train_rows), ("validate", validation_rows)):
         if len(rows) < settings.batch_size:
             raise ValueError(
-                f"there are {len(rows)} pairs to {name} on, fewer than a batch of {settings.batch_size}: lower "
-                "batch_size (--batch-size), or give more"
+                f"there are {len(rows)} pairs to {name} on but batch_size is {settings.batch_size}: lower batch_size "
+                "(--batch-size), or give more pairs"
             )
     result = train_model(
         model,
@@ -97,16 +106,16 @@ def train_contrastive(
 
 
 def embedder_card(result: TrainingResult, provenance: str) -> ModelCard:
-    """The card of a freshly trained model that embeds."""
+    """Model card of a trained embedding model."""
     config = AutoConfig.from_pretrained(result.folder)
     name = result.folder.resolve().name
     fields = ""
     if config.contrastive_fields:
         fields = f"""
-Fields over {config.coordinate_dim} axes with {config.value_dim} values a sample are embedded by
-`model(coordinates=…, values=…)`; `dfn_hf.data.fields` makes them of images, arrays and sound.
+`model(coordinates=..., values=...)` embeds fields over {config.coordinate_dim} axes with {config.value_dim} values per
+sample. `dfn_hf.data.fields` converts images, arrays and sound to fields.
 """
-    text = f"""A `DFNForContrastive` that embeds into {config.projection_dim} dimensions.
+    text = f"""A `DFNForContrastive` with embeddings of {config.projection_dim} dimensions.
 
 ```python
 from transformers import AutoTokenizer
@@ -117,7 +126,7 @@ model = DFNForContrastive.from_pretrained("{name}")
 embeds = model(**tokenizer(["In the beginning", "En el principio"], padding=True, return_tensors="pt")).embeds
 ```
 
-`dfn_hf.hub.sentence_embeddings.to_sentence_transformer(model, tokenizer)` makes a model of sentence-transformers of it.
+`dfn_hf.hub.sentence_embeddings.to_sentence_transformer(model, tokenizer)` converts it to a `SentenceTransformer`.
 {fields}
 ## {PROVENANCE}
 

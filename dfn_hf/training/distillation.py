@@ -1,8 +1,8 @@
-"""Distillation of a causal language model into a DFN that was made from it.
+"""Distils a causal language model (teacher) into a DFN that was converted from it (student).
 
-First every layer of the student reads the teacher's states and learns to give what the teacher's layer gives; then
-the layers read each other and the student learns the teacher's distribution over next tokens. It is a training run
-like any other: checkpoints, resuming, progress and the folder that appears whole are those of `training`.
+In the first phase each layer of the student reads the teacher's hidden states and is fitted to the output of the
+teacher's layer. In the second phase the student runs end to end and is fitted to the teacher's next-token
+distribution. Checkpoints, resuming and progress are those of `train_model`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,17 +21,17 @@ from ..data.collators import PackedBlockCollator
 from .trainer import MatrixDecayTrainer, TrainingResult, TrainingSettings, train_model
 
 IGNORED_LABEL = -100
-LABEL_WEIGHT = 0.3  # of the text's own tokens beside the teacher's distribution
+LABEL_WEIGHT = 0.3  # weight of the cross-entropy with the labels; the KL divergence from the teacher has weight 1
 
 
 @dataclass(frozen=True)
 class DistillationSettings(TrainingSettings):
-    """What a distillation does: many small steps, which go further on as many tokens than few large ones.
+    """Settings of a distillation; the defaults are many small steps, which need fewer tokens than few large ones.
 
     Attributes:
-        layerwise_ratio: share of the steps, from the first, that fit each layer alone.
+        layerwise_ratio: fraction of the steps, from the first, that fit each layer separately.
 
-    The others are those of `TrainingSettings`.
+    The other attributes are those of `TrainingSettings`.
     """
 
     max_steps: int = 400
@@ -42,19 +42,19 @@ class DistillationSettings(TrainingSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.layerwise_ratio <= 1:
-            raise ValueError(f"layerwise_ratio must lie between 0 and 1, got {self.layerwise_ratio}")
+            raise ValueError(f"layerwise_ratio must be between 0 and 1, got {self.layerwise_ratio}")
 
 
 @dataclass(frozen=True)
 class DistillationResult(TrainingResult):
-    """What a finished distillation leaves.
+    """Result of a finished distillation.
 
     Attributes:
-        teacher_loss: the teacher's validation loss, in nats per token.
-        num_tokens: tokens distilled on, those read again included.
-        operations: floating-point operations of it all, `num_tokens` times `operations_per_token`.
+        teacher_loss: validation loss of the teacher, in nats per token.
+        num_tokens: training tokens processed, over all epochs.
+        operations: floating-point operations of the run, `num_tokens` times `operations_per_token`.
 
-    The others are those of `TrainingResult`.
+    The other attributes are those of `TrainingResult`.
     """
 
     teacher_loss: float
@@ -63,20 +63,20 @@ class DistillationResult(TrainingResult):
 
 
 class DistillationTrainer(MatrixDecayTrainer):
-    """A Trainer whose loss is the student's difference from a teacher; evaluated like any language model.
+    """A Trainer whose training loss compares the student with a teacher. Evaluation uses the language-model loss.
 
     Args:
         teacher: a causal language model; it is frozen.
         layerwise_ratio: see `DistillationSettings`.
-        options: those of `Trainer`, but for the collator: batches are packed blocks as the teacher takes them, which
-            a DFN does too.
+        options: arguments of `Trainer`, except `data_collator`: batches are packed blocks in the teacher's format,
+            which a DFN also accepts.
     """
 
     def __init__(self, *, teacher: PreTrainedModel, layerwise_ratio: float, **options: Any) -> None:
         super().__init__(**options | {"data_collator": PackedBlockCollator(teacher)})
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
         self.layerwise_ratio = layerwise_ratio
-        self.model_accepts_loss_kwargs = False  # losses are means over the tokens of a forward pass
+        self.model_accepts_loss_kwargs = False  # the loss is a mean over the tokens of one forward pass
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -88,18 +88,18 @@ class DistillationTrainer(MatrixDecayTrainer):
         scored = labels != IGNORED_LABEL
         layerwise = self.state.global_step < self.layerwise_ratio * self.state.max_steps
         with torch.no_grad():
-            taught = self.teacher(**inputs, use_cache=False, output_hidden_states=layerwise)
+            teacher_outputs = self.teacher(**inputs, use_cache=False, output_hidden_states=layerwise)
         if layerwise:
             layers = self.accelerator.unwrap_model(model).model.layers
-            with teacher_forced(layers, taught.hidden_states):
-                learnt = model(**inputs, output_hidden_states=True)
+            with teacher_forced(layers, teacher_outputs.hidden_states):
+                student_outputs = model(**inputs, output_hidden_states=True)
         else:
-            learnt = model(**inputs)
-        predicted, expected = (outputs.logits[:, :-1][scored] for outputs in (learnt, taught))
-        loss = divergence(predicted, expected) + LABEL_WEIGHT * F.cross_entropy(predicted, labels[scored])
+            student_outputs = model(**inputs)
+        predicted, expected = (outputs.logits[:, :-1][scored] for outputs in (student_outputs, teacher_outputs))
+        loss = kl_divergence(predicted, expected) + LABEL_WEIGHT * F.cross_entropy(predicted, labels[scored])
         if layerwise:
-            loss = loss + layerwise_error(learnt.hidden_states, taught.hidden_states)
-        return (loss, learnt) if return_outputs else loss
+            loss = loss + layerwise_error(student_outputs.hidden_states, teacher_outputs.hidden_states)
+        return (loss, student_outputs) if return_outputs else loss
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return inputs["input_ids"].numel() * operations_per_token(self.model, self.teacher)
@@ -115,27 +115,27 @@ def distill_model(
     settings: DistillationSettings | None = None,
     **options: Any,
 ) -> DistillationResult:
-    """Fit `student` to `teacher` and save the best checkpoint by validation loss as a transformers folder.
+    """Fit `student` to `teacher` and save the checkpoint with the lowest validation loss as a transformers folder.
 
     Args:
-        student: a DFN with the teacher's layers, such as `dfn-hf convert --from llama` makes.
-        teacher: the causal language model that it was made from.
-        tokenizer: of both; saved beside the student.
+        student: a DFN with the teacher's layers, for example from `dfn-hf convert --from llama`.
+        teacher: the causal language model from which the student was converted.
+        tokenizer: tokenizer of both; saved with the student.
         train_blocks, validation_blocks: packed blocks of `input_ids`, `labels`, `segment_ids`, each `[block_size]`.
-        output_folder: must be new or empty, unless `overwrite` or `resume` is among the options.
+        output_folder: new or empty folder, unless `overwrite` or `resume` is given.
         settings: None means the defaults of `DistillationSettings`.
-        options: `provenance`, `resume`, `overwrite`, `progress` and `callbacks` as `train_model` takes them.
+        options: `provenance`, `resume`, `overwrite`, `progress` and `callbacks` of `train_model`.
 
     Raises:
-        ValueError: student and teacher differ in their vocabulary, their width or their number of layers; or what
-            `train_model` refuses.
-        OSError: the disk is full. The last complete checkpoint stays.
+        ValueError: student and teacher differ in vocabulary size, hidden size or number of layers, or `train_model`
+            raises it.
+        OSError: the disk is full; the last complete checkpoint is kept.
     """
     settings = settings or DistillationSettings()
     check_pair(student, teacher)
     for role, model in (("student", student), ("teacher", teacher)):
         if model.name_or_path and Path(model.name_or_path).resolve() == Path(output_folder).resolve():
-            raise ValueError(f"{output_folder} holds the {role}: choose another folder for the result")
+            raise ValueError(f"{output_folder} holds the {role}: give another output folder")
     teacher_loss = blocks_loss(teacher, validation_blocks, settings.batch_size)
     result = train_model(
         student,
@@ -153,43 +153,45 @@ def distill_model(
 
 
 def check_pair(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
-    """Raise ValueError unless the student is a DFN whose states and tokens mean what the teacher's do."""
+    """Raise ValueError unless the student is a DFN with the teacher's vocabulary size, width and number of layers."""
     if student.config.model_type != "dfn":
-        raise ValueError(f"the student is a {student.config.model_type}: give a DFN (dfn-hf convert --from llama)")
+        raise ValueError(
+            f"the student has model_type {student.config.model_type!r}: give a DFN (dfn-hf convert --from llama)"
+        )
     for field in ("vocab_size", "hidden_size", "num_hidden_layers"):
         ours, theirs = getattr(student.config, field), getattr(teacher.config, field)
         if ours != theirs:
             raise ValueError(
-                f"{field} is {ours} in the student and {theirs} in the teacher: give the student that was made from "
-                "this teacher (dfn-hf convert --from llama)"
+                f"{field} is {ours} in the student and {theirs} in the teacher: give a student that was converted "
+                "from this teacher (dfn-hf convert --from llama)"
             )
 
 
 def check_tokenizers(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError where an id means another token to the student than to the teacher."""
+    """Raise ValueError unless both tokenizers map every token to the same id."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     for token in ours.keys() | theirs.keys():
         if ours.get(token) != theirs.get(token):
             raise ValueError(
-                f"the token {token!r} is id {ours.get(token)} to the student and {theirs.get(token)} to the teacher: "
-                "both need the same tokenizer"
+                f"the token {token!r} has id {ours.get(token)} in the student's tokenizer and {theirs.get(token)} in "
+                "the teacher's: use the same tokenizer for both"
             )
 
 
 @contextmanager
 def teacher_forced(layers: Sequence[torch.nn.Module], states: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Let every layer but the first read the teacher's states in the place of what the layer before it gave.
+    """Feed the teacher's hidden states to every layer except the first, instead of the previous layer's output.
 
     Args:
-        layers: of the student.
+        layers: layers of the student.
         states: the teacher's embeddings and the output of each of its layers, each `[B, M, hidden_size]`.
     """
 
-    def read(given: torch.Tensor, layer: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        return given, *arguments[1:]
+    def replace_input(state: torch.Tensor, layer: torch.nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        return state, *arguments[1:]
 
     later = zip(layers[1:], states[1:-1], strict=True)
-    hooks = [layer.register_forward_pre_hook(partial(read, given)) for layer, given in later]
+    hooks = [layer.register_forward_pre_hook(partial(replace_input, state)) for layer, state in later]
     try:
         yield
     finally:
@@ -197,27 +199,28 @@ def teacher_forced(layers: Sequence[torch.nn.Module], states: Sequence[torch.Ten
             hook.remove()
 
 
-def layerwise_error(learnt: Sequence[torch.Tensor], taught: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Squared error of every layer's output over the square of what the teacher's layer changed, mean over layers.
+def layerwise_error(student_states: Sequence[torch.Tensor], teacher_states: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Squared error of each layer's output, relative to the squared change by the teacher's layer; mean over layers.
 
     Args:
-        learnt, taught: embeddings and the output of each layer, the last after the final norm, each
-            `[B, M, hidden_size]`; what the student's layer gave for the teacher's input.
+        student_states: the student's embeddings and layer outputs for the teacher's hidden states, the last after the
+            final norm, each `[B, M, hidden_size]`.
+        teacher_states: the teacher's, likewise.
     """
     errors = []
-    for before, ours, theirs in zip(taught[:-1], learnt[1:], taught[1:], strict=True):
+    for before, ours, theirs in zip(teacher_states[:-1], student_states[1:], teacher_states[1:], strict=True):
         errors.append(F.mse_loss(ours, theirs) / F.mse_loss(before, theirs))
     return torch.stack(errors).mean()
 
 
-def divergence(learnt: torch.Tensor, taught: torch.Tensor) -> torch.Tensor:
-    """Mean KL(teacher ‖ student) in nats of logits `[N, vocab_size]`."""
-    ours, theirs = (logits.float().log_softmax(dim=-1) for logits in (learnt, taught))
+def kl_divergence(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    """KL(teacher ‖ student) in nats, mean over the N rows of logits `[N, vocab_size]`."""
+    ours, theirs = (logits.float().log_softmax(dim=-1) for logits in (student_logits, teacher_logits))
     return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
 
 def operations_per_token(student: Any, teacher: Any) -> int:
-    """6 per parameter of the student, forward and backward, and 2 of the teacher, forward; without embeddings."""
+    """Floating-point operations per token, without embeddings: 6 per student parameter, 2 per teacher parameter."""
     return 6 * student.num_parameters(exclude_embeddings=True) + 2 * teacher.num_parameters(exclude_embeddings=True)
 
 

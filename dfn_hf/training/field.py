@@ -1,8 +1,11 @@
-"""Training of `DFNForFieldReconstruction` on images, arrays and sound, whole or in pieces.
+"""Training of `DFNForFieldReconstruction` on images, arrays and sound, or on random crops of them.
 
-arrays = load_arrays("photographs/")
-train, held_out = FieldPieces(arrays[1:], 4096, 2000), FieldPieces(arrays[:1], 4096, 32)
-train_fields(new_field_model(arrays), train, held_out, "my-field")
+Example:
+    ```python
+    arrays = load_arrays("photographs/")
+    train, held_out = FieldCrops(arrays[1:], 4096, 2000), FieldCrops(arrays[:1], 4096, 32)
+    train_fields(new_field_model(arrays, num_samples=4096), train, held_out, "my-field")
+    ```
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,17 +29,17 @@ from .trainer import MatrixDecayTrainer, TrainingResult, TrainingSettings, train
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 KINDS = (*IMAGES, ".npy", ".wav")
 SAMPLES_PER_ENTITY = 16
-LARGEST_VALUE = 10.0
+MAX_VALUE = 10.0
 
 
 def load_arrays(path: str | Path) -> list[np.ndarray]:
-    """The images, NumPy arrays (`.npy`) and waveforms (`.wav`) of a file or a folder, each `[size, …, values]`.
+    """Load images, NumPy arrays (`.npy`) and waveforms (`.wav`) from a file or a folder, each `[size, …, values]`.
 
-    A `.npy` of two axes is a grid of single numbers, of three one of as many values as its last axis has, of four a
-    clip over time.
+    A `.npy` array with one or two axes has one value per sample. With three or four axes, the last axis holds the
+    values; four axes are a clip over time.
 
     Raises:
-        ValueError: none of these are there, or they differ in their axes or values.
+        ValueError: `path` does not exist or holds no such file, or the files differ in the number of axes or values.
     """
     path = Path(path)
     if not path.exists():
@@ -44,22 +47,23 @@ def load_arrays(path: str | Path) -> list[np.ndarray]:
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     files = [file for file in files if file.suffix.lower() in KINDS]
     if not files:
-        raise ValueError(f"{path} holds no field: give files that end in {', '.join(KINDS)}")
+        raise ValueError(f"{path} holds no field: give files with the suffix {', '.join(KINDS)}")
     arrays = [read_array(file) for file in files]
     for file, array in zip(files, arrays, strict=True):
         if array.ndim != arrays[0].ndim or array.shape[-1] != arrays[0].shape[-1]:
             raise ValueError(
-                f"{file} has {array.ndim - 1} axes of {array.shape[-1]} values and {files[0]} {arrays[0].ndim - 1} of "
-                f"{arrays[0].shape[-1]}: a model is of one kind of field"
+                f"{file} has {array.ndim - 1} axes and {array.shape[-1]} values per sample, but {files[0]} has "
+                f"{arrays[0].ndim - 1} and {arrays[0].shape[-1]}: give files of one kind"
             )
     return arrays
 
 
 def read_array(file: Path) -> np.ndarray:
-    """One of them, `[size, …, values]`.
+    """Read one image, array or waveform, `[size, …, values]`; see `load_arrays`.
 
     Raises:
-        ValueError: an array that cannot be read, has another number of axes, or floats that are no values of a field.
+        ValueError: the array is not readable, does not have one to four axes, or has floats that are not finite or
+            larger than 10.
     """
     if file.suffix.lower() == ".wav":
         return read_sound(file)
@@ -69,24 +73,25 @@ def read_array(file: Path) -> np.ndarray:
     try:
         array = np.load(file, allow_pickle=False)
     except ValueError as error:
-        raise ValueError(f"{file} holds no array of numbers: {error}") from error
+        raise ValueError(f"{file} holds no array of numbers ({error}): save one with numpy.save") from error
     if not 1 <= array.ndim <= 4:
-        raise ValueError(f"{file} has {array.ndim} axes: give an array of one to four")
+        raise ValueError(f"{file} has {array.ndim} axes: give an array with one to four")
     if np.issubdtype(array.dtype, np.floating):
         if not np.isfinite(array).all():
-            raise ValueError(f"{file} holds numbers that are not finite: fill them in")
-        if array.size and np.abs(array).max() > LARGEST_VALUE:
-            raise ValueError(f"{file} holds numbers up to {np.abs(array).max():g}: scale them to about [-1, 1]")
+            raise ValueError(f"{file} holds values that are not finite: replace them")
+        if array.size and np.abs(array).max() > MAX_VALUE:
+            raise ValueError(f"{file} holds values up to {np.abs(array).max():g}: scale them to about [-1, 1]")
     return array[..., None] if array.ndim <= 2 else array
 
 
-class FieldPieces(Dataset):
-    """Pieces of arrays as fields, drawn at random places, the same ones for the same seed.
+class FieldCrops(Dataset):
+    """A dataset of random crops of arrays, as fields. Crop `number` depends on `seed` and `number` only.
 
     Args:
-        arrays: `[size, …, values]` each, as `load_arrays` gives them.
-        num_samples: of a piece at most; its sides are equal where the array's allow.
-        length: how many pieces.
+        arrays: arrays `[size, …, values]`, from `load_arrays`.
+        num_samples: maximum number of samples of a crop. Its sides are equal if the array is large enough.
+        length: number of crops.
+        seed: seed of the crop positions.
     """
 
     def __init__(self, arrays: Sequence[np.ndarray], num_samples: int, length: int, seed: int = 0):
@@ -100,37 +105,40 @@ class FieldPieces(Dataset):
             raise IndexError(number)
         generator = np.random.default_rng((self.seed, number))
         array = self.arrays[int(generator.integers(len(self.arrays)))]
-        sizes = piece_sizes(array.shape[:-1], self.num_samples)
+        sizes = crop_sizes(array.shape[:-1], self.num_samples)
         starts = [generator.integers(whole - size + 1) for whole, size in zip(array.shape, sizes, strict=False)]
-        piece = array[tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))]
-        return array_field(piece, len(sizes))
+        crop = array[tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))]
+        return array_field(crop, len(sizes))
 
 
-def piece_sizes(sizes: Sequence[int], num_samples: int) -> list[int]:
-    """Sides, at most `sizes`, of a piece of about `num_samples` and no more; as equal as can be."""
-    left, chosen = num_samples, {}
+def crop_sizes(sizes: Sequence[int], num_samples: int) -> list[int]:
+    """Sides of a crop with at most `num_samples` samples: at most `sizes`, and as equal as possible."""
+    remaining, sides = num_samples, {}
     for place, (axis, size) in enumerate(sorted(enumerate(sizes), key=lambda pair: pair[1])):
-        chosen[axis] = max(1, min(size, int(left ** (1 / (len(sizes) - place)) + 1e-9)))
-        left //= chosen[axis]
-    return [chosen[axis] for axis in range(len(sizes))]
+        sides[axis] = max(1, min(size, int(remaining ** (1 / (len(sizes) - place)) + 1e-9)))
+        remaining //= sides[axis]
+    return [sides[axis] for axis in range(len(sizes))]
 
 
 def new_field_model(
     arrays: Sequence[np.ndarray], *, num_samples: int, size: str = "tiny", seed: int = 0, **options: Any
 ) -> DFNForFieldReconstruction:
-    """A model with fresh weights for fields like these, of which it reads `num_samples` at a time.
+    """Build a randomly initialized model for fields like `arrays`.
 
     Args:
-        size: one of `sizes.SIZES`.
-        options: fields of `DFNConfig` that differ; `num_entities` is a sixteenth of the samples if not given.
+        arrays: arrays `[size, …, values]`, which determine `coordinate_dim` and `value_dim`.
+        num_samples: samples per field; the default of `num_entities` is a sixteenth of it.
+        size: a key of `presets.SIZES`.
+        seed: seed of the weights.
+        options: fields of `DFNConfig` that override the preset.
 
     Raises:
-        ValueError: an unknown size, or a field that the configuration does not have or refuses.
+        ValueError: `size` is unknown, or `DFNConfig` has no such field or rejects its value.
     """
     if size not in SIZES:
         raise ValueError(f"size is {size!r}: choose one of {', '.join(SIZES)}")
     check_fields("dfn", options)
-    usual = {
+    defaults = {
         "entity_sampling": "adaptive",
         "num_entities": max(1, num_samples // SAMPLES_PER_ENTITY),
         "coordinate_dim": arrays[0].ndim - 1,
@@ -138,11 +146,11 @@ def new_field_model(
         "is_causal": False,
     }
     torch.manual_seed(seed)
-    return DFNForFieldReconstruction(DFNConfig(**SIZES[size] | usual | options))
+    return DFNForFieldReconstruction(DFNConfig(**SIZES[size] | defaults | options))
 
 
 class FieldTrainer(MatrixDecayTrainer):
-    """A Trainer of fields, in any order."""
+    """A Trainer that draws fields in random order, not grouped by length."""
 
     def __init__(self, args: TrainingArguments, **kwargs: Any) -> None:
         args.train_sampling_strategy = "random"
@@ -156,21 +164,23 @@ def train_fields(
     output_folder: str | Path,
     settings: TrainingSettings | None = None,
     *,
-    hidden_share: float = 0.0,
+    mask_ratio: float = 0.0,
     provenance: str = "",
     resume: bool = False,
     overwrite: bool = False,
     progress: bool = True,
     callbacks: Iterable[TrainerCallback] = (),
 ) -> TrainingResult:
-    """Train `model` to give back fields; saved, resumed and logged as by `training.train_model`.
+    """Train `model` to reconstruct fields. Checkpoints, resuming and logs are those of `train_model`.
 
     Args:
-        train, held_out: fields, such as `FieldPieces`.
-        hidden_share: of a field's samples, hidden from the model and asked for; 0 asks for those that it is given.
+        model: model to train.
+        train, held_out: datasets of fields, such as `FieldCrops`.
+        mask_ratio: fraction of samples to mask, see `FieldCollator`; 0 trains plain reconstruction.
+        output_folder, settings, provenance, resume, overwrite, progress, callbacks: see `train_model`.
 
     Returns:
-        Its losses are mean squared errors.
+        The result, with mean squared errors as losses.
     """
     result = train_model(
         model,
@@ -184,7 +194,7 @@ def train_fields(
         overwrite=overwrite,
         progress=progress,
         callbacks=callbacks,
-        data_collator=FieldCollator(hidden_share),
+        data_collator=FieldCollator(mask_ratio),
         make_trainer=FieldTrainer,
     )
     if PartialState().is_main_process:
@@ -193,17 +203,17 @@ def train_fields(
 
 
 def field_card(result: TrainingResult, provenance: str) -> ModelCard:
-    """The card of a freshly trained model of fields."""
+    """Model card of a trained field model."""
     config = AutoConfig.from_pretrained(result.folder)
     name = result.folder.resolve().name
-    text = f"""A `DFNForFieldReconstruction` over {config.coordinate_dim} axes with {config.value_dim} values a sample.
+    text = f"""A `DFNForFieldReconstruction`: {config.coordinate_dim} axes, {config.value_dim} values per sample.
 
 ```python
 from dfn_hf import DFNForFieldReconstruction
 from dfn_hf.data.fields import array_field
 
 model = DFNForFieldReconstruction.from_pretrained("{name}")
-field = array_field(array, {config.coordinate_dim})  # an array of yours
+field = array_field(array, {config.coordinate_dim})  # your array
 reconstruction = model(field["coordinates"][None], field["values"][None]).reconstruction
 ```
 

@@ -1,4 +1,4 @@
-"""Low-rank adaptation (LoRA, Hu et al. 2021) of a language model, causal or an encoder-decoder, through PEFT."""
+"""LoRA (Hu et al., 2021) for causal language models and encoder-decoders, with PEFT."""
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
@@ -7,9 +7,13 @@ from ..hub.peft_defaults import LINEAR_MAPS
 
 
 def add_lora(model: PreTrainedModel, *, rank: int = 16) -> PeftModel:
-    """Freeze `model` and give its linear maps trainable updates of rank `rank`, scaled by 2.
+    """Freeze `model` and add trainable low-rank updates to its linear layers, with `lora_alpha = 2 * rank`.
 
-    The maps are those of `peft_defaults`, all of them in a model of another family.
+    Targets are the layers in `peft_defaults.LINEAR_MAPS`, or all linear layers for models outside this package.
+
+    Args:
+        model: causal language model or encoder-decoder.
+        rank: rank of the updates.
 
     Raises:
         ValueError: `rank` is below 1.

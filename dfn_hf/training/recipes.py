@@ -1,4 +1,4 @@
-"""`dfn-hf train field` and `dfn-hf train contrastive` as functions: from files to a saved model."""
+"""Trains a new field model or embedding model from files, as `dfn-hf train field` and `train contrastive` do."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,15 +16,15 @@ from ..modeling.dfn.configuration_dfn import DFNConfig
 from ..modeling.dfn.modeling_dfn_contrastive import DFNForContrastive
 from ..presets import SIZES, check_fields
 from .contrastive import train_contrastive
-from .field import KINDS, FieldPieces, load_arrays, new_field_model, read_array, train_fields
+from .field import KINDS, FieldCrops, load_arrays, new_field_model, read_array, train_fields
 from .trainer import TrainingResult, TrainingSettings
 
-HELD_OUT_PIECES = 64
+NUM_VALIDATION_CROPS = 64
 HELD_OUT_FRACTION = 0.05
 VERSES = "the verses of the World English Bible and the Reina-Valera"
 
 
-def learn_fields(
+def train_new_field_model(
     data: str | Path,
     output: Path,
     settings: TrainingSettings,
@@ -32,35 +32,45 @@ def learn_fields(
     num_samples: int,
     size: str,
     options: dict[str, Any],
-    hidden_share: float,
+    mask_ratio: float,
     resume: bool,
     overwrite: bool,
 ) -> TrainingResult:
-    """A model with fresh weights that gives back pieces of `num_samples` of the fields of a file or folder.
+    """Train a new model to reconstruct random crops of the fields in a file or folder.
 
-    Of several files a twentieth is held out, at least one; of one, other pieces of it.
+    5 % of the files, at least one, are held out for validation. A single file is also validated on, at other crops.
+
+    Args:
+        data: image, `.npy` or `.wav` file, or a folder of them.
+        output: new or empty folder for the model.
+        settings: settings of the run.
+        num_samples: maximum number of samples per crop.
+        size: a key of `presets.SIZES`.
+        options: fields of `DFNConfig` that override the preset.
+        mask_ratio: fraction of samples to mask, see `FieldCollator`.
+        resume, overwrite: see `train_model`.
 
     Raises:
-        ValueError: no fields there, or what the configuration refuses.
+        ValueError: `data` holds no fields, or `DFNConfig` rejects a value.
     """
     arrays = load_arrays(data)
     model = new_field_model(arrays, num_samples=num_samples, size=size, seed=settings.seed, **options)
     count = max(1, round(HELD_OUT_FRACTION * len(arrays))) if len(arrays) > 1 else 0
-    pieces = settings.max_steps * settings.batch_size * settings.gradient_accumulation_steps
+    num_crops = settings.max_steps * settings.batch_size * settings.gradient_accumulation_steps
     return train_fields(
         model,
-        FieldPieces(arrays[count:], num_samples, pieces, settings.seed),
-        FieldPieces(arrays[:count] or arrays, num_samples, HELD_OUT_PIECES, settings.seed + 1),
+        FieldCrops(arrays[count:], num_samples, num_crops, settings.seed),
+        FieldCrops(arrays[:count] or arrays, num_samples, NUM_VALIDATION_CROPS, settings.seed + 1),
         output,
         settings,
-        hidden_share=hidden_share,
-        provenance=f"Trained on {data}, in pieces of {num_samples} samples, from scratch.",
+        mask_ratio=mask_ratio,
+        provenance=f"Trained on {data}, in crops of {num_samples} samples, from scratch.",
         resume=resume,
         overwrite=overwrite,
     )
 
 
-def learn_pairs(
+def train_new_contrastive_model(
     data: str | Path | None,
     output: Path,
     settings: TrainingSettings,
@@ -74,14 +84,23 @@ def learn_pairs(
     resume: bool,
     overwrite: bool,
 ) -> TrainingResult:
-    """A model with fresh weights that embeds the two sides of pairs close to each other.
+    """Train a new embedding model on pairs of views.
 
     Args:
-        data: JSON Lines; a side that names an image, an array or a WAV file, from their folder on, is that field. None
-            takes the embedded verses.
+        data: JSON Lines file or folder of pairs. If all texts of a side are paths of images, `.npy` or `.wav` files,
+            relative to the folder of `data`, its views are these fields. None means the bundled verses.
+        output: new or empty folder for the model.
+        settings: settings of the run.
+        tokenizer: tokenizer of the texts.
+        source_field, target_field: JSON fields that hold the two sides.
+        max_length: maximum number of tokens per text; longer texts are truncated.
+        size: a key of `presets.SIZES`.
+        options: fields of `DFNConfig` that override the preset.
+        resume, overwrite: see `train_model`.
 
     Raises:
-        ValueError: no pairs there, sides of two kinds of field, an unknown size, or what the configuration refuses.
+        ValueError: `data` holds no pairs or fields of several kinds, `size` is unknown, or `DFNConfig` rejects a
+            value.
     """
     if size not in SIZES:
         raise ValueError(f"size is {size!r}: choose one of {', '.join(SIZES)}")
@@ -95,7 +114,7 @@ def learn_pairs(
     }
     for field in options:
         if field in fixed:
-            raise ValueError(f"{field} is the tokenizer's or the objective's: leave out --config-override {field}")
+            raise ValueError(f"{field} is set by the tokenizer or the objective: remove --config-override {field}")
     if data is None:
         pairs, held_out = load_verses("train"), load_verses("validation")
     else:
@@ -104,7 +123,7 @@ def learn_pairs(
         pairs, held_out = parts["train"], parts["test"]
     folder = Path("." if data is None else data)
     folder = folder if folder.is_dir() else folder.parent
-    rows, held_out_rows = (two_views(part, folder, tokenizer, max_length) for part in (pairs, held_out))
+    rows, held_out_rows = (pair_rows(part, folder, tokenizer, max_length) for part in (pairs, held_out))
     config = DFNConfig(**SIZES[size] | field_options(rows) | fixed | options)
     torch.manual_seed(settings.seed)
     return train_contrastive(
@@ -120,27 +139,27 @@ def learn_pairs(
     )
 
 
-def two_views(pairs: Dataset, folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
-    """Rows of pairs, each side a text or, where all its texts name files, fields."""
-    sides = (one_side(list(pairs[side]), folder, tokenizer, max_length) for side in SIDES)
+def pair_rows(pairs: Dataset, folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
+    """Rows of two views; see `side_views`."""
+    sides = (side_views(list(pairs[side]), folder, tokenizer, max_length) for side in SIDES)
     return pair_views(*sides)
 
 
-def one_side(texts: Sequence[str], folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
-    """The views of one side."""
+def side_views(texts: Sequence[str], folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Row]:
+    """Views of one side: fields if all texts are paths of field files relative to `folder`, else token ids."""
     if not all(Path(text).suffix.lower() in KINDS for text in texts):
         return text_view(texts, tokenizer, max_length=max_length)
     views: list[Row] = []
     for text in texts:
         if not (folder / text).is_file():
-            raise ValueError(f"{folder / text} is not there: name files from the folder of the pairs on")
+            raise ValueError(f"{folder / text} does not exist: give paths relative to {folder}")
         array = read_array(folder / text)
         views.append(dict(array_field(array, array.ndim - 1)))
     return views
 
 
 def field_options(rows: Sequence[Row]) -> dict[str, Any]:
-    """What the configuration says of the fields among the views, if there are any."""
+    """Options of `DFNConfig` for the fields among the views, empty if there are none."""
     kinds = {
         (row[f"{prefix}coordinates"].shape[1], row[f"{prefix}values"].shape[1])
         for row in rows
@@ -148,7 +167,7 @@ def field_options(rows: Sequence[Row]) -> dict[str, Any]:
         if f"{prefix}coordinates" in row
     }
     if len(kinds) > 1:
-        raise ValueError(f"the pairs hold fields of several kinds, (axes, values) {sorted(kinds)}: a model takes one")
+        raise ValueError(f"the pairs hold fields with (axes, values) {sorted(kinds)}: give fields of one kind")
     if not kinds:
         return {}
     coordinate_dim, value_dim = kinds.pop()

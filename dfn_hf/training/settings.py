@@ -1,23 +1,23 @@
-"""Settings of a training run. Imports the standard library only, so the command line checks them quickly."""
+"""Settings of a training run. Imports the standard library only: the CLI checks settings before it imports torch."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What a training run does; AdamW with warm-up, cosine decay and gradients clipped to norm 1.
+    """Settings of a training run with AdamW, linear warm-up, cosine decay and gradients clipped to norm 1.
 
     Attributes:
         max_steps: optimizer steps.
         batch_size: blocks per device and forward pass.
         gradient_accumulation_steps: forward passes per optimizer step.
-        learning_rate: its peak, reached after warm-up; the cosine ends at 0.
-        warmup_ratio: share of the steps over which the learning rate rises linearly from 0.
-        weight_decay: decay of matrices; biases, scales and decays (parameters of fewer than two dimensions) have none.
-        save_steps: steps from one evaluation to the next; each is followed by a checkpoint to resume from.
-        exact_search_ratio: share of the steps with exact neighbour search before cell lists take over; see
-            `SearchSwitchCallback`. Means something for DFN only.
-        seed: of the order of blocks and of dropout.
+        learning_rate: peak learning rate, reached after warm-up; the cosine decays to 0.
+        warmup_ratio: fraction of the steps in which the learning rate rises linearly from 0.
+        weight_decay: weight decay of parameters with two or more dimensions; biases, norms and other vectors have 0.
+        save_steps: steps between evaluations; each evaluation saves a checkpoint.
+        exact_search_ratio: fraction of the steps, from the first, with exact neighbour search; DFN only, see
+            `SearchSwitchCallback`.
+        seed: seed of the order of blocks and of dropout.
     """
 
     max_steps: int = 1000
@@ -41,4 +41,4 @@ class TrainingSettings:
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio must be at least 0 and below 1, got {self.warmup_ratio}")
         if not 0 <= self.exact_search_ratio <= 1:
-            raise ValueError(f"exact_search_ratio must lie between 0 and 1, got {self.exact_search_ratio}")
+            raise ValueError(f"exact_search_ratio must be between 0 and 1, got {self.exact_search_ratio}")

@@ -1,8 +1,7 @@
-"""Training of language models, with a `Trainer` that resumes and saves whole folders.
+"""Trains models of this package or of transformers with a `Trainer`, resumes runs and saves transformers folders.
 
-Works for the models of this package and for any other of transformers, so that a baseline is trained on the same
-batches by the same code: causal ones on packed blocks, encoder-decoders on pairs.
-`torchrun --nproc-per-node 4 -m dfn_hf.cli train …` trains on several devices.
+Causal language models train on packed blocks, encoder-decoders on pairs. Baselines use the same code and batches.
+`torchrun --nproc-per-node 4 -m dfn_hf.cli train lm OUTPUT` trains on four devices.
 """
 
 import dataclasses
@@ -32,7 +31,7 @@ from transformers.integrations import is_tensorboard_available
 
 from ..data.collators import PackedBlockCollator
 from ..hub.model_card import model_card
-from ..hub.output_folder import explain_disk_errors, atomic_output_dir
+from ..hub.output_folder import atomic_output_dir, explain_disk_errors
 from .callbacks.flow_memory import FlowMemoryCallback
 from .callbacks.progress_bar import ProgressBarCallback
 from .checkpoints import (
@@ -51,13 +50,13 @@ TENSORBOARD = "runs"
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a finished run leaves.
+    """Result of a finished training run.
 
     Attributes:
-        folder: a transformers folder with the best checkpoint by validation loss, the tokenizer, a model card and
+        folder: transformers folder with the weights of lowest validation loss, the tokenizer, a model card and
             `training_log.json`.
-        history: the Trainer's log: entries with `step` and `loss`, `learning_rate`, `grad_norm` (a training log) or
-            `eval_loss` (an evaluation; the first is from before the first step).
+        history: the Trainer's log. An entry has `step`, and either `loss`, `learning_rate` and `grad_norm`, or
+            `eval_loss`; the first evaluation precedes the first step.
         initial_loss: validation loss before the first step, in nats per token.
         validation_loss: validation loss of the saved model, in nats per token.
     """
@@ -69,27 +68,28 @@ class TrainingResult:
 
 
 class SearchSwitchCallback(TrainerCallback):
-    """Train with exact neighbour search first, then with cell lists.
+    """Uses exact neighbour search in the first steps of training and cell lists afterwards.
 
-    A cell list proposes only entities of the reader's own cells, so positions get no gradient towards a match that
-    lies elsewhere: trained from scratch with small cells, a model may not learn to recall. Two recipes help. Either
-    the coarsest cell spans the whole ball, so that the most recent far entities are always proposed (the default
-    `cell_sizes` do), or the first steps search exactly, which is quick on blocks up to 2,048 tokens, and cell lists
-    take over for the rest, so that positions adapt to the search that the model will be used with.
+    A cell list proposes only entities in the query's own cells, so positions receive no gradient towards a match in
+    another cell. Trained from scratch with small cells, a model may therefore not learn recall. Two settings avoid
+    this: a coarsest cell that spans the whole ball, as in the default `cell_sizes`, so that the most recent distant
+    entities are always proposed; or exact search in the first steps, which is fast on blocks up to 2,048 tokens. The
+    remaining steps use cell lists, so that positions adapt to the search that is used at inference.
 
-    Sets `model.config.search_implementation`, read by the model in each forward pass, and leaves it at `"cells"`.
+    Sets `model.config.search_implementation`, which the model reads in each forward pass, to `"exact"` or `"cells"`,
+    and to `"cells"` at the end.
 
     Args:
-        exact_share: share of the steps, from the first, that search exactly.
+        exact_search_ratio: fraction of the steps, from the first, with exact search.
     """
 
-    def __init__(self, exact_share: float) -> None:
-        self.exact_share = exact_share
+    def __init__(self, exact_search_ratio: float) -> None:
+        self.exact_search_ratio = exact_search_ratio
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        searches_exactly = state.global_step < self.exact_share * state.max_steps
+        searches_exactly = state.global_step < self.exact_search_ratio * state.max_steps
         kwargs["model"].config.search_implementation = "exact" if searches_exactly else "cells"
 
     def on_train_end(
@@ -99,10 +99,10 @@ class SearchSwitchCallback(TrainerCallback):
 
 
 class MatrixDecayTrainer(Trainer):
-    """A Trainer whose weight decay spares every scale, decay and bias, whatever its name."""
+    """A Trainer that applies weight decay to matrices only, not to biases, norms and other vectors."""
 
     def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
-        """Names of the parameters with two dimensions or more."""
+        """Names of the parameters with two or more dimensions."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
 
 
@@ -122,49 +122,38 @@ def train_model(
     data_collator: DataCollator | None = None,
     make_trainer: Callable[..., Trainer] = MatrixDecayTrainer,
 ) -> TrainingResult:
-    """Train `model` and save the best checkpoint by validation loss as a transformers folder.
+    """Train `model` and save the checkpoint with the lowest validation loss as a transformers folder.
 
-    Checkpoints go to `output_folder/checkpoints` while training runs. When it has ended, the model takes the place of
-    `output_folder` in one step, and the checkpoints go. Until then what stood in `output_folder` stays. TensorBoard
-    logs are written when it is installed. On a GPU that has bfloat16, training runs in mixed precision.
+    During training, checkpoints are in `output_folder/checkpoints`. At the end, the trained model replaces
+    `output_folder`, including the checkpoints, in one atomic step; earlier content is kept until then. TensorBoard
+    logs are written if TensorBoard is installed. On a GPU with bfloat16, training uses mixed precision.
 
     Args:
-        model: a language model, or one with LoRA (`dfn_hf.training.lora.add_lora`). With LoRA the folder holds the merged
-            model, which loads like any other, and in `adapter/` the adapter alone.
-        tokenizer: saved beside the model; None for a model that reads no text.
-        train_blocks, validation_blocks: packed blocks of `input_ids`, `labels`, `segment_ids`, each `[block_size]`;
-            or what `data_collator` takes.
-        output_folder: must be new or empty, unless `overwrite` or `resume`.
+        model: model to train. With LoRA adapters (`dfn_hf.training.lora.add_lora`), the folder holds the merged model,
+            and `adapter/` holds the adapter.
+        tokenizer: tokenizer to save with the model; None for a model without text input.
+        train_blocks, validation_blocks: packed blocks of `input_ids`, `labels`, `segment_ids`, each `[block_size]`,
+            or examples for `data_collator`.
+        output_folder: new or empty folder, unless `overwrite` or `resume`.
         settings: None means the defaults of `TrainingSettings`.
-        provenance: one sentence for the model card: which text, and which model it started from.
-        resume: go on from the last complete checkpoint in `output_folder`, or start if there is none.
-        overwrite: replace what stands in `output_folder` once training has ended.
+        provenance: one sentence for the model card: the training data and the initial model.
+        resume: continue from the last complete checkpoint in `output_folder`, or start if there is none.
+        overwrite: replace the content of `output_folder` at the end of training.
         progress: show a progress bar.
-        callbacks: further Trainer callbacks.
-        data_collator: makes batches; None for packed blocks.
-        make_trainer: gives the Trainer for the arguments of one.
+        callbacks: additional Trainer callbacks.
+        data_collator: collates examples; None for packed blocks.
+        make_trainer: Trainer class, or a function with the same arguments.
 
     Raises:
-        ValueError: `output_folder` holds something that neither `resume` nor `overwrite` allows to touch, or the
-            unfinished run in it had other settings; the tokenizer has ids outside the model's vocabulary; or training
-            diverged.
-        OSError: the disk is full. The last complete checkpoint stays.
+        ValueError: `output_folder` has content and neither `resume` nor `overwrite` is set, the run to resume had
+            other settings, the tokenizer has ids outside the model's vocabulary, or training diverged.
+        OSError: the disk is full; the last complete checkpoint is kept.
     """
     settings = settings or TrainingSettings()
     output_folder = Path(output_folder)
     check_output_folder(output_folder, resume=resume, overwrite=overwrite)
     base_model = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
-    if tokenizer is not None and len(tokenizer) > base_model.config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model's vocab_size is {base_model.config.vocab_size}: "
-            "use the tokenizer the model was made for"
-        )
-    if settings.exact_search_ratio and base_model.config.model_type != "dfn":
-        raise ValueError(
-            f"exact_search_ratio is {settings.exact_search_ratio:g} and a {base_model.config.model_type} searches for "
-            "nothing: leave it out (--exact-search-ratio)"
-        )
-    use_cache = base_model.config.use_cache
+    check_model(base_model, tokenizer, settings)
     run = describe_run(base_model, settings, provenance)
     checkpoints = output_folder / CHECKPOINTS
     if not resume:
@@ -186,23 +175,18 @@ def train_model(
     if settings.exact_search_ratio > 0:
         trainer.add_callback(SearchSwitchCallback(settings.exact_search_ratio))
 
-    with explain_disk_errors(output_folder):
-        if trainer.is_world_process_zero():
-            checkpoints.mkdir(parents=True, exist_ok=True)
-            (checkpoints / RUN_FILE).write_text(json.dumps(run, indent=2))
-        try:
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
-        finally:
-            progress_bar.close()
-            if trainer.is_world_process_zero():
-                remove_incomplete_checkpoints(checkpoints)
-            base_model.config.use_cache = use_cache  # which the Trainer turned off
+    use_cache = base_model.config.use_cache
+    try:
+        run_trainer(trainer, checkpoints, run, last)
+    finally:
+        progress_bar.close()
+        base_model.config.use_cache = use_cache  # the Trainer sets it to False
 
     history = trainer.state.log_history
     initial_loss = next(entry["eval_loss"] for entry in history if "eval_loss" in entry)
     best_loss = trainer.state.best_metric
     if best_loss is None or not math.isfinite(best_loss):
-        raise ValueError(f"training diverged: lower learning_rate (now {settings.learning_rate:g})")
+        raise ValueError(f"training diverged: lower learning_rate (--learning-rate), now {settings.learning_rate:g}")
     result = TrainingResult(output_folder, history, initial_loss, best_loss)
     if trainer.is_world_process_zero():
         export(trainer.accelerator.unwrap_model(trainer.model), tokenizer, result, settings, provenance)
@@ -210,18 +194,53 @@ def train_model(
     return result
 
 
+def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, settings: TrainingSettings) -> None:
+    """Raise ValueError if the tokenizer or the settings do not fit the model."""
+    if tokenizer is not None and len(tokenizer) > model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens but the model's vocab_size is {model.config.vocab_size}: "
+            "use the model's own tokenizer"
+        )
+    if settings.exact_search_ratio and model.config.model_type != "dfn":
+        raise ValueError(
+            f"exact_search_ratio is {settings.exact_search_ratio:g} but a {model.config.model_type} has no neighbour "
+            "search: remove exact_search_ratio (--exact-search-ratio)"
+        )
+
+
+def run_trainer(trainer: Trainer, checkpoints: Path, run: dict[str, Any], last: Path | None) -> None:
+    """Write the description of the run, train, and delete incomplete checkpoints.
+
+    Args:
+        checkpoints: folder of the checkpoints.
+        run: result of `describe_run`.
+        last: checkpoint to resume from.
+    """
+    with explain_disk_errors(checkpoints.parent):
+        if trainer.is_world_process_zero():
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            (checkpoints / RUN_FILE).write_text(json.dumps(run, indent=2))
+        try:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        finally:
+            if trainer.is_world_process_zero():
+                remove_incomplete_checkpoints(checkpoints)
+
+
 def training_arguments(
     checkpoints: Path, settings: TrainingSettings, *, group_by_length: bool = False
 ) -> TrainingArguments:
-    """The Trainer's arguments for `settings`, to change and use with a Trainer of one's own.
+    """Build the `TrainingArguments` for `settings`, also for use with another Trainer.
 
     Args:
-        group_by_length: make batches of rows about as long as each other, where rows are not packed.
+        checkpoints: folder of the checkpoints.
+        settings: settings of the run.
+        group_by_length: batch examples of similar length, for examples that are not packed.
     """
     on_gpu = torch.cuda.is_available()
     return TrainingArguments(
         output_dir=str(checkpoints),
-        use_cpu=not torch.accelerator.is_available(),  # said, so that several processes find each other on CPUs too
+        use_cpu=not torch.accelerator.is_available(),  # without it, several processes on CPUs do not connect
         max_steps=settings.max_steps,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
@@ -264,7 +283,7 @@ def export(
     settings: TrainingSettings,
     provenance: str,
 ) -> None:
-    """Write the transformers folder of `result`, whole or not at all."""
+    """Write the transformers folder of `result` atomically."""
     with atomic_output_dir(result.folder) as folder:
         if isinstance(model, PeftModel):
             model.save_pretrained(str(folder / "adapter"))
@@ -287,7 +306,7 @@ def export(
 
 
 def describe_run(model: PreTrainedModel, settings: TrainingSettings, provenance: str) -> dict[str, Any]:
-    """All that must be the same for a run to be resumed, as JSON gives it back."""
+    """Everything that must be equal to resume a run, as JSON values."""
     run = {"provenance": provenance, **dataclasses.asdict(settings), **model.config.to_dict()}
-    run.pop("transformers_version", None)  # which may be a newer one by now
+    run.pop("transformers_version", None)  # may differ when a run is resumed
     return json.loads(json.dumps(run, default=str))

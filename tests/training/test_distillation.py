@@ -1,4 +1,4 @@
-"""Distillation brings a converted Llama close to the original, and is resumed like any training run."""
+"""Tests that distillation fits a converted Llama to the original, and that a run can be resumed."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ from dfn_hf.training.distillation import (
     blocks_loss,
     check_tokenizers,
     distill_model,
-    divergence,
+    kl_divergence,
     layerwise_error,
     teacher_forced,
 )
@@ -46,7 +46,7 @@ def blocks(tokenizer):
 
 @pytest.fixture(scope="module")
 def teacher(tokenizer, blocks, tmp_path_factory):
-    """The folder of a trained Llama."""
+    """Folder of a trained Llama."""
     model = new_causal_lm(
         tokenizer,
         architecture="llama",
@@ -70,12 +70,12 @@ def distill(teacher, tokenizer, blocks, folder, settings=SETTINGS, **options):
 
 
 def differences(student, teacher, blocks):
-    """(Layer-wise error, KL of next tokens) on the validation blocks."""
+    """Layer-wise error and KL divergence of the next-token distributions on the validation blocks."""
     batch = PackedBlockCollator(teacher)(list(blocks[1]))
     scored = batch.pop("labels")[:, 1:] != -100
     with torch.no_grad():
         taught = teacher(**batch, output_hidden_states=True)
-        kl = divergence(student(**batch).logits[:, :-1][scored], taught.logits[:, :-1][scored])
+        kl = kl_divergence(student(**batch).logits[:, :-1][scored], taught.logits[:, :-1][scored])
         with teacher_forced(student.model.layers, taught.hidden_states):
             learnt = student(**batch, output_hidden_states=True)
     return layerwise_error(learnt.hidden_states, taught.hidden_states).item(), kl.item()
@@ -94,7 +94,7 @@ class FailAtStep(TrainerCallback):
             raise RuntimeError("power cut")
 
 
-def test_layers_and_logits_come_closer(teacher, tokenizer, blocks, tmp_path):
+def test_layerwise_error_and_divergence_decrease(teacher, tokenizer, blocks, tmp_path):
     result = distill(teacher, tokenizer, blocks, tmp_path / "student")
 
     before = differences(llama_to_dfn(teacher, **WINDOWS)[0].eval(), load(teacher), blocks)
@@ -106,13 +106,13 @@ def test_layers_and_logits_come_closer(teacher, tokenizer, blocks, tmp_path):
     assert result.operations > 6 * 24 * 4 * 64 * load(result.folder).num_parameters(exclude_embeddings=True)
 
 
-def test_the_copy_of_a_teacher_is_at_no_distance(teacher, tokenizer, blocks):
+def test_divergence_of_a_copy_is_zero(teacher, tokenizer, blocks):
     model = llama_to_dfn(teacher, **WINDOWS)[0].eval()
     error, kl = differences(model, model, blocks)
     assert error == pytest.approx(0, abs=1e-8) and kl == pytest.approx(0, abs=1e-6)
 
 
-def test_resumed_run_equals_an_unbroken_one(teacher, tokenizer, blocks, tmp_path):
+def test_resumed_run_equals_an_uninterrupted_run(teacher, tokenizer, blocks, tmp_path):
     whole = distill(teacher, tokenizer, blocks, tmp_path / "whole")
     folder = tmp_path / "broken"
     with pytest.raises(RuntimeError, match="power cut"):
@@ -134,7 +134,7 @@ def test_resumed_run_equals_an_unbroken_one(teacher, tokenizer, blocks, tmp_path
         torch.testing.assert_close(weights[1][name], weight)
 
 
-def test_a_failed_run_leaves_the_folder_as_it_was(teacher, tokenizer, blocks, tmp_path):
+def test_failed_run_does_not_change_the_folder(teacher, tokenizer, blocks, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "poem.txt").write_text("mine")
@@ -145,19 +145,22 @@ def test_a_failed_run_leaves_the_folder_as_it_was(teacher, tokenizer, blocks, tm
 
 
 def test_the_teacher_is_not_overwritten(teacher, tokenizer, blocks):
-    with pytest.raises(ValueError, match="holds the teacher: choose another folder"):
+    with pytest.raises(ValueError, match="holds the teacher: give another output folder"):
         distill(teacher, tokenizer, blocks, teacher, overwrite=True)
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.1])
-def test_a_share_outside_of_0_to_1_is_refused(share):
-    with pytest.raises(ValueError, match=f"layerwise_ratio must lie between 0 and 1, got {share}"):
-        DistillationSettings(layerwise_ratio=share)
+@pytest.mark.parametrize("ratio", [-0.1, 1.1])
+def test_layerwise_ratio_out_of_range_is_rejected(ratio):
+    with pytest.raises(ValueError, match=f"layerwise_ratio must be between 0 and 1, got {ratio}"):
+        DistillationSettings(layerwise_ratio=ratio)
 
 
-def test_a_student_of_another_teacher_is_refused(teacher, tokenizer, blocks, tmp_path):
+def test_student_of_another_teacher_is_rejected(teacher, tokenizer, blocks, tmp_path):
     options = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
-    for architecture, told in (("dfn", "num_hidden_layers is 3 in the student and 2"), ("llama", "is a llama")):
+    for architecture, told in (
+        ("dfn", "num_hidden_layers is 3 in the student and 2"),
+        ("llama", "model_type is 'llama'"),
+    ):
         student = new_causal_lm(tokenizer, architecture=architecture, **options)
         with pytest.raises(ValueError, match=told):
             distill_model(student, load(teacher), tokenizer, *blocks, tmp_path / "out", SETTINGS)
@@ -166,7 +169,7 @@ def test_a_student_of_another_teacher_is_refused(teacher, tokenizer, blocks, tmp
 
 def test_tokenizers_must_agree(tokenizer):
     check_tokenizers(tokenizer, load_tokenizer("byte"))
-    with pytest.raises(ValueError, match="to the student and .* to the teacher"):
+    with pytest.raises(ValueError, match="in the student's tokenizer and .* in the teacher's"):
         check_tokenizers(tokenizer, load_tokenizer("bpe"))
 
 

@@ -1,4 +1,4 @@
-"""The memory bank of a FlowNetwork under a plain `Trainer`: written once per optimizer step, and only then."""
+"""Tests that `FlowMemoryCallback` updates the memory bank once per optimizer step, and at no other time."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def make_blocks(number):
 
 
 def train(model, folder, callbacks=None, batch_size=2, accumulation=1, **options):
-    """STEPS optimizer steps with a plain Trainer, the same blocks in the same order whatever the batches are."""
+    """Train for STEPS optimizer steps with `Trainer`, on the same blocks in the same order for all batch sizes."""
     settings = TrainingArguments(
         output_dir=str(folder),
         max_steps=STEPS,
@@ -50,7 +50,7 @@ def train(model, folder, callbacks=None, batch_size=2, accumulation=1, **options
 
 @pytest.fixture
 def commits(monkeypatch):
-    """Whether something was staged, for each call of `MemoryBank.commit`."""
+    """One bool per call of `MemoryBank.commit`: whether an update was staged."""
     staged, commit = [], MemoryBank.commit
 
     def counted(bank):
@@ -63,7 +63,7 @@ def commits(monkeypatch):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("accumulation", [1, 4])
-def test_the_bank_is_written_once_per_optimizer_step(commits, accumulation, checkpointing, tmp_path):
+def test_bank_is_updated_once_per_optimizer_step(commits, accumulation, checkpointing, tmp_path):
     model = make_model()
     before = bank_of(model).clone()
     train(model, tmp_path, accumulation=accumulation, gradient_checkpointing=checkpointing)
@@ -71,7 +71,7 @@ def test_the_bank_is_written_once_per_optimizer_step(commits, accumulation, chec
     assert not torch.allclose(bank_of(model), before) and model.model.memory.staged is None
 
 
-def test_the_bank_is_that_of_a_loop_of_ones_own(tmp_path):
+def test_bank_equals_that_of_a_custom_loop(tmp_path):
     model, by_hand = make_model(), make_model().train()
     train(model, tmp_path, accumulation=2, batch_size=2, weight_decay=0.0, lr_scheduler_type="constant", optim="sgd")
     ids = torch.tensor(make_blocks(4 * STEPS)["input_ids"])
@@ -86,7 +86,7 @@ def test_the_bank_is_that_of_a_loop_of_ones_own(tmp_path):
     assert torch.allclose(bank_of(model), bank_of(by_hand), atol=1e-6, rtol=0)
 
 
-def test_accumulation_writes_what_one_large_batch_does(tmp_path):
+def test_accumulation_updates_the_bank_like_one_large_batch(tmp_path):
     large, small = make_model(), make_model()
     train(large, tmp_path, batch_size=8)
     train(small, tmp_path, batch_size=1, accumulation=8)
@@ -94,7 +94,7 @@ def test_accumulation_writes_what_one_large_batch_does(tmp_path):
     assert not torch.allclose(bank_of(large), bank_of(make_model()), atol=1e-3)
 
 
-def test_evaluation_writes_nothing(commits, tmp_path):
+def test_evaluation_does_not_update_the_bank(commits, tmp_path):
     model, alone, evaluated = make_model(), make_model(), []
 
     class Watch(TrainerCallback):
@@ -111,7 +111,7 @@ def test_evaluation_writes_nothing(commits, tmp_path):
     assert torch.equal(bank_of(model), bank_of(alone))
 
 
-def test_without_the_callback_the_bank_stays(commits, tmp_path):
+def test_bank_is_constant_without_the_callback(commits, tmp_path):
     model = make_model()
     train(model, tmp_path, callbacks=[])
     assert not commits and torch.equal(bank_of(model), bank_of(make_model()))
@@ -129,7 +129,7 @@ def test_a_model_without_a_bank_trains_with_the_callback(commits, tmp_path):
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
-def test_adapters_write_nothing(commits, targets, tmp_path):
+def test_bank_is_constant_with_adapters(commits, targets, tmp_path):
     model = make_model()
     adapted = get_peft_model(model, LoraConfig(target_modules=targets, r=2, task_type="CAUSAL_LM"))
     train(adapted, tmp_path)

@@ -1,4 +1,4 @@
-"""A run killed between the two forward passes of a step, and resumed, goes on with the same losses and weights."""
+"""Tests that a run killed between two forward passes of a step resumes with the same losses and weights."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ KILLED_AFTER = 7
 
 
 def train(family: str, folder: Path, *, resume: bool = False, killed: bool = False) -> tuple[list[float], dict]:
-    """The loss of every forward pass in training, and the weights of the best checkpoint."""
+    """Return the loss of each training forward pass and the weights of the best checkpoint."""
     text = load_corpus("validation")["text"][3][:4000]
     tokenizer = load_tokenizer("byte")
     collator = None

@@ -1,4 +1,4 @@
-"""Norms of activations and gradients in the Trainer's log: their values, their steps, and the picture."""
+"""Tests activation and gradient norms in the Trainer's log, and their plot."""
 
 import pytest
 import torch
@@ -6,13 +6,13 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, Train
 
 from dfn_hf import LiquidConfig, LiquidForSeq2SeqLM, ModuleNormsCallback
 from dfn_hf.assets.tokenizers import load_tokenizer
-from dfn_hf.training.callbacks.module_norms import plot_module_norms
+from dfn_hf.plots.module_norms import plot_module_norms
 
 PART = "model.decoder.layers.0.gated_conv"
 
 
 class Expected(TrainerCallback):
-    """The same norms by other means: at every step."""
+    """Computes the same norms independently, at every step."""
 
     def __init__(self):
         self.gradients, self.activations = {}, {}
@@ -59,7 +59,7 @@ def train(folder, modules=None, **arguments):
     return [entry for entry in trainer.state.log_history if "loss" in entry], expected
 
 
-def test_the_log_holds_the_norms_of_its_steps(tmp_path):
+def test_log_contains_the_norms_of_logged_steps(tmp_path):
     log, expected = train(tmp_path)
     assert [entry["step"] for entry in log] == [2, 4, 6]
     parts = {field.partition("/")[2] for field in log[0] if "/" in field}
@@ -74,7 +74,7 @@ def test_the_log_holds_the_norms_of_its_steps(tmp_path):
         assert entry[f"activation_norm/{PART}"] == pytest.approx(root_mean_square, rel=1e-5)
 
 
-def test_parts_beside_the_layers_are_among_them(tmp_path):
+def test_siblings_of_layers_are_included(tmp_path):
     log, _ = train(tmp_path)
     for part in (
         "encoder.embed_tokens",
@@ -87,7 +87,7 @@ def test_parts_beside_the_layers_are_among_them(tmp_path):
         assert log[0][f"gradient_norm/model.{part}"] > 0
 
 
-def test_modules_can_be_named_and_accumulated_over(tmp_path):
+def test_named_modules_with_gradient_accumulation(tmp_path):
     log, expected = train(tmp_path, [PART], gradient_accumulation_steps=2)
     assert {field for field in log[0] if "/" in field} == {f"activation_norm/{PART}", f"gradient_norm/{PART}"}
     assert log[1][f"gradient_norm/{PART}"] == pytest.approx(expected.gradients[4], rel=1e-5)
@@ -96,7 +96,7 @@ def test_modules_can_be_named_and_accumulated_over(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["activation_norm", "gradient_norm"])
-def test_a_history_is_drawn(kind, tmp_path):
+def test_plot_of_a_history(kind, tmp_path):
     log, _ = train(tmp_path)
     figure = plot_module_norms(log, kind, path=str(tmp_path / "norms.png"))
     assert (tmp_path / "norms.png").read_bytes().startswith(b"\x89PNG")

@@ -1,4 +1,4 @@
-"""`dfn-hf train field` and `dfn-hf train contrastive`."""
+"""Tests `dfn-hf train field` and `dfn-hf train contrastive`."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from dfn_hf.data.contrastive import ContrastiveCollator
 from dfn_hf.data.fields import image_field
 from dfn_hf.data.pairs import load_pairs
 from dfn_hf.evaluation.retrieval_metrics import embed
-from dfn_hf.training.recipes import field_options, one_side, two_views
+from dfn_hf.training.recipes import field_options, pair_rows, side_views
 
 SMALL = [f"--config-override={field}" for field in ("hidden_size=16", "num_hidden_layers=1", "intermediate_size=16")]
 WORDS = ("dark", "dim", "grey", "light", "bright", "white", "black", "odd")
@@ -30,7 +30,7 @@ def train(*arguments):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """A folder of images and of pairs that name them."""
+    """Folder with images and a JSON Lines file of pairs with their paths."""
     folder = tmp_path_factory.mktemp("pictures")
     rng = np.random.default_rng(0)
     lines = []
@@ -48,7 +48,7 @@ def losses(output):
     return float(found[1]), float(found[2]), found[3]
 
 
-def test_fields_are_learnt(pictures, tmp_path):
+def test_train_field(pictures, tmp_path):
     folder = tmp_path / "my-field"
     arguments = ("field", folder, "--data", pictures, "--num-samples", "32")
     result = train(*arguments)
@@ -68,7 +68,7 @@ def test_fields_are_learnt(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("turned", [False, True])
-def test_images_find_captions(pictures, tmp_path, turned):
+def test_train_contrastive_on_images_and_captions(pictures, tmp_path, turned):
     sides = ("caption", "image") if turned else ("image", "caption")
     result = train(
         "contrastive", tmp_path / "embedder", "--data", pictures / "pairs.jsonl", "--tokenizer", "byte",
@@ -85,7 +85,7 @@ def test_images_find_captions(pictures, tmp_path, turned):
     assert embed(model, [{"input_ids": tokenizer("it is odd")["input_ids"]}], collator).shape == (1, 8)
 
 
-def test_texts_find_texts(tmp_path):
+def test_train_contrastive_on_texts(tmp_path):
     pairs = [{"source": f"verse {number}", "target": f"verso {number}"} for number in range(60)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     result = train("contrastive", tmp_path / "embedder", "--data", tmp_path)
@@ -93,19 +93,19 @@ def test_texts_find_texts(tmp_path):
     assert not DFNForContrastive.from_pretrained(tmp_path / "embedder").config.contrastive_fields
 
 
-def test_sides_that_name_files_are_fields(pictures):
+def test_sides_with_file_paths_become_fields(pictures):
     tokenizer = load_tokenizer("byte")
     pairs = load_pairs(pictures / "pairs.jsonl", source_field="image", target_field="caption")
-    rows = two_views(pairs, pictures, tokenizer, 5)
+    rows = pair_rows(pairs, pictures, tokenizer, 5)
     assert torch.equal(rows[7]["values"], image_field(pictures / "7.png")["values"])
     assert [len(row["pair_input_ids"]) for row in rows] == 48 * [5]
     assert field_options(rows) == {"contrastive_fields": True, "coordinate_dim": 2, "value_dim": 1}
-    assert field_options(one_side(["7.png", "a text"], pictures, tokenizer, 5)) == {}
+    assert field_options(side_views(["7.png", "a text"], pictures, tokenizer, 5)) == {}
     np.save(pictures / "sound.npy", np.zeros(9, dtype=np.float32))
-    with pytest.raises(ValueError, match=r"several kinds.*\(1, 1\), \(2, 1\)"):
-        field_options(one_side(["7.png", "sound.npy"], pictures, tokenizer, 5))
-    with pytest.raises(ValueError, match=r"missing\.wav is not there"):
-        one_side(["missing.wav"], pictures, tokenizer, 5)
+    with pytest.raises(ValueError, match=r"fields with .axes, values. .*\(1, 1\), \(2, 1\)"):
+        field_options(side_views(["7.png", "sound.npy"], pictures, tokenizer, 5))
+    with pytest.raises(ValueError, match=r"missing\.wav does not exist"):
+        side_views(["missing.wav"], pictures, tokenizer, 5)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_sides_that_name_files_are_fields(pictures):
         (["contrastive", "OUT", "--config-override", "vocab_size=9"], "vocab_size"),
     ],
 )
-def test_mistakes_are_refused(tmp_path, monkeypatch, arguments, message):
+def test_mistakes_are_rejected(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     result = train(*arguments)
     assert result.exit_code == 1 and message in result.output, (result.output, result.exception)
@@ -140,14 +140,14 @@ def test_unknown_options_and_values_are_usage_errors(arguments):
     assert train(*arguments).exit_code == 2
 
 
-def test_few_pairs_are_refused_with_the_remedy(tmp_path):
+def test_error_for_too_few_pairs_names_the_option(tmp_path):
     pairs = [{"source": f"verse {number}", "target": f"verso {number}"} for number in range(20)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
     result = train("contrastive", tmp_path / "x", "--data", tmp_path)
-    assert result.exit_code == 1 and "1 pairs to validate on, fewer than a batch of 2" in result.output
+    assert result.exit_code == 1 and "1 pairs to validate on but batch_size is 2" in result.output
 
 
-def test_other_heads_are_described_and_write_no_text(tmp_path):
+def test_info_describes_models_without_language_head_and_generate_rejects_them(tmp_path):
     options = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     DFNForFieldReconstruction(DFNConfig(**options)).save_pretrained(tmp_path / "field")
     DFNForContrastive(DFNConfig(**options)).save_pretrained(tmp_path / "pairs")

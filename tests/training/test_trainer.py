@@ -1,3 +1,5 @@
+"""Tests training, resuming, LoRA, several processes, full disks and killed runs of language models."""
+
 import json
 import os
 import subprocess
@@ -57,7 +59,7 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_trains_and_saves_a_folder_that_loads(model, tokenizer, blocks, tmp_path):
+def test_training_saves_a_folder_that_loads(model, tokenizer, blocks, tmp_path):
     result = train(model, tokenizer, blocks, tmp_path / "model", provenance="Made for a test.")
 
     assert result.validation_loss < result.initial_loss
@@ -74,7 +76,7 @@ def test_trains_and_saves_a_folder_that_loads(model, tokenizer, blocks, tmp_path
     assert reloaded.generation_config.eos_token_id == tokenizer.eos_token_id
 
 
-def test_resumed_run_equals_an_unbroken_one(model, tokenizer, blocks, tmp_path):
+def test_resumed_run_equals_an_uninterrupted_run(model, tokenizer, blocks, tmp_path):
     start = {name: weight.clone() for name, weight in model.state_dict().items()}
     whole = train(model, tokenizer, blocks, tmp_path / "whole")
 
@@ -93,7 +95,7 @@ def test_resumed_run_equals_an_unbroken_one(model, tokenizer, blocks, tmp_path):
     (folder / "checkpoints" / "checkpoint-5").mkdir()
     assert last_checkpoint(folder / "checkpoints").name == "checkpoint-3"
 
-    with pytest.raises(ValueError, match="stopped after checkpoint-3: resume it"):
+    with pytest.raises(ValueError, match="stopped after checkpoint-3: add --resume"):
         train(model, tokenizer, blocks, folder)
     with pytest.raises(ValueError, match="had learning_rate = 0.01, not 0.02"):
         train(
@@ -112,7 +114,7 @@ def test_resumed_run_equals_an_unbroken_one(model, tokenizer, blocks, tmp_path):
         torch.testing.assert_close(weights[1][name], weight)
 
 
-def test_existing_folder_is_kept_unless_a_run_ends(model, tokenizer, blocks, tmp_path):
+def test_existing_folder_is_kept_until_training_ends(model, tokenizer, blocks, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "poem.txt").write_text("mine")
@@ -142,7 +144,7 @@ def test_diverged_run_keeps_the_folder(tokenizer, blocks, tmp_path):
     assert (tmp_path / "model" / "poem.txt").read_text() == "mine"
 
 
-def test_file_in_the_place_of_the_folder_is_named(tokenizer, blocks, tmp_path):
+def test_output_folder_that_is_a_file_is_rejected(tokenizer, blocks, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
         train(new_causal_lm(tokenizer, **TINY), tokenizer, blocks, tmp_path / "file")
@@ -201,7 +203,7 @@ def test_two_processes_equal_one(tokenizer, blocks, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-def test_search_switches_at_the_share_of_steps_and_ends_with_cells(tokenizer, blocks, tmp_path):
+def test_search_switches_from_exact_to_cells_at_exact_search_ratio(tokenizer, blocks, tmp_path):
     seen = []
 
     class Watch(TrainerCallback):
@@ -215,14 +217,14 @@ def test_search_switches_at_the_share_of_steps_and_ends_with_cells(tokenizer, bl
     assert json.loads((result.folder / "config.json").read_text())["search_implementation"] == "cells"
 
 
-def test_a_search_is_not_switched_where_there_is_none(tokenizer, blocks, tmp_path):
+def test_exact_search_ratio_is_rejected_for_a_llama(tokenizer, blocks, tmp_path):
     model = new_causal_lm(tokenizer, architecture="llama", **TINY)
-    with pytest.raises(ValueError, match="a llama searches for nothing"):
+    with pytest.raises(ValueError, match="a llama has no neighbour search"):
         train(model, tokenizer, blocks, tmp_path / "model", replace(SETTINGS, exact_search_ratio=0.5))
     assert not (tmp_path / "model").exists()
 
 
-def test_packed_documents_do_not_see_each_other_in_a_llama():
+def test_llama_does_not_attend_across_packed_documents():
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_attention_heads=2, use_cache=False)
     model = LlamaForCausalLM(config).eval()
@@ -236,12 +238,12 @@ def test_packed_documents_do_not_see_each_other_in_a_llama():
     torch.testing.assert_close(packed, alone)
 
 
-def test_positions_start_again_in_each_segment():
+def test_positions_restart_in_each_segment():
     segments = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 0, 0, 0, -1, -1]])
     assert positions_in_segments(segments).tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 0, 1]]
 
 
-def test_baseline_has_as_many_parameters(tokenizer):
+def test_baseline_has_equally_many_parameters(tokenizer):
     for size in ("tiny", "small"):
         dfn, llama = (new_causal_lm(tokenizer, architecture=name, size=size) for name in ("dfn", "llama"))
         assert llama.num_parameters() == pytest.approx(dfn.num_parameters(), rel=0.01)
@@ -257,7 +259,7 @@ def test_baseline_has_as_many_parameters(tokenizer):
         ({"exact_search_ratio": 1.5}, "exact_search_ratio must"),
     ],
 )
-def test_settings_out_of_range_are_named(settings, words):
+def test_error_names_the_setting_out_of_range(settings, words):
     with pytest.raises(ValueError, match=words):
         TrainingSettings(**settings)
 
@@ -271,7 +273,7 @@ def test_settings_out_of_range_are_named(settings, words):
         ({"architecture": "llama", "position_dim": 8}, "no option 'position_dim'"),
     ],
 )
-def test_wrong_model_options_are_named(tokenizer, options, words):
+def test_error_names_the_wrong_model_option(tokenizer, options, words):
     with pytest.raises(ValueError, match=words):
         new_causal_lm(tokenizer, **options)
 
@@ -312,7 +314,7 @@ def environment():
     return {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
 
 
-def test_full_disk_is_one_clear_line_and_loses_nothing(tmp_path):
+def test_full_disk_is_a_one_line_error_and_keeps_the_checkpoint(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
@@ -326,7 +328,7 @@ def test_full_disk_is_one_clear_line_and_loses_nothing(tmp_path):
     assert not list((folder / "checkpoints").glob("checkpoint-*"))
 
 
-def test_kill_loses_at_most_the_steps_since_the_last_checkpoint(tokenizer, blocks, tmp_path):
+def test_killed_run_resumes_from_the_last_checkpoint(tokenizer, blocks, tmp_path):
     folder = tmp_path / "model"
     process = start_training(folder)
     deadline = time.monotonic() + 600

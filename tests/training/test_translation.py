@@ -1,4 +1,4 @@
-"""Encoder-decoders on pairs: reading them, training, translating, scoring, and the pipeline."""
+"""Tests encoder-decoders: pairs, training, translation, scores, commands and the pipeline."""
 
 import json
 
@@ -50,10 +50,7 @@ def write_lines(path, records):
     return path
 
 
-# Pairs
-
-
-def test_pairs_are_read_from_plain_and_from_wmt_lines(tmp_path):
+def test_pairs_are_read_from_flat_and_wmt_json_lines(tmp_path):
     plain = write_lines(tmp_path / "plain.jsonl", [{"source": " a ", "target": "b"}, {"source": " ", "target": "c"}])
     wmt = write_lines(tmp_path / "wmt.jsonl", [{"translation": {"en": "one", "es": "uno"}}])
     assert load_pairs(plain).to_list() == [{"source": "a", "target": "b"}]
@@ -65,21 +62,21 @@ def test_pairs_are_read_from_plain_and_from_wmt_lines(tmp_path):
     ("content", "message"),
     [
         ('{"source": "a"}\n', "line 1 has no field 'target', only source"),
-        ('{"source": "a", "target": 3}\n', "line 1: 'target' is 3, not a text"),
+        ('{"source": "a", "target": 3}\n', "line 1: the field 'target' is 3: give a string"),
         ('{"translation": ["a", "b"]}\n', "line 1 has no field 'source'"),
-        ('{"source": "", "target": ""}\n', "neither of them blank"),
-        ("[1]\n", "line 1 has no text"),
+        ('{"source": "", "target": ""}\n', "are not blank"),
+        ("[1]\n", "line 1 is not a JSON object"),
         ("not json\n", "line 1 is not JSON"),
     ],
 )
-def test_unusable_lines_are_named(content, message, tmp_path):
+def test_error_names_the_invalid_line(content, message, tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
         load_pairs(path)
 
 
-def test_encoded_pairs_end_and_long_ones_are_left_out(tokenizer):
+def test_encoded_pairs_have_end_tokens_and_long_pairs_are_skipped(tokenizer):
     pairs = Dataset.from_list(
         [{"source": "In the beginning", "target": "En el principio"}, {"source": "a " * 50, "target": "b"}]
     )
@@ -87,11 +84,11 @@ def test_encoded_pairs_end_and_long_ones_are_left_out(tokenizer):
     assert len(encoded) == 1
     assert encoded[0]["input_ids"][-1] == encoded[0]["labels"][-1] == tokenizer.eos_token_id
     assert tokenizer.decode(encoded[0]["labels"], skip_special_tokens=True) == "En el principio"
-    with pytest.raises(ValueError, match=r"longer than 1 tokens a side.*--max-length"):
+    with pytest.raises(ValueError, match=r"exceeds max_length 1.*--max-length"):
         encode_pairs(pairs, tokenizer, max_length=1)
 
 
-def test_some_of_ones_own_pairs_are_held_out(tokenizer):
+def test_part_of_the_pairs_is_held_out(tokenizer):
     pairs = Dataset.from_list([{"source": f"word {number}", "target": f"palabra {number}"} for number in range(40)])
     train, held_out, left_out = training_pairs(tokenizer, 20, pairs)
     assert (len(train), len(held_out), left_out) == (38, 2, 0)
@@ -101,14 +98,11 @@ def test_some_of_ones_own_pairs_are_held_out(tokenizer):
     )
     again = training_pairs(tokenizer, 20, pairs)[1]
     assert again.to_list() == held_out.to_list()
-    with pytest.raises(ValueError, match="one pair is too few"):
+    with pytest.raises(ValueError, match="1 pairs but"):
         training_pairs(tokenizer, 20, pairs.select(range(1)))
 
 
-# Models
-
-
-def test_a_t5_of_as_many_parameters(tokenizer):
+def test_t5_baseline_has_equally_many_parameters(tokenizer):
     liquid, t5 = (new_seq2seq_lm(tokenizer, architecture=name) for name in ("liquid", "t5"))
     assert isinstance(liquid, LiquidForSeq2SeqLM)
     assert abs(t5.num_parameters() / liquid.num_parameters() - 1) < 0.001
@@ -119,14 +113,14 @@ def test_a_t5_of_as_many_parameters(tokenizer):
         new_seq2seq_lm(tokenizer, width=3)
 
 
-def test_translations_keep_their_order_whatever_the_batch(model, tokenizer):
+def test_translations_keep_their_order_for_all_batch_sizes(model, tokenizer):
     texts = ["In the beginning God created the heavens and the earth.", "And", "God said, Let there be light."]
     together = translate(model, tokenizer, texts, num_beams=2, max_new_tokens=8)
     alone = [translate(model, tokenizer, [text], num_beams=2, max_new_tokens=8)[0] for text in texts]
     assert together == alone
 
 
-def test_scores_are_sacrebleus_and_shuffling_moves_every_source():
+def test_scores_equal_sacrebleu_and_shuffling_moves_every_source():
     references = [
         "Y dijo Dios: Sea la luz: y fué la luz.",
         "Y llamó Dios á la luz Día, y á las tinieblas llamó Noche.",
@@ -164,7 +158,7 @@ def test_seq2seq_trainer_predicts_with_generate(model, tokenizer, tmp_path):
     assert losses[1] < losses[0]
 
 
-def test_accumulated_steps_of_the_trainer_are_one_step(tokenizer, tmp_path):
+def test_gradient_accumulation_equals_one_step(tokenizer, tmp_path):
     pairs = encode_pairs(
         load_verses("validation").select(range(6)).select_columns(["source", "target"]), tokenizer, 96
     )
@@ -187,7 +181,7 @@ def test_accumulated_steps_of_the_trainer_are_one_step(tokenizer, tmp_path):
     assert all(torch.allclose(trained[0][name], trained[1][name], rtol=1e-5, atol=1e-5) for name in trained[0])
 
 
-def test_the_pipeline_gives_what_translate_gives(folder):
+def test_pipeline_equals_translate(folder):
     write = pipeline("liquid-text2text", model=str(folder))
     text = "In the beginning God created the heavens and the earth."
     model, tokenizer = load_seq2seq_lm(str(folder))
@@ -196,18 +190,15 @@ def test_the_pipeline_gives_what_translate_gives(folder):
     several = write([text, "And"], num_beams=2, num_return_sequences=2, max_new_tokens=8, batch_size=2)
     assert [len(one) for one in several] == [2, 2]
     assert several[0][0]["generated_text"] == expected
-    with pytest.raises(ValueError, match="takes a text"):
+    with pytest.raises(ValueError, match="give a text"):
         write("")
-
-
-# Commands
 
 
 def run(*arguments):
     return CliRunner().invoke(app, list(map(str, arguments)))
 
 
-def test_train_and_translate_on_ones_own_pairs(tmp_path, tokenizer):
+def test_train_and_translate_user_pairs(tmp_path, tokenizer):
     lines = [{"translation": {"en": f"the number {n}", "es": f"el número {n}"}} for n in range(12)]
     data = write_lines(tmp_path / "pairs.jsonl", lines)
     fields = ["--source-field", "en", "--target-field", "es"]
@@ -249,7 +240,7 @@ def test_train_and_translate_on_ones_own_pairs(tmp_path, tokenizer):
     assert more.exit_code == 0, more.output
 
 
-def test_lora_leaves_the_merged_model_and_the_adapter(folder, tmp_path):
+def test_lora_saves_the_merged_model_and_the_adapter(folder, tmp_path):
     data = write_lines(tmp_path / "pairs.jsonl", [{"source": f"number {n}", "target": f"{n}"} for n in range(12)])
     trained = run(
         "train", "seq2seq", tmp_path / "tuned", "--init-from", folder, "--data", data, "--lora", "--lora-rank", 2,
@@ -282,7 +273,7 @@ def test_lora_leaves_the_merged_model_and_the_adapter(folder, tmp_path):
         (["generate", "liquid-tiny"], "an encoder-decoder"),
     ],
 )
-def test_mistakes_are_one_line(arguments, message, folder, tmp_path):
+def test_mistakes_are_one_line_errors(arguments, message, folder, tmp_path):
     places = {"MODEL": str(folder), "OUT": str(tmp_path / "out")}
     result = run(*(places.get(argument, argument) for argument in arguments))
     assert result.exit_code == 1

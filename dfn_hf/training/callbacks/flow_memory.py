@@ -1,4 +1,4 @@
-"""Writing a FlowNetwork's memory bank while a `Trainer` trains it."""
+"""Updates a FlowNetwork's memory bank during training with `Trainer`."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class FlowMemoryCallback(TrainerCallback):
-    """Writes the memory bank once per optimizer step; other models are left alone.
+    """Calls `model.commit_memory()` once per optimizer step if the model has it.
 
-    Forward passes only stage what they would write, so that gradient accumulation, checkpointing and several
-    processes cannot write twice. In a loop of one's own, call `model.commit_memory()` behind `optimizer.step()`.
+    A forward pass only stages its update of the memory bank, so that gradient accumulation, gradient checkpointing and
+    several processes do not apply it twice. A custom loop calls `model.commit_memory()` after `optimizer.step()`.
     """
 
     def on_optimizer_step(

@@ -1,4 +1,4 @@
-"""One quiet progress bar for a training run."""
+"""Shows the progress of a training run in one line."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class ProgressBarCallback(TrainerCallback):
-    """Show steps and the latest losses in one bar, and one line per evaluation."""
+    """Shows the step and the latest losses in a progress bar, and prints one line per evaluation."""
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None
@@ -48,7 +48,7 @@ class ProgressBarCallback(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Leave the bar as it stands; needed where training fails."""
+        """Stop the bar, also after an error in training."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
