@@ -1,4 +1,4 @@
-"""Text from a prompt."""
+"""Generates text from a prompt."""
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
@@ -23,18 +23,18 @@ def generate_text(
 
     Args:
         model: a causal language model.
-        tokenizer: its tokenizer.
-        prompt: an empty prompt starts a new document.
-        max_new_tokens: how many tokens to add at most.
-        temperature: 0 takes the most probable token each time; above, samples from the logits divided by it.
-        top_k: sample among so many most probable tokens; 0 means all.
-        top_p: sample among the most probable tokens that together hold this share.
-        seed: of the sampling; None takes another each time.
-        streamer: shown the text as it grows.
+        tokenizer: the model's tokenizer.
+        prompt: text to continue; an empty prompt starts a new document.
+        max_new_tokens: maximum number of new tokens.
+        temperature: divisor of the logits for sampling; 0 means greedy decoding.
+        top_k: sample from the `top_k` most probable tokens; 0 means all tokens.
+        top_p: sample from the most probable tokens whose total probability reaches `top_p`.
+        seed: seed of the sampling; None draws a different sample in each call.
+        streamer: receives the text during generation.
 
     Raises:
-        ValueError: an option out of range, a tokenizer with ids outside the model's vocabulary, or no prompt and no
-            token that starts a document.
+        ValueError: an option is out of range, the tokenizer has ids outside the model's vocabulary, or the prompt is
+            empty and the tokenizer has no start token.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")

@@ -1,4 +1,4 @@
-"""How well a causal language model predicts documents: loss, perplexity, bits per byte, top-1 and top-5 accuracy."""
+"""Evaluates causal language models: loss, perplexity, bits per byte, top-1 and top-5 accuracy."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -9,24 +9,24 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.packing import token_ids
+from ..data.tokens import token_ids
 
-IGNORED = -100
+IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Means over every scored token of every document.
+    """Means over all scored tokens of all documents.
 
     Attributes:
         loss: nats per token.
-        perplexity: `exp(loss)`, per token, so comparable only between models of one tokenizer.
-        bits_per_byte: total nats / ln 2 / total UTF-8 bytes of the documents, comparable between any two models.
-        top1_accuracy: share of tokens that were the model's first choice. Ties count against the model.
-        top5_accuracy: share of tokens among the model's first five choices.
-        num_tokens: scored tokens.
+        perplexity: `exp(loss)`, comparable only between models with the same tokenizer.
+        bits_per_byte: total nats / ln 2 / total UTF-8 bytes of the documents, comparable between all models.
+        top1_accuracy: fraction of tokens with the highest logit. Ties count against the model.
+        top5_accuracy: fraction of tokens among the five highest logits.
+        num_tokens: number of scored tokens.
         num_bytes: UTF-8 bytes of the documents.
-        num_documents: documents with at least one token.
+        num_documents: number of documents with at least one token.
     """
 
     loss: float
@@ -48,25 +48,26 @@ def evaluate_causal_lm(
     stride: int | None = None,
     batch_size: int = 8,
 ) -> Evaluation:
-    """Score every token of every document exactly once, each from tokens of its own document before it.
+    """Score every token of every document once, given the preceding tokens of its document.
 
-    A document is its tokens after one start token (the tokenizer's `bos_token`, or else its `eos_token`). A window
-    that starts at a reads tokens a … a + context_length − 1 and predicts a + 1 … a + context_length. Windows start at
-    0, `stride`, 2 · `stride` …, and each is scored on those tokens that no window before it predicted. So with
-    `stride = context_length` a token is predicted from 1 to `context_length` tokens; with a smaller stride from at
-    least `context_length − stride + 1` where the document has them, at `context_length / stride` times the cost.
+    A start token (the tokenizer's `bos_token`, or its `eos_token` if there is none) precedes each document. A window
+    at offset a reads tokens a … a + context_length − 1 and predicts tokens a + 1 … a + context_length. Windows start at
+    0, `stride`, 2 · `stride` …, and a window is scored on the tokens that no earlier window predicted. With
+    `stride = context_length`, a token is predicted from 1 to `context_length` tokens. With a smaller stride, it is
+    predicted from at least `context_length − stride + 1` tokens if the document has them, at `context_length / stride`
+    times the cost.
 
     Args:
-        model: any causal language model; its device and, after the call, its training mode are kept.
+        model: causal language model; its device and training mode do not change.
         tokenizer: the model's tokenizer.
-        documents: texts; may be a stream.
-        context_length: tokens read per window.
-        stride: tokens from one window to the next; None means `context_length`.
+        documents: texts, possibly a stream.
+        context_length: tokens per window.
+        stride: tokens between the starts of two windows; None means `context_length`.
         batch_size: windows per forward pass.
 
     Raises:
-        ValueError: no text at all, a window the model cannot read, a tokenizer without a start token or with ids
-            outside the model's vocabulary, or logits that are not finite.
+        ValueError: there is no text, the model cannot read a window, the tokenizer has no start token or ids outside
+            the model's vocabulary, or logits are not finite.
     """
     stride = context_length if stride is None else stride
     check_window(model, context_length, stride, batch_size)
@@ -99,9 +100,11 @@ def evaluate_causal_lm(
     finally:
         model.train(was_training)
     if num_tokens == 0:
-        raise ValueError("documents holds no text to evaluate: give at least one document that is not empty")
+        raise ValueError("documents holds no text: give at least one document that is not empty")
     if not math.isfinite(nats):
-        raise ValueError("the model's logits are not finite on these documents: its weights are damaged or diverged")
+        raise ValueError(
+            "the model's logits are not finite on these documents: use a model that has not diverged"
+        )
     loss = nats / num_tokens
     return Evaluation(
         loss=loss,
@@ -116,9 +119,9 @@ def evaluate_causal_lm(
 
 
 def scored_windows(tokens: list[int], context_length: int, stride: int) -> Iterator[tuple[list[int], int]]:
-    """Cut `tokens` into windows of at most `context_length` + 1 tokens.
+    """Yield windows of at most `context_length` + 1 tokens, each with the number of its last tokens to score.
 
-    With each comes how many of its last tokens are scored there; every token but the first is scored once.
+    Every token except the first is scored once.
     """
     scored = 0
     for start in range(0, len(tokens) - 1, stride):
@@ -133,17 +136,17 @@ def scored_windows(tokens: list[int], context_length: int, stride: int) -> Itera
 def token_losses_and_ranks(
     model: PreTrainedModel, windows: list[tuple[list[int], int]]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss in nats and rank (0 is the first choice) of every scored token of some windows, each `[num_scored]`."""
+    """Loss in nats and rank (0 for the highest logit) of every scored token of `windows`, each `[num_scored]`."""
     length = max(len(tokens) for tokens, _ in windows) - 1
     input_ids = torch.zeros(len(windows), length, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
-    targets = torch.full_like(input_ids, IGNORED)
+    targets = torch.full_like(input_ids, IGNORED_LABEL)
     for row, (tokens, num_scored) in enumerate(windows):
         read = len(tokens) - 1
         input_ids[row, :read] = torch.tensor(tokens[:-1])
         attention_mask[row, :read] = 1
         targets[row, read - num_scored : read] = torch.tensor(tokens[-num_scored:])
-    scored = targets != IGNORED
+    scored = targets != IGNORED_LABEL
 
     outputs = model(
         input_ids=input_ids.to(model.device), attention_mask=attention_mask.to(model.device), use_cache=False
@@ -157,37 +160,37 @@ def token_losses_and_ranks(
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError where the tokenizer has ids outside the model's vocabulary."""
+    """Raise ValueError if the tokenizer has ids outside the model's vocabulary."""
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {len(tokenizer)} tokens but the model's vocab_size is {model.config.vocab_size}: "
-            "use the tokenizer the model was trained with"
+            "use the model's own tokenizer"
         )
 
 
 def document_start_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token a document starts with: the tokenizer's `bos_token`, or else its `eos_token`.
+    """Id of the token that starts a document: the tokenizer's `bos_token`, or its `eos_token` if there is none.
 
     Raises:
-        ValueError: there is neither.
+        ValueError: the tokenizer has neither.
     """
     for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return token_id
     raise ValueError(
-        "the tokenizer has neither bos_token nor eos_token to start a document with: set one of them "
-        "(tokenizer.bos_token = …, then tokenizer.save_pretrained), or give a prompt"
+        "the tokenizer has neither bos_token nor eos_token to start a document: set tokenizer.bos_token and save the "
+        "tokenizer, or give a prompt"
     )
 
 
 def check_window(model: PreTrainedModel, context_length: int, stride: int, batch_size: int) -> None:
-    """Raise ValueError unless the model can read windows of this length and every token falls into one."""
+    """Raise ValueError if an option is out of range or the model cannot read `context_length` tokens."""
     longest = getattr(model.config, "max_position_embeddings", None)
     if context_length < 1:
         raise ValueError(f"context_length must be at least 1, got {context_length}")
     if longest is not None and context_length > longest:
         raise ValueError(
-            f"context_length {context_length} is more than the {longest} positions of the model: lower it to {longest}"
+            f"context_length {context_length} exceeds the model's max_position_embeddings: lower it to {longest}"
         )
     if not 1 <= stride <= context_length:
         raise ValueError(f"stride must be between 1 and context_length ({context_length}), got {stride}")

@@ -1,4 +1,4 @@
-"""How well one view finds the other: embeddings of many rows, and recall among them."""
+"""Recall@k between the two views of rows, from the embeddings of a contrastive model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,39 +12,43 @@ from ..data.contrastive import PAIR, ContrastiveCollator, Row
 def embed(
     model: torch.nn.Module, rows: Sequence[Row], collator: ContrastiveCollator, batch_size: int = 64
 ) -> torch.Tensor:
-    """Embeddings `[rows, projection_dim]` of first views, on the CPU, in the order of `rows`.
+    """Embed the first views of rows.
 
     Args:
-        model: a `DFNForContrastive`; it is put into evaluation mode.
-        rows: of one view, or of two of which the second is not looked at.
-        batch_size: rows at a time; those of like length stand together.
+        model: a `DFNForContrastive`; it is set to evaluation mode.
+        rows: rows of one or two views; second views are ignored.
+        collator: collator of the rows.
+        batch_size: rows per forward pass; rows of similar length share a batch.
+
+    Returns:
+        Embeddings `[rows, projection_dim]` on the CPU, in the order of `rows`.
     """
     model.eval()
     views = [{name: value for name, value in row.items() if not name.startswith(PAIR)} for row in rows]
     order = sorted(range(len(views)), key=lambda number: len(next(iter(views[number].values()))))
     device = next(model.parameters()).device
-    found: list[torch.Tensor] = [torch.empty(0)] * len(views)
+    embeddings: list[torch.Tensor] = [torch.empty(0)] * len(views)
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
         batch = {name: tensor.to(device) for name, tensor in collator([views[number] for number in numbers]).items()}
         for number, embedding in zip(numbers, model(**batch).embeds.cpu(), strict=True):
-            found[number] = embedding
-    return torch.stack(found)
+            embeddings[number] = embedding
+    return torch.stack(embeddings)
 
 
 def second_views(rows: Sequence[Row]) -> list[Row]:
-    """The second views of rows as first ones, to be embedded alone."""
+    """Rows with the second views of `rows` as first views, for `embed`."""
     return [{name.removeprefix(PAIR): value for name, value in row.items() if name.startswith(PAIR)} for row in rows]
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Shares of views whose pair is the best match of all candidates, or among the best five or ten.
+    """Recall@1, @5 and @10 of the pair of each view among all candidates. Ties count against the model.
 
     Attributes:
-        recall_at_1, recall_at_5, recall_at_10: of first views that look for the second. Ties count against the model.
-        back_recall_at_1, back_recall_at_5, back_recall_at_10: of second views that look for the first.
-        candidates: how many there were to choose from.
+        recall_at_1, recall_at_5, recall_at_10: first views as queries, second views as candidates.
+        back_recall_at_1, back_recall_at_5, back_recall_at_10: second views as queries, first views as candidates.
+        candidates: number of candidates.
     """
 
     recall_at_1: float
@@ -57,29 +61,29 @@ class Retrieval:
 
 
 def retrieval(embeds: torch.Tensor, pair_embeds: torch.Tensor) -> Retrieval:
-    """Recall of `pair_embeds` by `embeds` and the other way round, both `[rows, projection_dim]`.
+    """Compute recall between the embeddings of first and second views, each `[rows, projection_dim]`.
 
     Raises:
-        ValueError: there are no rows, or more of one than of the other.
+        ValueError: there are no rows, or the shapes differ.
     """
     if embeds.shape != pair_embeds.shape or not len(embeds):
         raise ValueError(
-            f"embeddings must be of as many rows, and of one at least: got {list(embeds.shape)} and "
+            f"embeds and pair_embeds must have equal shape and at least one row, got {list(embeds.shape)} and "
             f"{list(pair_embeds.shape)}"
         )
     similarity = embeds.float() @ pair_embeds.float().T
-    right = similarity.diagonal()[:, None]
-    forth, back = ((matrix >= right).sum(dim=1) - 1 for matrix in (similarity, similarity.T))
+    pair_similarity = similarity.diagonal()[:, None]
+    forth, back = ((matrix >= pair_similarity).sum(dim=1) - 1 for matrix in (similarity, similarity.T))
 
-    def share(ranks: torch.Tensor, best: int) -> float:
-        return (ranks < best).float().mean().item()
+    def recall(ranks: torch.Tensor, k: int) -> float:
+        return (ranks < k).float().mean().item()
 
     return Retrieval(
-        recall_at_1=share(forth, 1),
-        recall_at_5=share(forth, 5),
-        recall_at_10=share(forth, 10),
-        back_recall_at_1=share(back, 1),
-        back_recall_at_5=share(back, 5),
-        back_recall_at_10=share(back, 10),
+        recall_at_1=recall(forth, 1),
+        recall_at_5=recall(forth, 5),
+        recall_at_10=recall(forth, 10),
+        back_recall_at_1=recall(back, 1),
+        back_recall_at_5=recall(back, 5),
+        back_recall_at_10=recall(back, 10),
         candidates=len(embeds),
     )

@@ -1,4 +1,4 @@
-"""Translation with an encoder-decoder, and its scores.
+"""Translates with an encoder-decoder and scores translations.
 
 Example:
     ```python
@@ -23,20 +23,24 @@ def translate(
     max_new_tokens: int = 128,
     batch_size: int = 32,
 ) -> list[str]:
-    """What an encoder-decoder makes of each text.
+    """Translate texts with beam search.
 
     Args:
-        model: its device is kept; it is put into evaluation mode.
-        tokenizer: the model's.
-        num_beams: 1 takes the most probable token each time.
-        max_new_tokens: tokens of a target, at most.
-        batch_size: texts at a time; those of like length stand together.
+        model: an encoder-decoder; it is set to evaluation mode.
+        tokenizer: the model's tokenizer.
+        texts: texts to translate.
+        num_beams: beams of the search; 1 means greedy decoding.
+        max_new_tokens: maximum number of tokens of a translation.
+        batch_size: texts per batch; texts of similar length share a batch.
+
+    Returns:
+        One translation per text, in the order of `texts`.
 
     Raises:
         ValueError: a text is blank.
     """
     if any(not text.strip() for text in texts):
-        raise ValueError("a text is blank: there is nothing to translate")
+        raise ValueError("a text is blank: remove it")
     model.eval()
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
     outputs = [""] * len(texts)
@@ -53,18 +57,18 @@ def translate(
 
 
 def shuffle_sources(sources: Sequence[str]) -> list[str]:
-    """Each source in the place of another: half a turn, so that none keeps its own and books change."""
+    """Rotate the sources by half their number, so that no source keeps its target."""
     half = len(sources) // 2
     return [*sources[half:], *sources[:half]]
 
 
 @dataclass(frozen=True)
 class TranslationScores:
-    """Of a set of translations against one reference each, both from 0 to 100 (sacrebleu's defaults).
+    """Corpus scores of translations with one reference each, from 0 to 100, with sacrebleu's defaults.
 
     Attributes:
-        chrf: character n-gram F-score.
-        bleu: of words, 13a tokenisation.
+        chrf: character n-gram F-score (chrF).
+        bleu: BLEU with 13a tokenization.
     """
 
     chrf: float
@@ -72,7 +76,7 @@ class TranslationScores:
 
 
 def score_translations(translations: Sequence[str], references: Sequence[str]) -> TranslationScores:
-    """chrF and BLEU of `translations`."""
+    """Compute chrF and BLEU of `translations`."""
     from sacrebleu.metrics import BLEU, CHRF
 
     return TranslationScores(
