@@ -1,1 +1,1 @@
-"""Models on disk and on the Hub: loading, saving, cards, serving."""
+"""Models on disk and on the Hub: loading, saving, cards and serving."""

@@ -9,7 +9,7 @@ from types import ModuleType
 
 
 def when_imported(name: str, action: Callable[[], None]) -> None:
-    """Call `action` once the module `name` has been imported: now, if it already is."""
+    """Call `action` when the module `name` is imported, or now if it already is."""
     if name in sys.modules:
         action()
     else:

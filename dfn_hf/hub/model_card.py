@@ -1,4 +1,4 @@
-"""Model cards: what a saved folder says about its model, and what is read from it again."""
+"""Writes model cards and reads their provenance."""
 
 import re
 from pathlib import Path
@@ -14,24 +14,24 @@ from .pipelines import TASK as TEXT2TEXT
 
 PROVENANCE = "Provenance"
 UNSTATED = "Training text not stated."
-WITHOUT_PACKAGE = "Without `dfn-hf`: leave out its line and add `trust_remote_code=True`."
+WITHOUT_PACKAGE = "Without `dfn-hf`, omit `import dfn_hf` and add `trust_remote_code=True`."
 LANGUAGE_MODELS = {"AutoModelForCausalLM": "text-generation", "AutoModelForSeq2SeqLM": "text2text-generation"}
 
 
 def model_card(
     model: PreTrainedModel, *, name: str, provenance: str, settings: dict[str, Any], validation_loss: float
 ) -> ModelCard:
-    """The card of a freshly trained language model.
+    """Build the card of a trained language model.
 
     Args:
         model: the trained model.
-        name: its title.
-        provenance: one sentence: which text, and which model it started from.
-        settings: option names and values of the training run.
-        validation_loss: in nats per token.
+        name: title of the card.
+        provenance: one sentence: the training data and the initial model.
+        settings: names and values of the training settings.
+        validation_loss: validation loss in nats per token.
     """
     options = ", ".join(f"{option} {value:g}" for option, value in settings.items())
-    text = f"""A `{type(model).__name__}` of {model.num_parameters():,} parameters.
+    text = f"""A `{type(model).__name__}` with {model.num_parameters():,} parameters.
 
 {how_to_load(model.config, name)}
 
@@ -47,13 +47,13 @@ Made with torch {torch.__version__} and transformers {transformers.__version__}.
 
 
 def conversion_card(config: PreTrainedConfig, report: ConversionReport, *, name: str, source: str) -> ModelCard:
-    """The card of a converted checkpoint: what it is and is not.
+    """Build the card of a converted checkpoint.
 
     Args:
-        config: of the converted model.
-        report: of the conversion.
-        name: its title.
-        source: what was converted.
+        config: configuration of the converted model.
+        report: report of the conversion.
+        name: title of the card.
+        source: path or Hub id of the original.
     """
     lines = "\n".join(f"- {line}" for line in report.lines())
     auto_class = next(one for one, path in config.auto_map.items() if path.endswith(f".{report.model}"))
@@ -76,17 +76,17 @@ Converted from `{source}` (layout {report.layout}). {UNSTATED}
 
 {lines}
 
-`{REPORT_FILE}` names every weight.
+`{REPORT_FILE}` lists every weight.
 """
     return titled_card(config, name, text, task=LANGUAGE_MODELS.get(auto_class))
 
 
 def hub_card(folder: Path, repo_id: str) -> str:
-    """The text of a saved model's card under its name on the Hub: the folder's own, or one that says how to load it.
+    """Return the text of the card for the Hub: the folder's card, or a new card that shows how to load the model.
 
     Args:
-        folder: a transformers folder; its card stays as it is.
-        repo_id: `owner/name`, which takes the place of the folder's name in the example.
+        folder: a transformers folder; its files do not change.
+        repo_id: `owner/name`, which replaces the folder's name in the example.
     """
     readme = folder / "README.md"
     if readme.is_file():
@@ -98,25 +98,25 @@ def hub_card(folder: Path, repo_id: str) -> str:
 
 
 def titled_card(config: PreTrainedConfig, name: str, text: str, *, task: str | None) -> ModelCard:
-    """`text` below what the Hub reads of a card and a title; `task` is the Hub's word, None for what has none."""
+    """Build a card from metadata, title and `text`; `task` is the Hub's `pipeline_tag` or None."""
     metadata = ModelCardData(library_name="transformers", pipeline_tag=task, tags=[config.model_type]).to_yaml()
     return ModelCard(f"---\n{metadata}\n---\n\n# {name}\n\n{text}")
 
 
 def language_task(config: PreTrainedConfig) -> str:
-    """The Hub's word for what a language model does."""
+    """The Hub's `pipeline_tag` of a language model."""
     return LANGUAGE_MODELS["AutoModelForSeq2SeqLM" if config.is_encoder_decoder else "AutoModelForCausalLM"]
 
 
 def how_to_load(config: PreTrainedConfig, name: str) -> str:
-    """A few lines of Python, and what to do where this package is not installed."""
-    ours = config.model_type in ("dfn", "flownetwork", "liquid")
+    """Markdown with an example that loads the model, and a note for users without this package."""
+    is_own_model = config.model_type in ("dfn", "flownetwork", "liquid")
     task, example, without = "text-generation", '"Once", max_new_tokens=60', ""
-    imports = "import dfn_hf\n" if ours else ""
+    imports = "import dfn_hf\n" if is_own_model else ""
     if config.is_encoder_decoder:
-        imports = imports or "import dfn_hf  # brings this pipeline\n"
+        imports = imports or "import dfn_hf  # registers this pipeline\n"
         task, example = TEXT2TEXT, '"In the beginning"'
-    elif ours:
+    elif is_own_model:
         without = f"\n\n{WITHOUT_PACKAGE}"
     return f"""```python
 {imports}from transformers import pipeline
@@ -126,7 +126,7 @@ pipeline("{task}", model="{name}")({example})
 
 
 def read_provenance(readme: Path | None) -> str | None:
-    """The text under the card's Provenance heading, or None where there is none."""
+    """Return the text under the card's Provenance heading, or None."""
     if readme is None:
         return None
     section = re.search(rf"^## {PROVENANCE}\s*\n(.*?)(?=^#|\Z)", readme.read_text(), re.MULTILINE | re.DOTALL)

@@ -1,8 +1,8 @@
-"""The modules that PEFT adapts where its user names none, for every method that adapts linear maps."""
+"""Default target modules of PEFT methods for the models of this package."""
 
 from .import_hook import when_imported
 
-# FlowNorm's maps and the influence, the routers and the gates of experts stay as they were trained.
+# FlowNorm, the influence, the routers and the gates of experts are not adapted.
 LINEAR_MAPS = {
     "dfn": ["position_proj", "flow_proj", "value_proj", "gate_proj", "out_proj", "up_proj", "down_proj"],
     "flownetwork": [
@@ -15,15 +15,12 @@ RESCALED = {
     "flownetwork": ["k_proj", "v_proj", "value_proj", "down_proj"],
     "liquid": ["k_proj", "v_proj", "down_proj"],
 }
-RESCALED_AT_THE_INPUT = {family: ["down_proj"] for family in RESCALED}
+RESCALED_INPUTS = {family: ["down_proj"] for family in RESCALED}
 LOW_RANK_METHODS = ("LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "FOURIERFT", "HRA", "ROAD")
 
 
 def register_peft_defaults() -> None:
-    """Let `LoraConfig()`, `IA3Config()` and similar configurations find their targets by the model type.
-
-    PEFT is not imported here: its tables are extended when the user imports it.
-    """
+    """Add the target modules to PEFT's tables when the user imports PEFT, so that `LoraConfig()` needs no targets."""
     when_imported("peft.utils.constants", _extend_tables)
 
 
@@ -33,4 +30,4 @@ def _extend_tables() -> None:
     for method in LOW_RANK_METHODS:
         getattr(constants, f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING").update(LINEAR_MAPS)
     constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.update(RESCALED)
-    constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.update(RESCALED_AT_THE_INPUT)
+    constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.update(RESCALED_INPUTS)

@@ -6,7 +6,7 @@ TASK = "liquid-text2text"
 
 
 def register_text2text_pipeline() -> None:
-    """Register the task once `transformers.pipelines` is imported."""
+    """Register the task when `transformers.pipelines` is imported."""
     when_imported("transformers.pipelines", _register)
 
 

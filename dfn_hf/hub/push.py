@@ -1,4 +1,4 @@
-"""Saved folders on the Hugging Face Hub."""
+"""Uploads saved models to the Hugging Face Hub."""
 
 from pathlib import Path
 
@@ -8,25 +8,26 @@ from .model_card import hub_card
 
 
 def require_token() -> None:
-    """Raise ValueError unless a Hub token is at hand, so that a long run does not end without one."""
+    """Raise ValueError unless there is a Hub token; called before long runs."""
     if get_token() is None:
         raise ValueError("there is no Hub token: run `hf auth login` or set HF_TOKEN")
 
 
 def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
-    """Upload a saved model folder, making the repository where there is none.
+    """Upload a saved model folder; the repository is created if it does not exist.
+
+    An existing README.md in the repository is kept. Otherwise the card from `hub_card` is uploaded.
 
     Args:
         folder: a transformers folder.
-        repo_id: `owner/name`, or `name` for one's own.
-        private: of a repository made here.
+        repo_id: `owner/name`, or `name` in the user's own namespace.
+        private: make a new repository private.
 
     Returns:
-        The address of the repository. A README.md that the repository has already stays as it is; else the folder's
-        card goes up, with the repository's name in its example, or one that says how to load the model.
+        URL of the repository.
 
     Raises:
-        ValueError: `folder` holds no model, or there is no token.
+        ValueError: `folder` holds no model, or there is no Hub token.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json: give the folder of a saved model")

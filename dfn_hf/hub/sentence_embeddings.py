@@ -1,4 +1,4 @@
-"""The text tower of a contrastive model as a model of sentence-transformers, which is installed by `[clients]`."""
+"""Converts a contrastive model to a `SentenceTransformer`; needs the extra `[clients]`."""
 
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 
 def to_sentence_transformer(model: DFNForContrastive, tokenizer: PreTrainedTokenizerBase) -> "SentenceTransformer":
-    """`model` on texts as sentence-transformers' own modules: transformer, mean, dense and unit length.
+    """Convert `model` to the modules Transformer, mean Pooling, Dense and Normalize of sentence-transformers.
 
-    Its `save(folder)` writes what `SentenceTransformer(folder)` loads, wherever `dfn_hf` is imported or
-    `trust_remote_code=True` is given.
+    A folder from its `save` loads with `SentenceTransformer(folder)` if `dfn_hf` is imported, or with
+    `trust_remote_code=True`.
 
     Args:
-        model: its weights are copied.
-        tokenizer: the model's.
+        model: model to convert; the weights are copied.
+        tokenizer: the model's tokenizer.
 
     Returns:
-        A model whose `encode(texts)` are the `embeds` of `model` for the same texts.
+        A model whose `encode(texts)` equals the `embeds` of `model` for the same texts.
 
     Raises:
         ValueError: sentence-transformers is not installed.

@@ -1,4 +1,4 @@
-"""The pipeline of encoder-decoders, `pipeline("liquid-text2text")`: transformers 5 has no such task."""
+"""Pipeline `liquid-text2text` for encoder-decoders; transformers 5 has no text2text pipeline."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from transformers.pipelines import Pipeline
 class Text2TextPipeline(Pipeline):
     """Maps a text to `[{"generated_text": ...}]`, one entry for each returned sequence.
 
-    All further arguments, of the pipeline or of a call, are passed to `generate()`.
+    Other arguments of the pipeline or of a call are passed to `generate()`.
     """
 
     model: Any
@@ -23,7 +23,7 @@ class Text2TextPipeline(Pipeline):
 
     def preprocess(self, input_: Any, **parameters: Any) -> dict[str, Any]:
         if not isinstance(input_, str) or not input_:
-            raise ValueError(f"the pipeline takes a text or a list of texts, got {input_!r}")
+            raise ValueError(f"the pipeline got {input_!r}: give a text that is not empty, or a list of such texts")
         return self.tokenizer(input_, return_tensors="pt")
 
     def _forward(self, input_tensors: dict[str, Any], **parameters: Any) -> Any:
