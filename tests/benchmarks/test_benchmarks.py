@@ -63,7 +63,7 @@ class TestResults:
                 assert found.steps is None and math.isnan(found.loss) and found.machine == "a, b"
         assert calls == [Settings("x, ±", 1e-3), Settings("x, ±", 3e-3)]
 
-    def test_a_row_cut_short_is_run_again_and_harms_no_other(self, tmp_path):
+    def test_an_incomplete_row_is_measured_again(self, tmp_path):
         path = tmp_path / "runs.csv"
         results = ResultsFile(path, Settings, Result)
         for rate in (0.1, 0.2):
@@ -73,7 +73,7 @@ class TestResults:
         results.run(Settings("x", 0.2), lambda settings: Result(1, 3.0, "m"))
         assert [(settings.rate, found.loss) for settings, found in results.rows()] == [(0.1, 2.0), (0.2, 3.0)]
 
-    def test_another_benchmarks_file_is_refused_and_kept(self, tmp_path):
+    def test_the_csv_of_another_benchmark_is_rejected_and_kept(self, tmp_path):
         path = tmp_path / "runs.csv"
         path.write_text("a,b\n1,2\n")
         with pytest.raises(ValueError, match="has the columns .*choose another --results file"):
@@ -91,7 +91,7 @@ class TestResults:
 
 class TestRecallTask:
     @pytest.mark.parametrize(("length", "num_pairs"), [(64, 8), (512, 60), (2048, 120), (16, 4)])
-    def test_the_pair_alone_tells_the_answer(self, length, num_pairs):
+    def test_only_the_pair_gives_the_answer(self, length, num_pairs):
         batch = recall_batch(
             torch.Generator().manual_seed(0), batch_size=3, length=length, num_pairs=num_pairs, vocab_size=256
         )
@@ -110,7 +110,7 @@ class TestRecallTask:
         first, again, other = (next(recall_batches(seed, **task))["input_ids"] for seed in (1, 1, 2))
         assert torch.equal(first, again) and not torch.equal(first, other)
 
-    def test_a_solver_is_right_everywhere(self):
+    def test_a_perfect_solver_has_accuracy_1(self):
         class Solver:
             device = torch.device("cpu")
 
@@ -125,7 +125,7 @@ class TestRecallTask:
         assert recall_accuracy(Solver(), seed=0, num_batches=2, **task) == 1.0
 
     @pytest.mark.parametrize(("changes", "field"), [({"length": 31}, "length"), ({"num_pairs": 129}, "num_pairs")])
-    def test_impossible_tasks_are_refused(self, changes, field):
+    def test_impossible_tasks_are_rejected(self, changes, field):
         task = {"batch_size": 1, "length": 32, "num_pairs": 8, "vocab_size": 256, **changes}
         with pytest.raises(ValueError, match=f"^{field} is {changes[field]}"):
             recall_batch(torch.Generator(), **task)
@@ -146,7 +146,7 @@ class TestByteText:
         first, again, other = (next(windows.random_batches(4, seed))["input_ids"] for seed in (1, 1, 2))
         assert first.shape == (4, 8) and torch.equal(first, again) and not torch.equal(first, other)
 
-    def test_too_short_texts_are_refused(self):
+    def test_too_short_texts_are_rejected(self):
         with pytest.raises(ValueError, match="no document has 5 bytes"):
             ByteWindows(["abcd"], 5)
 
@@ -164,7 +164,7 @@ class TestModels:
         for llama in llamas:
             assert abs(llama / dfn - 1) < 0.02
 
-    def test_unknown_names_and_impossible_sizes_are_refused(self):
+    def test_unknown_names_and_impossible_sizes_are_rejected(self):
         with pytest.raises(ValueError, match="choose one of dfn, flownetwork, .*llama, llama-conv"):
             build_model("lstm", TINY)
         with pytest.raises(ValueError, match="raise intermediate_size"):
@@ -194,7 +194,7 @@ class TestModels:
         assert trained.seconds > 0 and trained.largest_gradient_norm > 0
         assert [key for key, parameter in model.named_parameters() if torch.equal(parameter, before[key])] == []
 
-    def test_divergence_ends_the_training_and_is_reported(self):
+    def test_divergence_stops_the_training(self):
         model = build_model("llama", TINY)
         batches = recall_batches(0, batch_size=2, length=32, num_pairs=4, vocab_size=256)
         model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
@@ -205,7 +205,7 @@ class TestModels:
 
 
 class TestMachine:
-    def test_a_fresh_process_has_its_own_peak_and_errors(self):
+    def test_a_fresh_process_has_a_separate_peak_and_passes_errors_on(self):
         ballast = torch.ones(2**27)
         assert run_isolated(peak_memory_mib, "cpu") < peak_memory_mib("cpu") - ballast.nbytes / 2**21
         with pytest.raises(ValueError, match="invalid literal"):
@@ -217,7 +217,7 @@ class TestMachine:
         assert log_log_slope([1, 2], [0.0, 3.0]) is None
 
 
-def test_scaling_table_gives_slopes_and_what_a_token_and_head_costs():
+def test_scaling_table_has_slopes_and_time_per_token_and_head():
     results = [
         (ScalingSettings(length=n), ScalingResult(1, n / 1000, n / 2000, 500.0, 500.0 + n, "m")) for n in (1000, 2000)
     ]
@@ -251,7 +251,7 @@ def test_every_benchmark_prints_its_table_and_resumes(name, tmp_path, monkeypatc
     rows = path.read_text()
 
     def forbid(*_, **__):
-        raise AssertionError("a finished run was run again")
+        raise AssertionError("a finished run was measured again")
 
     monkeypatch.setattr(ResultsFile, "_append", forbid)
     assert run_cli(*arguments, "--results", path) == first
@@ -263,13 +263,13 @@ class TestSmoke:
         commands = {command.name for command in app.registered_commands if command.name} | {"docs"}
         assert set(SMALLEST) | {"docs"} == commands and len(TABLES) == len(SMALLEST)
 
-    def test_a_missing_row_is_named(self):
+    def test_a_missing_row_is_reported(self):
         table = SmokeTable(SMALLEST["million-tokens"], [("one pass",), ("two passes",), ("chunks of 500",)])
         reports = []
         assert run_smoke(get_command(app), [table], reports.append) == [f"bench {table.command}: no row two passes"]
         assert reports[0].startswith("million-tokens: 2 of 3 rows")
 
-    def test_the_command_fails_for_it(self, monkeypatch):
+    def test_the_command_fails_if_a_row_is_missing(self, monkeypatch):
         monkeypatch.setattr(smoke, "run_smoke", lambda group, report: ["bench lm: no row dfn"])
         result = CliRunner().invoke(app, ["--smoke"])
         assert result.exit_code == 1 and "no row dfn" in result.stderr
@@ -280,7 +280,7 @@ class TestSmoke:
         assert leading_cells("x\n| a | b |\n|---|---|\n| 1 | 2 |\n", 1) == {("a",), ("---",), ("1",)}
 
 
-def test_a_table_grows_over_several_sittings(tmp_path):
+def test_a_second_run_extends_the_csv(tmp_path):
     path = tmp_path / "lm.csv"
     smallest = SMALLEST["lm"].split()
     run_cli(*smallest, "--model", "llama", "--results", path)
@@ -290,7 +290,7 @@ def test_a_table_grows_over_several_sittings(tmp_path):
     assert "| llama " in table and "| llama-conv " in table
 
 
-def test_models_meet_the_same_batches(monkeypatch):
+def test_models_train_on_the_same_batches(monkeypatch):
     seen = {}
 
     def record(model, batches, **_):

@@ -40,7 +40,7 @@ def models():
     return {name: build(replace(SMALL, model=name)) for name in MODELS}
 
 
-def test_models_have_as_many_parameters_or_operations(models):
+def test_models_match_parameters_or_operations(models):
     target = count_parameters(models["dfn"])
     for name in set(MODELS) - set(EQUAL_COMPUTE):
         assert count_parameters(models[name]) == pytest.approx(target, rel=0.03), name
@@ -52,7 +52,7 @@ def test_models_have_as_many_parameters_or_operations(models):
         assert count_parameters(models[name]) < target
 
 
-def test_operations_are_those_of_the_maps_that_run():
+def test_operations_per_token_counts_executed_modules():
     size = ModelSize(50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
     llama, length = build_llama(size), 10
     attention = 2 * 2 * 2 * (length + 1) / 2 * 16  # products with keys and with values, per layer and token
@@ -74,11 +74,11 @@ def test_placement_counts_where_entities_begin():
 
     model.device = "cpu"
     rate, starts, insides = placement(model, text)
-    # Entities begin behind the first byte and behind those at 2 and 6, and the text's first byte begins one.
+    # Entities begin at byte 0 and after the bytes 0, 2 and 6.
     assert rate == pytest.approx(4 / 9) and starts == 1.0 and insides == pytest.approx(1 / 3)
 
 
-def test_runs_are_kept_and_printed(tmp_path):
+def test_runs_are_stored_and_printed(tmp_path):
     path = tmp_path / "byte-chunking.csv"
     options = {
         "models": ["adaptive", "dfn"],

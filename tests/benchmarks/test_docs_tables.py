@@ -96,7 +96,7 @@ def test_pages_are_written_unless_checked(tmp_path):
     assert update_tables(tmp_path, echo_group()) == []
 
 
-def test_a_folder_without_tables_is_refused(tmp_path):
+def test_a_folder_without_tables_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="choose docs/benchmarks"):
         update_tables(tmp_path, get_command(app))
 

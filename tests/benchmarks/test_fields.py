@@ -24,7 +24,7 @@ from dfn_hf.benchmarks.speed.field_speed import FieldSpeedSettings, field_speed_
 TINY = FieldSettings(side=16, steps=1, hidden_size=16, num_hidden_layers=1, intermediate_size=16)
 
 
-def test_methods_are_measured_and_kept(tmp_path):
+def test_methods_are_measured_and_stored(tmp_path):
     runs = [
         replace(TINY, field="elevation", method=method) for method in ("adaptive", "uniform", "siren", "resampling")
     ]
@@ -47,24 +47,24 @@ def test_photographs_are_reconstructed_from_a_quarter():
     assert {run.seed for run in field_runs(TINY, ["camera"]) if run.method == "pre-trained"} == {0, 1, 2}
 
 
-def test_a_clip_moves_before_a_still_background():
+def test_a_clip_has_moving_objects_and_a_static_background():
     clip = draw_clip(4, 20, 20)
     moving = np.abs(np.diff(clip, axis=0)).max(axis=0) > 0.1
     assert np.abs(clip).max() <= 1 and 0.1 < moving.mean() < 0.7
     assert {run.method for run in field_runs(TINY, ["clip"])} == {"adaptive", "frames"}
 
 
-def test_resampling_keeps_what_is_smooth():
+def test_resampling_preserves_a_linear_field():
     values = torch.linspace(-1, 1, 64).expand(64, 64)
     assert (_resample(values, 2, 16) - values).abs()[:, 2:-2].max() < 1e-5
     assert _resample(values[0, :, None], 1, 16).shape == (64, 1)
 
 
-def test_a_siren_is_as_large_as_is_asked():
+def test_a_siren_matches_the_number_of_parameters():
     assert count_parameters(Siren(120_000, 2, 1)) == pytest.approx(120_000, rel=0.02)
 
 
-def test_unknown_names_are_refused():
+def test_unknown_names_are_rejected():
     with pytest.raises(ValueError, match="nowhere"):
         load_array(replace(TINY, field="nowhere"))
     with pytest.raises(ValueError, match="recording"):
@@ -73,7 +73,7 @@ def test_unknown_names_are_refused():
         measure_field(replace(TINY, method="magic"))
 
 
-def test_speed_is_measured_over_sizes(tmp_path):
+def test_field_speed_has_a_slope(tmp_path):
     runs = [FieldSpeedSettings(side=side, hidden_size=16, num_hidden_layers=1) for side in (8, 32)]
     with without_isolation():
         finished = run_field_speed(runs, tmp_path / "speed.csv")

@@ -27,7 +27,7 @@ def small_dfn(vocab_size=64):
 
 
 class TestRetrieval:
-    def test_a_planted_pair_alone_tells_its_answer(self):
+    def test_only_the_planted_pair_gives_the_answer(self):
         batch = retrieval.planted_batch(
             torch.Generator().manual_seed(0), batch_size=3, length=128, num_pairs=8, vocab_size=64
         )
@@ -39,7 +39,7 @@ class TestRetrieval:
                 assert key < 32 and tokens.count(key) == 2
                 assert tokens[tokens.index(key) + 1] == labels[column] and tokens.index(key) < column - 1
 
-    def test_a_pair_stands_once_and_where_it_is_said_to(self):
+    def test_each_pair_occurs_once_at_its_depth(self):
         length = 8192
         context, keys, values = retrieval.planted_context(torch.Generator().manual_seed(0), length, 64)
         assert context.shape == (length,) and keys.shape == values.shape == (len(DEPTHS), PAIRS)
@@ -52,18 +52,18 @@ class TestRetrieval:
         assert set(context.tolist()) == set(range(64))
 
     @pytest.mark.parametrize(("changes", "field"), [({"length": 256}, "length"), ({"vocab_size": 30}, "vocab_size")])
-    def test_impossible_contexts_are_refused(self, changes, field):
+    def test_impossible_contexts_are_rejected(self, changes, field):
         with pytest.raises(ValueError, match=f"^{field} is {changes[field]}"):
             retrieval.planted_context(torch.Generator(), **{"length": 8192, "vocab_size": 64, **changes})
 
-    def test_a_context_too_short_is_refused_before_anything_is_trained(self, tmp_path, monkeypatch):
+    def test_a_too_short_context_is_rejected_before_training(self, tmp_path, monkeypatch):
         monkeypatch.setattr(retrieval, "trained_model", None)
         runs = [retrieval.RetrievalSettings(length) for length in (8192, 3999)]
         with pytest.raises(ValueError, match="^length is 3999: .* at least 4000 tokens"):
             retrieval.run_retrieval(runs, tmp_path / "runs.csv")
         retrieval.planted_context(torch.Generator().manual_seed(0), 4000, 64)
 
-    def test_every_question_is_asked_behind_the_context_alone(self):
+    def test_queries_do_not_see_each_other(self):
         model = small_dfn().eval()
         context, keys, _ = retrieval.planted_context(torch.Generator().manual_seed(0), 4096, 64)
         state = retrieval.read_context(model, context, chunk_length=1000)
@@ -78,7 +78,7 @@ class TestRetrieval:
         assert answers[0][:3].tolist() == [answer.item() for answer in expected]
         assert len(set(answers[0].tolist())) > 1
 
-    def test_other_tables_propose_other_neighbours_to_the_same_weights(self, tmp_path):
+    def test_with_tables_keeps_the_weights(self, tmp_path):
         model = small_dfn().eval()
         cell_sizes = geometric_cell_sizes(24, 2.0, 1.0)
         other = retrieval.with_tables(model, cell_sizes)
@@ -97,7 +97,7 @@ class TestRetrieval:
         with torch.no_grad():
             assert torch.equal(loaded.eval()(input_ids=tokens).logits, after)
 
-    def test_a_lesson_teaches_with_its_own_search_and_leaves_none_of_it(self, monkeypatch):
+    def test_a_stage_uses_its_search_settings_and_restores_the_defaults(self, monkeypatch):
         read = []
         stage = retrieval.FineTuningStage(
             steps=2, batch_size=1, length=80, num_pairs=3, candidates_per_table=2, num_neighbors=5
@@ -118,14 +118,14 @@ class TestRetrieval:
         assert searches == [(8, 16), (8, 16)]
         assert not torch.equal(taught.model.embed_tokens.weight, untaught.model.embed_tokens.weight)
 
-    def test_the_cache_holds_what_its_tensors_hold(self):
+    def test_cache_mib_is_the_size_of_the_tensors(self):
         state = DynamicCache(config=small_dfn().config)
         assert retrieval.cache_mib(state) == 0
         state = retrieval.read_context(small_dfn().eval(), torch.zeros(64, dtype=torch.long), 64)
         held = [held.data for layer in state.layers for held in layer.states.values()]
         assert retrieval.cache_mib(state) * 2**20 == sum(data.untyped_storage().nbytes() for data in held) > 0
 
-    def test_the_table_counts_what_was_found(self):
+    def test_the_table_has_the_accuracy_per_depth(self):
         result = [
             retrieval.RetrievalResult(found=found, seconds=2.0, peak_mib=500, cache_mib=30, machine="m")
             for found in ([5, 4, 5], [3, 5, 5], [0, 0, 1])
@@ -156,19 +156,19 @@ class TestLongLM:
     @pytest.mark.parametrize(
         ("length", "firsts"), [(200, [1]), (256, [1]), (257, [1, 256]), (4096, [1, 256, 512, 1024, 2048])]
     )
-    def test_buckets_are_of_positions_and_leave_none_out(self, length, firsts):
+    def test_buckets_cover_all_positions(self, length, firsts):
         positions = torch.arange(1, length)
         buckets = [positions[bucket].tolist() for bucket in long_lm.position_buckets(length)]
         assert [bucket[0] for bucket in buckets] == firsts
         assert sum(buckets, []) == positions.tolist()
 
     @pytest.mark.parametrize("name", long_lm.TOKENIZERS)
-    def test_bytes_of_tokens(self, name):
+    def test_token_bytes_sum_to_the_text(self, name):
         tokenizer = load_tokenizer(name)
         text = "“Où?” says he:\nnowhere  – at all"
         assert long_lm.token_bytes(tokenizer)[token_ids(text, tokenizer)].sum() == len(text.encode())
 
-    def test_losses_are_the_models(self):
+    def test_held_out_losses_equal_the_loss_of_the_model(self):
         model = small_dfn().eval()
         windows = torch.randint(64, (3, 20))
         batches = ({"input_ids": rows} for rows in windows.split(2))
@@ -187,14 +187,14 @@ class TestLongLM:
         assert [len(document) for document in train] == [800, 150]
         assert [len(document) for document in held_out] == [30, 30]
 
-    def test_text_that_cannot_be_held_out_and_unknown_tokenizers_are_refused(self, tmp_path):
+    def test_one_document_and_unknown_tokenizers_are_rejected(self, tmp_path):
         (tmp_path / "one.txt").write_text("alone")
         with pytest.raises(ValueError, match="has one document"):
             long_lm.token_documents(str(tmp_path), "byte")
         with pytest.raises(ValueError, match="tokenizer is 'words': choose one of bpe, byte"):
             long_lm.token_documents("corpus", "words")
 
-    def test_the_rate_of_the_best_short_run_is_taken(self, tmp_path, monkeypatch):
+    def test_the_best_rate_of_the_short_runs_is_used(self, tmp_path, monkeypatch):
         result = long_lm.LongLMResult(1, 2.0, 1.0, [2.0], [1.0], None, 1, 1.0, 1.0, 1.0, "m")
         losses = {1e-3: 3.0, 2e-3: 1.0, 4e-3: 2.0}
         monkeypatch.setattr(

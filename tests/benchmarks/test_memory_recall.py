@@ -18,7 +18,7 @@ from dfn_hf.benchmarks.recall.memory_recall import (
 from dfn_hf.modeling.modules.cache import CACHE_NAME
 
 
-def test_rows_hold_one_answer_far_before_every_query():
+def test_rows_have_one_answer_far_before_every_query():
     settings = MemoryRecallSettings()
     assert settings.distance > settings.reach > settings.num_hidden_layers * settings.flow_window
     query = settings.answers + settings.fillers
@@ -33,7 +33,7 @@ def test_rows_hold_one_answer_far_before_every_query():
         assert torch.equal(labels[:, 1:][asked], answers[asked])
 
 
-def test_rows_of_a_seed_are_the_same_and_of_another_are_not():
+def test_rows_depend_only_on_the_seed():
     settings = MemoryRecallSettings()
     first, same, other = (next(memory_recall_batches(settings, seed))["input_ids"] for seed in (0, 0, 1))
     assert torch.equal(first, same) and not torch.equal(first, other)
@@ -41,7 +41,7 @@ def test_rows_of_a_seed_are_the_same_and_of_another_are_not():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("memory_size", "least", "most"), [(8, 0.95, 1.0), (0, 0.0, 0.1)])
-def test_memory_decides_whether_the_answer_is_recalled(memory_size, least, most):
+def test_only_a_model_with_memory_recalls_the_answer(memory_size, least, most):
     settings = MemoryRecallSettings(memory_size=memory_size)
     model = train_memory_recall(settings)
     assert least <= memory_recall_accuracy(model, settings) <= most

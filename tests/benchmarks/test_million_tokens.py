@@ -11,8 +11,8 @@ LENGTH = 2**20
 SHORT = 2**12
 
 
-def generate_behind(length, chunk_length):
-    """Five tokens generated behind random ones, and the process' peak memory in MiB."""
+def generate_after(length, chunk_length):
+    """Generate five tokens after random ones; return them and the peak memory of the process in MiB."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = DFNConfig(
@@ -29,11 +29,11 @@ def generate_behind(length, chunk_length):
 
 
 @pytest.mark.slow
-def test_a_million_tokens_are_read_in_chunks_and_continued():
-    tokens, peak = run_isolated(generate_behind, LENGTH, 2**16)
-    _, idle = run_isolated(generate_behind, SHORT, SHORT)
-    others, _ = run_isolated(generate_behind, LENGTH, 100_000)
+def test_generation_continues_a_million_tokens_read_in_chunks():
+    tokens, peak = run_isolated(generate_after, LENGTH, 2**16)
+    _, idle = run_isolated(generate_after, SHORT, SHORT)
+    others, _ = run_isolated(generate_after, LENGTH, 100_000)
     assert tokens == others and len(tokens) == 5
-    # A layer of one head and 16 tables keeps 36 bytes of an entity's place and key, 8 per table, and 4 of each value.
+    # Per entity, a layer with one head and 16 tables stores 36 bytes of position and key, 8 per table, 4 per value.
     state = 2 * (36 + 8 * 16 + 4 * 16) * LENGTH
     assert peak - idle < 3 * state / 2**20

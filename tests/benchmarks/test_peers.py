@@ -38,7 +38,7 @@ class Settings:
 
 
 def timed_as(seconds):
-    """`prepare` whose turns take what `seconds(label, length)` gives, and the order in which they are taken."""
+    """Return a `prepare` whose calls take `seconds(label, length)`, and the list of the labels called."""
     order = []
 
     def prepare(run):
@@ -62,7 +62,7 @@ class TestPeers:
         assert abs(count_parameters(build_peer(name, size, length=length)) / wanted - 1) < 0.02
 
     @pytest.mark.parametrize("name", FAMILIES)
-    def test_no_token_reads_one_behind_it(self, name):
+    def test_no_token_attends_to_a_later_one(self, name):
         torch.manual_seed(0)
         model = build_peer(name, SIZE, length=256).train()
         embeds = model.get_input_embeddings()(torch.randint(256, (1, 256))).detach().requires_grad_()
@@ -70,7 +70,7 @@ class TestPeers:
         assert embeds.grad[:, 150:].abs().max() == 0 < embeds.grad[:, :150].abs().amax(dim=-1).min()
 
     @pytest.mark.parametrize(("name", "changes"), [("lfm2", False), ("mamba2", False), ("reformer", True)])
-    def test_whether_a_last_token_changes_what_is_predicted_before_it(self, name, changes):
+    def test_only_reformer_predictions_depend_on_a_later_token(self, name, changes):
         torch.manual_seed(0)
         model = build_peer(name, SIZE, length=512).eval()
         tokens = torch.randint(256, (1, 512))
@@ -84,14 +84,14 @@ class TestPeers:
         assert bool((before - after).abs().max() > 1e-4) == changes
 
     @pytest.mark.parametrize("length", [1, 64, 100, 192, 1000])
-    def test_a_reformer_reads_rows_of_every_length(self, length):
+    def test_a_reformer_takes_rows_of_every_length(self, length):
         with torch.no_grad():
             model = build_peer("reformer", SIZE, length=length).eval()
             logits = model(torch.randint(1, 256, (1, length)), use_cache=False).logits
         assert logits.shape == (1, length, 256) and logits.isfinite().all()
 
     @pytest.mark.parametrize("name", ["dfn", "llama", "lfm2", "mamba2"])
-    def test_steps_behind_a_context_are_those_of_a_full_pass(self, name):
+    def test_cached_steps_equal_a_full_pass(self, name):
         torch.manual_seed(0)
         model = build_peer(name, SIZE, length=64).eval()
         tokens = torch.randint(256, (1, 64))
@@ -104,7 +104,7 @@ class TestPeers:
             whole = model(tokens, use_cache=False).logits[:, -1]
         assert torch.allclose(step, whole, rtol=0, atol=1e-4)
 
-    def test_what_is_missing_or_unknown_is_said(self, monkeypatch):
+    def test_missing_packages_and_unknown_names_are_rejected(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "fla", None)
         monkeypatch.setitem(sys.modules, "fla.models", None)
         with pytest.raises(ValueError, match="pip install flash-linear-attention"):
@@ -116,7 +116,7 @@ class TestPeers:
             with pytest.raises(ValueError, match=f"^{field} is "):
                 peer_runs(PeerSettings(), **options)
 
-    def test_runs_are_those_that_a_model_can_do(self):
+    def test_runs_contain_only_supported_workloads(self):
         runs = peer_runs(
             PeerSettings(),
             models=["dfn", "reformer"],
@@ -135,7 +135,7 @@ class TestPeers:
             ("decoding", "dfn, static cache"),
         ]
 
-    def test_a_static_cache_is_decoded_with_a_compiled_step(self, monkeypatch):
+    def test_a_static_cache_uses_a_compiled_step(self, monkeypatch):
         compiled = []
 
         def as_it_is(model, config):
@@ -153,13 +153,13 @@ class TestPeers:
             repeats=1,
         )
         turn = peers.prepare_peer(settings)
-        for _ in range(1 + settings.repeats):  # as many as the cache has room for
+        for _ in range(1 + settings.repeats):  # the capacity of the cache
             assert turn().seconds > 0
         assert len(compiled) == 1
 
 
 @pytest.mark.parametrize("name", ["float99", "int8", "nn"])
-def test_a_dtype_that_is_none_is_refused_in_a_sentence(name):
+def test_an_unknown_dtype_is_rejected(name):
     for prepare, settings in (
         (peers.prepare_peer, PeerSettings(dtype=name, length=8, hidden_size=16, num_hidden_layers=1)),
         (single_head.prepare_single_head, SingleHeadSettings(operation=single_head.TORCH, dtype=name, length=8)),
@@ -168,8 +168,8 @@ def test_a_dtype_that_is_none_is_refused_in_a_sentence(name):
             prepare(settings)
 
 
-class TestTurns:
-    def test_runs_take_turns_and_the_median_behind_a_warm_up_counts(self, tmp_path):
+class TestRoundRobin:
+    def test_runs_alternate_and_the_median_after_a_warm_up_is_returned(self, tmp_path):
         values = {"a": iter([9.0, 3.0, 1.0, 2.0]), "b": iter([8.0, 6.0, 7.0, 5.0])}
         prepare, order = timed_as(lambda label, length: values[label])
         results = ResultsFile(tmp_path / "runs.csv", Settings, Timing)
@@ -178,7 +178,7 @@ class TestTurns:
         assert order == ["a", "b"] * 4
         assert [(run.label, timing.seconds) for run, timing in found] == [("a", 2.0), ("b", 6.0)]
 
-    def test_lengths_take_turns_together(self, tmp_path):
+    def test_lengths_alternate_if_interleaved(self, tmp_path):
         prepare, order = timed_as(lambda label, length: float(length))
         results = ResultsFile(tmp_path / "runs.csv", Settings, Timing)
         runs = [Settings(label, length) for length in (100, 200) for label in ("a", "b")]
@@ -187,7 +187,7 @@ class TestTurns:
         assert order == ["a", "b", "a", "b"] * 4
         assert [timing.seconds for _, timing in found] == [100, 100, 200, 200]
 
-    def test_runs_that_would_take_too_long_are_left_out_and_finished_ones_not_repeated(self, tmp_path):
+    def test_too_long_runs_are_skipped_and_finished_ones_not_repeated(self, tmp_path):
         prepare, order = timed_as(lambda label, length: (length / 100) ** (2 if label == "slow" else 1))
         results = ResultsFile(tmp_path / "runs.csv", Settings, Timing)
         runs = [Settings(label, length) for length in (100, 200, 400, 800) for label in ("fast", "slow")]
@@ -208,7 +208,7 @@ class TestTurns:
         assert expected_seconds([past(100, 1.0)], run) == pytest.approx(4.0)
         assert expected_seconds([past(50, 9.0), past(100, 1.0), past(200, 8.0)], run) == pytest.approx(64.0)
 
-    def test_another_run_is_prepared_when_the_one_before_has_left(self, monkeypatch):
+    def test_the_previous_run_is_freed_before_the_next_is_prepared(self, monkeypatch):
         monkeypatch.setattr(interleaving, "_prepared", {})
         held = []
 
@@ -242,9 +242,9 @@ class TestLengths:
         assert "forward: a is faster than b above 141 tokens" in table
 
 
-class TestOperation:
+class TestSingleHead:
     @pytest.mark.parametrize("length", [33, 300])
-    def test_all_forms_of_flow_attention_give_the_same(self, length):
+    def test_kernels_and_torch_operations_agree(self, length):
         found = []
         for name in (COMPILED["cpu"], TORCH):
             settings = SingleHeadSettings(operation=name, length=length, heads=2, width=8)
@@ -259,7 +259,7 @@ class TestOperation:
             assert plain.abs().max() > 0
             assert torch.allclose(native, plain, rtol=1e-4, atol=1e-4)
 
-    def test_torch_alone_ends(self, monkeypatch):
+    def test_torch_operations_only_restores_the_environment(self, monkeypatch):
         for before in (None, "0", "1"):
             monkeypatch.delenv(single_head.SWITCH, raising=False)
             if before is not None:
@@ -269,7 +269,7 @@ class TestOperation:
             assert single_head.os.environ.get(single_head.SWITCH) == before
 
     @pytest.mark.parametrize("name", [COMPILED["cpu"], TORCH, SDPA])
-    def test_backward_gives_gradients_and_takes_longer(self, name):
+    def test_backward_takes_longer_than_forward(self, name):
         settings = SingleHeadSettings(operation=name, length=512)
         times = {}
         for workload in single_head.WORKLOADS:
@@ -278,7 +278,7 @@ class TestOperation:
             times[workload] = min(turn().seconds for _ in range(5))
         assert times["forward and backward"] > 1.2 * times["forward"] > 0
 
-    def test_what_cannot_be_had_is_said(self, monkeypatch):
+    def test_unavailable_operations_are_rejected(self, monkeypatch):
         with pytest.raises(ValueError, match="^operation is 'flow attention .Triton.'"):
             single_head.prepare_single_head(SingleHeadSettings(operation=COMPILED["cuda"]))
         with pytest.raises(ValueError, match="^workload is 'backward'"):
@@ -288,12 +288,12 @@ class TestOperation:
             single_head.prepare_single_head(SingleHeadSettings())
 
 
-def test_the_papers_lengths_are_measured():
+def test_the_lengths_of_the_paper_are_measured():
     assert set(REPORTED) < set(LENGTHS)
 
 
 @pytest.mark.parametrize("name", ["peers", "single-head", "paper-lengths"])
-def test_tables_are_complete_and_not_measured_twice(name, tmp_path, monkeypatch):
+def test_a_second_call_measures_nothing(name, tmp_path, monkeypatch):
     arguments = next(table.command for table in TABLES if table.command.split()[0] == name).split()
     arguments += ["--model", "dfn", "--model", "llama"] if name == "peers" else []
     arguments += ["--results", str(tmp_path / "results.csv")]
@@ -301,5 +301,5 @@ def test_tables_are_complete_and_not_measured_twice(name, tmp_path, monkeypatch)
         first = CliRunner().invoke(app, arguments, catch_exceptions=False)
         assert first.exit_code == 0 and "machine: " in first.stdout
         assert name == "paper-lengths" or (tmp_path / "results.png").stat().st_size > 1000
-        monkeypatch.setattr(ResultsFile, "_append", lambda *_: pytest.fail("a finished run was run again"))
+        monkeypatch.setattr(ResultsFile, "_append", lambda *_: pytest.fail("a finished run was measured again"))
         assert CliRunner().invoke(app, arguments, catch_exceptions=False).stdout == first.stdout
