@@ -176,7 +176,7 @@ def test_damaged_files_raise(checkpoint, tmp_path):
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(whole[:1000])
     assert "is damaged or not a checkpoint (Error while deserializing header" in error_of(broken, tmp_path / "out")
-    assert "does not exist" in error_of(tmp_path / "none.pt", tmp_path / "out")
+    assert "there is no file" in error_of(tmp_path / "none.pt", tmp_path / "out")
 
 
 @pytest.mark.parametrize(
