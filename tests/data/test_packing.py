@@ -199,5 +199,5 @@ def test_too_small_block_size_is_rejected(block_size, byte):
 def test_datasets_without_documents_or_text_column_are_rejected(byte):
     with pytest.raises(ValueError, match="holds no document"):
         tokenize(Dataset.from_dict({"text": []}), byte)
-    with pytest.raises(ValueError, match="no column 'text' but .'body'"):
+    with pytest.raises(ValueError, match="the columns .'body'. but no column 'text'"):
         tokenize(Dataset.from_dict({"body": ["a"]}), byte)

@@ -1,4 +1,4 @@
-"""The embedded verse pairs: what they hold, that nothing leaks between splits, and how they were made."""
+"""Tests the bundled verse pairs: content, no overlap between splits, and the script that builds them."""
 
 import re
 
@@ -6,7 +6,9 @@ import pytest
 
 from dfn_hf.assets.tokenizers import load_tokenizer
 from dfn_hf.assets.verses import SPLITS, load_verses
-from dfn_hf.assets.verses.build import MAX_RATIO, build, plain, read_verses
+from tests.support.scripts import load_script
+
+build_verses = load_script("scripts/build_verses.py")
 
 
 def runs_of_eight_words(text):
@@ -26,20 +28,20 @@ def test_splits_are_by_book_and_pairs_are_clean():
     for split in SPLITS:
         for pair in load_verses(split):
             for text in (pair["source"], pair["target"]):
-                assert text == plain(text)
+                assert text == build_verses.strip_markup(text)
                 assert not re.search("[<>¶]", text)
-            assert 1 / MAX_RATIO <= len(pair["source"]) / len(pair["target"]) <= MAX_RATIO
+            assert 1 / build_verses.MAX_RATIO <= len(pair["source"]) / len(pair["target"]) <= build_verses.MAX_RATIO
 
 
 @pytest.mark.parametrize("side", ["source", "target"])
-def test_held_out_books_repeat_almost_nothing(side):
+def test_held_out_books_hardly_overlap_the_train_split(side):
     seen = set().union(*map(runs_of_eight_words, load_verses("train")[side]))
     for split in ("validation", "test"):
         runs = [run for text in load_verses(split)[side] for run in runs_of_eight_words(text)]
         assert sum(run in seen for run in runs) / len(runs) <= 0.0035
 
 
-def test_their_tokenizer_gives_both_languages_back_and_ends_them():
+def test_tokenizer_restores_both_languages_and_appends_the_end_token():
     tokenizer = load_tokenizer("bpe-en-es")
     assert len(tokenizer) == 8000
     for pair in load_verses("test").select(range(40)):
@@ -51,7 +53,7 @@ def test_their_tokenizer_gives_both_languages_back_and_ends_them():
     assert sum(lengths) / len(lengths) < 50
 
 
-def test_an_unknown_split_is_refused():
+def test_unknown_split_is_rejected():
     with pytest.raises(ValueError, match="no split 'dev'"):
         load_verses("dev")
 
@@ -70,15 +72,15 @@ $$$Ruth 1:2
 """
 
 
-def test_building_takes_words_alone_and_leaves_out_what_does_not_match(tmp_path):
+def test_build_strips_markup_and_skips_unmatched_verses(tmp_path):
     english, spanish = tmp_path / "web.imp", tmp_path / "rv.imp"
     english.write_text(MADE_OF.format("A verse"))
     spanish.write_text(MADE_OF.format("A verse more than three times as long"))
-    assert read_verses(english)["Genesis", 1, 1] == "In the beginning, God created."
-    assert read_verses(english)["Ruth", 1, 2] == "<A short one"
-    build(english, spanish, tmp_path)
+    assert build_verses.read_verses(english)["Genesis", 1, 1] == "In the beginning, God created."
+    assert build_verses.read_verses(english)["Ruth", 1, 2] == "<A short one"
+    build_verses.build(english, spanish, tmp_path)
     assert {path.name for path in tmp_path.glob("*.xz")} == {f"{split}.jsonl.xz" for split in SPLITS}
     with pytest.raises(ValueError, match="holds no verse"):
         empty = tmp_path / "empty.imp"
         empty.write_text("")
-        read_verses(empty)
+        build_verses.read_verses(empty)

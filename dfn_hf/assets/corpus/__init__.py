@@ -1,4 +1,4 @@
-"""The embedded corpus of public-domain English. README.md beside this file tells where it comes from."""
+"""Loads the bundled corpus of English text in the public domain. README.md names its sources."""
 
 import json
 import lzma
@@ -10,20 +10,21 @@ SPLITS = ("train", "validation", "test")
 
 
 def load_corpus(split: str) -> Dataset:
-    """One split of the embedded corpus: Shakespeare's plays and poems and the King James Bible, 9.2 MB in all.
+    """Load one split of the bundled corpus: Shakespeare's plays and poems and the King James Bible, 9.2 MB in total.
 
-    The split is by document: no play and no book of the Bible stands in two splits.
+    Each play, poem or book of the Bible is one document and belongs to exactly one split.
 
     Args:
         split: "train" (92 % of the text), "validation" (4 %) or "test" (4 %).
 
     Returns:
-        A dataset in memory with the string columns `text`, `title` and `source` ("shakespeare" or "king-james-bible").
+        An in-memory dataset with the string columns `text`, `title` and `source`, which is "shakespeare" or
+        "king-james-bible".
 
     Raises:
-        ValueError: there is no such split.
+        ValueError: `split` is unknown.
     """
     if split not in SPLITS:
-        raise ValueError(f"the corpus has no split {split!r}; there are: {', '.join(SPLITS)}")
+        raise ValueError(f"the corpus has no split {split!r}: choose one of {', '.join(SPLITS)}")
     with lzma.open(Path(__file__).parent / f"{split}.jsonl.xz", "rt", encoding="utf-8") as lines:
         return Dataset.from_list([json.loads(line) for line in lines])

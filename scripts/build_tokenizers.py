@@ -1,6 +1,9 @@
-"""Rebuild the embedded tokenizers from the train splits of the embedded corpus and of the embedded verse pairs.
+"""Builds the bundled tokenizers from the train splits of the bundled corpus and verse pairs.
 
-python -m dfn_hf.assets.tokenizers.build
+Example:
+    ```bash
+    python scripts/build_tokenizers.py
+    ```
 """
 
 from collections.abc import Iterable
@@ -12,9 +15,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from ..corpus import load_corpus
-from ..verses import load_verses
+from dfn_hf.assets.corpus import load_corpus
+from dfn_hf.assets.verses import load_verses
 
+ASSETS = Path(__file__).parents[1] / "dfn_hf/assets/tokenizers"
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 BPE_VOCAB_SIZE = 4096
@@ -22,7 +26,7 @@ TRANSLATION_VOCAB_SIZE = 8000
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="Folder for the tokenizers.")] = Path(__file__).parent,
+    output: Annotated[Path, typer.Option(help="Folder for the tokenizers.")] = ASSETS,
 ) -> None:
     """Write the folders bpe, byte and bpe-en-es."""
     verses = load_verses("train")
@@ -49,7 +53,7 @@ def main(
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE with the special tokens first: <|endoftext|> is 0, <|pad|> is 1."""
+    """Train a byte-level BPE. The special tokens have the first ids: <|endoftext|> is 0, <|pad|> is 1."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -64,7 +68,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """One token per byte, its id the byte's value: <|endoftext|> is 256, <|pad|> is 257."""
+    """Build a tokenizer with one token per byte: ids 0 to 255 are bytes, <|endoftext|> is 256, <|pad|> is 257."""
     vocab = {character: byte for byte, character in bytes_to_unicode().items()}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
