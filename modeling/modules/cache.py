@@ -88,6 +88,7 @@ class FlowCacheLayer(CacheLayerMixin):
         self.reset()
 
     def reset(self) -> None:
+        """Delete all states and counts."""
         self.states: dict[str, ReplaceState] = {}
         self.constants: dict[str, Any] = {}
         self.lengths: torch.Tensor | None = None
@@ -101,6 +102,7 @@ class FlowCacheLayer(CacheLayerMixin):
 
     @property
     def batch_size(self) -> int:
+        """Number of rows, known after the first call."""
         if self.lengths is None:
             raise AttributeError("batch_size is known after the first call.")
         return self.lengths.shape[0]
@@ -240,9 +242,11 @@ class FlowCacheLayer(CacheLayerMixin):
         return None if state is None else state.data
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Raise a ValueError: the states are created by the model's modules."""
         raise ValueError("A flow model's cache cannot be initialised from keys and values: run the model on a prompt.")
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Raise a ValueError: the states are written by the model's modules."""
         raise ValueError("This cache layer belongs to a flow model: create a new cache for another model.")
 
     def static_seq_length(self) -> int | None:
@@ -250,22 +254,28 @@ class FlowCacheLayer(CacheLayerMixin):
         return self.seq_length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return (columns after a call of `query_length` columns, offset 0)."""
         return self.seq_length + query_length, 0
 
     def get_seq_length(self) -> int:
+        """Return the columns so far, including padding."""
         return self.seq_length
 
     def get_max_length(self) -> int:
+        """Return −1: the cache grows without a limit."""
         return -1
 
     def _each(self, change: Callable[[ReplaceState], None]) -> None:
+        """Apply `change` to every state."""
         for state in self.states.values():
             change(state)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Select the rows `beam_idx` for beam search."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices`, int64 `[B']`."""
         if self.lengths is None:
             return
         self._each(lambda state: state.select(indices))
@@ -274,6 +284,7 @@ class FlowCacheLayer(CacheLayerMixin):
         self.mask = None if self.mask is None else self.mask.index_select(0, indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row `repeats` times."""
         if self.lengths is None:
             return
         self._each(lambda state: state.repeat(repeats))
@@ -281,10 +292,12 @@ class FlowCacheLayer(CacheLayerMixin):
         self.mask = None if self.mask is None else self.mask.repeat_interleave(repeats, dim=0)
 
     def offload(self) -> None:
+        """Move all states to the CPU."""
         if self.is_initialized:
             self._each(lambda state: state.to(torch.device("cpu")))
 
     def prefetch(self) -> None:
+        """Move all states back to the device of the first call."""
         if self.is_initialized:
             self._each(lambda state: state.to(self.device))
 

@@ -84,27 +84,8 @@ def nearest_predecessors(
         >>> indices.flatten().tolist()
         [-1, 0, 0, 1]
     """
-    if query_positions.dim() != 4 or query_positions.shape != key_positions.shape:
-        raise ValueError(
-            "query_positions and key_positions must both be [batch, heads, length, position_dim], got "
-            f"{list(query_positions.shape)} and {list(key_positions.shape)}."
-        )
+    _check_search_arguments(query_positions, key_positions, num_neighbors, window, method, segment_ids)
     batch, heads, length, position_dim = query_positions.shape
-    if position_dim < 1:
-        raise ValueError("query_positions has position_dim 0; positions need at least one dimension.")
-    if num_neighbors < 0 or window < 0:
-        raise ValueError(f"num_neighbors and window must be ≥ 0, got {num_neighbors} and {window}.")
-    if method not in ("cells", "exact"):
-        raise ValueError(f'method must be "cells" or "exact", got {method!r}.')
-    if segment_ids is not None and segment_ids.shape != (batch, length):
-        raise ValueError(f"segment_ids must be [batch, length] = {[batch, length]}, got {list(segment_ids.shape)}.")
-    for name, positions in (("query_positions", query_positions), ("key_positions", key_positions)):
-        if not positions.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {positions.dtype}; convert it with .float().")
-        if not positions.isfinite().all():
-            raise ValueError(
-                f"{name} contains values that are not finite: find their origin, for example a diverged model."
-            )
     cell_sizes = check_cell_sizes(cell_sizes, num_tables, candidates_per_table)
 
     dtype = torch.float64 if query_positions.dtype == torch.float64 else torch.float32
@@ -122,18 +103,43 @@ def nearest_predecessors(
         else:
             rotation, shift = (x.to(queries.device) for x in grid_constants(position_dim, num_tables, seed))
             grids = CellGrids(rotation, shift, cell_sizes, [MAX_CELLS_PER_AXIS] * num_tables)
+            sizes = (num_neighbors, window, candidates_per_table)
             result = search_cells(
-                queries,
-                grids.cells(queries),
-                index,
-                keys,
-                grids.cells(keys),
-                num_neighbors,
-                window,
-                candidates_per_table,
-                segments=segments,
+                queries, grids.cells(queries), index, keys, grids.cells(keys), *sizes, segments=segments
             )
     return tuple(x.view(batch, heads, length, num_neighbors) for x in result)
+
+
+def _check_search_arguments(
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    num_neighbors: int,
+    window: int,
+    method: str,
+    segment_ids: torch.Tensor | None,
+) -> None:
+    """Raise a ValueError if an argument of `nearest_predecessors` has a wrong shape, dtype or value."""
+    if query_positions.dim() != 4 or query_positions.shape != key_positions.shape:
+        raise ValueError(
+            "query_positions and key_positions must both be [batch, heads, length, position_dim], got "
+            f"{list(query_positions.shape)} and {list(key_positions.shape)}."
+        )
+    batch, _, length, position_dim = query_positions.shape
+    if position_dim < 1:
+        raise ValueError("query_positions has position_dim 0; positions need at least one dimension.")
+    if num_neighbors < 0 or window < 0:
+        raise ValueError(f"num_neighbors and window must be ≥ 0, got {num_neighbors} and {window}.")
+    if method not in ("cells", "exact"):
+        raise ValueError(f'method must be "cells" or "exact", got {method!r}.')
+    if segment_ids is not None and segment_ids.shape != (batch, length):
+        raise ValueError(f"segment_ids must be [batch, length] = {[batch, length]}, got {list(segment_ids.shape)}.")
+    for name, positions in (("query_positions", query_positions), ("key_positions", key_positions)):
+        if not positions.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {positions.dtype}; convert it with .float().")
+        if not positions.isfinite().all():
+            raise ValueError(
+                f"{name} contains values that are not finite: find their origin, for example a diverged model."
+            )
 
 
 def nearest_predecessors_reference(query_positions, key_positions, num_neighbors, *, window=0, segment_ids=None):

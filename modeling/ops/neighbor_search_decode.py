@@ -50,6 +50,7 @@ def search_step(
     Returns:
         (positions int64 `[G, 1, K]`, squared distances `[G, 1, K]`); −1 and inf if there are fewer than K.
     """
+    # One function: a step is compiled and captured as a whole.
     num_tables = query_cells.shape[-1]
     entering = query_index - window
     enters = entering >= 0

@@ -189,7 +189,8 @@ def backward_queries_kernel(
 ):
     """Compute grad_query `[B, H, M, E]`, partial sums of grad_decay `[G, blocks]`, and s `[G, M]`, all float32.
 
-    If ATOMIC, add the gradients of the neighbours to far_grad_key `[B, H, N, E]` and far_grad_value `[B, H, N, D]`.
+    One kernel, because its outputs share the weights. If ATOMIC, add the gradients of the neighbours to far_grad_key
+    `[B, H, N, E]` and far_grad_value `[B, H, N, D]`.
     """
     row = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
