@@ -36,8 +36,11 @@ format: $(INSTALLED)
 format-check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 
+# mypy does not know package-dir mappings: it checks a tree of links that has the layout of the installed package.
 types: $(INSTALLED)
-	$(BIN)/mypy
+	rm -rf build/types && mkdir -p build/types/dfn_hf
+	ln -s $(CURDIR)/dfn_hf/* $(CURDIR)/modeling $(CURDIR)/conversion build/types/dfn_hf
+	cd build/types && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p dfn_hf
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
