@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from dfn_hf.assets.corpus import load_corpus
 from dfn_hf.assets.tokenizers import load_tokenizer
-from dfn_hf.data.packing import token_ids
 from dfn_hf.data.text import load_text
+from dfn_hf.data.tokens import token_ids
 
 from ..baselines.models import ModelSize, build_model, count_parameters
 from ..datasets.token_windows import TokenWindows
