@@ -211,17 +211,7 @@ class LiquidConfig(HubCodeMixin, PreTrainedConfig):
                 f"`min_compression_ratio` ({self.min_compression_ratio}) and `base_compression_ratio` "
                 f"({self.base_compression_ratio}) must lie in (0, 1], with the former at most the latter."
             )
-        if self.num_experts_per_tok > self.num_experts:
-            raise ValueError(
-                f"`num_experts_per_tok` ({self.num_experts_per_tok}) must be at most `num_experts` "
-                f"({self.num_experts})."
-            )
-        even = self.num_experts_per_tok / self.num_experts
-        if not self.max_expert_load > even:
-            raise ValueError(
-                f"`max_expert_load` ({self.max_expert_load}) must be greater than the uniform load {even:g} "
-                "(`num_experts_per_tok` / `num_experts`)."
-            )
+        self._check_experts()
         if not self.conv_kernel % 2:
             raise ValueError(
                 f"`conv_kernel` must be odd, got {self.conv_kernel}: the encoder's convolutions are symmetric."
@@ -248,6 +238,20 @@ class LiquidConfig(HubCodeMixin, PreTrainedConfig):
             raise ValueError(
                 f"`num_key_value_heads` ({self.num_key_value_heads}) must divide `num_attention_heads` "
                 f"({self.num_attention_heads})."
+            )
+
+    def _check_experts(self):
+        """Raise `ValueError` if the fields of the experts contradict each other."""
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"`num_experts_per_tok` ({self.num_experts_per_tok}) must be at most `num_experts` "
+                f"({self.num_experts})."
+            )
+        even = self.num_experts_per_tok / self.num_experts
+        if not self.max_expert_load > even:
+            raise ValueError(
+                f"`max_expert_load` ({self.max_expert_load}) must be greater than the uniform load {even:g} "
+                "(`num_experts_per_tok` / `num_experts`)."
             )
 
 
