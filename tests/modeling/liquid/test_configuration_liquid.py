@@ -87,7 +87,8 @@ def test_defaults_match_the_docstring():
     for line in LiquidConfig.__doc__.splitlines():
         if ", defaults to " in line or ", *optional*" in line:
             names, rest = line.strip().split(" (`", 1)
-            default = rest.split("defaults to ")[1].split(")")[0].strip("`") if "defaults to " in rest else "None"
+            given = rest.split(")")[0]  # `type`, defaults to value
+            default = given.split("defaults to ")[1].strip("`") if "defaults to " in given else "None"
             stated |= dict.fromkeys(names.split(", "), literal_eval(default))
     assert stated == {name: getattr(LiquidConfig, name) for name in OWN}
 
@@ -146,7 +147,7 @@ def test_unknown_fields_are_kept():
         ),
         ({"lstm_hidden_size": -1}, ["`lstm_hidden_size`", "not negative", "got -1"]),
         *(
-            ({"frame_length": value}, ["`frame_length`", "power of two from 4 on", f"got {value}"])
+            ({"frame_length": value}, ["`frame_length`", "power of two of at least 4", f"got {value}"])
             for value in (-8, 0, 2, 48, 65)
         ),
         *(
