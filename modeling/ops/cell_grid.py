@@ -1,6 +1,7 @@
 """Arithmetic of the cell grids: axes, edge lengths and cells per axis. It uses no tensors."""
 
 import math
+from collections.abc import Sequence
 
 GRID = 64  # grid points per unit: positions are rounded to multiples of 2^-6 before a search
 MAX_CELLS_PER_AXIS = 1023  # a cell of three axes then fits in 30 bits
@@ -38,13 +39,13 @@ def geometric_cell_sizes(num_tables: int, coarsest: float = 8.0, finest: float =
     return [coarsest * (finest / coarsest) ** (table / max(num_tables - 1, 1)) for table in range(num_tables)]
 
 
-def ball_cells_per_axis(position_dim: int, cell_sizes: list[float]) -> list[int]:
+def ball_cells_per_axis(position_dim: int, cell_sizes: Sequence[float]) -> list[int]:
     """Return the cells per axis of each table, enough to cover the ball of radius `2 * sqrt(position_dim)`."""
     radius = 1.01 * 2 * math.sqrt(position_dim)  # 1.01: rotations are rounded to integers
     return [2 * math.ceil(radius / size) + 1 for size in cell_sizes]
 
 
-def check_cell_sizes(cell_sizes: list[float] | None, num_tables: int, candidates_per_table: int) -> list[float]:
+def check_cell_sizes(cell_sizes: Sequence[float] | None, num_tables: int, candidates_per_table: int) -> list[float]:
     """Return the edge length of each table's cells; `geometric_cell_sizes(num_tables)` if `cell_sizes` is None.
 
     Raises:

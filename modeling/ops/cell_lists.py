@@ -6,8 +6,9 @@ Shape letters: B batch, H heads, G = B * H rows, M queries of this call, N store
 A axes of a grid, w candidates per table. L' is the number of tables processed together.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ def grid_constants(position_dim: int, num_tables: int, seed: int) -> tuple[torch
         (rotation int32 `[L, A, P]`, shift int32 `[L, A]` as a fraction of a cell), both in units of 1/1024.
     """
     generator = torch.Generator().manual_seed(seed)
-    options = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+    options: dict[str, Any] = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
     axes = grid_axes(position_dim)
     rotation = torch.linalg.qr(torch.randn(num_tables, position_dim, position_dim, **options)).Q[:, :axes]
     shift = torch.rand(num_tables, axes, **options)
@@ -53,7 +54,7 @@ class CellGrids:
 
     rotation: torch.Tensor
     shift: torch.Tensor
-    cell_sizes: list[float]
+    cell_sizes: Sequence[float]
     cells_per_axis: list[int]
     constants: tuple[torch.Tensor, ...] | None = None
 
@@ -94,7 +95,8 @@ class CellGrids:
     def _cells(self, positions: torch.Tensor) -> torch.Tensor:
         """Cells of positions `[1, N, P]` in torch operations, int32 `[1, N, L]`."""
         edges, shift, counts, _ = self.constants or self.make_constants()
-        scaled, cell = positions.double() * GRID, 0
+        scaled = positions.double() * GRID
+        cell: Any = 0  # a tensor after the first axis
         for axis in range(self.rotation.shape[1]):
             along = scaled @ self.rotation[:, axis].double().T
             # A quotient of these integers is never rounded up to the next integer, so the floor is exact.

@@ -16,6 +16,7 @@ A axes of a grid, w candidates per table, K neighbours.
 """
 
 import math
+from typing import Any
 
 import torch
 
@@ -107,7 +108,8 @@ def nearest_predecessors(
             result = search_cells(
                 queries, grids.cells(queries), index, keys, grids.cells(keys), *sizes, segments=segments
             )
-    return tuple(x.view(batch, heads, length, num_neighbors) for x in result)
+    indices, distances = (x.view(batch, heads, length, num_neighbors) for x in result)
+    return indices, distances
 
 
 def _check_search_arguments(
@@ -201,7 +203,7 @@ def search_cells(
     Returns:
         (positions int64 `[G, M, K]`, squared distances `[G, M, K]`); −1 and inf if there are fewer than K.
     """
-    arguments = (query_positions, query_cells, query_index, key_positions, key_cells)
+    arguments: tuple[Any, ...] = (query_positions, query_cells, query_index, key_positions, key_cells)
     arguments += (num_neighbors, window, candidates_per_table, reach, counts, segments, table_offsets)
     if chains is not None:
         arguments += (chains.newest, chains.links, chains.table_offsets)
@@ -242,8 +244,8 @@ def _search_cells(
         with_chains=newest is not None,
     )
     if backend == "c":
-        queries, options = (*queries, query_index), (reach, counts, newest, links)
-        return search_cells_cpu(search_library(query_positions), *queries, *keys, *sizes, table_offsets, *options)
+        library, states = search_library(query_positions), (reach, counts, newest, links)
+        return search_cells_cpu(library, *queries, query_index, *keys, *sizes, table_offsets, *states)
     chains = None if newest is None else CellChains(newest, links, chain_offsets)
     if backend == "triton":
         from .kernels.triton_launch import search_cells_triton
@@ -288,7 +290,7 @@ def _search_cells_torch(
         absent_keys = absent_keys | absent_queries.gather(1, entering.clamp(min=0))
 
     lists = CellLists.empty(rows, num_tables, num_queries, candidates_per_table, device)
-    newest = []
+    newest_parts = []
     tables_per_sort = max(1, SORT_CHUNK // (rows * num_queries))
     for tables in torch.arange(num_tables).split(tables_per_sort):
         tables = slice(int(tables[0]), int(tables[-1]) + 1)
@@ -299,14 +301,15 @@ def _search_cells_torch(
         run, ends = sort_by_cell_and_time(keys, queries)
         lists.set(tables, run, ends, queries)
         if chains is not None:
-            newest.append(chains.newest_in(queries, tables))
+            newest_parts.append(chains.newest_in(queries, tables))
             chains.extend(run, entering[:, :1], tables)
     if chains is None:
         # In list order the entities of a cell are contiguous in memory.
         entering_keys = flat_keys.index_select(0, (row_start[..., 0] + entering.clamp(min=0)).view(-1))
         lists.lay_out(entering_keys.view(rows, num_queries, -1))
     else:
-        newest = torch.cat(newest, dim=1)
+        newest = torch.cat(newest_parts, dim=1)
+        del newest_parts  # the memory of long rows
 
     indices, distances = [], []
     step = max(1, QUERY_CHUNK // rows)

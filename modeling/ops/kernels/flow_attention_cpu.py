@@ -111,7 +111,7 @@ def flow_attention_backward_cpu(
     }
     contiguous = {"decay": decay, "index": index, "reach": reach, "neighbors": neighbors, "grad_decay": grad_decay}
     _run(library.backward, tensors, window, **contiguous)
-    return *grads, grad_decay.sum(dim=0)
+    return grads[0], grads[1], grads[2], grad_decay.sum(dim=0)
 
 
 def _with_dense_features(x: torch.Tensor) -> torch.Tensor:

@@ -85,7 +85,7 @@ def cells_cpu(
     num_tables, axes, dims = rotation.shape
     positions, rotation, shift = positions.contiguous(), rotation.contiguous(), shift.contiguous()
     out = rotation.new_empty(*positions.shape[:-1], num_tables)
-    edges, counts = ((ctypes.c_int64 * num_tables)(*values) for values in (edges, cells_per_axis))
+    edge_array, count_array = ((ctypes.c_int64 * num_tables)(*values) for values in (edges, cells_per_axis))
 
     def work(first: int, last: int) -> None:
         sizes = (ctypes.c_int64(size) for size in (first, last, num_tables, axes, dims))
@@ -96,8 +96,8 @@ def cells_cpu(
             ctypes.c_double(grid),
             ctypes.c_int64(scale),
             *tensors,
-            edges,
-            counts,
+            edge_array,
+            count_array,
             pointer(out),
         )
 
@@ -129,8 +129,9 @@ def search_cells_cpu(
     rows, length, num_tables = query_cells.shape
     assert newest is None or (newest.is_contiguous() and links.is_contiguous())
     inputs = (query_positions, query_cells, query_index, key_positions, key_cells, reach, counts)
-    inputs = [None if tensor is None else tensor.contiguous() for tensor in inputs]
-    query_positions, query_cells, query_index, key_positions, key_cells, reach, counts = inputs
+    query_positions, query_cells, query_index, key_positions, key_cells, reach, counts = (
+        None if tensor is None else tensor.contiguous() for tensor in inputs
+    )
     stored = key_positions.shape[1]
     offsets = query_index.new_tensor(table_offsets[:-1])
     indices = query_index.new_empty(rows, length, num_neighbors)

@@ -166,7 +166,7 @@ def flow_attention_backward_triton(
     grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value)]
     grad_query, grad_key, grad_value = (_rows(grad) for grad in grads)
     grad_decay, sums = query.new_empty(batch, heads, blocks), torch.empty_like(lse)
-    far = (None, None)
+    far: tuple[StridedRows | None, ...] = (None, None)
     deterministic = torch.are_deterministic_algorithms_enabled()
     if num_neighbors:
         make = torch.empty_like if deterministic else torch.zeros_like
@@ -186,7 +186,7 @@ def flow_attention_backward_triton(
         backward_keys_kernel[(rows * key_blocks,)](
             call, lse, grad_y_rows, sums, *far, grad_key, grad_value, key_blocks, KEYS, TILE, num_warps=warps
         )
-    return *grads, grad_decay.sum(dim=(0, 2))
+    return grads[0], grads[1], grads[2], grad_decay.sum(dim=(0, 2))
 
 
 def _kernel_inputs(query, key, value, decay, query_index, reach, neighbors, window):
@@ -210,5 +210,6 @@ def _kernel_inputs(query, key, value, decay, query_index, reach, neighbors, wind
 def _rows(x: torch.Tensor) -> StridedRows:
     """Return the address and strides of `x` `[B, H, length, features]`, copied if its features are not contiguous."""
     x = x if x.stride(-1) == 1 else x.contiguous()
-    features = x.shape[-1]
-    return StridedRows(x, *x.stride()[:3], constexpr(features), constexpr(max(16, triton.next_power_of_2(features))))
+    features, (batch, head, entity) = x.shape[-1], x.stride()[:3]
+    padded = max(16, triton.next_power_of_2(features))
+    return StridedRows(x, batch, head, entity, constexpr(features), constexpr(padded))
