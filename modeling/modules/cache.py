@@ -48,6 +48,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .cache_states import GrowingState, IndexState, ReplaceState, RollingState, roll_inputs
+from .row_layout import RowLayout
 
 # Name of the cache in outputs and in `generate()`: `cache` from transformers 5.24 on.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -89,7 +90,7 @@ class FlowCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Delete all states and counts."""
-        self.states: dict[str, ReplaceState] = {}
+        self.states: dict[str, Any] = {}  # subclasses of ReplaceState
         self.constants: dict[str, Any] = {}
         self.lengths: torch.Tensor | None = None
         self.aligned: int | None = 0
@@ -98,7 +99,7 @@ class FlowCacheLayer(CacheLayerMixin):
         self.seq_length = 0
         self.is_initialized = False
         self.new_columns = 0
-        self._rows = None
+        self._rows: RowLayout | None = None
 
     @property
     def batch_size(self) -> int:
@@ -134,11 +135,11 @@ class FlowCacheLayer(CacheLayerMixin):
                 "use a cache with the same number of rows, or repeat its rows with batch_repeat_interleave()."
             )
 
-    def set_layout(self, rows) -> None:
-        """Set the layout of the current call, a `row_layout.RowLayout`."""
+    def set_layout(self, rows: RowLayout) -> None:
+        """Set the layout of the current call."""
         self._rows = rows
 
-    def record_mask(self, rows) -> None:
+    def record_mask(self, rows: RowLayout) -> None:
         """Record the mask of columns that were counted chunk by chunk; `rows` is their `RowLayout`."""
         if rows.mask is None:
             return
@@ -340,7 +341,7 @@ def state_layers(past_key_values: Cache, num_layers: int) -> list[FlowCacheLayer
     Raises:
         ValueError: the cache was not created for a flow model with this number of layers.
     """
-    layers = getattr(past_key_values, "layers", ())
+    layers: list[FlowCacheLayer] = getattr(past_key_values, "layers", [])
     # Test an attribute, not the class: code from the Hub and the installed package define different classes.
     if len(layers) < num_layers or not all(hasattr(layer, "finish_forward") for layer in layers[:num_layers]):
         raise ValueError(

@@ -30,7 +30,7 @@ class ChunkCarry(FlowCacheLayer):
 
     _layer_type = None  # not registered: transformers creates no cache of these
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.histories: dict[str, torch.Tensor] = {}
         self.entries: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -76,7 +76,8 @@ def forward_in_chunks(
     starts = range(0, length, size)
     for start, *pieces in zip(starts, *(x.split(size, dim=1) for x in tensors), strict=True):
         chunk = rows.chunk(start, min(start + size, length))
-        state.start_forward(*chunk.positions.shape, chunk.positions.device)
+        batch, chunk_length = chunk.positions.shape
+        state.start_forward(batch, chunk_length, chunk.positions.device)
         state.set_layout(chunk)
         results.append((chunk, read(chunk, state, *pieces)))
         state.finish_forward()

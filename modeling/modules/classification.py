@@ -1,6 +1,9 @@
 """Sequence classification from the hidden state of each row's last real token, shared by the families."""
 
+from typing import Any
+
 import torch
+from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
@@ -10,6 +13,11 @@ from .cache import CACHE_NAME, resolve_cache_argument
 
 class LastTokenClassificationMixin:
     """Forward pass of a `PreTrainedModel` with a base model `model` and a linear head `score`."""
+
+    config: Any
+    model: nn.Module
+    score: nn.Module
+    loss_function: Any
 
     @can_return_tuple
     def forward(

@@ -19,6 +19,8 @@ class DepthwiseConv1d(nn.Conv1d):
         torch.Size([2, 8, 7])
     """
 
+    ahead: int  # taps for later inputs, set by `CausalConv` for the initialisation
+
     def __init__(self, channels: int, kernel_size: int):
         super().__init__(channels, channels, kernel_size, groups=channels, bias=False)
 

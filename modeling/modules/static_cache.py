@@ -15,9 +15,10 @@ from transformers.utils import is_torchdynamo_compiling
 
 from .cache import FlowCacheLayer
 from .cache_states import GrowingState, IndexState, RollingState, roll_inputs
+from .row_layout import RowLayout
 
 
-class StaticFlowCacheLayer(FlowCacheLayer, StaticLayer):
+class StaticFlowCacheLayer(FlowCacheLayer, StaticLayer):  # type: ignore[override]  # batch_size is read-only here
     """A `FlowCacheLayer` for at most `max_cache_len` columns. It supports reorder and reset, but not crop or repeat.
 
     Attributes:
@@ -33,17 +34,17 @@ class StaticFlowCacheLayer(FlowCacheLayer, StaticLayer):
     def __init__(self, max_cache_len: int, **kwargs):
         CacheLayerMixin.__init__(self)
         self.max_cache_len = self.longest = max_cache_len
-        self.states: dict[str, GrowingState | RollingState | IndexState] = {}
+        self.states: dict[str, Any] = {}  # GrowingState, RollingState or IndexState
         self.constants: dict[str, Any] = {}
         self.makers: dict[str, Callable[[], torch.Tensor]] = {}
         self.lengths: torch.Tensor | None = None
         self.seen: torch.Tensor | None = None
         self.real: torch.Tensor | None = None
         self.aligned = None
-        self._rows = None
+        self._rows: RowLayout | None = None
 
     @property
-    def seq_length(self) -> int:
+    def seq_length(self) -> int:  # type: ignore[override]  # read-only here: it follows from `seen`
         """Columns so far; reading it synchronises the device."""
         return 0 if self.seen is None else int(self.seen)
 
@@ -54,7 +55,7 @@ class StaticFlowCacheLayer(FlowCacheLayer, StaticLayer):
         return self.seq_length
 
     @property
-    def mask(self) -> torch.Tensor | None:
+    def mask(self) -> torch.Tensor | None:  # type: ignore[override]  # read-only here: it follows from `real`
         """Bool `[B, seq_length]`, False at padding; None if no column was padding."""
         return None if self.real is None else self.real[:, : self.seq_length]
 
@@ -114,7 +115,7 @@ class StaticFlowCacheLayer(FlowCacheLayer, StaticLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.max_cache_len, 0
 
-    def get_seq_length(self) -> int | torch.Tensor:
+    def get_seq_length(self) -> int | torch.Tensor:  # type: ignore[override]  # StaticLayer returns a tensor too
         return 0 if self.seen is None else self.seen
 
     def get_max_length(self) -> int:
@@ -133,10 +134,10 @@ class StaticFlowCacheLayer(FlowCacheLayer, StaticLayer):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if self.lengths is None:
             return
-        beam_idx = beam_idx.to(self.device)
+        indices = beam_idx.to(self.device)
         kept = [state.data for state in self.states.values()] + [self.lengths]
         for tensor in kept if self.real is None else [*kept, self.real]:
-            tensor.copy_(tensor.index_select(0, beam_idx))
+            tensor.copy_(tensor.index_select(0, indices))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         raise self._refusal("cannot change its rows")

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, repeat_kv, rotate_half
 
@@ -22,6 +23,9 @@ from .row_layout import RowLayout, pad_attention_with_grad
 
 class RotaryEmbedding(LlamaRotaryEmbedding):
     """Rotary position embedding (Su et al. 2021). With an odd `head_dim` the last feature is not rotated."""
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)  # type: ignore[arg-type]  # it reads fields that the families' configurations have
 
     @staticmethod
     def compute_default_rope_parameters(config, device=None, **kwargs) -> tuple[torch.Tensor, float]:
@@ -165,6 +169,8 @@ class SelfAttention(GroupedQueryAttention):
 
     def _observed(self, query, key, value, rows: RowLayout, state: FlowCacheLayer | None):
         """Attend, full or windowed, with the dense weights between columns."""
+        before: torch.Tensor | int
+        after: torch.Tensor | int
         if self.window is None:
             key, value = self._appended(self._heads(key), self._heads(value), state)
             first, before, after = torch.zeros_like(rows.positions[:1, :1]), rows.positions.max(), 0
@@ -193,7 +199,8 @@ class SelfAttention(GroupedQueryAttention):
         before = self.window - 1
         if state is None:
             after = before if self.two_sided else 0
-            return tuple(nn.functional.pad(x, (0, 0, before, after)) for x in (key, value))
+            key, value = (nn.functional.pad(x, (0, 0, before, after)) for x in (key, value))
+            return key, value
         return state.roll("key", key, before), state.roll("value", value, before)
 
     def _over_all(self, query, key, value, rows: RowLayout, state: FlowCacheLayer | None) -> torch.Tensor:
