@@ -39,6 +39,8 @@ class MemoryBank(nn.Module):
         ValueError: a size is below 1, or `memory_bank_decay` is outside (0, 1).
     """
 
+    memory_bank: torch.Tensor
+
     def __init__(self, d_model: int, memory_size: int, memory_bank_decay: float = 0.99):
         super().__init__()
         check_sizes(d_model=d_model, memory_size=memory_size)
@@ -180,11 +182,11 @@ class MemoryAttention(nn.Module):
             `[B, M, D]`.
         """
         batch, length, _ = x.shape
-        memory = [] if slots is None else [slots.to(x.dtype)]
+        parts = [] if slots is None else [slots.to(x.dtype)]
         if bank is not None:
             chunks = 1 if slots is None else slots.shape[1]
-            memory.append(bank.to(x.dtype).expand(batch, -1, -1).unsqueeze(1).expand(-1, chunks, -1, -1))
-        memory = torch.cat(memory, dim=2)
+            parts.append(bank.to(x.dtype).expand(batch, -1, -1).unsqueeze(1).expand(-1, chunks, -1, -1))
+        memory = torch.cat(parts, dim=2)
         in_chunks = memory.shape[1] > 1
         memory = memory.flatten(0, 1)
         key, value = (project(memory).unsqueeze(1) for project in (self.k_proj, self.v_proj))
@@ -244,6 +246,6 @@ class FlowMemoryNetwork(MemoryBank):
         out = x + self.attention(self.norm(x), self.memory_bank.clone())
         write_norm = x.new_zeros((), dtype=torch.float64)
         if update_memory and self.training:
-            write_norm = self.stage(x, make_row_layout(*x.shape[:2], x.device))
+            write_norm = self.stage(x, make_row_layout(x.shape[0], x.shape[1], x.device))
             self.commit()
         return out, {"memory_write_norm": write_norm}

@@ -17,6 +17,7 @@ Shape letters: B batch, M entities of this call, N entities so far, H heads.
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -266,7 +267,7 @@ class FlowNetworkPreTrainedModel(PreTrainedModel):
         Call it once per optimizer step, in every process; `FlowMemoryCallback` does so for a `Trainer`. It does
         nothing if no memory parameter is trained, as with most PEFT configurations.
         """
-        model = self.base_model
+        model: Any = self.base_model
         if model.memory is None:
             return
         if model.memory_trains:
@@ -291,9 +292,8 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
     @property
     def memory_trains(self) -> bool:
         """Whether a parameter of the sequence memories is trained; the bank is updated only in that case."""
-        return any(
-            parameter.requires_grad for layer in self.layers for parameter in layer.sequence_memory.parameters()
-        )
+        memories: list[Any] = [layer.sequence_memory for layer in self.layers]
+        return any(parameter.requires_grad for memory in memories for parameter in memory.parameters())
 
     @can_return_tuple
     def forward(
@@ -302,7 +302,7 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         segment_ids: torch.LongTensor | None = None,
         output_attentions: bool | None = None,
@@ -360,7 +360,8 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
             )
             collected.add(attentions=weights, metrics=metrics)
             if output_flows:
-                collected.add(flows=pad_flows(*routes, rows, state))
+                flow, window, fraction = routes
+                collected.add(flows=pad_flows(flow, window, fraction, rows, state))
         hidden_states = apply_chunked(self.norm, hidden_states)
         metrics = mean_over_layers(collected.get("metrics"))
         if self.memory is not None:
@@ -431,8 +432,8 @@ class FlowNetworkForCausalLM(FlowGenerationMixin, FlowNetworkPreTrainedModel, Ge
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         segment_ids: torch.LongTensor | None = None,

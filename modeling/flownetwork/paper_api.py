@@ -86,7 +86,7 @@ class EnhancedFlowLayer(nn.Module):
             min_flow_window=min(8, flow_window),
             memory_size=memory_size,
             hidden_dropout=dropout,
-            attn_implementation="sdpa",
+            attn_implementation="sdpa",  # type: ignore[call-arg]  # a keyword of PreTrainedConfig, without a field
         )
         self.rotary = RotaryEmbedding(config)
         self.layer = FlowNetworkLayer(config, input_dim)
@@ -111,7 +111,7 @@ class EnhancedFlowLayer(nn.Module):
         """
         if memory is not None and self.layer.memory_attention is None:
             raise ValueError("`memory` requires a layer with memory, but `memory_size` is 0: set it to at least 1.")
-        rows = make_row_layout(*x.shape[:2], x.device)
+        rows = make_row_layout(x.shape[0], x.shape[1], x.device)
         out, _, _, metrics = self.layer(x, memory, self.rotary(x, rows.segment_positions), rows)
         return out, metrics
 

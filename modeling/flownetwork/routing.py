@@ -14,7 +14,7 @@ Shape letters: B batch, M entities of this call, W window, P patterns, R rank, N
 """
 
 import math
-from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -191,7 +191,7 @@ class FlowLayer(nn.Module):
         flow, reachable = self._route(scores, mixture, age, rows.segment_positions, routing, self.window or length)
         return flow * intensity, self._metrics(patterns, (flow > 0).sum(dim=-1) / reachable, rows)
 
-    def apply(self, flow: torch.Tensor | Callable, x: torch.Tensor | None = None):
+    def apply(self, flow: Any, x: torch.Tensor | None = None):
         """Mix values with a flow matrix: flow @ W_v x.
 
         Args:
@@ -251,21 +251,21 @@ class FlowLayer(nn.Module):
             per_entity += [one[..., None] for one in routing]
         blocks = [keys, values, *(query_blocks(one, block) for one in per_entity)]
 
-        mixed, flows, kept_fractions = [], [], []
+        parts, flows, kept_fractions = [], [], []
         blocks_per_chunk = max(1, QUERY_CHUNK // block)
         for keys, values, queries, weights, preceding, block_intensity, *routed in zip(
             *(one.split(blocks_per_chunk, dim=1) for one in blocks), strict=True
         ):
             with torch.autocast(x.device.type, enabled=False):
                 scores, mixture = by_offset(queries @ keys.transpose(-1, -2)), weights @ profile
-            routed = tuple(one[..., 0] for one in routed) or None
-            flow, reachable = self._route(scores, mixture, age, preceding[..., 0], routed, width)
+            route = tuple(one[..., 0] for one in routed) or None
+            flow, reachable = self._route(scores, mixture, age, preceding[..., 0], route, width)
             kept_fractions.append((flow.detach() > 0).sum(dim=-1) / reachable)
             flow = flow * block_intensity
-            mixed.append(by_key(flow).to(value.dtype) @ values)
+            parts.append(by_key(flow).to(value.dtype) @ values)
             if output_flow:
                 flows.append(flow.detach())
-        mixed = join_blocks(torch.cat(mixed, dim=1), length)
+        mixed = join_blocks(torch.cat(parts, dim=1), length)
         flow = join_blocks(torch.cat(flows, dim=1), length) if output_flow else None
         kept_fraction = torch.cat(kept_fractions, dim=1).flatten(1)[:, :length]
         return mixed, flow, self._metrics(patterns, kept_fraction, rows)
@@ -406,7 +406,7 @@ class ContextAwareFlowRouter(nn.Module):
         Returns:
             (window, kept fraction), each `[B, M]` in at least float32.
         """
-        rows = make_row_layout(*x.shape[:2], x.device) if rows is None else rows
+        rows = make_row_layout(x.shape[0], x.shape[1], x.device) if rows is None else rows
         dtype = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             slots, layout = self.context(linear_in_weight_dtype(self.context_proj, x), rows, state)
