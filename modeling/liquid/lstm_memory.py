@@ -46,9 +46,10 @@ class EnhancedLSTM(nn.Module):
         Returns:
             `[B, M, size]`.
         """
-        before = None if state is None else state.data("lstm")
-        if before is not None:
-            before = tuple(part.transpose(0, 1).contiguous() for part in before.unbind(dim=1))
+        stored = None if state is None else state.data("lstm")
+        before = None
+        if stored is not None:
+            before = tuple(part.transpose(0, 1).contiguous() for part in stored.unbind(dim=1))
         if rows.lengths is None or state is None:  # padding follows a row's end, so it cannot affect real entities
             h, after = self.lstm(x, before)
         else:

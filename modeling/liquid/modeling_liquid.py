@@ -114,7 +114,7 @@ class BidirectionalEncoder(LiquidPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs,
@@ -275,10 +275,12 @@ def position_ids_from_mask(mask: torch.Tensor | None, states: torch.Tensor) -> t
 class EncoderEmbeddingMixin:
     """Mixin for models whose `encoder` owns the token embedding."""
 
+    encoder: Any
+
     def get_input_embeddings(self) -> nn.Embedding:
         return self.encoder.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
+    def set_input_embeddings(self, value: nn.Module) -> None:
         self.encoder.embed_tokens = value
 
 
@@ -305,7 +307,7 @@ class LiquidModel(EncoderEmbeddingMixin, LiquidPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         encoder_outputs: BaseModelOutput | tuple | None = None,
         past_key_values: Cache | None = None,
@@ -349,16 +351,18 @@ class LiquidModel(EncoderEmbeddingMixin, LiquidPreTrainedModel):
             decoder_input_ids, decoder_inputs_embeds = input_ids, inputs_embeds
             decoder_attention_mask = attention_mask if decoder_attention_mask is None else decoder_attention_mask
         if encoder_outputs is None:
-            encoder_outputs = self.encoder(
+            encoded: LiquidEncoderOutput = self.encoder(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 inputs_embeds=inputs_embeds,
                 output_attentions=output_attentions,
                 output_hidden_states=output_hidden_states,
             )
-        elif not isinstance(encoder_outputs, LiquidEncoderOutput):
-            encoder_outputs = LiquidEncoderOutput(last_hidden_state=encoder_outputs[0])
-        source = encoder_outputs.last_hidden_state
+        elif isinstance(encoder_outputs, LiquidEncoderOutput):
+            encoded = encoder_outputs
+        else:
+            encoded = LiquidEncoderOutput(last_hidden_state=encoder_outputs[0])
+        source = encoded.last_hidden_state
         source_mask = source_key_mask(attention_mask, source)
         decoder_embeds = embed_inputs(self.encoder, decoder_input_ids, decoder_inputs_embeds, prefix="decoder_")
         if decoder_embeds.shape[0] != source.shape[0]:
@@ -384,16 +388,17 @@ class LiquidModel(EncoderEmbeddingMixin, LiquidPreTrainedModel):
             if past_key_values.cross_attention_cache.offloading:
                 for state in cross_states:
                     state.offload()
+        cache_output: dict[str, Any] = {CACHE_NAME: past_key_values}
         return LiquidModelOutput(
             last_hidden_state=decoded.last_hidden_state,
-            **{CACHE_NAME: past_key_values},
+            **cache_output,
             decoder_hidden_states=decoded.hidden_states,
             decoder_attentions=decoded.attentions,
             cross_attentions=decoded.cross_attentions,
             encoder_last_hidden_state=source,
-            encoder_hidden_states=encoder_outputs.hidden_states,
-            encoder_attentions=encoder_outputs.attentions,
-            **(merge_routing(encoder_outputs, decoded) if output_router_logits else {}),
+            encoder_hidden_states=encoded.hidden_states,
+            encoder_attentions=encoded.attentions,
+            **(merge_routing(encoded, decoded) if output_router_logits else {}),
         )
 
     def _prepare_decoder(
@@ -426,7 +431,7 @@ class LiquidModel(EncoderEmbeddingMixin, LiquidPreTrainedModel):
             past_key_values = EncoderDecoderCache(own_cache, DynamicCache(config=config))
         cross_states = state_layers(past_key_values.cross_attention_cache, config.num_decoder_layers)
         for state in cross_states:
-            state.start_forward(*source.shape[:2], source.device)
+            state.start_forward(source.shape[0], source.shape[1], source.device)
         return rows, states, cross_states, past_key_values
 
 
@@ -435,7 +440,7 @@ def source_key_mask(attention_mask: torch.Tensor | None, source: torch.Tensor) -
 
     Rows without tokens attend to their states, which are zero: softmax needs at least one key.
     """
-    mask = column_mask(attention_mask, *source.shape[:2], 0)
+    mask = column_mask(attention_mask, source.shape[0], source.shape[1], 0)
     return None if mask is None else mask | ~mask.any(dim=1, keepdim=True)
 
 
@@ -498,13 +503,13 @@ class LiquidForSeq2SeqLM(FlowGenerationMixin, LiquidPreTrainedModel, GenerationM
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         encoder_outputs: BaseModelOutput | tuple | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         decoder_inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_attentions: bool | None = None,
@@ -556,7 +561,7 @@ class LiquidForSeq2SeqLM(FlowGenerationMixin, LiquidPreTrainedModel, GenerationM
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        losses = {}
+        losses: dict[str, Any] = {}
         if labels is not None:
             losses = self._losses(logits, labels, outputs, num_items_in_batch, **kwargs)
         routing = ("encoder_router_logits", "decoder_router_logits", "metrics") if output_router_logits else ()
