@@ -7,6 +7,7 @@ K neighbours, C memory chunks, S memory slots, L tables.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -142,6 +143,9 @@ class DynamicFlowAttention(nn.Module):
         (torch.Size([1, 50, 16]), torch.Size([1, 2, 50, 16]), torch.Size([1, 2, 50, 50]))
     """
 
+    grid_rotation: torch.Tensor
+    grid_shift: torch.Tensor
+
     def __init__(self, config: DFNConfig, layer_idx: int, coordinate_features: int = 0):
         super().__init__()
         self.config = config
@@ -218,7 +222,8 @@ class DynamicFlowAttention(nn.Module):
 
         Without neighbours the cache keeps only the last `local_window` − 1 entities.
         """
-        positions, first = rows.positions, 0
+        positions = rows.positions
+        first: torch.Tensor | int = 0
         if state is not None and self.config.num_neighbors == 0:
             before = self.config.local_window - 1
             key, value = self._roll(state, "key", key, before), self._roll(state, "value", value, before)
@@ -264,16 +269,19 @@ class DynamicFlowAttention(nn.Module):
         inputs = FlowInputs(query, key, value, decay, rows.positions, 0, before)
         y_before, lse_before = self._attend(inputs, rows, None)
         reversed_rows = rows.flipped()
-        moved, rest, *flipped = (rows.flip(x, dim=2) for x in (moved.detach(), rest.detach(), query, key, value))
+        moved, rest = rows.flip(moved.detach(), dim=2), rows.flip(rest.detach(), dim=2)
         after = self.search_neighbors(moved, rest, reversed_rows, None)
-        reversed_inputs = FlowInputs(*flipped, decay, reversed_rows.positions, 0, after)
+        flipped_query, flipped_key, flipped_value = (rows.flip(x, dim=2) for x in (query, key, value))
+        reversed_inputs = FlowInputs(
+            flipped_query, flipped_key, flipped_value, decay, reversed_rows.positions, 0, after
+        )
         y_after, lse_after = (rows.flip(x, dim=2) for x in self._attend(reversed_inputs, reversed_rows, None))
         own = (query * key).sum(dim=-1)
         maximum = torch.maximum(lse_before, lse_after)
         z_before, z_after, z_own = ((x - maximum).exp() for x in (lse_before, lse_after, own))
         z = z_before + z_after - z_own
         parts = ((z_before, y_before), (z_after, y_after), (-z_own, value))
-        y = sum((part / z).unsqueeze(-1) * x for part, x in parts)
+        y: torch.Tensor = sum((part / z).unsqueeze(-1) * x for part, x in parts)  # type: ignore[assignment]  # 3 parts
         neighbors = torch.cat([before, rows.flip(rows.flip_positions(after), dim=2)], dim=-1)
         return y.to(value.dtype), maximum + z.log(), replace(inputs, neighbors=neighbors)
 
@@ -347,7 +355,7 @@ class DynamicFlowAttention(nn.Module):
         lengths = None if rows.lengths is None else self._per_head(rows.lengths)
         flat = (query.flatten(0, 1), query_cells.flatten(0, 1), positions, key.flatten(0, 1), key_cells.flatten(0, 1))
         sizes = (config.num_neighbors, config.local_window, config.candidates_per_table)
-        limits = {"reach": segment_positions, "counts": lengths}
+        limits: dict[str, Any] = {"reach": segment_positions, "counts": lengths}
         if is_decode_step(state, query):
             first_slots = grids.constants[-1]
             neighbors, _ = search_step(*flat, *sizes, chains.newest, chains.links, first_slots, **limits)

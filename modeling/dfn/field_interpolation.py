@@ -98,7 +98,7 @@ class FourierBasis(nn.Module):
     def __init__(self, config: DFNConfig):
         super().__init__()
         self.frequency = nn.Linear(config.coordinate_dim, NUM_WAVES, bias=False)
-        self.frequency.init_std = INITIAL_FREQUENCY_STD
+        self.frequency.init_std = INITIAL_FREQUENCY_STD  # type: ignore[assignment]  # see FlowDensity
 
     def forward(self, offsets: torch.Tensor) -> torch.Tensor:
         """`[..., c]` → `[..., 2 NUM_WAVES]`."""

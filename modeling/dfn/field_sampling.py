@@ -35,7 +35,7 @@ class FlowDensity(nn.Module):
     def __init__(self, config: DFNConfig):
         super().__init__()
         self.flow_map = nn.Linear(config.hidden_size, config.num_attention_heads * config.position_dim, bias=False)
-        self.flow_map.init_std = FLOW_STD
+        self.flow_map.init_std = FLOW_STD  # type: ignore[assignment]  # torch declares tensors and modules only
         self.log_floor = nn.Parameter(torch.empty(1))
         self.log_exponent = nn.Parameter(torch.empty(1))
 
@@ -58,8 +58,8 @@ class FlowDensity(nn.Module):
         with torch.autocast(states.device.type, enabled=False):
             flow = linear_in_weight_dtype(self.flow_map, states.detach())
             flow = F.normalize(flow.to(torch.promote_types(flow.dtype, torch.float32)), dim=-1)
-            change = sum(self._change_along(flow, coordinates, real, box, shift) for shift in CURVE_SHIFTS)
-            change = change / len(CURVE_SHIFTS)
+            changes = (self._change_along(flow, coordinates, real, box, shift) for shift in CURVE_SHIFTS)
+            change: torch.Tensor = sum(changes) / len(CURVE_SHIFTS)  # type: ignore[assignment]  # at least one curve
             return (self.log_exponent.exp() * torch.log(change + self.log_floor.exp())).exp().to(change.dtype)
 
     def _change_along(self, flow, coordinates, real, box: Box, shift: float) -> torch.Tensor:

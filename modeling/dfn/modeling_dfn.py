@@ -8,6 +8,7 @@ Shape letters: B batch, M tokens of this call, N tokens so far, E entities compl
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,6 +26,7 @@ from transformers.utils import can_return_tuple
 from ..modules.cache import CACHE_NAME, FlowCacheLayer, resolve_cache_argument
 from ..modules.chunk_memory import ChunkMemory
 from ..modules.classification import LastTokenClassificationMixin
+from ..modules.depthwise_conv import DepthwiseConv1d
 from ..modules.forward_utils import (
     FlowGenerationMixin,
     embed_inputs,
@@ -117,7 +119,7 @@ class DFNPreTrainedModel(PreTrainedModel):
         return True
 
     @property
-    def _can_compile_fullgraph(self) -> bool:
+    def _can_compile_fullgraph(self) -> bool:  # type: ignore[override]  # transformers only reads it
         """Whether a decode step has fixed shapes, so that it can be compiled and run with a `StaticCache`."""
         return self.config.entity_sampling == "token"
 
@@ -131,7 +133,7 @@ class DFNPreTrainedModel(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=config.initializer_range)
-        elif isinstance(module, nn.Conv1d):
+        elif isinstance(module, DepthwiseConv1d):
             init.copy_(module.weight, identity_conv_init(module.weight, module.ahead))
         elif isinstance(module, (RMSNorm, FlowNorm)):
             init.ones_(module.weight)
@@ -192,7 +194,7 @@ class DFNModel(DFNPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         segment_ids: torch.LongTensor | None = None,
         output_attentions: bool | None = None,
@@ -242,7 +244,7 @@ class DFNModel(DFNPreTrainedModel):
         outputs = OutputCollector(
             rows, attentions=output_attentions, hidden_states=output_hidden_states, entities=output_entities
         )
-        chunking_outputs = {}
+        chunking_outputs: dict[str, Any] = {}
         if self.sampling is None:
             hidden_states = self._run_tokens(hidden_states, rows, states, outputs)
         else:
@@ -250,9 +252,10 @@ class DFNModel(DFNPreTrainedModel):
         hidden_states = rows.pad(apply_chunked(self.norm, hidden_states))
         outputs.add(hidden_states=hidden_states)
         finish_forward(past_key_values, states)
+        cache_output: dict[str, Any] = {CACHE_NAME: past_key_values}
         return DFNModelOutput(
             last_hidden_state=hidden_states,
-            **{CACHE_NAME: past_key_values},
+            **cache_output,
             hidden_states=outputs.get("hidden_states"),
             attentions=outputs.get("attentions"),
             entities=outputs.get("entities"),
@@ -373,7 +376,8 @@ class DFNModel(DFNPreTrainedModel):
         windows = recent[..., -1:].unfold(1, before + 1, 1).flatten(2)  # [B, M, window], oldest first
         age = torch.arange(before, -1, -1, device=recent.device)
         weights = windows.masked_fill(age > rows.segment_positions[..., None], -math.inf).softmax(dim=-1)
-        mean = sum(weights[..., step, None] * recent[:, step : step + length, :-1] for step in range(before + 1))
+        weighted = (weights[..., step, None] * recent[:, step : step + length, :-1] for step in range(before + 1))
+        mean: torch.Tensor = sum(weighted)  # type: ignore[assignment]  # at least one state
         return mean.to(hidden_states.dtype)
 
 
@@ -409,8 +413,8 @@ class DFNForCausalLM(FlowGenerationMixin, DFNPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         segment_ids: torch.LongTensor | None = None,
@@ -443,7 +447,7 @@ class DFNForCausalLM(FlowGenerationMixin, DFNPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
 
-        losses = {}
+        losses: dict[str, Any] = {}
         if labels is not None:
             labels = next_token_labels(labels, segment_ids)
             losses = self._losses(logits, labels, outputs, **kwargs)

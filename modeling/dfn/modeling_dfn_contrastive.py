@@ -40,10 +40,10 @@ class DFNContrastiveOutput(ModelOutput):
         pair_embeds: `[B, projection_dim]`, embeddings of the second views.
     """
 
-    loss: torch.FloatTensor | None = None
-    logits_per_pair: torch.FloatTensor | None = None
-    embeds: torch.FloatTensor | None = None
-    pair_embeds: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    logits_per_pair: torch.Tensor | None = None
+    embeds: torch.Tensor | None = None
+    pair_embeds: torch.Tensor | None = None
 
 
 class DFNForContrastive(DFNPreTrainedModel):

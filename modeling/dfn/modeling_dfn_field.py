@@ -120,7 +120,7 @@ class DFNFieldModel(DFNFieldPreTrainedModel):
         if config.entity_sampling != "token":
             self.waves = FourierBasis(config)
             self.moment_proj = nn.Linear(2 * NUM_WAVES * config.value_dim, config.hidden_size, bias=False)
-            self.moment_proj.init_std = 1.0
+            self.moment_proj.init_std = 1.0  # type: ignore[assignment]  # see FlowDensity
         self.place_proj = unit_variance_linear(2 * c * NUM_OCTAVES, config.hidden_size)
         self.layers = nn.ModuleList(
             [
