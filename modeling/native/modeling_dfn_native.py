@@ -123,6 +123,8 @@ class FlowAttention(nn.Module):
 class FieldMemory(nn.Module):
     """Memory rows that move towards the mean of all entities of the batch and are read by cosine similarity."""
 
+    memory: torch.Tensor
+
     def __init__(self, config: DFNNativeConfig):
         super().__init__()
         self.beta = config.beta

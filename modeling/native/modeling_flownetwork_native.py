@@ -233,6 +233,11 @@ class FlowNetworkNativePreTrainedModel(PreTrainedModel):
 class FlowNetworkNativeModel(FlowNetworkNativePreTrainedModel):
     """The original `FlowNetwork` (F1, F5) or `EnhancedFlowTransformer` (F4)."""
 
+    norm_embedding: nn.Module
+    final_norm: nn.Module
+    embedding_flow: nn.Module
+    global_memory: torch.Tensor
+
     def __init__(self, config: FlowNetworkNativeConfig):
         super().__init__(config)
         width, layer = config.d_model, LAYERS[config.version]
@@ -286,7 +291,7 @@ class FlowNetworkNativeModel(FlowNetworkNativePreTrainedModel):
             positions = self.pos_embedding(torch.arange(length, device=x.device))
             x = torch.cat([x, positions.expand_as(x)], dim=-1)
         x = self.dropout(self.norm_embedding(self.embedding_flow(x))) * self.global_flow_gate
-        boundaries = ()
+        boundaries: tuple[torch.Tensor, ...] = ()
         if config.boundary_token_ids:
             known = torch.tensor(config.boundary_token_ids, device=x.device)
             boundaries = (torch.isin(input_ids, known).unsqueeze(-1).to(x.dtype),)

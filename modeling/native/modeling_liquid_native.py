@@ -19,6 +19,8 @@ zeros. This model computes the function in single precision without dropout, and
 Shape letters: B batch, S tokens, E embed_dim, H heads, G heads of keys and values, D features of a head, T taps.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -40,6 +42,9 @@ MAX_LOGITS = 2048  # L6 returns logits of at most this number of tokens
 
 class LiquidNativeEmbedding(nn.Module):
     """Token and position embedding, two convolutions, and the lowest bins of their spectrum."""
+
+    activation: Callable[[torch.Tensor], torch.Tensor]
+    layer_norm: nn.Module
 
     def __init__(self, config: LiquidNativeConfig):
         super().__init__()
@@ -95,7 +100,8 @@ class FusedAttention(nn.Module):
         length = x.shape[1]
         x = F.pad(x, (0, 0, 0, self.window_size - length))
         heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
-        y = F.scaled_dot_product_attention(*heads.unbind(dim=2), is_causal=True)  # [B, window, H, D]
+        query, key, value = heads.unbind(dim=2)
+        y = F.scaled_dot_product_attention(query, key, value, is_causal=True)  # [B, window, H, D]
         # The original reinterprets its [H, window, D] tensor as [window, H · D].
         y = y.transpose(1, 2).reshape(x.shape)
         return self.out(y[:, :length])
@@ -199,6 +205,8 @@ class IdleExperts(nn.Module):
 
 class LiquidNativeLayer(nn.Module):
     """Layer of attention, gated convolution, and a feed-forward network without a preceding norm."""
+
+    attention: nn.Module
 
     def __init__(self, config: LiquidNativeConfig):
         super().__init__()
@@ -304,7 +312,7 @@ class LiquidNativeModel(LiquidNativePreTrainedModel):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> Seq2SeqLMOutput:
         """Compute logits.
