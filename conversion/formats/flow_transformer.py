@@ -386,7 +386,7 @@ def native_config(sizes: Sizes, settings: Settings) -> FlowNetworkNativeConfig:
         dropout=settings["dropout"],
         num_patterns=sizes["P"],
         memory_size=sizes.get("G", 0),
-        boundary_token_ids=settings["boundary_token_ids"] or None,
+        boundary_token_ids=settings["boundary_token_ids"] or None,  # type: ignore[arg-type]  # list[int] | None
     )
 
 

@@ -148,7 +148,7 @@ def measure_field(
     batch = {name: torch.stack([field[name] for field in fields]) for name in fields[0]}
     batch["labels"] = batch["values"]
     entities = batch["values"].shape[1] // settings.samples_per_entity
-    model = _build(settings, batch, entities)
+    model: PreTrainedModel = _build(settings, batch, entities)
     first, correlation = None, None
     if settings.method == "siren":
         model, seconds = _fit_siren(count_parameters(model), batch, settings)
