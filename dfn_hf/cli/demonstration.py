@@ -12,8 +12,9 @@ from ..assets.tokenizers import load_tokenizer
 from ..data.lm_blocks import corpus_blocks
 from ..evaluation.language_model import Evaluation, evaluate_causal_lm
 from ..hub.loading import load_causal_lm
-from ..plots.flow_map import flow_map, plot_flow_map, plot_loss_curves
+from ..plots.flow_map import flow_map, plot_flow_map
 from ..plots.flows import plot_flow_matrix, read_flows
+from ..plots.loss_curves import plot_loss_curves
 from ..presets import ARCHITECTURES, new_causal_lm
 from ..training.settings import TrainingSettings
 from ..training.trainer import TrainingResult, train_model

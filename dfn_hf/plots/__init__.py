@@ -1,1 +1,1 @@
-"""Pictures of models, texts, fields and training runs."""
+"""Plots of models, texts, fields and training runs."""

@@ -1,4 +1,4 @@
-"""Where a DFN placed entities over a text, and where they flow."""
+"""Plots the entities that a byte-level DFN forms in a text, and their flows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,24 +13,37 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .flow_map import FAINT, INK, MUTED, SERIES, SMALL, chosen, in_the_plane, plain, write_words
-from .flows import colour_bar, finished, one_line, to_numpy
+from .flow_map import project_to_plane
+from .style import (
+    FAINT,
+    INK,
+    MUTED,
+    SERIES,
+    SMALL,
+    check_index,
+    colour_bar,
+    label_points,
+    save_figure,
+    strip_axes,
+    to_numpy,
+    token_label,
+)
 
-DENSITY = LinearSegmentedColormap.from_list("density", ["#ffffff", "#f3c98b", SERIES[0]])
-LINE_LENGTH = 72  # bytes of a line of the picture
+HEAT = LinearSegmentedColormap.from_list("boundary_probs", ["#ffffff", "#f3c98b", SERIES[0]])
+LINE_LENGTH = 72  # bytes per line of the plot
 
 
 @dataclass(frozen=True)
 class EntityReading:
-    """What a DFN that samples entities made of one text of n bytes.
+    """The m entities that a DFN forms in a text of n bytes.
 
     Attributes:
-        symbols: the text of each byte, n of them; of a character of several bytes the first has it.
-        boundary_probs: `[n]`, how uncertain what follows is.
-        boundary_mask: bool `[n]`, bytes that complete an entity.
-        spans: the text of each entity, m of them.
-        rest_positions, moved_positions: `[m, position_dim]`, of one head of one layer.
-        title: which layer and head, in words.
+        symbols: label of each byte; of a multi-byte character, the first byte has the label.
+        boundary_probs: `[n]`, boundary probability of each byte.
+        boundary_mask: bool `[n]`, True for bytes that complete an entity.
+        spans: text of each entity.
+        rest_positions, moved_positions: `[m, position_dim]`, in one head of one layer.
+        title: layer and head, in words.
     """
 
     symbols: Sequence[str]
@@ -51,32 +64,33 @@ class EntityReading:
 def read_entities(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, *, layer: int = 0, head: int = 0
 ) -> EntityReading:
-    """Run a DFN over `text` and take what it sampled.
+    """Run a DFN over `text` and return its entities.
 
     Args:
         model: a DFN whose `entity_sampling` is not "token".
-        tokenizer: one whose tokens are bytes.
-        layer, head: of the positions, from 0.
+        tokenizer: a tokenizer whose tokens are bytes.
+        text: text to read.
+        layer, head: indices from 0 of the positions to return.
 
     Raises:
-        ValueError: an empty text, a model that samples no entities, tokens that are not bytes, or a layer or head that
-            the model does not have.
+        ValueError: the text is empty, `entity_sampling` is "token", tokens are not bytes, or the model does not have
+            the layer or head.
     """
     config = model.config
     if getattr(config, "entity_sampling", "token") == "token":
-        raise ValueError('the model makes every token an entity: train one with `entity_sampling` "adaptive"')
+        raise ValueError('entity_sampling is "token": give a model with entity_sampling "adaptive" or "uniform"')
     for name, number, available in (
         ("layer", layer, config.num_hidden_layers),
         ("head", head, config.num_attention_heads),
     ):
-        chosen(name, number, available)
+        check_index(name, number, available)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
-        raise ValueError("text is empty: give a text to show")
+        raise ValueError("text is empty: give a text with at least one byte")
     data = text.encode()
     if len(ids) != len(data):
         raise ValueError(
-            f"the text has {len(data)} bytes and {len(ids)} tokens: use a tokenizer whose tokens are bytes"
+            f"the text has {len(data)} bytes but {len(ids)} tokens: give a tokenizer whose tokens are bytes"
         )
     outputs = model(torch.tensor([ids], device=model.device), output_entities=True, use_cache=False)
     boundary_mask = outputs.boundary_mask[0].bool().cpu().numpy()
@@ -94,7 +108,7 @@ def read_entities(
 
 
 def byte_symbols(text: str) -> list[str]:
-    """A label for every byte of `text`: its character, visible; nothing for a character's further bytes."""
+    """Label every byte of `text` with its character, or with "" after the first byte of a character."""
     symbols = []
     for character in text:
         shown = {"\n": "↵", "\t": "→"}.get(character, character)
@@ -103,7 +117,7 @@ def byte_symbols(text: str) -> list[str]:
 
 
 def plot_entities(reading: EntityReading, *, path: str | None = None) -> Figure:
-    """Draw the text, each byte coloured by its boundary probability, a bar after those that complete an entity; below, the flows."""
+    """Draw the bytes, coloured by boundary probability, and the positions and flows of their entities."""
     lines = -(-len(reading.symbols) // LINE_LENGTH)
     text_height = 0.35 * lines + 0.6
     figure = Figure(figsize=(11, text_height + 6), layout="constrained", dpi=150)
@@ -114,19 +128,19 @@ def plot_entities(reading: EntityReading, *, path: str | None = None) -> Figure:
         color=INK,
         loc="left",
     )
-    colour_bar(figure, ScalarMappable(Normalize(0, 1), DENSITY), [above], "density")
-    draw_flows(below, reading.rest_positions, reading.moved_positions, [one_line(span) for span in reading.spans])
-    below.set_title(f"Where entities rest and where they flow to read: {reading.title}", color=INK, loc="left")
-    return finished(figure, path)
+    colour_bar(figure, ScalarMappable(Normalize(0, 1), HEAT), [above], "boundary probability")
+    draw_flows(below, reading.rest_positions, reading.moved_positions, [token_label(span) for span in reading.spans])
+    below.set_title(f"Rest positions of entities and their flows: {reading.title}", color=INK, loc="left")
+    return save_figure(figure, path)
 
 
 def draw_bytes(axes: Axes, reading: EntityReading) -> None:
-    """One cell per byte, line by line."""
+    """Draw one cell per byte, in lines of `LINE_LENGTH` bytes."""
     for place, (symbol, probability, boundary) in enumerate(
         zip(reading.symbols, reading.boundary_probs, reading.boundary_mask, strict=True)
     ):
         line, column = divmod(place, LINE_LENGTH)
-        axes.add_patch(Rectangle((column, line), 1, 1, color=DENSITY(float(probability)), lw=0))
+        axes.add_patch(Rectangle((column, line), 1, 1, color=HEAT(float(probability)), lw=0))
         axes.text(
             column + 0.5, line + 0.55, symbol, ha="center", va="center", fontsize=8, color=INK, family="monospace",
             parse_math=False,
@@ -139,8 +153,8 @@ def draw_bytes(axes: Axes, reading: EntityReading) -> None:
 
 
 def draw_flows(axes: Axes, rest: np.ndarray, moved: np.ndarray, labels: Sequence[str] = ()) -> None:
-    """Entities as dots, darker the later, with arrows to where they have moved to read."""
-    rest, moved, names = in_the_plane(rest, moved, None)
+    """Draw rest positions as dots (darker if later) and flows as arrows to the moved positions."""
+    rest, moved, names = project_to_plane(rest, moved, None)
     axes.update_datalim(moved)
     arrows: dict[str, Any] = {"angles": "xy", "scale_units": "xy", "scale": 1, "width": 0.0015}
     axes.quiver(*rest.T, *(moved - rest).T, color=SERIES[1], alpha=0.45, zorder=1, **arrows)
@@ -150,7 +164,7 @@ def draw_flows(axes: Axes, rest: np.ndarray, moved: np.ndarray, labels: Sequence
     axes.set_ylabel(names[1], color=MUTED)
     axes.grid(color=FAINT, lw=0.4)
     axes.margins(0.05)
-    plain(axes)
+    strip_axes(axes)
     if labels:
         cast(Figure, axes.get_figure(root=True)).draw_without_rendering()
-    write_words(axes, rest, labels, [(index, MUTED, SMALL) for index in range(len(labels) - 1, -1, -1)])
+    label_points(axes, rest, labels, [(index, MUTED, SMALL) for index in range(len(labels) - 1, -1, -1)])

@@ -1,4 +1,4 @@
-"""Pictures of a field: what was given, where entities lie, and what they give back."""
+"""Plots fields: the input, the entities, and the reconstruction."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,24 +10,23 @@ from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
 from ..data.fields import array_field, psnr, snr
-from .entities import DENSITY, draw_flows
-from .flow_map import FAINT, INK, MUTED, SERIES, chosen, plain
-from .flows import colour_bar, finished, to_numpy
+from .entities import HEAT, draw_flows
+from .style import FAINT, INK, MUTED, SERIES, check_index, colour_bar, save_figure, strip_axes, to_numpy
 
 MAX_ARROWS = 300
 
 
 @dataclass(frozen=True)
 class FieldReading:
-    """What a DFN made of a field on a grid of one or two axes.
+    """A field on a grid of one or two axes, its E entities, and its reconstruction by a DFN.
 
     Attributes:
-        values, reconstruction: `[size, …, value_dim]`, of the grid.
+        values, reconstruction: `[size, …, value_dim]`.
         density: `[size, …]`, entities per sample.
-        entities: `[E, coordinate_dim]`, where they lie, counted in steps of the grid.
-        rest_positions, moved_positions: `[E, position_dim]`, of one head of one layer.
-        decibels: PSNR of an image, SNR of a waveform.
-        title: which layer and head, in words.
+        entities: `[E, coordinate_dim]`, coordinates of the entities in grid steps.
+        rest_positions, moved_positions: `[E, position_dim]`, in one head of one layer.
+        decibels: PSNR of an image or SNR of a waveform, in dB.
+        title: layer and head, in words.
     """
 
     values: np.ndarray
@@ -45,47 +44,50 @@ def read_field(model: PreTrainedModel, array: Any, *, layer: int = 0, head: int 
     """Run a `DFNForFieldReconstruction` over an image or a waveform.
 
     Args:
-        array: `[height, width]` or `[height, width, values]`, or `[length]`; see `fields.array_field`.
-        layer, head: of the positions, from 0.
+        model: model with `coordinate_dim` 1 or 2.
+        array: `[height, width]`, `[height, width, values]`, `[length]` or `[length, values]`; see `array_field`.
+        layer, head: indices from 0 of the positions to return.
 
     Raises:
-        ValueError: a model of other fields than these, an array that is none of its fields, or a layer or head that
-            the model does not have.
+        ValueError: `coordinate_dim` is above 2, the array does not fit the model, or the model does not have the
+            layer or head.
     """
     config = model.config
     axes = config.coordinate_dim
     if axes > 2:
-        raise ValueError(f"the model's fields have {axes} axes (`coordinate_dim`): only those of one or two are drawn")
-    chosen("layer", layer, config.num_hidden_layers)
-    chosen("head", head, config.num_attention_heads)
+        raise ValueError(
+            f"coordinate_dim is {axes}, so fields have {axes} axes: give a model with coordinate_dim 1 or 2"
+        )
+    check_index("layer", layer, config.num_hidden_layers)
+    check_index("head", head, config.num_attention_heads)
     array = np.asarray(array)
     field = array_field(array, axes)
     if field["values"].shape[1] != config.value_dim:
         raise ValueError(
-            f"the field has {field['values'].shape[1]} values a sample and the model's have {config.value_dim} "
-            "(`value_dim`): 1 is grey, 3 are colours"
+            f"the field has {field['values'].shape[1]} values per sample but the model's value_dim is "
+            f"{config.value_dim}: give a grey image for 1, or a colour image for 3"
         )
     shape = array.shape[:axes]
     batch = {name: tensor[None].to(model.device) for name, tensor in field.items()}
     outputs = model(**batch, output_entities=True)
-    found, measure = outputs.reconstruction[0].float().cpu(), psnr if axes == 2 else snr
+    reconstruction, measure = outputs.reconstruction[0].float().cpu(), psnr if axes == 2 else snr
     steps = (max(*shape, 2) - 1) / 2
     centre = torch.tensor([(size - 1) / 2 for size in shape])
     entities = outputs.entities[layer]
     return FieldReading(
         values=to_numpy(field["values"]).reshape(*shape, -1),
-        reconstruction=to_numpy(found).reshape(*shape, -1),
+        reconstruction=to_numpy(reconstruction).reshape(*shape, -1),
         density=to_numpy(outputs.density[0]).reshape(shape),
         entities=to_numpy(outputs.entity_coordinates[0].cpu() * steps + centre),
         rest_positions=to_numpy(entities.rest_positions[0, head]),
         moved_positions=to_numpy(entities.moved_positions[0, head]),
-        decibels=measure(found, field["values"]),
+        decibels=measure(reconstruction, field["values"]),
         title=f"layer {layer + 1} of {config.num_hidden_layers}, head {head + 1} of {config.num_attention_heads}",
     )
 
 
 def plot_field(reading: FieldReading, *, path: str | None = None) -> Figure:
-    """Draw the field, its density with the entities, what they give back, and below where they rest and flow."""
+    """Draw the field, its density and entities, the reconstruction, and the positions and flows."""
     return (_plot_image if reading.density.ndim == 2 else _plot_waveform)(reading, path)
 
 
@@ -97,52 +99,52 @@ def _plot_image(reading: FieldReading, path: str | None) -> Figure:
     upper, lower = np.asarray(figure.subfigures(2, 1, height_ratios=[top, 4.5]))
     panels = upper.subplots(3, 1) if below_each_other else upper.subplots(1, 3)
     show_image(panels[0], reading.values, f"{height} × {width} samples")
-    shown = panels[1].imshow(reading.density, cmap=DENSITY, vmin=0, vmax=np.quantile(reading.density, 0.99))
+    image = panels[1].imshow(reading.density, cmap=HEAT, vmin=0, vmax=np.quantile(reading.density, 0.99))
     panels[1].scatter(*reading.entities.T[::-1], s=max(0.2, 600 / len(reading.entities)), color=INK, linewidths=0)
     panels[1].set_title(f"{len(reading.entities)} entities", color=INK, loc="left")
     panels[1].set_axis_off()
-    colour_bar(upper, shown, panels if below_each_other else [panels[1]], "entities per sample")
-    show_image(panels[2], reading.reconstruction, f"from the entities: {reading.decibels:.1f} dB PSNR")
+    colour_bar(upper, image, panels if below_each_other else [panels[1]], "entities per sample")
+    show_image(panels[2], reading.reconstruction, f"reconstruction: {reading.decibels:.1f} dB PSNR")
     _draw_positions(lower.subplots(), reading)
-    return finished(figure, path)
+    return save_figure(figure, path)
 
 
 def _plot_waveform(reading: FieldReading, path: str | None) -> Figure:
     figure = Figure(figsize=(11, 10), layout="constrained", dpi=150)
     wave, density, flows = figure.subplots(3, 1, height_ratios=[2.5, 1.2, 4.5])
-    wave.plot(reading.values[:, 0], color=MUTED, lw=0.8, label="given")
+    wave.plot(reading.values[:, 0], color=MUTED, lw=0.8, label="input")
     wave.plot(
         reading.reconstruction[:, 0],
         color=SERIES[0],
         lw=0.8,
-        label=f"from the entities: {reading.decibels:.1f} dB SNR",
+        label=f"reconstruction: {reading.decibels:.1f} dB SNR",
     )
     wave.set_title(f"{len(reading.values):,} samples, {len(reading.entities):,} entities", color=INK, loc="left")
     wave.legend(frameon=False, labelcolor=INK, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     density.fill_between(np.arange(len(reading.density)), reading.density, color=SERIES[4], alpha=0.5, lw=0)
     density.vlines(reading.entities[:, 0], 0, -0.08 * reading.density.max(), color=INK, lw=0.3)
     density.set_ylabel("density", color=MUTED)
-    density.set_xlabel("sample; a stroke per entity", color=MUTED)
+    density.set_xlabel("sample; one tick per entity", color=MUTED)
     for axes in (wave, density):
         axes.set_xlim(0, len(reading.values) - 1)
         axes.grid(axis="y", color=FAINT, lw=0.4)
-        plain(axes)
+        strip_axes(axes)
     _draw_positions(flows, reading)
-    return finished(figure, path)
+    return save_figure(figure, path)
 
 
 def _draw_positions(axes: Axes, reading: FieldReading) -> None:
-    """Every entity, or every n-th where there are many."""
+    """Draw the positions and flows of at most `MAX_ARROWS` entities, at equal intervals."""
     step = -(-len(reading.entities) // MAX_ARROWS)
     draw_flows(axes, reading.rest_positions[::step], reading.moved_positions[::step])
     which = "entities" if step == 1 else f"1 in {step} entities"
-    axes.set_title(f"Where {which} rest and where they flow to read: {reading.title}", color=INK, loc="left")
+    axes.set_title(f"Rest positions of {which} and their flows: {reading.title}", color=INK, loc="left")
 
 
 def show_image(axes: Axes, values: np.ndarray, title: str) -> None:
-    """An image of values in [−1, 1], or scaled to its own range if they go beyond; grey or of three colours."""
+    """Draw a grey or colour image with values in [−1, 1]; values beyond ±1.5 are scaled from their own range."""
     low, high = (-1.0, 1.0) if np.abs(values).max() <= 1.5 else (values.min(), values.max())
-    shares = ((values - low) / max(high - low, 1e-9)).clip(0, 1)
-    axes.imshow(shares if values.shape[-1] == 3 else shares[..., 0], cmap="gray", vmin=0, vmax=1)
+    pixels = ((values - low) / max(high - low, 1e-9)).clip(0, 1)
+    axes.imshow(pixels if values.shape[-1] == 3 else pixels[..., 0], cmap="gray", vmin=0, vmax=1)
     axes.set_title(title, color=INK, loc="left")
     axes.set_axis_off()

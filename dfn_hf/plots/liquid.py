@@ -1,6 +1,7 @@
-"""Pictures of a Liquid: what its decoder read, its spectra, its experts, and what compression kept."""
+"""Plots a Liquid model: cross-attention, spectra, router probabilities and compression."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,20 +12,19 @@ from matplotlib.figure import Figure
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .flow_map import FAINT, INK, MUTED, plain
-from .flows import colour_bar, finished, line_style, name_tokens, to_numpy
+from .style import FAINT, INK, MUTED, colour_bar, line_style, save_figure, set_token_ticks, strip_axes, to_numpy
 
 
 @dataclass(frozen=True)
 class Spectra:
-    """The frames of one embedding, f of L tokens each, K = L / 2 + 1 frequencies.
+    """Spectra of one embedding: f frames of L tokens, K = L / 2 + 1 frequencies.
 
     Attributes:
-        before: `[f, K]`, magnitude of what frequency attention was given, root mean square over features.
-        after: `[f, K]`, of what it made of it.
+        before: `[f, K]`, magnitudes of the input of frequency attention, root mean square over features.
+        after: `[f, K]`, magnitudes of its output.
         bands: first frequency of each octave band, and K.
-        ratios: share of the frequencies that compression kept of each of its frames; a row longer than a frame has
-            one frame less here, since a coarse frame is not compressed.
+        ratios: fraction of the frequencies that compression keeps, per compressed frame. A row longer than one frame
+            has one frame less here, because the coarse frame is not compressed.
     """
 
     before: np.ndarray
@@ -35,14 +35,14 @@ class Spectra:
 
 @dataclass(frozen=True)
 class Translation:
-    """What a Liquid did with a source of s tokens, writing a target of t tokens.
+    """Internals of a Liquid during the translation of s source tokens to t target tokens.
 
     Attributes:
-        source, target: the text of each token.
-        cross_attention: `[layers, t, s]`, mean over heads, what each block of the decoder read to write each token.
-        source_experts: `[layers, s, experts]`, the router's probabilities in the encoder.
-        target_experts: `[layers, t, experts]`, and in the decoder, of the token that was read to write each.
-        spectra: of the encoder's embedding.
+        source, target: text of each token.
+        cross_attention: `[layers, t, s]`, cross-attention weights of each decoder block, mean over heads.
+        source_experts: `[layers, s, experts]`, router probabilities in the encoder.
+        target_experts: `[layers, t, experts]`, router probabilities in the decoder, at the token before each target.
+        spectra: spectra of the encoder's embedding.
     """
 
     source: Sequence[str]
@@ -57,32 +57,18 @@ class Translation:
 def read_translation(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, *, max_new_tokens: int = 128
 ) -> Translation:
-    """Translate `text` greedily with a Liquid and take what its parts did.
+    """Translate `text` greedily with a Liquid and record attention, router probabilities and spectra.
 
     Raises:
-        ValueError: another kind of model, or an empty text.
+        ValueError: the model is not a Liquid, or the text is empty.
     """
     if model.config.model_type != "liquid":
         raise ValueError(f"model is a {model.config.model_type!r}: give a Liquid")
     if not text.strip():
-        raise ValueError("text is empty: give a text to read")
+        raise ValueError("text is empty: give a text with at least one word")
     inputs = tokenizer([text], return_tensors="pt").to(model.device)
     written = cast(Any, model).generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=max_new_tokens)
-    embedding = model.model.encoder.embedding
-    seen: dict[str, list[torch.Tensor]] = {"before": [], "after": [], "ratios": []}
-
-    def keep_spectra(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        for name, frames in (("before", args[0]), ("after", output)):
-            seen[name].append(torch.fft.rfft(frames[0], dim=1).abs().square().mean(dim=-1).sqrt())
-
-    def keep_ratios(module: nn.Module, args: tuple, output: tuple) -> None:
-        seen["ratios"].append(output[1][0])
-
-    hooks = [
-        embedding.frequency_attention.register_forward_hook(keep_spectra),
-        embedding.low_pass.register_forward_hook(keep_ratios),
-    ]
-    try:
+    with record_spectra(model.model.encoder.embedding) as records:
         outputs = model(
             **inputs,
             decoder_input_ids=written[:, :-1],
@@ -90,38 +76,59 @@ def read_translation(
             output_router_logits=True,
             use_cache=False,
         )
-    finally:
-        for hook in hooks:
-            hook.remove()
+    bands = model.model.encoder.embedding.frequency_attention.bands
 
-    def words(ids: torch.Tensor) -> list[str]:
+    def token_texts(ids: torch.Tensor) -> list[str]:
         return [str(tokenizer.decode([token])) for token in ids.tolist()]
 
     def probabilities(logits: Sequence[torch.Tensor]) -> np.ndarray:
         return to_numpy(torch.stack([of_layer[0].softmax(dim=-1) for of_layer in logits]))
 
-    before, after, ratios = (to_numpy(torch.cat(seen[name])) for name in ("before", "after", "ratios"))
+    before, after, ratios = (to_numpy(torch.cat(records[name])) for name in ("before", "after", "ratios"))
     return Translation(
-        source=words(inputs["input_ids"][0]),
-        target=words(written[0, 1:]),
+        source=token_texts(inputs["input_ids"][0]),
+        target=token_texts(written[0, 1:]),
         cross_attention=to_numpy(torch.stack([weights[0].mean(dim=0) for weights in outputs.cross_attentions])),
         source_experts=probabilities(outputs.encoder_router_logits),
         target_experts=probabilities(outputs.decoder_router_logits),
         spectra=Spectra(
             before=before,
             after=after,
-            bands=[*(band.start for band in embedding.frequency_attention.bands), before.shape[1]],
+            bands=[*(band.start for band in bands), before.shape[1]],
             ratios=ratios,
         ),
     )
 
 
+@contextmanager
+def record_spectra(embedding: nn.Module) -> Iterator[dict[str, list[torch.Tensor]]]:
+    """Record the magnitudes before and after frequency attention, and the compression ratios, of a forward pass."""
+    records: dict[str, list[torch.Tensor]] = {"before": [], "after": [], "ratios": []}
+
+    def record_magnitudes(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        for name, frames in (("before", args[0]), ("after", output)):
+            records[name].append(torch.fft.rfft(frames[0], dim=1).abs().square().mean(dim=-1).sqrt())
+
+    def record_ratios(module: nn.Module, args: tuple, output: tuple) -> None:
+        records["ratios"].append(output[1][0])
+
+    hooks = [
+        embedding.frequency_attention.register_forward_hook(record_magnitudes),
+        embedding.low_pass.register_forward_hook(record_ratios),
+    ]
+    try:
+        yield records
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def plot_cross_attention(reading: Translation, *, path: str | None = None) -> Figure:
-    """Draw which tokens of the source each block of the decoder read to write each token of the target.
+    """Draw the cross-attention weights of each decoder block.
 
     Args:
-        reading: from `read_translation`.
-        path: file to write, by its ending (.png, .svg, .pdf).
+        reading: result of `read_translation`.
+        path: file to save, with the suffix .png, .svg or .pdf.
     """
     layers = len(reading.cross_attention)
     figure = Figure(figsize=(1 + 5.5 * layers, 5.5), layout="constrained", dpi=150)
@@ -129,20 +136,20 @@ def plot_cross_attention(reading: Translation, *, path: str | None = None) -> Fi
     for number, (axes, weights) in enumerate(zip(panels, reading.cross_attention, strict=True), start=1):
         image = axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
         axes.set_title(f"block {number} of {layers}", color=INK, loc="left", fontsize=9)
-        plain(axes)
-        name_tokens(axes, reading.source, "read")
-        name_tokens(axes, reading.target, "written" if number == 1 else "", vertical=True)
+        strip_axes(axes)
+        set_token_ticks(axes, reading.source, "source")
+        set_token_ticks(axes, reading.target, "target" if number == 1 else "", vertical=True)
     colour_bar(figure, image, list(panels), "weight, mean over heads")
-    figure.suptitle("What the decoder reads", color=INK, x=0.01, ha="left")
-    return finished(figure, path)
+    figure.suptitle("Cross-attention", color=INK, x=0.01, ha="left")
+    return save_figure(figure, path)
 
 
 def plot_spectra(reading: Translation, *, path: str | None = None) -> Figure:
-    """Draw the spectrum of the encoder's frames before and after frequency attention, octave bands between lines.
+    """Draw the spectra of the encoder's frames before and after frequency attention, with the octave bands.
 
     Args:
-        reading: from `read_translation`.
-        path: file to write, by its ending (.png, .svg, .pdf).
+        reading: result of `read_translation`.
+        path: file to save, with the suffix .png, .svg or .pdf.
     """
     spectra = reading.spectra
     figure = Figure(figsize=(10, 4.5), layout="constrained", dpi=150)
@@ -157,20 +164,20 @@ def plot_spectra(reading: Translation, *, path: str | None = None) -> Figure:
         axes.set_yscale("log")
         axes.set_title(f"{name} frequency attention", color=INK, loc="left", fontsize=9)
         axes.set_xlabel("frequency, cycles per frame", color=MUTED)
-        plain(axes)
+        strip_axes(axes)
     panels[0].set_ylabel("magnitude, root mean square over features", color=MUTED)
     if len(spectra.before) > 1:
         panels[1].legend(frameon=False, labelcolor=INK, fontsize=8)
-    figure.suptitle("Spectra of the source, octave bands between the lines", color=INK, x=0.01, ha="left")
-    return finished(figure, path)
+    figure.suptitle("Spectra of the source, with the edges of octave bands", color=INK, x=0.01, ha="left")
+    return save_figure(figure, path)
 
 
 def plot_experts(reading: Translation, *, path: str | None = None) -> Figure:
-    """Draw the router's probability of each expert for each token, block by block, in encoder and decoder.
+    """Draw the router probability of each expert for each token, for all blocks of encoder and decoder.
 
     Args:
-        reading: from `read_translation`.
-        path: file to write, by its ending (.png, .svg, .pdf).
+        reading: result of `read_translation`.
+        path: file to save, with the suffix .png, .svg or .pdf.
     """
     rows = [
         *((f"encoder, block {number}", part) for number, part in enumerate(reading.source_experts, start=1)),
@@ -185,21 +192,21 @@ def plot_experts(reading: Translation, *, path: str | None = None) -> Figure:
         experts = range(probabilities.shape[1])
         axes.set_yticks(experts, [str(expert + 1) for expert in experts])
         axes.set_ylabel("expert", color=MUTED)
-        plain(axes)
+        strip_axes(axes)
         axes.set_xticks([])
-    name_tokens(panels[len(reading.source_experts) - 1], reading.source)
-    name_tokens(panels[-1], reading.target, "written next")
-    colour_bar(figure, image, list(panels), "router's probability")
-    figure.suptitle("Experts", color=INK, x=0.01, ha="left")
-    return finished(figure, path)
+    set_token_ticks(panels[len(reading.source_experts) - 1], reading.source)
+    set_token_ticks(panels[-1], reading.target, "next target token")
+    colour_bar(figure, image, list(panels), "router probability")
+    figure.suptitle("Router probabilities of experts", color=INK, x=0.01, ha="left")
+    return save_figure(figure, path)
 
 
 def plot_compression(readings: dict[str, Translation], *, path: str | None = None) -> Figure:
-    """Draw which share of their frequencies the frames of several texts keep.
+    """Draw the fraction of frequencies that compression keeps, for several texts.
 
     Args:
-        readings: each from `read_translation`, by the name to give it.
-        path: file to write, by its ending (.png, .svg, .pdf).
+        readings: results of `read_translation`, by name.
+        path: file to save, with the suffix .png, .svg or .pdf.
     """
     figure = Figure(figsize=(8, 0.8 + 0.5 * len(readings)), layout="constrained", dpi=150)
     axes: Axes = figure.subplots()
@@ -210,8 +217,8 @@ def plot_compression(readings: dict[str, Translation], *, path: str | None = Non
     axes.set_yticks(range(len(readings)), list(readings))
     axes.invert_yaxis()
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axes.xaxis.set_major_formatter(lambda fraction, _: f"{fraction:.0%}")
     axes.set_xlabel("frequencies kept: mean (bar) and each frame (dot)", color=MUTED)
-    axes.set_title("What compression keeps", color=INK, loc="left")
-    plain(axes)
-    return finished(figure, path)
+    axes.set_title("Frequencies kept by compression", color=INK, loc="left")
+    strip_axes(axes)
+    return save_figure(figure, path)

@@ -1,3 +1,5 @@
+"""Tests the plot of entities over bytes."""
+
 import numpy as np
 import pytest
 import torch
@@ -22,7 +24,7 @@ def model(tokenizer):
     return new_causal_lm(tokenizer, entity_sampling="adaptive", max_entity_length=6, entity_rate=0.3, **shape).eval()
 
 
-def test_reading_is_what_the_model_sampled(model, tokenizer):
+def test_reading_equals_the_model_outputs(model, tokenizer):
     reading = read_entities(model, tokenizer, TEXT, layer=1, head=1)
     ids = torch.tensor([tokenizer(TEXT, add_special_tokens=False)["input_ids"]])
     with torch.no_grad():
@@ -43,7 +45,7 @@ def test_every_byte_has_a_visible_symbol():
     assert byte_symbols("a\n’b") == ["a", "↵", "’", "", "", "b"]
 
 
-def test_pictures_are_drawn_from_the_command_line(model, tokenizer, tmp_path):
+def test_plot_command(model, tokenizer, tmp_path):
     folder, picture = tmp_path / "model", tmp_path / "picture.png"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -57,7 +59,7 @@ def test_pictures_are_drawn_from_the_command_line(model, tokenizer, tmp_path):
     assert of_tokens.stat().st_size > 20_000
 
 
-def test_what_cannot_be_shown_is_said(model, tokenizer, tmp_path):
+def test_errors_name_the_argument(model, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="text"):
         read_entities(model, tokenizer, "")
     with pytest.raises(ValueError, match="layer"):

@@ -1,4 +1,4 @@
-"""Pictures of fields show what the model made of them."""
+"""Tests the plots of fields."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def model(image):
     return new_field_model([image[..., None]], num_samples=240, **SMALL).eval()
 
 
-def test_the_reading_of_an_image_is_what_the_model_gives(model, image):
+def test_reading_equals_the_model_outputs(model, image):
     reading = read_field(model, image, layer=1, head=1)
     field = array_field(image, 2)
     with torch.no_grad():
@@ -41,13 +41,13 @@ def test_the_reading_of_an_image_is_what_the_model_gives(model, image):
     assert reading.title == "layer 2 of 2, head 2 of 2"
 
 
-def test_entities_lie_where_their_samples_do(image):
+def test_entities_have_the_coordinates_of_their_samples(image):
     model = new_field_model([image[..., None]], num_samples=240, entity_sampling="token", **SMALL).eval()
     places = {tuple(place) for place in read_field(model, image).entities.round(3).tolist()}
     assert places == {(float(y), float(x)) for y in range(12) for x in range(20)}
 
 
-def test_images_and_waveforms_are_drawn(model, image, tmp_path):
+def test_plots_of_images_and_waveforms(model, image, tmp_path):
     figure = plot_field(read_field(model, image), path=str(tmp_path / "image.png"))
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles[:2] == ["12 × 20 samples", "15 entities"] and "PSNR" in titles[2]
@@ -68,7 +68,7 @@ def test_images_and_waveforms_are_drawn(model, image, tmp_path):
     assert titles[0] == "700 samples, 301 entities" and "1 in 2 entities" in titles[2]
 
 
-def test_fields_without_contrast_are_drawn(model):
+def test_plots_of_constant_fields(model):
     for value, side in ((0.5, 8), (7.0, 8), (0.5, 1)):
         reading = read_field(model, np.full((side, side), value))
         assert np.isfinite(reading.reconstruction).all()
@@ -77,7 +77,7 @@ def test_fields_without_contrast_are_drawn(model):
     assert psnr(exact, exact) == snr(exact, exact) == float("inf") and snr(exact, 0 * exact) == -float("inf")
 
 
-def test_pictures_are_drawn_from_the_command_line(model, image, tmp_path, monkeypatch):
+def test_plot_command(model, image, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model.save_pretrained("my-field")
     Image.fromarray(image).save("cat.png")
@@ -102,7 +102,7 @@ def test_pictures_are_drawn_from_the_command_line(model, image, tmp_path, monkey
         assert result.exit_code == 1 and said in result.output, (arguments, result.output)
 
 
-def test_what_cannot_be_drawn_is_said(model, image):
+def test_errors_name_the_argument(model, image):
     with pytest.raises(ValueError, match="head is 2"):
         read_field(model, image, head=2)
     with pytest.raises(ValueError, match="value_dim"):

@@ -1,9 +1,12 @@
+"""Tests the plots of flow maps and of loss curves."""
+
 import numpy as np
 import pytest
 import torch
 
 from dfn_hf.assets.tokenizers import load_tokenizer
-from dfn_hf.plots.flow_map import flow_map, plot_flow_map, plot_loss_curves
+from dfn_hf.plots.flow_map import flow_map, plot_flow_map
+from dfn_hf.plots.loss_curves import plot_loss_curves
 from dfn_hf.presets import new_causal_lm
 
 TEXT = "Double, double, toil and trouble; fire burn, and cauldron bubble. Double, double, toil and trouble."
@@ -31,7 +34,7 @@ def flow(model, tokenizer):
     return flow_map(model, tokenizer, TEXT, layer=1, head=1)
 
 
-def test_flow_map_tells_what_the_reader_reads(model, tokenizer, flow):
+def test_flow_map_equals_the_model_outputs(model, tokenizer, flow):
     tokens = torch.tensor([tokenizer(TEXT)["input_ids"]])
     with torch.no_grad():
         outputs = model(tokens, output_entities=True)
@@ -47,17 +50,17 @@ def test_flow_map_tells_what_the_reader_reads(model, tokenizer, flow):
     assert "".join(flow.words) == TEXT
 
 
-def test_reader_is_the_last_word_that_stood_before(flow):
+def test_reader_is_the_last_repeated_word(flow):
     assert flow.words[flow.reader].strip() == "trouble"
     assert flow.reader > len(flow.words) - 3
 
 
-def test_reader_may_be_chosen(model, tokenizer):
+def test_word_selects_the_reader(model, tokenizer):
     flow = flow_map(model, tokenizer, TEXT, word="and")
     assert flow.words[flow.reader].strip() == "and"
 
 
-def test_layer_and_head_are_those_that_read_most_from_afar(model, tokenizer):
+def test_layer_and_head_have_the_largest_weight_of_distant_neighbours(model, tokenizer):
     def far_weight(flow):
         return flow.weights[list(flow.far)].sum()
 
@@ -74,13 +77,13 @@ def test_layer_and_head_are_those_that_read_most_from_afar(model, tokenizer):
         ({"text": ""}, "text is empty"),
     ],
 )
-def test_mistakes_are_named(model, tokenizer, options, words):
+def test_errors_name_the_argument(model, tokenizer, options, words):
     with pytest.raises(ValueError, match=words):
         flow_map(model, tokenizer, **{"text": TEXT, **options})
 
 
 @pytest.mark.parametrize("dimensions", [None, (0, 3)])
-def test_flow_map_is_drawn_with_a_line_per_neighbour(flow, dimensions, tmp_path):
+def test_plot_has_a_line_per_neighbour(flow, dimensions, tmp_path):
     figure = plot_flow_map(flow, dimensions=dimensions, num_local=2, path=str(tmp_path / "map.png"))
     axes = figure.axes[0]
     lines = [line for line in axes.lines if len(line.get_xdata()) == 2]
@@ -90,18 +93,18 @@ def test_flow_map_is_drawn_with_a_line_per_neighbour(flow, dimensions, tmp_path)
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_no_words_cover_each_other(flow):
+def test_labels_do_not_overlap(flow):
     figure = plot_flow_map(flow)
     boxes = [text.get_window_extent() for text in figure.axes[0].texts if text.get_text()]
     assert not any(first.overlaps(other) for index, first in enumerate(boxes) for other in boxes[:index])
 
 
-def test_dimensions_that_are_not_there_are_named(flow):
+def test_missing_dimensions_are_rejected(flow):
     with pytest.raises(ValueError, match="dimensions 0 to 3"):
         plot_flow_map(flow, dimensions=(0, 4))
 
 
-def test_loss_curves_show_both_losses_of_each_run(tmp_path):
+def test_loss_curves_contain_both_losses_of_each_run(tmp_path):
     figure = plot_loss_curves({"dfn": HISTORY, "llama": HISTORY}, path=str(tmp_path / "loss.png"))
     lines = figure.axes[0].lines
     assert [list(line.get_ydata()) for line in lines] == [[7.0, 6.0], [8.0, 6.5]] * 2
@@ -109,7 +112,7 @@ def test_loss_curves_show_both_losses_of_each_run(tmp_path):
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_runs_without_a_loss_are_named():
+def test_runs_without_a_loss_are_rejected():
     with pytest.raises(ValueError, match="histories is empty"):
         plot_loss_curves({})
     with pytest.raises(ValueError, match="the history of 'dfn' holds no loss"):

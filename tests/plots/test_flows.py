@@ -1,3 +1,5 @@
+"""Tests the plots of a FlowNetwork."""
+
 import numpy as np
 import pytest
 import torch
@@ -33,7 +35,7 @@ def reading(model, tokenizer):
     return read_flows(model, tokenizer, TEXT, layer=1)
 
 
-def test_reading_is_what_the_model_did(model, tokenizer, reading):
+def test_reading_equals_the_model_outputs(model, tokenizer, reading):
     tokens = torch.tensor([tokenizer(TEXT, add_special_tokens=False)["input_ids"]])
     number = tokens.shape[1]
     with torch.no_grad():
@@ -49,7 +51,7 @@ def test_reading_is_what_the_model_did(model, tokenizer, reading):
     assert (reading.profiles.argmax(axis=1) == 1).all()
 
 
-def test_memory_is_read_as_it_is(model, reading):
+def test_reading_contains_the_memory(model, reading):
     layer = model.model.layers[1]
     assert reading.slots.shape == (-(-len(reading.words) // CHUNK), SLOTS, 16)
     np.testing.assert_array_equal(reading.slots[0], layer.sequence_memory.initial_slots.detach())
@@ -59,7 +61,7 @@ def test_memory_is_read_as_it_is(model, reading):
     assert [len(words) for words in reading.bank_words] == [4] * SLOTS
 
 
-def test_model_is_left_as_it_was(tokenizer):
+def test_reading_does_not_change_the_model(tokenizer):
     model = small_model(tokenizer).train()
     bank = model.model.memory.memory_bank.clone()
     read_flows(model, tokenizer, TEXT)
@@ -70,7 +72,7 @@ def test_model_is_left_as_it_was(tokenizer):
 
 @pytest.mark.parametrize("repeats", [1, 4])
 @pytest.mark.parametrize("plot", PLOTS)
-def test_pictures_are_drawn(model, tokenizer, plot, repeats, tmp_path):
+def test_plots(model, tokenizer, plot, repeats, tmp_path):
     reading = read_flows(model, tokenizer, TEXT * repeats)
     figure = plot(reading, path=str(tmp_path / "picture.png"))
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
@@ -79,22 +81,22 @@ def test_pictures_are_drawn(model, tokenizer, plot, repeats, tmp_path):
         assert ("trouble" in labels) == (repeats == 1)
 
 
-def test_flow_matrix_leaves_blank_what_does_not_flow(reading):
+def test_zeros_of_the_flow_matrix_are_blank(reading):
     image = plot_flow_matrix(reading).axes[0].images[0].get_array()
     np.testing.assert_array_equal(np.ma.getmaskarray(image), reading.matrix == 0)
 
 
-def test_windows_have_a_line_per_layer(reading):
+def test_window_plot_has_a_line_per_layer(reading):
     panels = plot_windows(reading).axes
     for axes, values in zip(panels, (reading.windows, reading.fractions, reading.kept), strict=True):
         np.testing.assert_array_equal([line.get_ydata() for line in axes.lines], values)
 
 
-def test_short_text_has_a_memory_as_it_starts(model, tokenizer):
+def test_memory_plot_of_a_short_text(model, tokenizer):
     plot_memory(read_flows(model, tokenizer, "Double"))
 
 
-def test_model_without_memory_or_choice_of_patterns(tokenizer):
+def test_model_with_one_pattern_and_without_memory(tokenizer):
     reading = read_flows(small_model(tokenizer, memory_size=0, num_patterns=1), tokenizer, TEXT)
     assert reading.slots is None and reading.bank is None
     for plot in PLOTS[:3]:
@@ -104,12 +106,12 @@ def test_model_without_memory_or_choice_of_patterns(tokenizer):
 
 
 @pytest.mark.parametrize(("options", "words"), [({"text": ""}, "text is empty"), ({"layer": 2}, "layers 0 to 1")])
-def test_mistakes_are_named(model, tokenizer, options, words):
+def test_errors_name_the_argument(model, tokenizer, options, words):
     with pytest.raises(ValueError, match=words):
         read_flows(model, tokenizer, **{"text": TEXT, **options})
 
 
-def test_another_model_is_named(tokenizer):
+def test_other_models_are_rejected(tokenizer):
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 24}
     with pytest.raises(ValueError, match="model is a 'dfn': give a FlowNetwork"):
         read_flows(DFNForCausalLM(DFNConfig(vocab_size=len(tokenizer), **shape)), tokenizer, TEXT)

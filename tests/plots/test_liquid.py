@@ -1,4 +1,4 @@
-"""The pictures of a Liquid show what it did."""
+"""Tests the plots of a Liquid."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def reading(model, tokenizer):
     return read_translation(model, tokenizer, TEXT, max_new_tokens=WRITTEN)
 
 
-def test_reading_is_what_the_model_did(model, tokenizer, reading):
+def test_reading_equals_the_model_outputs(model, tokenizer, reading):
     inputs = tokenizer([TEXT], return_tensors="pt")
     written = model.generate(**inputs, do_sample=False, num_beams=1, max_new_tokens=WRITTEN)
     length = inputs["input_ids"].shape[1]
@@ -59,24 +59,24 @@ def test_spectra_are_those_of_the_embedding(model, tokenizer, reading):
     assert spectra.ratios.mean() == pytest.approx(outputs.metrics["compression_ratio"].item(), abs=1e-6)
 
 
-def test_a_short_text_is_one_frame(model, tokenizer):
+def test_short_text_has_one_frame(model, tokenizer):
     spectra = read_translation(model, tokenizer, "the", max_new_tokens=2).spectra
     assert spectra.before.shape == (1, FRAME // 2 + 1) and spectra.ratios.shape == (1,)
 
 
 @pytest.mark.parametrize("plot", [plot_cross_attention, plot_spectra, plot_experts])
-def test_pictures_are_written(plot, reading, tmp_path):
+def test_plots_are_saved(plot, reading, tmp_path):
     plot(reading, path=str(tmp_path / "picture.png"))
     assert imread(tmp_path / "picture.png")[..., :3].std() > 0.02
 
 
-def test_compression_of_several_texts(reading, tmp_path):
+def test_compression_plot_of_several_texts(reading, tmp_path):
     figure = plot_compression({"one $": reading, "another": reading}, path=str(tmp_path / "picture.png"))
     bars = [patch.get_width() for patch in figure.axes[0].patches]
     assert bars == pytest.approx([reading.spectra.ratios.mean()] * 2)
 
 
-def test_mistakes_are_named(tokenizer, model):
+def test_errors_name_the_argument(tokenizer, model):
     with pytest.raises(ValueError, match="model is a 'dfn'"):
         read_translation(new_causal_lm(tokenizer, hidden_size=16, num_hidden_layers=1), tokenizer, TEXT)
     with pytest.raises(ValueError, match="text is empty"):
