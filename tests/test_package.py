@@ -20,7 +20,7 @@ PROBE = """
 import sys
 {setup}
 import dfn_hf.conversion, dfn_hf.assets.corpus, dfn_hf.modeling.ops.neighbor_search
-from dfn_hf.data.packing import load_corpus, load_tokenizer
+from dfn_hf.data import load_corpus, load_tokenizer
 assert len(load_corpus("validation")) and len(load_tokenizer("bpe")) == 4096
 assert "modeling" not in sys.modules and "conversion" not in sys.modules
 print(dfn_hf.__file__, dfn_hf.modeling.ops.neighbor_search.__file__, dfn_hf.conversion.__file__, sep="\\n")

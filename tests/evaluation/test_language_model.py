@@ -30,8 +30,8 @@ def model():
     return LlamaForCausalLM(config)
 
 
-def predicted_one_by_one(model, tokenizer, context_length):
-    """Losses and ranks with neither batch nor mask, over disjoint windows."""
+def losses_without_batching(model, tokenizer, context_length):
+    """Losses and ranks over disjoint windows, without batching and masks."""
     losses, ranks = [], []
     for text in filter(None, DOCUMENTS):
         tokens = [tokenizer.bos_token_id, *text.encode()]
@@ -46,8 +46,8 @@ def predicted_one_by_one(model, tokenizer, context_length):
 
 @pytest.mark.parametrize("context_length", [5, 64])
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_equals_prediction_one_by_one(model, tokenizer, context_length, batch_size):
-    losses, ranks = predicted_one_by_one(model, tokenizer, context_length)
+def test_scores_equal_those_without_batching(model, tokenizer, context_length, batch_size):
+    losses, ranks = losses_without_batching(model, tokenizer, context_length)
     num_bytes = sum(len(text.encode()) for text in DOCUMENTS)
 
     found = evaluate_causal_lm(model, tokenizer, DOCUMENTS, context_length=context_length, batch_size=batch_size)
@@ -64,7 +64,7 @@ def test_equals_prediction_one_by_one(model, tokenizer, context_length, batch_si
 @pytest.mark.parametrize(
     ("length", "context_length", "stride"), [(2, 4, 4), (9, 4, 4), (23, 8, 3), (24, 5, 1), (8, 9, 2)]
 )
-def test_every_token_is_scored_once_with_the_promised_context(length, context_length, stride):
+def test_every_token_is_scored_once_with_the_documented_context(length, context_length, stride):
     scored = []
     for window, num_scored in scored_windows(list(range(length)), context_length, stride):
         assert len(window) <= context_length + 1
@@ -74,8 +74,8 @@ def test_every_token_is_scored_once_with_the_promised_context(length, context_le
     assert scored == list(range(1, length))
 
 
-def test_the_future_changes_no_score(model, tokenizer):
-    """A document's loss is the sum of its own tokens' losses, so a longer document adds to it and changes nothing."""
+def test_later_tokens_do_not_change_scores(model, tokenizer):
+    """A longer document adds token losses to the total and changes none."""
     short, longer = (
         evaluate_causal_lm(model, tokenizer, [text], context_length=16)
         for text in ("We are such", "We are such stuff")
@@ -89,14 +89,14 @@ def test_the_future_changes_no_score(model, tokenizer):
 
 
 def test_ties_count_against_the_model(model, tokenizer):
-    class Indifferent(torch.nn.Module):
+    class ConstantModel(torch.nn.Module):
         config = model.config
         device = torch.device("cpu")
 
         def forward(self, input_ids, **kwargs):
             return type("Output", (), {"logits": torch.zeros(*input_ids.shape, 258)})
 
-    found = evaluate_causal_lm(Indifferent(), tokenizer, DOCUMENTS, context_length=8)
+    found = evaluate_causal_lm(ConstantModel(), tokenizer, DOCUMENTS, context_length=8)
     assert (found.top1_accuracy, found.top5_accuracy) == (0, 0)
     assert found.bits_per_byte == pytest.approx(math.log2(258))
 
@@ -110,23 +110,23 @@ def test_training_mode_is_kept(model, tokenizer):
     ("documents", "options", "words"),
     [
         (["", ""], {}, "no text"),
-        (DOCUMENTS, {"context_length": 65}, "64 positions"),
+        (DOCUMENTS, {"context_length": 65}, "lower it to 64"),
         (DOCUMENTS, {"context_length": 0}, "context_length must"),
         (DOCUMENTS, {"context_length": 8, "stride": 9}, "stride must"),
         (DOCUMENTS, {"context_length": 8, "batch_size": 0}, "batch_size must"),
     ],
 )
-def test_mistakes_are_named(model, tokenizer, documents, options, words):
+def test_errors_name_the_argument(model, tokenizer, documents, options, words):
     with pytest.raises(ValueError, match=words):
         evaluate_causal_lm(model, tokenizer, documents, **{"context_length": 64, **options})
 
 
-def test_ids_outside_the_vocabulary_are_named(model):
+def test_ids_outside_the_vocabulary_are_rejected(model):
     with pytest.raises(ValueError, match="4096 tokens but the model's vocab_size is 258"):
         evaluate_causal_lm(model, load_tokenizer("bpe"), DOCUMENTS, context_length=8)
 
 
-def test_damaged_weights_are_named(model, tokenizer):
+def test_logits_that_are_not_finite_are_rejected(model, tokenizer):
     damaged = LlamaForCausalLM(model.config)
     damaged.lm_head.weight.data.fill_(math.nan)
     with pytest.raises(ValueError, match="not finite"):

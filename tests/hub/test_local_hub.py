@@ -1,4 +1,4 @@
-"""Models go to a Hub and come back over HTTP, in a process that cannot import dfn_hf."""
+"""Tests upload to a local Hub server, and loading in a process that cannot import dfn_hf."""
 
 import os
 import subprocess
@@ -34,7 +34,7 @@ def address():
 
 
 def run(code: str, address: str, folder, token: str | None = TOKEN) -> str:
-    """What a fresh Python process prints, whose Hub is at `address`."""
+    """Run `code` in a new Python process with the Hub at `address`, and return its output."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {
         "HF_ENDPOINT": address, "HF_HOME": str(folder / "home"), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1",
@@ -51,17 +51,16 @@ def run(code: str, address: str, folder, token: str | None = TOKEN) -> str:
 
 
 @pytest.mark.parametrize("family", first_quickly(FAMILIES))
-def test_pushed_with_its_code_and_loaded_without_the_package(family, address, tmp_path):
+def test_pushed_model_loads_without_the_package(family, address, tmp_path):
     auto_class, tokenizer, make = FAMILIES[family]
     repository = f"tester/{family}"
     run(
         f"""
         import dfn_hf, torch
-        from dfn_hf.data.packing import load_tokenizer
+        from dfn_hf.data import load_tokenizer
         from huggingface_hub import HfApi
         torch.manual_seed(0)
         model = {make}
-        commits = []
         model.push_to_hub("{repository}", max_shard_size="40KB")
         load_tokenizer("{tokenizer}").push_to_hub("{repository}")
         torch.save({LOGITS}, "first.pt")
@@ -77,7 +76,7 @@ def test_pushed_with_its_code_and_loaded_without_the_package(family, address, tm
         address,
         tmp_path,
     )
-    said = run(
+    output = run(
         f"""
         {BLOCKED}
         import torch
@@ -97,10 +96,10 @@ def test_pushed_with_its_code_and_loaded_without_the_package(family, address, tm
         tmp_path,
         token=None,
     )
-    assert "torch.Size" in said and "refused True" in said
+    assert "torch.Size" in output and "refused True" in output
 
 
-def test_the_command_pushes_a_private_model_with_its_card(address, tmp_path):
+def test_push_command_uploads_a_private_model_with_its_card(address, tmp_path):
     run(
         """
         from pathlib import Path
@@ -117,7 +116,7 @@ def test_the_command_pushes_a_private_model_with_its_card(address, tmp_path):
         address,
         tmp_path,
     )
-    said = run(
+    output = run(
         """
         from huggingface_hub import HfApi, ModelCard, model_info
         card = ModelCard.load("tester/private")
@@ -131,7 +130,7 @@ def test_the_command_pushes_a_private_model_with_its_card(address, tmp_path):
         address,
         tmp_path,
     )
-    assert said.split("\n")[0].startswith("transformers text-generation ['dfn'") and said.strip().endswith("True")
+    assert output.split("\n")[0].startswith("transformers text-generation ['dfn'") and output.strip().endswith("True")
     refused = run(
         """
         from transformers import AutoConfig

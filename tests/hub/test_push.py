@@ -1,3 +1,5 @@
+"""Tests the upload of model folders to the Hub."""
+
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +18,7 @@ def folder(tmp_path):
 
 
 class RecordingApi:
-    """Stands for the Hub: remembers what it was asked to upload."""
+    """Replaces the Hub client and records uploads."""
 
     def __init__(self, has_readme):
         self.has_readme = has_readme
@@ -38,7 +40,7 @@ class RecordingApi:
 
 
 @pytest.mark.parametrize("has_readme", [False, True])
-def test_push_uploads_the_folder_and_keeps_a_readme_that_is_there(folder, monkeypatch, has_readme):
+def test_push_uploads_the_folder_and_keeps_an_existing_readme(folder, monkeypatch, has_readme):
     api = RecordingApi(has_readme)
     monkeypatch.setattr(hub, "HfApi", lambda: api)
     monkeypatch.setattr(hub, "get_token", lambda: "token")
@@ -49,7 +51,7 @@ def test_push_uploads_the_folder_and_keeps_a_readme_that_is_there(folder, monkey
     assert len(api.cards) == (not has_readme)
 
 
-def test_a_card_names_the_repository(folder, monkeypatch):
+def test_card_names_the_repository(folder, monkeypatch):
     api = RecordingApi(has_readme=False)
     monkeypatch.setattr(hub, "HfApi", lambda: api)
     monkeypatch.setattr(hub, "get_token", lambda: "token")
@@ -62,7 +64,7 @@ def test_a_card_names_the_repository(folder, monkeypatch):
     assert 'model="my-model"' in (folder / "README.md").read_text()
 
 
-def test_no_token_is_said_before_training_starts(folder, tmp_path, monkeypatch):
+def test_missing_token_is_an_error_before_training_starts(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "get_token", lambda: None)
     with pytest.raises(ValueError, match="no Hub token: run `hf auth login`"):
         hub.push_folder(folder, "model")
@@ -72,7 +74,7 @@ def test_no_token_is_said_before_training_starts(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_folder_without_a_model_is_refused_before_anything_is_made(tmp_path, monkeypatch):
-    monkeypatch.setattr(hub, "HfApi", lambda: pytest.fail("the Hub was asked"))
+def test_folder_without_a_model_is_rejected_before_upload(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "HfApi", lambda: pytest.fail("the Hub client was created"))
     with pytest.raises(ValueError, match="holds no config.json"):
         hub.push_folder(tmp_path, "model")

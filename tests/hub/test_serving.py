@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server answers for our models what `generate` answers."""
+"""Tests that the OpenAI-compatible server returns the same text as `generate`."""
 
 import json
 import os
@@ -57,30 +57,30 @@ def post(url: str, **body) -> str:
         return response.read().decode()
 
 
-def test_a_completion_is_what_generate_gives(server):
+def test_completion_equals_generate(server):
     url, path = server
     model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
     inputs = tokenizer(PROMPT, return_tensors="pt")
     tokens = model.generate(**inputs, max_new_tokens=12, do_sample=False)[0, inputs.input_ids.shape[1] :]
     expected = tokenizer.decode(tokens, skip_special_tokens=True)
-    asked = {"model": path, "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
-    whole = json.loads(post(f"{url}/v1/completions", **asked))
+    request = {"model": path, "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
+    whole = json.loads(post(f"{url}/v1/completions", **request))
     assert whole["choices"][0]["text"] == expected
-    streamed = post(f"{url}/v1/completions", **asked, stream=True)
+    streamed = post(f"{url}/v1/completions", **request, stream=True)
     events = [line.removeprefix("data: ") for line in streamed.splitlines() if line.startswith("data: {")]
     assert "".join(json.loads(event)["choices"][0]["text"] for event in events) == expected
 
 
-def test_a_request_need_not_name_the_model(server):
+def test_request_without_model_name(server):
     answer = json.loads(post(f"{server[0]}/v1/completions", prompt=PROMPT, max_tokens=3))
     assert answer["choices"][0]["text"]
 
 
-def test_the_list_of_models_is_empty(server):
+def test_list_of_models_is_empty(server):
     with urllib.request.urlopen(f"{server[0]}/v1/models", timeout=30) as response:
         assert json.loads(response.read())["data"] == []
 
 
-def test_an_encoder_decoder_is_refused():
+def test_encoder_decoder_is_rejected():
     with pytest.raises(ValueError, match="liquid-tiny is a liquid, an encoder-decoder"):
         serve("liquid-tiny")

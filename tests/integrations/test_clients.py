@@ -1,4 +1,4 @@
-"""Programs that users run on a language model take these as they are: trl, lm-eval, sentence-transformers."""
+"""Tests trl, lm-eval and sentence-transformers with the bundled checkpoints."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def conversations() -> list[dict]:
 
 @checkpoints
 @pytest.mark.parametrize("kind", ["text", "packed chat", "lora"])
-def test_trl_fine_tunes(checkpoint, kind, tmp_path):
+def test_trl_fine_tuning(checkpoint, kind, tmp_path):
     folder = dfn_hf.checkpoint_path(checkpoint)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = CHAT
@@ -62,7 +62,7 @@ def test_trl_fine_tunes(checkpoint, kind, tmp_path):
 
 
 @checkpoints
-def test_sentences_are_embedded_alike_in_any_batch(checkpoint):
+def test_sentence_embeddings_do_not_depend_on_the_batch(checkpoint):
     model = SentenceTransformer(str(dfn_hf.checkpoint_path(checkpoint)), device="cpu")
     sentences = ["In the beginning God created the heaven", "And the earth was without form, and void", "hello"]
     together = model.encode(sentences)
@@ -72,7 +72,7 @@ def test_sentences_are_embedded_alike_in_any_batch(checkpoint):
 
 
 @checkpoints
-def test_lm_eval_scores_a_task_of_ones_own_as_the_page_says(checkpoint, tmp_path):
+def test_lm_eval_with_a_custom_task_as_documented(checkpoint, tmp_path):
     page = (Path(__file__).parents[2] / "docs" / "guides" / "clients.md").read_text(encoding="utf-8")
     (task,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
     (command,) = re.findall(r"```bash\n(python -c .*?lm_eval.*?)```", page, flags=re.DOTALL)

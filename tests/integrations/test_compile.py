@@ -1,4 +1,4 @@
-"""`torch.compile` of a whole model gives its logits and its gradients."""
+"""Tests that `torch.compile` preserves generated tokens, loss and gradients."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ class TestCompiled:
         assert torch.equal(model.generate(ids, max_new_tokens=6, do_sample=False), expected)
 
     def test_loss_and_gradients(self, family, backend):
-        # In float64: gradients amplify what a compiler rounds in another way. Rotations and the loss stay in float32.
+        # In float64, because gradients amplify rounding differences. Rotations and the loss are in float32.
         model = make_small_model(family, num_hidden_layers=1).double()
         ids = torch.randint(3, 50, (2, 21))
         losses, gradients = [], []

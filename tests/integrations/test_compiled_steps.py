@@ -1,4 +1,4 @@
-"""Steps with a static cache compile into one graph, once."""
+"""Tests that decode steps with a static cache compile to one graph, once."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def fresh_compiler():
 @pytest.mark.parametrize("backend", first_quickly(["aot_eager", "inductor"]))
 @pytest.mark.parametrize("mask", ["none", "left"])
 @pytest.mark.parametrize("search", first_quickly(["cells", "exact"]))
-def test_steps_are_one_graph(search, mask, backend):
+def test_decode_steps_compile_to_one_graph(search, mask, backend):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     config = DFNConfig(
         vocab_size=40, **sizes, local_window=4, num_neighbors=5, num_tables=3, memory_slots=2, memory_chunk=4,
@@ -41,7 +41,7 @@ def test_steps_are_one_graph(search, mask, backend):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-def test_generate_compiles_its_steps():
+def test_generate_compiles_decode_steps():
     model, ids = make_small_model("dfn"), draw_ids(2, 9, 0)
     compiling = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
     compiling._compile_all_devices = True
@@ -54,11 +54,11 @@ def test_generate_compiles_its_steps():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
-IN_PLACE = {"index_put", "copy_", "view", "_unsafe_view"}  # compilers write the first where it lies
-WAITING = {"_local_scalar_dense", "nonzero", "lift_fresh_copy"}  # for data of the device, or of the host
+IN_PLACE = {"index_put", "copy_", "view", "_unsafe_view"}  # a compiler performs index_put in place
+SYNCHRONIZING = {"_local_scalar_dense", "nonzero", "lift_fresh_copy"}  # synchronize device and host
 
 
-def test_a_graph_holds_no_copy_of_the_cache_and_no_wait():
+def test_graph_contains_no_cache_copy_and_no_synchronization():
     model, longest, graphs = make_small_model("dfn"), 997, []
 
     def keep(graph, inputs):
@@ -77,7 +77,7 @@ def test_a_graph_holds_no_copy_of_the_cache_and_no_wait():
     calls = [node for node in graphs[0].nodes if node.op == "call_function"]
     names = {node: node.target.__name__.split(".")[0] for node in calls if hasattr(node.target, "__name__")}
     assert len(names) > 100
-    assert [node.stack_trace for node in names if names[node] in WAITING] == []
+    assert [node.stack_trace for node in names if names[node] in SYNCHRONIZING] == []
     assert not [node for node in graphs[0].nodes if node.op == "get_attr"]
     whole = [names[node] for node in names if longest in getattr(node.meta.get("val"), "shape", ())]
     assert whole and IN_PLACE.issuperset(whole)

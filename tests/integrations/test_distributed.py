@@ -1,4 +1,4 @@
-"""Training over two processes, replicated or sharded, equals one process."""
+"""Tests that training on two processes, replicated or sharded, equals training on one."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def make_model(family, options):
 
 
 def draw_batch():
-    """Ids and labels `[rows, length]`; rows have different numbers of labels."""
+    """Draw ids and labels `[rows, length]`; rows have different numbers of labels."""
     ids = draw_ids(ROWS, 40, 0)
     labels = ids.clone()
     for row in range(ROWS):
@@ -48,29 +48,29 @@ def draw_batch():
 
 
 def count_items(family, labels):
-    """Labels that a loss is a mean over: a decoder-only model has nothing before the first."""
+    """Number of labels in the mean loss; a decoder-only model does not predict the first."""
     return (labels if family == "liquid" else labels[:, 1:]).ne(-100).sum()
 
 
-def whole(tensor):
+def full_tensor(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
-def learnt(model):
-    """Gradients, and the buffers after what training staged was written to them."""
+def gradients_and_buffers(model):
+    """Gradients, and buffers after staged updates are committed."""
     if hasattr(model, "commit_memory"):
         model.commit_memory()
-    gradients = {f"{name}.grad": whole(parameter.grad) for name, parameter in model.named_parameters()}
+    gradients = {f"{name}.grad": full_tensor(parameter.grad) for name, parameter in model.named_parameters()}
     return gradients | dict(model.named_buffers())
 
 
 def replicated(model: nn.Module) -> nn.Module:
-    # Every parameter must take part: unused ones would hang the reduction, or need a search for them.
+    # Every parameter must have a gradient: DDP waits for unused parameters unless it searches for them.
     return DistributedDataParallel(model)
 
 
 def sharded(model: nn.Module) -> nn.Module:
-    """Every layer, and what lies around the layers, over both processes."""
+    """Shard every layer and the remaining parameters over both processes."""
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             fully_shard(module)
@@ -81,7 +81,7 @@ WAYS = {"DDP": replicated, "FSDP2": sharded}
 
 
 def train(rank, way, cases, rendezvous, results):
-    """Loss and what was learnt of each case from the rows of this process."""
+    """Save loss, gradients and buffers of each case, computed from the rows of this process."""
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=PROCESSES)
     try:
         torch.set_num_threads(1)
@@ -90,13 +90,13 @@ def train(rank, way, cases, rendezvous, results):
         found = []
         for family, options in cases:
             model = WAYS[way](make_model(family, options))
-            # As Trainer does: scaled by all labels and, since the mean of gradients is taken, by the processes.
+            # Like Trainer: normalized by all labels, and scaled by the processes because gradients are averaged.
             items = count_items(family, labels)
             loss = model(ids[mine], labels=labels[mine], num_items_in_batch=items, use_cache=False).loss
             (loss * PROCESSES).backward()
             loss = loss.detach()
             dist.all_reduce(loss)
-            found.append((loss, learnt(getattr(model, "module", model))))
+            found.append((loss, gradients_and_buffers(getattr(model, "module", model))))
         torch.save(found, results / f"{rank}.pt")
     finally:
         dist.destroy_process_group()
@@ -124,7 +124,7 @@ def test_two_processes_equal_one(way, tmp_path):
         before = {name: buffer.clone() for name, buffer in model.named_buffers()}
         expected = model(ids, labels=labels, use_cache=False).loss
         expected.backward()
-        expected_values = learnt(model)
+        expected_values = gradients_and_buffers(model)
         banks = [name for name in before if name.endswith("memory_bank")]
         assert bool(banks) == (options.get("memory_size", 0) > 0)
         assert not any(torch.equal(expected_values[name], before[name]) for name in banks)
@@ -139,7 +139,7 @@ def test_two_processes_equal_one(way, tmp_path):
 
 @pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForSequenceClassification, "LM"])
 @pytest.mark.parametrize("family", MODELS)
-def test_a_trainer_finds_the_layers_to_shard_by(family, auto_class):
+def test_fsdp_wrap_policy_finds_the_layers(family, auto_class):
     config = make_small_model(family).config
     language_model = AutoModelForSeq2SeqLM if family == "liquid" else AutoModelForCausalLM
     model = (language_model if auto_class == "LM" else auto_class).from_config(config)
@@ -149,7 +149,7 @@ def test_a_trainer_finds_the_layers_to_shard_by(family, auto_class):
     assert len(layers) >= 2 and all(map(shards_by, layers))
 
 
-def test_the_command_trains_on_two_processes_as_on_one(tmp_path):
+def test_train_command_on_two_processes_equals_one(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n".join(f"The {number} little letters lay in a long line." for number in range(900)))
     size = ["--size", "tiny", "--block-size", "48", "--max-steps", "4"]

@@ -1,4 +1,4 @@
-"""`torch.export` of a forward pass at a fixed shape, and ONNX for the families whose every step it has."""
+"""Tests `torch.export` of a forward pass at a fixed shape, and ONNX export of FlowNetwork and Liquid."""
 
 import onnxruntime
 import pytest
@@ -24,7 +24,7 @@ def draw_inputs(family, seed):
 
 
 @pytest.mark.parametrize("family", ["dfn", "flownetwork", "liquid"])
-def test_an_exported_program_gives_the_same_logits(family):
+def test_exported_program_has_the_same_logits(family):
     model, other = make_model(family), draw_inputs(family, 1)
     program = torch.export.export(model, (), draw_inputs(family, 0), strict=False).module()
     with torch.no_grad():
@@ -32,7 +32,7 @@ def test_an_exported_program_gives_the_same_logits(family):
 
 
 @pytest.mark.parametrize("family", first_quickly(["flownetwork", "liquid"]))
-def test_onnx_gives_the_same_logits(family, tmp_path):
+def test_onnx_has_the_same_logits(family, tmp_path):
     model, other = make_model(family, num_hidden_layers=1), draw_inputs(family, 1)
     program = torch.onnx.export(model, (), kwargs=draw_inputs(family, 0), dynamo=True, verbose=False)
     program.save(tmp_path / "model.onnx")
@@ -43,17 +43,17 @@ def test_onnx_gives_the_same_logits(family, tmp_path):
     assert torch.allclose(torch.from_numpy(logits), expected, rtol=0, atol=1e-4)
 
 
-def test_cell_lists_are_refused_with_the_remedy():
+def test_error_for_cell_lists_names_the_remedy():
     with pytest.raises(ValueError, match="model.config.search_implementation = 'exact'"):
         torch.export.export(make_small_model("dfn"), (), draw_inputs("dfn", 0), strict=False)
 
 
-def test_sampled_entities_are_refused():
+def test_sampled_entities_are_rejected():
     with pytest.raises(ValueError, match="number of entities depends on the input"):
         torch.export.export(make_small_model("dfn-adaptive"), (), draw_inputs("dfn", 0), strict=False)
 
 
 @pytest.mark.parametrize("make", [make_model, make_small_model])
-def test_onnx_is_refused_for_dfn(make):
+def test_onnx_export_of_dfn_is_rejected(make):
     with pytest.raises(torch.onnx.OnnxExporterError, match="cannot be exported to ONNX"):
         torch.onnx.export(make("dfn"), (), kwargs=draw_inputs("dfn", 0), dynamo=True, verbose=False)

@@ -1,4 +1,4 @@
-"""Models that lie on disk, in part or whole, compute what they compute in memory."""
+"""Tests that models offloaded to disk, partly or completely, compute the same logits as in memory."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def test_device_map_auto(family, share, tmp_path):
         tmp_path / "model", device_map="auto", offload_folder=tmp_path / "offload", **options
     )
     assert ("disk" in getattr(loaded, "hf_device_map", {}).values()) == (share is not None)
-    # Loaded tensors lie at other addresses, and on some processors products round by alignment.
+    # Memory alignment of loaded tensors changes rounding on some processors.
     assert torch.allclose(logits_of(loaded), expected, rtol=0, atol=1e-5)
     written = model.generate(ids(), max_new_tokens=4, do_sample=False)
     assert torch.equal(loaded.generate(ids(), max_new_tokens=4, do_sample=False), written)

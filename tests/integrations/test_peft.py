@@ -1,4 +1,4 @@
-"""PEFT's methods on small models of every family, as its documentation has them, and what is refused."""
+"""Tests PEFT methods on small models of every family."""
 
 import copy
 
@@ -42,7 +42,7 @@ def logits_of(model) -> torch.Tensor:
 
 
 def adapt(family: str, config) -> PeftModel:
-    """A model with that adapter after three steps, every weight of which has moved."""
+    """Train a model with the adapter for three steps; every trainable weight changes."""
     torch.manual_seed(1)
     adapted = get_peft_model(make_model(family), config).double().train()
     before = {name: weight.detach().clone() for name, weight in adapted.named_parameters()}
@@ -67,7 +67,7 @@ def adapt(family: str, config) -> PeftModel:
     ],
     ids=["default", "all-linear", "dora", "with embedding"],
 )
-def test_lora_learns_merges_and_loads(family, options, tmp_path):
+def test_lora_trains_merges_and_loads(family, options, tmp_path):
     if "modules_to_save" in options:
         options = options | {"ensure_weight_tying": True}
     adapted = adapt(family, LoraConfig(r=2, task_type=task_of(family), **options))
@@ -80,7 +80,7 @@ def test_lora_learns_merges_and_loads(family, options, tmp_path):
 
 
 @families
-def test_default_targets_are_linear_maps_of_every_layer(family):
+def test_default_targets_are_linear_layers(family):
     adapted = get_peft_model(make_model(family), LoraConfig(r=2))
     linear_maps = LINEAR_MAPS[adapted.config.model_type]
     assert adapted.peft_config["default"].target_modules == set(linear_maps)
@@ -91,7 +91,7 @@ def test_default_targets_are_linear_maps_of_every_layer(family):
 
 
 @pytest.mark.parametrize("method", LOW_RANK_METHODS)
-def test_every_low_rank_method_knows_the_families(method):
+def test_low_rank_methods_have_default_targets(method):
     mapping = getattr(peft.utils.constants, f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING")
     assert all(mapping[family] == targets for family, targets in LINEAR_MAPS.items())
 
@@ -117,11 +117,11 @@ def test_virtual_tokens(family, config, tmp_path):
     loaded = PeftModel.from_pretrained(make_model(family), tmp_path).double()
     assert torch.allclose(logits_of(loaded), expected, **FP32)  # PEFT loads virtual tokens as float32
     written = adapted.generate(input_ids=draw_ids(), max_new_tokens=3, do_sample=False)
-    # Virtual tokens are no part of what is written; an encoder-decoder's starts with one of its own.
+    # The output contains no virtual tokens; that of an encoder-decoder has a start token.
     assert written.shape == (2, 4 if family == "liquid" else draw_ids().shape[1] + 3)
 
 
-def test_experts_as_parameters():
+def test_experts_as_target_parameters():
     targets = ["experts.up_proj", "experts.down_proj"]
     config = LoraConfig(r=2, target_modules=[], target_parameters=targets, task_type="SEQ_2_SEQ_LM")
     adapted = adapt("liquid", config)
@@ -131,7 +131,7 @@ def test_experts_as_parameters():
 
 
 @families
-def test_adapters_of_transformers_own(family, tmp_path):
+def test_load_adapter_of_transformers(family, tmp_path):
     adapted = adapt(family, LoraConfig(r=2, task_type=task_of(family)))
     expected = logits_of(adapted)
     adapted.save_pretrained(tmp_path)
@@ -144,7 +144,7 @@ def test_adapters_of_transformers_own(family, tmp_path):
 
 
 @families
-def test_prefix_tuning_is_refused_in_a_sentence(family):
+def test_error_for_prefix_tuning_names_an_alternative(family):
     adapted = get_peft_model(make_model(family), PrefixTuningConfig(num_virtual_tokens=3, task_type=task_of(family)))
     with pytest.raises(ValueError, match="prompt tuning"):
         adapted(input_ids=draw_ids(), labels=draw_ids())

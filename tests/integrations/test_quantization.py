@@ -1,4 +1,4 @@
-"""bitsandbytes and torchao through `from_pretrained`, on small models of every family with every part they have."""
+"""Tests bitsandbytes and torchao quantization on small models of every family."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ FORMATS = {
     "torchao int8 weights": lambda: TorchAoConfig(Int8WeightOnlyConfig()),
     "torchao int8 dynamic": lambda: TorchAoConfig(Int8DynamicActivationInt8WeightConfig()),
 }
-DECIDING = {
+NOT_QUANTIZED = {
     "dfn": ("flow_map", "position_proj", "flow_proj", "influence_proj"),
     "flownetwork": ("context_proj", "route_proj", "pattern_selector", "key_proj", "intensity_proj"),
     "liquid": ("gate",),
@@ -29,7 +29,7 @@ families = pytest.mark.parametrize("family", MODELS)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A saved model of every family, drawn at random."""
+    """Folders with a random model of each family."""
     folder = tmp_path_factory.mktemp("models")
     for family in MODELS:
         make_small_model(family).save_pretrained(folder / family)
@@ -53,7 +53,7 @@ def logits_of(model) -> torch.Tensor:
 
 @families
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_quantized_model_saves_loads_and_generates(family, name, folders, tmp_path):
+def test_quantized_model_saves_loads_and_generates(family, name, folders, tmp_path):
     model = load(folders / family, family, name)
     maps = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
     quantized = {path for path, module in maps.items() if is_quantized(module)}
@@ -68,19 +68,19 @@ def test_a_quantized_model_saves_loads_and_generates(family, name, folders, tmp_
 
 
 @families
-def test_bitsandbytes_leaves_small_maps_that_decide(family, folders):
+def test_bitsandbytes_does_not_quantize_routing_layers(family, folders):
     model = load(folders / family, family, "int8")
     maps = {path: module for path, module in model.named_modules() if isinstance(module, nn.Linear)}
-    for name in DECIDING[model.config.model_type]:
+    for name in NOT_QUANTIZED[model.config.model_type]:
         named = [module for path, module in maps.items() if path.rsplit(".", 1)[-1] == name]
         assert named and not any(is_quantized(module) for module in named), name
 
 
 @families
-def test_small_maps_stay_in_float32_where_a_model_is_loaded_in_float16(family, folders):
+def test_routing_layers_are_float32_in_a_float16_model(family, folders):
     model = type(MODELS[family]()).from_pretrained(folders / family, dtype=torch.float16).eval()
     kept = {path for path, weight in model.named_parameters() if weight.dtype == torch.float32}
-    for name in DECIDING[model.config.model_type]:
+    for name in NOT_QUANTIZED[model.config.model_type]:
         assert any(f".{name}." in path for path in kept), name
     assert logits_of(model).isfinite().all()
 
@@ -92,9 +92,9 @@ def test_qlora_trains(family, name, folders):
     model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
     task = "SEQ_2_SEQ_LM" if family == "liquid" else "CAUSAL_LM"
     adapted = get_peft_model(model, LoraConfig(r=4, task_type=task)).train()
-    learnt = [weight for weight in adapted.parameters() if weight.requires_grad]
+    trainable = [weight for weight in adapted.parameters() if weight.requires_grad]
     frozen = {path: weight.clone() for path, weight in adapted.named_parameters() if not weight.requires_grad}
-    optimizer = torch.optim.Adam(learnt, lr=1e-2)
+    optimizer = torch.optim.Adam(trainable, lr=1e-2)
     losses = []
     for _ in range(12):
         optimizer.zero_grad()

@@ -159,7 +159,7 @@ def test_student_of_another_teacher_is_rejected(teacher, tokenizer, blocks, tmp_
     options = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}
     for architecture, told in (
         ("dfn", "num_hidden_layers is 3 in the student and 2"),
-        ("llama", "model_type is 'llama'"),
+        ("llama", "has model_type 'llama'"),
     ):
         student = new_causal_lm(tokenizer, architecture=architecture, **options)
         with pytest.raises(ValueError, match=told):

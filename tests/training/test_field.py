@@ -64,9 +64,7 @@ def test_files_without_a_field_are_rejected(tmp_path):
         load_arrays(tmp_path / "missing.png")
     draw_images(tmp_path, 1)
     write_sound(tmp_path / "a.wav")
-    with pytest.raises(
-        ValueError, match=r"a\.wav has 1 axes and 1 values .*0\.png has 2 and 1: give files"
-    ):
+    with pytest.raises(ValueError, match=r"a\.wav has 1 axes and 1 values .*0\.png has 2 and 1: give files"):
         load_arrays(tmp_path)
     (tmp_path / "a.wav").unlink()
     draw_images(tmp_path / "colour", 1, (4, 5, 3))

@@ -91,7 +91,7 @@ def test_named_modules_with_gradient_accumulation(tmp_path):
     log, expected = train(tmp_path, [PART], gradient_accumulation_steps=2)
     assert {field for field in log[0] if "/" in field} == {f"activation_norm/{PART}", f"gradient_norm/{PART}"}
     assert log[1][f"gradient_norm/{PART}"] == pytest.approx(expected.gradients[4], rel=1e-5)
-    with pytest.raises(ValueError, match="no module 'model.nowhere'"):
+    with pytest.raises(ValueError, match="modules names 'model.nowhere'"):
         train(tmp_path, ["model.nowhere"])
 
 

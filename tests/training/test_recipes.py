@@ -57,7 +57,7 @@ def test_train_field(pictures, tmp_path):
     assert before > 0 and after > 0 and unit == "mean squared error"
     config = DFNForFieldReconstruction.from_pretrained(folder).config
     assert (config.coordinate_dim, config.value_dim, config.num_entities) == (2, 1, 2)
-    assert "in pieces of 32 samples, from scratch." in (folder / "README.md").read_text()
+    assert "in crops of 32 samples, from scratch." in (folder / "README.md").read_text()
     again = train(*arguments)
     assert again.exit_code == 1 and "--overwrite" in again.output
     masked = train(*arguments, "--mask-ratio", "0.75", "--overwrite", "--config-override", "num_entities=3")
