@@ -1,3 +1,5 @@
+"""Tests the evaluation of causal language models."""
+
 import math
 
 import pytest
