@@ -182,7 +182,7 @@ def _draw_legend(axes: Axes) -> None:
         axes.plot([], [], color=colour, lw=2.5, alpha=0.7, label=name)
     axes.plot([], [], color=INK, marker=">", label="the reader's flow, from rest to moved position")
     axes.scatter([], [], facecolors="white", edgecolors=MUTED, s=12, linewidths=0.6, label="later in the text")
-    axes.legend(loc="upper right", frameon=False, labelcolor=INK, fontsize=9)
+    axes.legend(loc="best", frameon=False, labelcolor=INK, fontsize=9)
 
 
 def project_to_plane(
