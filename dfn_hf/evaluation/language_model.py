@@ -102,9 +102,7 @@ def evaluate_causal_lm(
     if num_tokens == 0:
         raise ValueError("documents holds no text: give at least one document that is not empty")
     if not math.isfinite(nats):
-        raise ValueError(
-            "the model's logits are not finite on these documents: use a model that has not diverged"
-        )
+        raise ValueError("the model's logits are not finite on these documents: use a model that has not diverged")
     loss = nats / num_tokens
     return Evaluation(
         loss=loss,

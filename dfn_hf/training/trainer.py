@@ -162,6 +162,7 @@ def train_model(
     if last is not None:
         check_same_run(checkpoints, run)
     progress_bar = ProgressBarCallback()
+    use_cache = base_model.config.use_cache  # the Trainer sets it to False
     trainer = make_trainer(
         model=model,
         args=training_arguments(checkpoints, settings, group_by_length=data_collator is not None),
@@ -175,12 +176,11 @@ def train_model(
     if settings.exact_search_ratio > 0:
         trainer.add_callback(SearchSwitchCallback(settings.exact_search_ratio))
 
-    use_cache = base_model.config.use_cache
     try:
         run_trainer(trainer, checkpoints, run, last)
     finally:
         progress_bar.close()
-        base_model.config.use_cache = use_cache  # the Trainer sets it to False
+        base_model.config.use_cache = use_cache
 
     history = trainer.state.log_history
     initial_loss = next(entry["eval_loss"] for entry in history if "eval_loss" in entry)

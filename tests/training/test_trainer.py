@@ -139,7 +139,7 @@ def test_diverged_run_keeps_the_folder(tokenizer, blocks, tmp_path):
     (tmp_path / "model" / "poem.txt").write_text("mine")
     model = new_causal_lm(tokenizer, **TINY)
     model.lm_head.weight.data.fill_(float("nan"))
-    with pytest.raises(ValueError, match="diverged: lower learning_rate .now 0.01"):
+    with pytest.raises(ValueError, match="diverged: lower learning_rate .*now 0.01"):
         train(model, tokenizer, blocks, tmp_path / "model", overwrite=True)
     assert (tmp_path / "model" / "poem.txt").read_text() == "mine"
 
@@ -281,7 +281,7 @@ def test_error_names_the_wrong_model_option(tokenizer, options, words):
 DISTRIBUTED_SCRIPT = """
     import sys
     from dataclasses import replace
-    from test_training import SETTINGS, TINY, load_tokenizer, make_blocks, new_causal_lm, train
+    from tests.training.test_trainer import SETTINGS, TINY, load_tokenizer, make_blocks, new_causal_lm, train
 
     tokenizer = load_tokenizer("byte")
     settings = replace(SETTINGS, batch_size=SETTINGS.batch_size // 2)
@@ -290,7 +290,7 @@ DISTRIBUTED_SCRIPT = """
 
 SCRIPT = """
     import resource, signal, sys
-    from test_training import LONG, TINY, load_tokenizer, make_blocks, new_causal_lm, train
+    from tests.training.test_trainer import LONG, TINY, load_tokenizer, make_blocks, new_causal_lm, train
 
     folder, most_bytes = sys.argv[1], int(sys.argv[2])
     tokenizer = load_tokenizer("byte")
@@ -310,8 +310,7 @@ def start_training(folder, most_bytes=0):
 
 
 def environment():
-    tests = Path(__file__).parent
-    return {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
+    return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 def test_full_disk_is_a_one_line_error_and_keeps_the_checkpoint(tmp_path):
