@@ -131,9 +131,9 @@ def record_block(block: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
     def record_slots(module: nn.Module, args: tuple, output: tuple) -> None:
         records["slots"] = output[0]
 
-    hooks = [block.router.register_forward_pre_hook(record_input)]
+    hooks = [block.get_submodule("router").register_forward_pre_hook(record_input)]
     if getattr(block, "sequence_memory", None) is not None:
-        hooks.append(block.sequence_memory.register_forward_hook(record_slots))
+        hooks.append(block.get_submodule("sequence_memory").register_forward_hook(record_slots))
     try:
         yield records
     finally:

@@ -113,8 +113,8 @@ def record_spectra(embedding: nn.Module) -> Iterator[dict[str, list[torch.Tensor
         records["ratios"].append(output[1][0])
 
     hooks = [
-        embedding.frequency_attention.register_forward_hook(record_magnitudes),
-        embedding.low_pass.register_forward_hook(record_ratios),
+        embedding.get_submodule("frequency_attention").register_forward_hook(record_magnitudes),
+        embedding.get_submodule("low_pass").register_forward_hook(record_ratios),
     ]
     try:
         yield records
