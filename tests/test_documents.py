@@ -7,10 +7,9 @@ from pathlib import Path
 import nbformat
 import pytest
 import typer
-from nbclient import NotebookClient
 
 from dfn_hf.cli.app import app
-from tests.support import hub_server
+from tests.support import notebooks
 from tests.support.native_checkpoints import save_those_in_docs
 
 ROOT = Path(__file__).parents[1]
@@ -78,12 +77,30 @@ def test_commands_parse(page):
             command.make_context(line, arguments)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.name)
-def test_notebook_runs(path, tmp_path, monkeypatch):
-    notebook = nbformat.read(path, as_version=4)
-    assert not any(cell.get("outputs") for cell in notebook.cells), "commit notebooks without outputs"
-    with hub_server.serve() as address:
-        hub = {"HF_ENDPOINT": address, "HF_TOKEN": hub_server.TOKEN, "HF_HUB_DISABLE_XET": "1"}
-        for name, value in {**hub, "HF_HOME": str(tmp_path / "home")}.items():
-            monkeypatch.setenv(name, value)
-        NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}}).execute()
+SLOW_NOTEBOOKS = {"06_fields", "07_pairs"}  # 48 and 47 seconds on one core; the others take 21 to 41 seconds
+NOTEBOOKS = [
+    pytest.param(path, marks=[pytest.mark.slow] * (path.stem in SLOW_NOTEBOOKS), id=path.stem)
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
+]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS)
+def test_notebook_gives_its_stored_outputs(path, tmp_path):
+    stored = nbformat.read(path, as_version=4)
+    changed = list(notebooks.changed_outputs(stored, notebooks.execute(path, tmp_path)))
+    assert not changed, f"run: python -m tests.support.notebooks notebooks/{path.name}"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "same"),
+    [
+        ("loss 4.532", "loss 4.533", True),
+        ("loss 4.53", "loss 4.63", False),
+        ("12 documents", "13 documents", False),
+        ("wrote", "written", False),
+        ("<object at 0x7f3a>", "<object at 0x55e1>", True),
+        ("saved in /tmp/a/b in 1.5 s", "saved in /tmp/c/d in 3.1 s", True),
+    ],
+)
+def test_notebook_outputs_are_compared_to_three_digits(before, after, same):
+    assert notebooks.same_text(before, after) == same
