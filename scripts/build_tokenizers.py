@@ -49,6 +49,7 @@ def main(
             model_input_names=["input_ids", "attention_mask"],
             clean_up_tokenization_spaces=False,
         ).save_pretrained(output / name)
+        tokenizer.save(str(output / name / "tokenizer.json"), pretty=False)
         print(f"{name}: {tokenizer.get_vocab_size()} tokens")
 
 

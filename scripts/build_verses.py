@@ -6,9 +6,9 @@ Example:
     ```
 """
 
+import bz2
 import html
 import json
-import lzma
 import re
 from pathlib import Path
 from typing import Annotated
@@ -76,7 +76,7 @@ def build(
             lines[split_of(book)].append(json.dumps(pair, ensure_ascii=False))
     for split, pairs in lines.items():
         data = "".join(f"{pair}\n" for pair in pairs).encode()
-        (folder / f"{split}.jsonl.xz").write_bytes(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME))
+        (folder / f"{split}.jsonl.bz2").write_bytes(bz2.compress(data))
         typer.echo(f"{split}: {len(pairs):,} pairs, {len(data):,} bytes")
 
 

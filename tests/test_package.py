@@ -96,6 +96,10 @@ def test_wheel_holds_every_module_and_data_file(wheel, checkout):
     assert "dfn-hf = dfn_hf_cli:main" in zipfile.ZipFile(wheel).read(f"{dist_info}/entry_points.txt").decode()
 
 
+def test_wheel_is_small(wheel):
+    assert wheel.stat().st_size <= 16e6
+
+
 def test_sdist_holds_what_a_developer_needs(sdist):
     held = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
     assert {

@@ -67,7 +67,7 @@ def test_held_out_documents_do_not_overlap_other_splits():
 
 
 def test_corpus_is_small():
-    assert sum(file.stat().st_size for file in Path(dfn_hf.assets.corpus.__file__).parent.glob("*.xz")) < 4e6
+    assert sum(file.stat().st_size for file in Path(dfn_hf.assets.corpus.__file__).parent.glob("*.bz2")) < 4e6
 
 
 def test_error_for_unknown_split_lists_the_splits():

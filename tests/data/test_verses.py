@@ -79,7 +79,7 @@ def test_build_strips_markup_and_skips_unmatched_verses(tmp_path):
     assert build_verses.read_verses(english)["Genesis", 1, 1] == "In the beginning, God created."
     assert build_verses.read_verses(english)["Ruth", 1, 2] == "<A short one"
     build_verses.build(english, spanish, tmp_path)
-    assert {path.name for path in tmp_path.glob("*.xz")} == {f"{split}.jsonl.xz" for split in SPLITS}
+    assert {path.name for path in tmp_path.glob("*.bz2")} == {f"{split}.jsonl.bz2" for split in SPLITS}
     with pytest.raises(ValueError, match="holds no verse"):
         empty = tmp_path / "empty.imp"
         empty.write_text("")

@@ -1,7 +1,7 @@
 """Loads the bundled corpus of English text in the public domain. README.md names its sources."""
 
+import bz2
 import json
-import lzma
 from pathlib import Path
 
 from datasets import Dataset
@@ -26,5 +26,5 @@ def load_corpus(split: str) -> Dataset:
     """
     if split not in SPLITS:
         raise ValueError(f"the corpus has no split {split!r}: choose one of {', '.join(SPLITS)}")
-    with lzma.open(Path(__file__).parent / f"{split}.jsonl.xz", "rt", encoding="utf-8") as lines:
+    with bz2.open(Path(__file__).parent / f"{split}.jsonl.bz2", "rt", encoding="utf-8") as lines:
         return Dataset.from_list([json.loads(line) for line in lines])

@@ -1,7 +1,7 @@
 """Loads the bundled English-Spanish verse pairs. README.md names their sources."""
 
+import bz2
 import json
-import lzma
 from pathlib import Path
 
 from datasets import Dataset
@@ -25,5 +25,5 @@ def load_verses(split: str) -> Dataset:
     """
     if split not in SPLITS:
         raise ValueError(f"the verses have no split {split!r}: choose one of {', '.join(SPLITS)}")
-    with lzma.open(Path(__file__).parent / f"{split}.jsonl.xz", "rt", encoding="utf-8") as lines:
+    with bz2.open(Path(__file__).parent / f"{split}.jsonl.bz2", "rt", encoding="utf-8") as lines:
         return Dataset.from_list([json.loads(line) for line in lines])
