@@ -169,9 +169,7 @@ def draw_model(family: str, seed: int, dtype: torch.dtype = torch.float64, **ove
     model = FAMILIES[family].model_class(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            if (
-                parameter.dim() < 2 or parameter.shape[1] == 1
-            ):  # initialised as constants
+            if parameter.dim() < 2 or parameter.shape[1] == 1:  # initialised as constants
                 parameter.add_(0.3 * torch.randn_like(parameter))
         for module in model.modules():
             if isinstance(module, EntitySampling):  # at initialisation its flow has about the same length everywhere

@@ -64,9 +64,7 @@ def dense(decoder, queries, entities, real, samples, values, mask):
 @pytest.mark.parametrize("coordinate_dim", [1, 2, 3])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_values_and_gradients_equal_dense_search(seed, coordinate_dim, own_queries, monkeypatch):
-    monkeypatch.setattr(
-        field_interpolation, "CANDIDATES_PER_SIDE", 7
-    )  # all are candidates: the search is exact
+    monkeypatch.setattr(field_interpolation, "CANDIDATES_PER_SIDE", 7)  # all are candidates: the search is exact
     entities, real = draw_entities(seed, coordinate_dim=coordinate_dim)
     decoder = draw_decoder(seed, coordinate_dim)
     samples = torch.rand(2, 19, coordinate_dim, dtype=torch.float64)

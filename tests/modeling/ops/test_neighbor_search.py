@@ -225,7 +225,7 @@ def choose_form(form, monkeypatch):
 
 
 def searched_in_chunks(queries, keys, counts_per_call, num_neighbors, window, candidates, grids, numbered=False):
-    """Search ragged rows call by call, with chains and a storage per row as in a cache; lists by position in the row."""
+    """Search ragged rows call by call, with chains and storage as in a cache; return lists by position in the row."""
     rows, length, _ = queries.shape
     capacity = length + 10
     num_tables = len(grids.cell_sizes)
