@@ -18,7 +18,7 @@ import tokenize
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import TypeGuard
+from typing import ClassVar, TypeGuard
 
 ROOT = Path(__file__).parent
 KERNELS = ROOT / "ops" / "kernels"
@@ -37,7 +37,7 @@ class HubCodeMixin:
         when_created: called whenever a configuration is created, unpickled or copied.
     """
 
-    when_created: Callable[[], None] = staticmethod(lambda: None)
+    when_created: ClassVar[Callable[[], None]] = staticmethod(lambda: None)
 
     def __new__(cls, *args, **kwargs):
         cls.when_created()

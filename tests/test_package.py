@@ -100,6 +100,32 @@ def test_wheel_is_small(wheel):
     assert wheel.stat().st_size <= 16e6
 
 
+WITHOUT_COMPILER = """
+import shutil
+shutil.which = lambda *args, **kwargs: None
+import torch
+from dfn_hf.modeling.ops.kernels.flow_attention_cpu import attention_library
+from dfn_hf.modeling.ops.kernels.neighbor_search_cpu import search_library
+print(attention_library(torch.ones(1)) is not None, search_library(torch.ones(1)) is not None)
+"""
+
+
+def test_a_wheel_may_carry_the_compiled_kernels(checkout, wheel, installed, tmp_path):
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index"]
+    environment = {"PATH": "/usr/bin:/bin", "DFN_HF_BUILD_KERNELS": "1"}
+    subprocess.run([*pip, "--wheel-dir", tmp_path, checkout], cwd=tmp_path, env=environment, check=True)
+    carrying = next(tmp_path.glob("*.whl"))
+    assert re.fullmatch(r"dfn_hf-[\d.]+-py3-none-(?!any).+\.whl", carrying.name)
+    assert wheel.name.endswith("-py3-none-any.whl")
+    folder = tmp_path / "site-packages"
+    zipfile.ZipFile(carrying).extractall(folder)
+    assert run(sys.executable, "-c", WITHOUT_COMPILER, cwd=tmp_path, python_path=folder).split() == ["True", "True"]
+    assert run(sys.executable, "-c", WITHOUT_COMPILER, cwd=tmp_path, python_path=installed).split() == [
+        "False",
+        "False",
+    ]
+
+
 def test_sdist_holds_what_a_developer_needs(sdist):
     held = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
     assert {

@@ -1,5 +1,7 @@
 """Compiles C code at first use and keeps the library for later processes.
 
+Where no compiler works, the library that the wheel carries is used, if it carries one.
+
 The C functions take pointers and sizes, so they need a C compiler but no Python or torch headers. A library's file
 name is a hash of its source, compiler, flags and processor, and the file is moved into place complete. Several
 processes and several copies of this code from the Hub can therefore share the folder.
@@ -35,20 +37,23 @@ def kernels_enabled() -> bool:
 
 
 @cache
-def compiled_library(source: str, *flags: str) -> ctypes.CDLL | None:
+def compiled_library(source: str, *flags: str, carried: str = "") -> ctypes.CDLL | None:
     """Compile C code, or load the library compiled before.
 
     Args:
         source: the C code.
         flags: compiler flags.
+        carried: file name of the library that a wheel may carry beside this module.
 
     Returns:
         The library; None if it cannot be compiled, with the reason logged once.
     """
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None or os.name != "posix":
-        logger.warning_once("No C compiler was found: torch operations run instead, which are slower. Install gcc.")
+    if os.name != "posix":
+        logger.warning_once("C kernels need Linux or macOS: torch operations run instead, which are slower.")
         return None
+    if compiler is None:
+        return carried_library(carried, "No C compiler was found. Install gcc.")
     try:
         # -march=native only if the file name can tell this processor from others that share the folder.
         tuning = ["-march=native"] if processor() else []
@@ -58,8 +63,23 @@ def compiled_library(source: str, *flags: str) -> ctypes.CDLL | None:
             return build_library(source, [compiler, *flags])
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         reason = getattr(error, "stderr", None) or error
-        logger.warning_once(f"The C code did not compile: torch operations run instead, which are slower. {reason}")
-        return None
+        return carried_library(carried, f"The C code did not compile: {reason}")
+
+
+def carried_library(name: str, reason: str) -> ctypes.CDLL | None:
+    """Load the library that the wheel carries, compiled for any processor of its platform.
+
+    Returns:
+        The library; None, with `reason` logged once, if the wheel carries none or the file cannot be loaded.
+    """
+    path = Path(__file__).with_name(name) if name else None
+    if path is not None and path.exists():
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            reason = f"{reason} {path} cannot be loaded: {error}."
+    logger.warning_once(f"Torch operations run instead of C, which are slower. {reason}")
+    return None
 
 
 def build_library(source: str, command: list[str]) -> ctypes.CDLL:

@@ -50,7 +50,9 @@ class _Call(ctypes.Structure):
 def attention_library(*tensors: torch.Tensor) -> ctypes.CDLL | None:
     """Return the compiled library if these tensors are float32 on a CPU and kernels are enabled, else None."""
     supported = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
-    return compiled_library(ATTENTION_SOURCE, *ATTENTION_FLAGS) if supported and kernels_enabled() else None
+    if not supported or not kernels_enabled():
+        return None
+    return compiled_library(ATTENTION_SOURCE, *ATTENTION_FLAGS, carried="libflow_attention.so")
 
 
 def flow_attention_forward_cpu(

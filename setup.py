@@ -1,0 +1,53 @@
+"""Builds the distributions. With DFN_HF_BUILD_KERNELS=1 the wheel carries the C kernels, compiled for its platform.
+
+All other settings are in pyproject.toml.
+"""
+
+import ast
+import os
+import subprocess
+from pathlib import Path
+
+from setuptools import Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+KERNELS = Path("modeling", "ops", "kernels")
+CARRIES_KERNELS = os.environ.get("DFN_HF_BUILD_KERNELS") == "1"
+
+
+class DistributionWithKernels(Distribution):
+    def has_ext_modules(self):
+        return CARRIES_KERNELS
+
+
+class BuildWithKernels(build_py):
+    def run(self):
+        super().run()
+        if CARRIES_KERNELS and not self.editable_mode:
+            for source in sorted(KERNELS.glob("*.c")):
+                library = f"lib{source.stem.removesuffix('_cpu')}.so"
+                compile_kernel(source, Path(self.build_lib, "dfn_hf", source.with_name(library)))
+
+
+class WheelOfPlatform(bdist_wheel):
+    """A wheel for one platform and every Python 3: the libraries do not use Python's headers."""
+
+    def get_tag(self):
+        python, abi, platform = super().get_tag()
+        return ("py3", "none", platform) if CARRIES_KERNELS else (python, abi, platform)
+
+
+def compile_kernel(source: Path, library: Path) -> None:
+    """Compile a C file for any processor of the platform, with the flags that the Python module of its name states."""
+    module = ast.parse(source.with_suffix(".py").read_text(encoding="utf-8"))
+    flags = next(
+        ast.literal_eval(node.value)
+        for node in module.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).endswith("_FLAGS")
+    )
+    command = [os.environ.get("CC", "cc"), *flags, "-O3", "-std=gnu11", "-fPIC", "-shared"]
+    subprocess.run([*command, "-o", str(library), str(source), "-lm"], check=True)
+
+
+setup(distclass=DistributionWithKernels, cmdclass={"build_py": BuildWithKernels, "bdist_wheel": WheelOfPlatform})
