@@ -198,6 +198,8 @@ def test_folder_loads_without_this_package(family, saved, tmp_path):
     assert "not initialized" not in result.stderr and "not used" not in result.stderr
     # The folder that the remote code saved is complete and loads with the installed package.
     assert_carries_its_code(again, CASES[family])
+    for path in again.glob("*.py"):
+        assert path.read_bytes() == (saved / "causal" / path.name).read_bytes(), path.name
     model = AutoModelForCausalLM.from_pretrained(again, dtype=torch.float64)
     assert type(model) is CASES[family].heads[CAUSAL]
     expected = torch.load(saved / "expected.pt", weights_only=True)
