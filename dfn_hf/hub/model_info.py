@@ -1,6 +1,6 @@
 """Model summary: parameters, cache size, configuration and provenance."""
 
-import copy
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,24 +8,23 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from safetensors import safe_open
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForPreTraining,
     AutoModelForSeq2SeqLM,
     AutoModelForTextEncoding,
-    Cache,
     PreTrainedConfig,
 )
 
-from ..modeling.modules.cache import CACHE_NAME
+from .cache_size import cache_bytes_per_token
 from .loading import is_native, load_config
 from .model_card import read_provenance
 from .model_path import resolve_source
 
 OTHER_HEADS = {"DFNForFieldReconstruction": AutoModelForPreTraining, "DFNForContrastive": AutoModelForTextEncoding}
-# Families in which every layer caches the same state, so one layer gives the size of all.
-UNIFORM_FAMILIES = ("dfn", "flownetwork", "llama")
+BUFFERS = ("global_memory", "grid_rotation", "grid_shift", "memory", "memory_bank")  # saved, but not parameters
 SUMMARY_FIELDS = (
     "vocab_size",
     "hidden_size",
@@ -99,28 +98,38 @@ def describe_model(source: str) -> ModelInfo:
     """
     path = resolve_source(source)
     config = load_config(source)
-    auto_class: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    if is_native(config):
-        auto_class = AutoModel
-    for architecture in config.architectures or ():
-        auto_class = OTHER_HEADS.get(architecture, auto_class)
-    with torch.device("meta"):  # saved files hold buffers too, so their headers do not give the number of parameters
-        parameters = auto_class.from_config(config).num_parameters()
+    parameters = num_parameters(Path(path))
+    is_other_head = bool(OTHER_HEADS.keys() & set(config.architectures or ()))
     return ModelInfo(
         path=path,
         model_type=config.model_type,
-        parameters=parameters,
-        state_bytes_per_token=state_bytes_per_token(config) if is_uniform(config) else None,
+        parameters=num_parameters_of_a_new_model(config) if parameters is None else parameters,
+        state_bytes_per_token=None if is_other_head else cache_bytes_per_token(config),
         fields={field: getattr(config, field) for field in SUMMARY_FIELDS if hasattr(config, field)},
         provenance=read_provenance(model_card_path(path)),
     )
 
 
-def is_uniform(config: PreTrainedConfig) -> bool:
-    """Whether every layer caches the same number of bytes per token."""
-    if OTHER_HEADS.keys() & set(config.architectures or ()):
-        return False
-    return config.model_type in UNIFORM_FAMILIES and getattr(config, "entity_sampling", "token") == "token"
+def num_parameters(folder: Path) -> int | None:
+    """Return the number of parameters in the safetensors files of a folder; None if it holds no such file."""
+    files = sorted(folder.glob("*.safetensors"))
+    total = 0
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            names = [name for name in weights.keys() if name.rpartition(".")[2] not in BUFFERS]  # noqa: SIM118
+            total += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
+    return total if files else None
+
+
+def num_parameters_of_a_new_model(config: PreTrainedConfig) -> int:
+    """Return the number of parameters of a model without storage, for Hub ids: only their configuration is read."""
+    auto_class: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    if is_native(config):
+        auto_class = AutoModel
+    for architecture in config.architectures or ():
+        auto_class = OTHER_HEADS.get(architecture, auto_class)
+    with torch.device("meta"):
+        return auto_class.from_config(config).num_parameters()
 
 
 def model_card_path(path: str) -> Path | None:
@@ -132,31 +141,3 @@ def model_card_path(path: str) -> Path | None:
         return Path(hf_hub_download(path, "README.md"))
     except EntryNotFoundError:
         return None
-
-
-@torch.no_grad()
-def state_bytes_per_token(config: PreTrainedConfig) -> int:
-    """Measure the growth of the cache per token of a row, in bytes, on a single layer with random weights."""
-    config = copy.deepcopy(config)
-    num_layers, config.num_hidden_layers, config.vocab_size = config.num_hidden_layers, 1, 8
-    config.pad_token_id = config.bos_token_id = config.eos_token_id = None
-    model = AutoModelForCausalLM.from_config(config).eval()
-    chunk = getattr(config, "memory_chunk", 1)
-    short = chunk * max(1, 256 // chunk)
-    long = 2 * short
-    sizes = [
-        cache_bytes(model(torch.zeros(1, length, dtype=torch.long), use_cache=True)[CACHE_NAME])
-        for length in (short, long)
-    ]
-    return num_layers * (sizes[1] - sizes[0]) // (long - short)
-
-
-def cache_bytes(cache: Cache) -> int:
-    """Return the bytes of all tensors of a cache: the states of this package's layers, or keys and values."""
-    total = 0
-    for layer in cache.layers:
-        states = getattr(layer, "states", None)
-        names = ("keys", "values")
-        tensors = [getattr(layer, name) for name in names] if states is None else [s.data for s in states.values()]
-        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return total
