@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import transformers
 from huggingface_hub import constants
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_serve_available
@@ -31,6 +30,8 @@ def serve(model: str, arguments: Sequence[str] = ()) -> None:
         raise ValueError("the server needs more packages: pip install 'dfn-hf[serve]'")
     check_kind(model, encoder_decoder=False)
 
+    # Imported here: importing model code replaces the module `transformers` once (`direct_transformers_import`).
+    import transformers
     from transformers.cli.transformers import app
 
     import dfn_hf
