@@ -28,6 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.integrations import is_tensorboard_available
+from transformers.utils import logging
 
 from ..data.collators import PackedBlockCollator
 from ..hub.model_card import model_card
@@ -162,7 +163,8 @@ def train_model(
     if last is not None:
         check_same_run(checkpoints, run)
     progress_bar = ProgressBarCallback()
-    use_cache = base_model.config.use_cache  # the Trainer sets it to False
+    # The Trainer sets use_cache to False and the verbosity of transformers to its log_level.
+    use_cache, verbosity = base_model.config.use_cache, logging.get_verbosity()
     trainer = make_trainer(
         model=model,
         args=training_arguments(checkpoints, settings, group_by_length=data_collator is not None),
@@ -181,6 +183,7 @@ def train_model(
     finally:
         progress_bar.close()
         base_model.config.use_cache = use_cache
+        logging.set_verbosity(verbosity)
 
     history = trainer.state.log_history
     initial_loss = next(entry["eval_loss"] for entry in history if "eval_loss" in entry)

@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers.utils import logging
 
 from dfn_hf.assets.corpus import load_corpus
 from dfn_hf.assets.tokenizers import load_tokenizer
@@ -60,8 +61,10 @@ def contents(folder):
 
 
 def test_training_saves_a_folder_that_loads(model, tokenizer, blocks, tmp_path):
+    verbosity = logging.get_verbosity()
     result = train(model, tokenizer, blocks, tmp_path / "model", provenance="Made for a test.")
 
+    assert logging.get_verbosity() == verbosity
     assert result.validation_loss < result.initial_loss
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert not (result.folder / "checkpoints").exists()
