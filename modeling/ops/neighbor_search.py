@@ -329,7 +329,7 @@ def _search_cells_torch(
             if absent_queries is not None:
                 ids = ids.masked_fill(absent_queries[:, part, None], -1)
             visible = ids >= 0
-            keys = flat_keys.index_select(0, (row_start + ids.clamp(min=0)).view(-1)).view(*ids.shape, -1)
+            keys = flat_keys.index_select(0, (row_start + ids.clamp(min=0)).reshape(-1)).view(*ids.shape, -1)
             squared = squared_distances(positions.unsqueeze(2), keys)
         if reach is not None:
             visible &= ids >= index - reach[:, part, None].int()

@@ -5,6 +5,8 @@ import random
 import pytest
 import torch
 
+from dfn_hf import DFNConfig, DFNForCausalLM
+from dfn_hf.modeling.modules.cache import CACHE_NAME
 from dfn_hf.modeling.ops import neighbor_search
 from dfn_hf.modeling.ops.cell_grid import GRID, ball_cells_per_axis, check_cell_sizes, geometric_cell_sizes
 from dfn_hf.modeling.ops.cell_lists import CellChains, CellGrids, grid_constants, start_chains
@@ -495,3 +497,17 @@ def test_cell_sizes_run_from_coarse_to_fine():
     assert torch.allclose(ratios, ratios[:1].expand_as(ratios))
     assert geometric_cell_sizes(1) == [8.0]
     assert check_cell_sizes([2, 1], 2, 1) == [2, 1]
+
+
+def test_cached_calls_with_one_candidate_per_table_run_in_torch(monkeypatch):
+    """Several tables with one candidate each gave a tensor whose strides `view` refused."""
+    monkeypatch.setenv("DFN_HF_KERNELS", "0")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = DFNConfig(**sizes, local_window=3, num_neighbors=4, num_tables=3, candidates_per_table=1)
+    model = DFNForCausalLM(config).double().eval()
+    ids = torch.randint(0, 40, (2, 40))
+    with torch.no_grad():
+        start = model(ids[:, :25])
+        end = model(ids[:, 25:], **{CACHE_NAME: start[CACHE_NAME]})
+        assert torch.allclose(torch.cat([start.logits, end.logits], dim=1), model(ids).logits, rtol=0, atol=1e-9)
