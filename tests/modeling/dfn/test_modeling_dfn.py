@@ -481,7 +481,7 @@ def with_cache(model):
     ("inputs", "expected_parts"),
     [
         ({"segment_ids": torch.zeros(2, 8).long()}, ["segment_ids", "past_key_values"]),
-        ({"attention_mask": torch.ones(2, 12)}, ["[2, 16]", "8 columns before", "[2, 12]"]),
+        ({"attention_mask": torch.ones(2, 12)}, ["[2, 16]", "8 columns of earlier calls", "[2, 12]"]),
         ({"input_ids": IDS[:1]}, ["holds 2 rows", "has 1"]),
     ],
 )

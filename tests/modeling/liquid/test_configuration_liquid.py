@@ -175,7 +175,7 @@ def test_unknown_fields_are_kept():
             for value in (1, -0.1, math.nan)
         ),
         *(
-            ({"vocab_size": 9, name: value}, [f"`{name}`", "`vocab_size` is 9", f"got {value}"])
+            ({"vocab_size": 9, name: value}, [f"`{name}`", "`vocab_size` (9)", f"got {value}"])
             for name in ("pad_token_id", "decoder_start_token_id")
             for value in (9, -1)
         ),
