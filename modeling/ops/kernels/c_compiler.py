@@ -2,8 +2,8 @@
 
 Where no compiler works, the library that the wheel carries is used, if it carries one.
 
-The C functions take pointers and sizes, so they need a C compiler but no Python or torch headers. A library's file
-name is a hash of its source, compiler, flags and processor, and the file is moved into place complete. Several
+The C functions take pointers and sizes, so they need a C compiler but no Python or torch headers. The key of a library
+is a hash of its source, compiler, flags and processor, and a library is moved into the folder complete. Several
 processes and several copies of this code from the Hub can therefore share the folder.
 """
 
@@ -13,7 +13,6 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 import threading
 from collections.abc import Callable
 from functools import cache
@@ -22,10 +21,13 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
+from .library_cache import build_folder, find_library, library_folder, load_library, store_library
+
 logger = logging.get_logger(__name__)
 
 SWITCH = "DFN_HF_KERNELS"  # environment variable; 0 disables the C and Triton kernels
 ITEMS_PER_THREAD = 1024  # for fewer items starting a thread takes longer than the work
+COMPILE_SECONDS = 120
 
 
 def kernels_enabled() -> bool:
@@ -37,81 +39,105 @@ def kernels_enabled() -> bool:
 
 
 @cache
-def compiled_library(source: str, *flags: str, carried: str = "") -> ctypes.CDLL | None:
+def compiled_library(
+    source: str, *flags: str, functions: tuple[str, ...] = (), carried: str = ""
+) -> ctypes.CDLL | None:
     """Compile C code, or load the library compiled before.
 
     Args:
         source: the C code.
         flags: compiler flags.
-        carried: file name of the library that a wheel may carry beside this module.
+        functions: names of the functions that the library must have.
+        carried: start of the file name of the library that a wheel may carry beside this module.
 
     Returns:
         The library; None if it cannot be compiled, with the reason logged once.
     """
-    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if os.name != "posix":
         logger.warning_once("C kernels need Linux or macOS: torch operations run instead, which are slower.")
         return None
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
-        return carried_library(carried, "No C compiler was found. Install gcc.")
+        return carried_library(carried, source, functions, "No C compiler was found. Install gcc.")
+    compiler = os.path.abspath(compiler)
     try:
-        # -march=native only if the file name can tell this processor from others that share the folder.
+        # -march=native only if the key can tell this processor from others that share the folder.
         tuning = ["-march=native"] if processor() else []
         try:
-            return build_library(source, [compiler, *tuning, *flags])
+            return build_library(source, [compiler, *tuning, *flags], functions)
         except subprocess.CalledProcessError:  # some compilers do not support -march=native
-            return build_library(source, [compiler, *flags])
+            return build_library(source, [compiler, *flags], functions)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        reason = getattr(error, "stderr", None) or error
-        return carried_library(carried, f"The C code did not compile: {reason}")
+        return carried_library(carried, source, functions, failure(error))
 
 
-def carried_library(name: str, reason: str) -> ctypes.CDLL | None:
+def failure(error: Exception) -> str:
+    """Return why a library could not be compiled and what to do, as one text without names of temporary files."""
+    remedy = "Set CC to another compiler, or XDG_CACHE_HOME to a folder with free space."
+    if isinstance(error, subprocess.CalledProcessError):
+        output = (error.stderr or b"").decode(errors="replace").strip()[:500]
+        return f"{error.cmd[0]} failed: {output or f'exit status {error.returncode}'}. {remedy}"
+    if isinstance(error, subprocess.TimeoutExpired):
+        return f"{error.cmd[0]} did not finish in {error.timeout} seconds. {remedy}"
+    from_system = not isinstance(error, OSError) or error.errno is not None
+    return f"{error} {remedy}" if from_system else str(error)
+
+
+def carried_library(name: str, source: str, functions: tuple[str, ...], reason: str) -> ctypes.CDLL | None:
     """Load the library that the wheel carries, compiled for any processor of its platform.
 
     Returns:
-        The library; None, with `reason` logged once, if the wheel carries none or the file cannot be loaded.
+        The library; None, with `reason` logged once, if the wheel carries none of this source or it cannot be used.
     """
-    path = Path(__file__).with_name(name) if name else None
-    if path is not None and path.exists():
+    key = f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:16]}"  # setup.py writes the same
+    for path in Path(__file__).parent.glob(f"{key}-*-*.so") if name else ():
         try:
-            return ctypes.CDLL(str(path))
+            return load_library(path, functions)
         except OSError as error:
-            reason = f"{reason} {path} cannot be loaded: {error}."
+            reason = f"{reason} The library of the installed package cannot be used: {error} Reinstall dfn-hf."
     logger.warning_once(f"Torch operations run instead of C, which are slower. {reason}")
     return None
 
 
-def build_library(source: str, command: list[str]) -> ctypes.CDLL:
-    """Load the library from the folder; compile it with `command` if it is not there."""
-    command = [*command, "-O3", "-std=gnu11", "-fPIC", "-shared"]
-    content = "\0".join([source, *command, compiler_version(command[0]), platform.machine(), processor()])
-    folder = library_folder()
-    path = folder / f"{hashlib.sha256(content.encode()).hexdigest()[:32]}.so"
-    if not path.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            code, built = Path(temporary, "code.c"), Path(temporary, "library.so")
-            code.write_text(source)
-            subprocess.run(
-                [*command, "-o", str(built), str(code), "-lm"], check=True, capture_output=True, timeout=120
-            )
-            built.replace(path)
-    return ctypes.CDLL(str(path))
-
-
-def library_folder() -> Path:
-    """Return the folder of compiled libraries, which only this user may write to, because its files are executed.
+def build_library(source: str, command: list[str], functions: tuple[str, ...]) -> ctypes.CDLL:
+    """Load the library from the folder; compile it with `command` if it is not there.
 
     Raises:
-        PermissionError: another user owns the folder or can write to it.
+        OSError: the folder or the compiled library cannot be used.
+        RuntimeError: the home folder is unknown.
+        subprocess.SubprocessError: the compiler failed.
     """
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(base if os.path.isabs(base) else Path.home() / ".cache") / "dfn_hf" / "kernels"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    status = folder.stat()
-    if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise PermissionError(f"Other users can write to {folder}: restrict it with `chmod 700` or delete it.")
-    return folder
+    command = [*command, "-O3", "-std=gnu11", "-fPIC", "-shared"]
+    folder = library_folder()
+    content = "\0".join([source, *command, compiler_version(command[0]), platform.machine(), processor()])
+    key = hashlib.sha256(content.encode(errors="surrogateescape")).hexdigest()[:32]
+    library = find_library(folder, key, functions)
+    if library is None:
+        with build_folder(folder) as temporary:
+            library = store_library(compile_code(source, command, temporary), folder, key, functions)
+    return library
+
+
+def compile_code(source: str, command: list[str], folder: Path) -> Path:
+    """Compile C code in a temporary folder, which also takes the compiler's own temporary files.
+
+    Returns:
+        The library.
+
+    Raises:
+        OSError: a file cannot be written.
+        subprocess.SubprocessError: the compiler failed.
+    """
+    (folder / "code.c").write_text(source, encoding="utf-8")
+    subprocess.run(
+        [*command, "-o", "library.so", "code.c", "-lm"],
+        cwd=folder,
+        env=os.environ | {"TMPDIR": str(folder)},
+        check=True,
+        capture_output=True,
+        timeout=COMPILE_SECONDS,
+    )
+    return folder / "library.so"
 
 
 def compiler_version(compiler: str) -> str:
@@ -123,7 +149,7 @@ def compiler_version(compiler: str) -> str:
 def processor() -> str:
     """Return the processor properties that `-march=native` depends on; empty if they cannot be read."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:
         return ""
     names = ("model name", "flags", "features", "isa", "cpu part", "cpu variant")

@@ -52,7 +52,9 @@ def attention_library(*tensors: torch.Tensor) -> ctypes.CDLL | None:
     supported = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
     if not supported or not kernels_enabled():
         return None
-    return compiled_library(ATTENTION_SOURCE, *ATTENTION_FLAGS, carried="libflow_attention.so")
+    return compiled_library(
+        ATTENTION_SOURCE, *ATTENTION_FLAGS, functions=("forward", "backward"), carried="libflow_attention"
+    )
 
 
 def flow_attention_forward_cpu(

@@ -57,7 +57,7 @@ def search_library(positions: torch.Tensor) -> ctypes.CDLL | None:
     """Return the compiled library if positions are float32 on a CPU and kernels are enabled, else None."""
     if positions.device.type != "cpu" or positions.dtype != torch.float32 or not kernels_enabled():
         return None
-    return compiled_library(SEARCH_SOURCE, *SEARCH_FLAGS, carried="libneighbor_search.so")
+    return compiled_library(SEARCH_SOURCE, *SEARCH_FLAGS, functions=("cells", "search"), carried="libneighbor_search")
 
 
 def cells_cpu(
