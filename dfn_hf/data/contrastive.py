@@ -10,6 +10,7 @@ Example:
     ```
 """
 
+import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
 from .pairs import SIDES
+from .tokens import encode_texts
 
 PAIR = "pair_"
 SORTED_BATCHES = 20
@@ -31,12 +33,13 @@ def text_view(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, max_l
     """Tokenize texts, truncate them to `max_length` tokens and return one row with `input_ids` per text.
 
     Raises:
-        ValueError: a text has no tokens.
+        ValueError: a text has no tokens, or see `encode_texts`.
     """
-    encoded = tokenizer(list(texts), truncation=max_length is not None, max_length=max_length)["input_ids"]
+    options = {"truncation": max_length is not None, "max_length": max_length}
+    encoded = encode_texts(texts, tokenizer, **options)["input_ids"]
     for number, ids in enumerate(encoded):
         if not ids:
-            raise ValueError(f"text {number} ({texts[number]!r}) has no tokens: remove it from the data")
+            raise ValueError(f"text {number} ({reprlib.repr(texts[number])}) has no tokens: remove it from the data")
     return [{"input_ids": ids} for ids in encoded]
 
 

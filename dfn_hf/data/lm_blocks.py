@@ -1,5 +1,7 @@
 """Packed blocks for training and validation, from the bundled corpus or from a user's text."""
 
+from itertools import accumulate
+
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
@@ -65,19 +67,21 @@ def text_blocks(
         Training blocks and validation blocks.
 
     Raises:
-        ValueError: there is no text or too little to hold out a block, `block_size` is below 2, or `num_validation` is
-            below 1.
+        ValueError: there is no text or too little to hold out blocks, the tokenizer has no token for it, `block_size`
+            is below 2, or `num_validation` is below 1.
     """
     if data is None:
         return corpus_blocks(tokenizer, block_size, num_validation=num_validation)
 
-    def blocks(path: str) -> Dataset | IterableDataset:
-        documents = load_text(path, text_field=text_field, streaming=streaming)
-        return pack(tokenize(documents, tokenizer), block_size, pad_token_id=pad_id(tokenizer))
+    def blocks(path: str, num_held_out: int) -> Dataset | IterableDataset:
+        documents = tokenize(load_text(path, text_field=text_field, streaming=streaming), tokenizer)
+        packed = pack(documents, block_size, pad_token_id=pad_id(tokenizer))
+        check_number_of_blocks(packed, documents, block_size, num_held_out, path)
+        return packed
 
-    train = blocks(data)
+    train = blocks(data, HELD_OUT_OF_STREAM if streaming and validation_data is None else 0)
     if validation_data is not None:
-        validation = blocks(validation_data)
+        validation = blocks(validation_data, 0)
     elif isinstance(train, IterableDataset):
         train, validation = train.skip(HELD_OUT_OF_STREAM), train.take(HELD_OUT_OF_STREAM)
     else:
@@ -91,6 +95,39 @@ def text_blocks(
     if isinstance(train, IterableDataset):
         train = train.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     return train, evenly_spaced(validation, num_validation)
+
+
+def check_number_of_blocks(
+    blocks: Dataset | IterableDataset,
+    documents: Dataset | IterableDataset,
+    block_size: int,
+    num_held_out: int,
+    path: str,
+) -> None:
+    """Raise ValueError unless there are more than `num_held_out` blocks. As little of a stream is read as possible.
+
+    Args:
+        blocks: result of `pack(documents, block_size)`.
+        documents: result of `tokenize`.
+        block_size: tokens per block.
+        num_held_out: blocks of a stream that are held out for validation.
+        path: file or folder, for the error.
+    """
+    if isinstance(blocks, Dataset):
+        enough = len(blocks) > 0
+    else:
+        num_tokens = accumulate(len(document["input_ids"]) for document in documents)
+        enough = any(number > num_held_out * block_size for number in num_tokens)
+        enough = enough or next(iter(blocks.skip(num_held_out)), None) is not None  # padding may fill the rest
+    if enough:
+        return
+    if num_held_out:
+        raise ValueError(
+            f"{path} fills at most {num_held_out} blocks of {block_size} tokens, all of which a stream holds out for "
+            "validation: read it without streaming (--streaming), lower block_size (--block-size), or give "
+            "validation_data (--validation-data)"
+        )
+    raise ValueError(f"the tokenizer has no token for the text in {path}: use another tokenizer")
 
 
 def evenly_spaced(blocks: Dataset | IterableDataset, num_validation: int) -> Dataset | IterableDataset:

@@ -7,15 +7,16 @@ Example:
 """
 
 import os
+import reprlib
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, Features, Value
 from transformers import PreTrainedTokenizerBase
 
 from ..assets.verses import load_verses
-from .text import json_records, text_files
+from .files import find_files
+from .json_lines import JSON_LINES_SUFFIXES, json_records, text_of
+from .tokens import encode_texts
 
 HELD_OUT_FRACTION = 0.05
 MAX_HELD_OUT = 1000
@@ -39,11 +40,12 @@ def load_pairs(path: str | os.PathLike[str], *, source_field: str = "source", ta
         A dataset with the string columns `source` and `target`.
 
     Raises:
-        ValueError: `path` does not exist or holds no pair, or a line is not a JSON object with these fields.
+        ValueError: `path` does not exist or holds no pair, a file cannot be read, is damaged or is not UTF-8, or a
+            line is not a JSON object with these fields.
     """
     if source_field == target_field:
         raise ValueError(f"source_field and target_field are both {source_field!r}: name two fields")
-    pairs = list(read_pairs(Path(path), source_field, target_field))
+    pairs = list(read_pairs(path, source_field, target_field))
     if not pairs:
         raise ValueError(
             f"{os.fspath(path)} holds no pair: give JSON Lines in which the fields {source_field!r} and "
@@ -52,28 +54,18 @@ def load_pairs(path: str | os.PathLike[str], *, source_field: str = "source", ta
     return Dataset.from_list(pairs, features=FEATURES)
 
 
-def read_pairs(path: Path, source_field: str, target_field: str) -> Iterator[dict[str, str]]:
+def read_pairs(path: str | os.PathLike[str], source_field: str, target_field: str) -> Iterator[dict[str, str]]:
     """Yield the pairs of all JSON Lines files at `path`."""
-    for file in text_files(path):
-        for number, record in json_records(file.path):
+    for file in find_files(path, JSON_LINES_SUFFIXES, "JSON Lines"):
+        for number, record in json_records(str(file)):
             fields = record.get("translation", record)
             fields = fields if isinstance(fields, dict) else record
             source, target = (
-                text_of(fields, name, f"{file.path}, line {number}") for name in (source_field, target_field)
+                text_of(fields, name, f"{file}, line {number}", "name the fields that hold the texts").strip()
+                for name in (source_field, target_field)
             )
-            if source.strip() and target.strip():
-                yield {"source": source.strip(), "target": target.strip()}
-
-
-def text_of(fields: dict[str, Any], name: str, place: str) -> str:
-    """Return the text in the field `name`; `place` names the file and line in errors."""
-    if name not in fields:
-        raise ValueError(
-            f"{place} has no field {name!r}, only {', '.join(fields)}: name the fields that hold the texts"
-        )
-    if not isinstance(fields[name], str):
-        raise ValueError(f"{place}: the field {name!r} is {fields[name]!r}: give a string")
-    return fields[name]
+            if source and target:
+                yield {"source": source, "target": target}
 
 
 def training_pairs(
@@ -125,11 +117,15 @@ def encode_pairs(pairs: Dataset, tokenizer: PreTrainedTokenizerBase, max_length:
         A dataset with the columns `input_ids` (source) and `labels` (target).
 
     Raises:
-        ValueError: every pair exceeds `max_length`.
+        ValueError: a text has no tokens or cannot be encoded, or every pair exceeds `max_length`.
     """
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        sources, targets = (tokenizer(batch[side])["input_ids"] for side in ("source", "target"))
+        sources, targets = (encode_texts(batch[side], tokenizer)["input_ids"] for side in SIDES)
+        for side, encoded in zip(SIDES, (sources, targets), strict=True):
+            for text, ids in zip(batch[side], encoded, strict=True):
+                if not ids:
+                    raise ValueError(f"the {side} {reprlib.repr(text)} has no tokens: remove the pair")
         return {"input_ids": sources, "labels": targets}
 
     encoded = pairs.map(encode, batched=True, remove_columns=pairs.column_names)

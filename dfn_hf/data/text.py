@@ -1,28 +1,29 @@
 """Loads a user's text files as a dataset of documents."""
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import fsspec
 from datasets import Dataset, Features, IterableDataset, Value
 from datasets.exceptions import DatasetGenerationError
 
+from .files import find_files, format_suffix, open_text
+from .json_lines import JSON_LINES_SUFFIXES, json_records, text_of
+
 TEXT_SUFFIXES = (".md", ".text", ".txt")
-JSON_LINES_SUFFIXES = (".jsonl", ".ndjson")
-COMPRESSED_SUFFIXES = (".bz2", ".gz", ".xz")
+READ_CHARACTERS = 2**20
 
 FEATURES = Features({"text": Value("large_string")})
 
 
 class TextFile(NamedTuple):
-    """A file with its size and modification time, so that the cache of `datasets` misses if the file has changed."""
+    """A file with its size and times, so that the cache of `datasets` misses if the file has changed."""
 
     path: str
     size: int
     modified: int
+    changed: int
 
 
 def load_text(
@@ -43,9 +44,10 @@ def load_text(
         A dataset with the string column `text`.
 
     Raises:
-        ValueError: `path` does not exist or holds no text, or a file is not UTF-8 or not JSON Lines with `text_field`.
+        ValueError: `path` does not exist or holds no text, or a file cannot be read, is damaged, is not UTF-8, or is
+            not JSON Lines with `text_field`. A stream raises it during iteration.
     """
-    files = text_files(Path(path))
+    files = text_files(path)
     if next(read_documents(files, text_field), None) is None:
         raise ValueError(f"{os.fspath(path)} holds no text: give a file or folder with at least one word")
     arguments = {"files": files, "text_field": text_field}
@@ -57,80 +59,44 @@ def load_text(
         raise (error.__cause__ or error) from None
 
 
-def text_files(path: Path) -> list[TextFile]:
-    """List the file at `path`, or the text files in the folder at `path`, sorted by path.
-
-    Raises:
-        ValueError: `path` does not exist, or the folder holds no text file.
-    """
-    if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file() and is_text_below(path, file))
-        if not found:
-            suffixes = ", ".join(TEXT_SUFFIXES + JSON_LINES_SUFFIXES)
-            raise ValueError(f"the folder {path} holds no text file ({suffixes}): add one, or give the path of a file")
-    elif path.is_file():
-        found = [path]
-    else:
-        raise ValueError(f"there is no file or folder {path}: check the path")
-    return [TextFile(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found]
-
-
-def is_text_below(folder: Path, file: Path) -> bool:
-    """Whether `file` has a text or JSON Lines suffix and is not hidden below `folder`."""
-    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return not hidden and format_suffix(file) in TEXT_SUFFIXES + JSON_LINES_SUFFIXES
-
-
-def format_suffix(file: Path) -> str:
-    """Return the suffix without compression: `.jsonl` for `corpus.jsonl.xz`."""
-    return (file.with_suffix("") if file.suffix in COMPRESSED_SUFFIXES else file).suffix
+def text_files(path: str | os.PathLike[str]) -> list[TextFile]:
+    """List the file at `path`, or the text files in the folder at `path`; see `find_files`."""
+    files = find_files(path, TEXT_SUFFIXES + JSON_LINES_SUFFIXES, "text")
+    statuses = [file.stat() for file in files]
+    return [
+        TextFile(str(file), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        for file, status in zip(files, statuses, strict=True)
+    ]
 
 
 def read_documents(files: list[TextFile], text_field: str) -> Iterator[dict[str, str]]:
     """Yield the non-blank documents of `files` as `{"text": …}`."""
     for path, *_ in files:
-        documents = (
-            json_lines(path, text_field) if format_suffix(Path(path)) in JSON_LINES_SUFFIXES else read_file(path)
-        )
-        try:
-            for text in documents:
-                if text.strip():
-                    yield {"text": text}
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text ({error}): convert it to UTF-8") from error
+        if format_suffix(Path(path)) in JSON_LINES_SUFFIXES:
+            documents = json_texts(path, text_field)
+        else:
+            documents = iter([read_file(path)])
+        for text in documents:
+            if text.strip():
+                yield {"text": text}
 
 
-def read_file(path: str) -> Iterator[str]:
-    """Yield the text of a file as one document."""
-    with fsspec.open(path, "rt", encoding="utf-8", compression="infer") as file:
-        yield file.read()
-
-
-def json_lines(path: str, text_field: str) -> Iterator[str]:
-    """Yield the text of each JSON line."""
-    for number, record in json_records(path):
-        if not isinstance(record.get(text_field), str):
-            raise ValueError(
-                f"{path}, line {number} has no text in the field {text_field!r} (its fields: {', '.join(record)}): "
-                "set text_field (--text-field)"
-            )
-        yield record[text_field]
-
-
-def json_records(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield line number and object of each line of a JSON Lines file; blank lines are skipped.
+def read_file(path: str) -> str:
+    """Read the text of a file.
 
     Raises:
-        ValueError: a line is not a JSON object.
+        ValueError: see `open_text`; also if the text contains NUL, as binary files and UTF-16 do.
     """
-    with fsspec.open(path, "rt", encoding="utf-8", compression="infer") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number} is not JSON ({error}): write one object per line") from error
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}, line {number} is not a JSON object: write one object per line")
-            yield number, record
+    parts = []
+    with open_text(path) as file:
+        while part := file.read(READ_CHARACTERS):
+            if "\0" in part:
+                raise ValueError(f"{path} contains NUL characters and is not plain text: convert it to UTF-8 text")
+            parts.append(part)
+    return "".join(parts)
+
+
+def json_texts(path: str, text_field: str) -> Iterator[str]:
+    """Yield the text of each JSON line."""
+    for number, record in json_records(path):
+        yield text_of(record, text_field, f"{path}, line {number}", "set text_field (--text-field)")

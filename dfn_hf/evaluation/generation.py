@@ -3,6 +3,7 @@
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
+from ..data.tokens import encode_texts
 from .language_model import check_vocabulary, document_start_token
 
 
@@ -33,8 +34,8 @@ def generate_text(
         streamer: receives the text during generation.
 
     Raises:
-        ValueError: an option is out of range, the tokenizer has ids outside the model's vocabulary, or the prompt is
-            empty and the tokenizer has no start token.
+        ValueError: an option is out of range, the tokenizer has ids outside the model's vocabulary or cannot encode
+            the prompt, or the prompt is empty and the tokenizer has no start token.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
@@ -45,7 +46,7 @@ def generate_text(
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
     check_vocabulary(model, tokenizer)
-    token_ids = tokenizer(prompt)["input_ids"] or [document_start_token(tokenizer)]
+    token_ids = encode_texts([prompt], tokenizer)["input_ids"][0] or [document_start_token(tokenizer)]
     input_ids = torch.tensor([token_ids], device=model.device)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     config = GenerationConfig(

@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.tokens import token_ids
+from ..data.tokens import token_ids, vocabulary_size
 
 IGNORED_LABEL = -100
 
@@ -159,9 +159,10 @@ def token_losses_and_ranks(
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise ValueError if the tokenizer has ids outside the model's vocabulary."""
-    if len(tokenizer) > model.config.vocab_size:
+    size = vocabulary_size(tokenizer)
+    if size > model.config.vocab_size:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens but the model's vocab_size is {model.config.vocab_size}: "
+            f"the tokenizer has {size} tokens but the model's vocab_size is {model.config.vocab_size}: "
             "use the model's own tokenizer"
         )
 

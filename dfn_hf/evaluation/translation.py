@@ -6,12 +6,16 @@ Example:
     ```
 """
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.tokens import encode_texts
+from .language_model import check_vocabulary
 
 
 def translate(
@@ -37,16 +41,22 @@ def translate(
         One translation per text, in the order of `texts`.
 
     Raises:
-        ValueError: a text is blank.
+        ValueError: a text is blank, has no tokens or cannot be encoded, or the tokenizer has ids outside the model's
+            vocabulary.
     """
     if any(not text.strip() for text in texts):
         raise ValueError("a text is blank: remove it")
+    check_vocabulary(model, tokenizer)
+    for text, ids in zip(texts, encode_texts(texts, tokenizer)["input_ids"], strict=True):
+        if not ids:
+            raise ValueError(f"the text {reprlib.repr(text)} has no tokens: remove it, or use another tokenizer")
     model.eval()
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
     outputs = [""] * len(texts)
     for start in range(0, len(texts), batch_size):
         numbers = order[start : start + batch_size]
-        batch = tokenizer([texts[number] for number in numbers], padding=True, return_tensors="pt").to(model.device)
+        batch = encode_texts([texts[number] for number in numbers], tokenizer, padding=True, return_tensors="pt")
+        batch = batch.to(model.device)
         with torch.no_grad():
             generated = cast(Any, model).generate(
                 **batch, num_beams=num_beams, do_sample=False, max_new_tokens=max_new_tokens

@@ -79,8 +79,8 @@ def test_text_field_selects_the_json_field(tmp_path):
         ("latin.txt", b"caf\xe9", "latin.txt is not UTF-8"),
         ("broken.jsonl", b'{"text": \n', "broken.jsonl, line 1 is not JSON"),
         ("array.jsonl", b"[1]\n", "array.jsonl, line 1 is not a JSON object"),
-        ("number.jsonl", b'{"text": 3}\n', "number.jsonl, line 1 has no text"),
-        ("field.jsonl", b'{"body": "x"}\n', "field.jsonl, line 1 has no text in the field 'text' .its fields: body"),
+        ("number.jsonl", b'{"text": 3}\n', "number.jsonl, line 1: the field 'text' is 3: give a string"),
+        ("field.jsonl", b'{"body": "x"}\n', "field.jsonl, line 1 has no field 'text', only 'body': .*--text-field"),
     ],
 )
 def test_error_names_the_unreadable_file(tmp_path, streaming, name, content, message):

@@ -61,7 +61,7 @@ def test_pairs_are_read_from_flat_and_wmt_json_lines(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"source": "a"}\n', "line 1 has no field 'target', only source"),
+        ('{"source": "a"}\n', "line 1 has no field 'target', only 'source'"),
         ('{"source": "a", "target": 3}\n', "line 1: the field 'target' is 3: give a string"),
         ('{"translation": ["a", "b"]}\n', "line 1 has no field 'source'"),
         ('{"source": "", "target": ""}\n', "are not blank"),
