@@ -59,9 +59,9 @@ def convert(
     settings |= parse_assignments("--config-override", config_override)
     check_source(source, start)
 
-    from ..hub.output_folder import check_new_folder
+    from ..storage.output_folder import prepare_new_folder
 
-    check_new_folder(output)
+    prepare_new_folder(output)
 
     from ..hub.convert import convert as convert_original
     from ..hub.convert import convert_llama

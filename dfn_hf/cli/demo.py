@@ -7,9 +7,9 @@ import typer
 
 
 def demo(
-    output: Annotated[Path, typer.Argument(help="Folder for models and pictures; existing ones are replaced.")] = Path(
-        "demo"
-    ),
+    output: Annotated[
+        Path, typer.Argument(help="Folder for models and pictures; those of an earlier demo are replaced.")
+    ] = Path("demo"),
     model: Annotated[Literal["dfn", "flownetwork"], typer.Option(help="Architecture to compare with Llama.")] = "dfn",
     max_steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of each model.")] = 500,
 ) -> None:

@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any
 
+from ..hub.private_paths import public_name
 from . import options
 from .errors import refuse
-from .paths import check_data, check_models
+from .paths import check_data, check_models, prepare_output
 from .rows import echo_rows
 
 
@@ -52,10 +53,7 @@ def distill(
     refuse(validation_data is not None and data is None, "--validation-data needs --data: add it")
     check_models(student, teacher)
     check_data(data, validation_data)
-
-    from ..training.checkpoints import check_output_folder
-
-    check_output_folder(output, resume=resume, overwrite=overwrite)
+    prepare_output(output, resume=resume, overwrite=overwrite)
 
     from ..data.lm_blocks import text_blocks
     from ..hub.loading import load_causal_lm
@@ -93,8 +91,8 @@ def distill(
         validation,
         output,
         settings,
-        provenance=f"Distilled from {teacher} on {data or options.BUNDLED_TEXT}, in blocks of {block_size} tokens, "
-        f"starting from {student}.",
+        provenance=f"Distilled from {public_name(teacher)} on {public_name(data or options.BUNDLED_TEXT)}, in blocks "
+        f"of {block_size} tokens, starting from {public_name(student)}.",
         resume=resume,
         overwrite=overwrite,
     )

@@ -1,5 +1,6 @@
 """Checks of paths that a command is given. They import the standard library only, so mistakes are reported quickly."""
 
+import os
 from pathlib import Path
 
 from ..hub.model_path import resolve_source
@@ -19,6 +20,14 @@ def check_data(*paths: str | None) -> None:
     for path in paths:
         if path is not None and not Path(path).exists():
             raise ValueError(f"there is no file or folder {path}: check the path")
+
+
+def prepare_output(output: Path, *, resume: bool, overwrite: bool) -> None:
+    """Call `prepare_output_folder` in the main process, to check `output` before anything is loaded."""
+    if os.environ.get("RANK", "0") == "0":
+        from ..training.checkpoints import prepare_output_folder
+
+        prepare_output_folder(output, resume=resume, overwrite=overwrite)
 
 
 def check_new_file(path: Path | None) -> None:

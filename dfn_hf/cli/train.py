@@ -5,10 +5,11 @@ from typing import Annotated, Any
 
 import typer
 
+from ..hub.private_paths import public_name
 from . import options
 from .errors import refuse
 from .options import parse_assignments
-from .paths import check_data, check_models
+from .paths import check_data, check_models, prepare_output
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -107,7 +108,7 @@ def lm(
         validation,
         output,
         settings,
-        provenance=f"Trained on {data or options.BUNDLED_TEXT}, in blocks of {block_size} tokens, "
+        provenance=f"Trained on {public_name(data or options.BUNDLED_TEXT)}, in blocks of {block_size} tokens, "
         f"{describe_start(init_from, lora, lora_rank)}.",
         resume=resume,
         overwrite=overwrite,
@@ -208,8 +209,8 @@ def seq2seq(
         validation,
         output,
         settings,
-        provenance=f"Trained on {data or options.BUNDLED_PAIRS}, in pairs of at most {max_length} tokens per side"
-        f"{longer}, {describe_start(init_from, lora, lora_rank)}.",
+        provenance=f"Trained on {public_name(data or options.BUNDLED_PAIRS)}, in pairs of at most {max_length} tokens "
+        f"per side{longer}, {describe_start(init_from, lora, lora_rank)}.",
         resume=resume,
         overwrite=overwrite,
         data_collator=DataCollatorForSeq2Seq(vocabulary, network),
@@ -382,13 +383,11 @@ def check_pair_fields(data: str | None, source_field: str, target_field: str) ->
 
 def check_output(output: Path, *, resume: bool, overwrite: bool, push_to_hub: str | None) -> None:
     """Raise ValueError unless the model can be written to `output` and pushed."""
-    from ..training.checkpoints import check_output_folder
-
-    check_output_folder(output, resume=resume, overwrite=overwrite)
+    prepare_output(output, resume=resume, overwrite=overwrite)
     if push_to_hub is not None:
-        from ..hub.push import require_token
+        from ..hub.push import check_destination
 
-        require_token()
+        check_destination(push_to_hub)
 
 
 def default_learning_rate(init_from: str | None, lora: bool, *, from_scratch: float) -> float:
@@ -414,7 +413,7 @@ def with_lora(model: Any, rank: int) -> Any:
 
 def describe_start(init_from: str | None, lora: bool, lora_rank: int) -> str:
     """The initial weights, in the words of a model card."""
-    start = "from scratch" if init_from is None else f"from {init_from}"
+    start = "from scratch" if init_from is None else f"from {public_name(init_from)}"
     return f"{start} with LoRA of rank {lora_rank}" if lora else start
 
 
@@ -429,4 +428,4 @@ def finish_training(result: Any, unit: str, push_to_hub: str | None) -> None:
     if push_to_hub is not None:
         from ..hub.push import push_folder
 
-        typer.echo(f"pushed to {push_folder(result.folder, push_to_hub)}")
+        typer.echo(f"pushed to {push_folder(result.folder, push_to_hub, say=typer.echo)}")

@@ -4,16 +4,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from ..conversion.llama import llama_to_dfn
 from ..conversion.plan import plan_conversion
 from ..conversion.report import ConversionReport
 from ..registration import register_families
-from .loading import check_tokenizer_files, explain_hub_errors
+from ..storage.output_folder import atomic_output_dir, prepare_new_folder
+from .config_check import load_checked_config
+from .load_errors import explain_hub_errors
 from .model_card import conversion_card
 from .model_path import resolve_source
-from .output_folder import atomic_output_dir, check_new_folder
+from .tokenizer_files import check_tokenizer_files, load_checked_tokenizer
+from .weights_check import check_weights
 
 LLAMA_SETTINGS = ("position_dim", "num_neighbors", "local_window")
 
@@ -41,7 +44,7 @@ def convert(
         OSError: the disk is full.
     """
     source, output = Path(source), Path(output)
-    check_new_folder(output)
+    prepare_new_folder(output)
     register_families()
     conversion = plan_conversion(source, native=native, settings=settings)
     with atomic_output_dir(output) as folder:
@@ -73,7 +76,7 @@ def convert_llama(
         OSError: the disk is full.
     """
     output, settings = Path(output), dict(settings or {})
-    check_new_folder(output)
+    prepare_new_folder(output)
     for name in settings:
         if name not in LLAMA_SETTINGS:
             raise ValueError(f"{name} is not a setting of convert --from llama: use {', '.join(LLAMA_SETTINGS)}")
@@ -81,8 +84,9 @@ def convert_llama(
     check_tokenizer_files(path, str(source))
     register_families()
     with explain_hub_errors(path):
+        tokenizer = load_checked_tokenizer(path)
+        check_weights(path, load_checked_config(path), AutoModelForCausalLM)
         model, report = llama_to_dfn(path, **settings)
-        tokenizer = AutoTokenizer.from_pretrained(path)
     with atomic_output_dir(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ..conversion.report import REPORT_FILE, ConversionReport
 from .pipelines import TASK as TEXT2TEXT
+from .private_paths import public_name
 
 PROVENANCE = "Provenance"
 UNSTATED = "Training text not stated."
@@ -30,7 +31,6 @@ def model_card(
         settings: names and values of the training settings.
         validation_loss: validation loss in nats per token.
     """
-    options = ", ".join(f"{option} {value:g}" for option, value in settings.items())
     text = f"""A `{type(model).__name__}` with {model.num_parameters():,} parameters.
 
 {how_to_load(model.config, name)}
@@ -40,8 +40,7 @@ def model_card(
 {provenance or UNSTATED}
 Validation loss {validation_loss:.4f} nats per token.
 
-Options: {options}.
-Made with torch {torch.__version__} and transformers {transformers.__version__}.
+{options_line(settings)}
 """
     return titled_card(model.config, name, text, task=language_task(model.config))
 
@@ -53,8 +52,9 @@ def conversion_card(config: PreTrainedConfig, report: ConversionReport, *, name:
         config: configuration of the converted model.
         report: report of the conversion.
         name: title of the card.
-        source: path or Hub id of the original.
+        source: path or Hub id of the original; the card holds the last component of a local path.
     """
+    source = public_name(source)
     lines = "\n".join(f"- {line}" for line in report.lines())
     auto_class = next(one for one, path in config.auto_map.items() if path.endswith(f".{report.model}"))
     text = f"""A `{report.model}` converted from `{source}`.
@@ -91,10 +91,16 @@ def hub_card(folder: Path, repo_id: str) -> str:
     readme = folder / "README.md"
     if readme.is_file():
         loaded = rf'(model=|from_pretrained\()"{re.escape(folder.resolve().name)}"'
-        return re.sub(loaded, rf'\1"{repo_id}"', readme.read_text())
+        return re.sub(loaded, rf'\1"{repo_id}"', readme.read_text(encoding="utf-8"))
     config = AutoConfig.from_pretrained(folder)
     text = f"{how_to_load(config, repo_id)}\n\n## {PROVENANCE}\n\n{UNSTATED}\n"
     return str(titled_card(config, repo_id, text, task=language_task(config)))
+
+
+def options_line(settings: dict[str, Any]) -> str:
+    """The settings of a training run and the versions of the libraries, in the words of a card."""
+    options = ", ".join(f"{option} {value:g}" for option, value in settings.items())
+    return f"Options: {options}.\nMade with torch {torch.__version__} and transformers {transformers.__version__}."
 
 
 def titled_card(config: PreTrainedConfig, name: str, text: str, *, task: str | None) -> ModelCard:
@@ -129,5 +135,6 @@ def read_provenance(readme: Path | None) -> str | None:
     """Return the text under the card's Provenance heading, or None."""
     if readme is None:
         return None
-    section = re.search(rf"^## {PROVENANCE}\s*\n(.*?)(?=^#|\Z)", readme.read_text(), re.MULTILINE | re.DOTALL)
+    text = readme.read_text(encoding="utf-8")
+    section = re.search(rf"^## {PROVENANCE}\s*\n(.*?)(?=^#|\Z)", text, re.MULTILINE | re.DOTALL)
     return section.group(1).strip() if section else None

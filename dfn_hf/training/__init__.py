@@ -9,8 +9,9 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "distillation": ["DistillationSettings", "distill_model"],
         "field": ["load_arrays", "new_field_model", "train_fields"],
         "lora": ["add_lora"],
-        "settings": ["TrainingSettings"],
-        "trainer": ["MatrixDecayTrainer", "TrainingResult", "train_model"],
         "recipes": ["train_new_contrastive_model", "train_new_field_model"],
+        "run": ["TrainingResult"],
+        "settings": ["TrainingSettings"],
+        "trainer": ["MatrixDecayTrainer", "train_model"],
     },
 )

@@ -1,69 +1,226 @@
-"""Checks the output folder of a training run and finds its checkpoints. Imports the standard library only."""
+"""The checkpoints of a training run: which are complete, which to resume from, and which files are the run's own.
+
+A checkpoint is complete if it has a manifest and every file agrees with it. Imports the standard library only.
+"""
 
 import json
-import shutil
+import re
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from ..storage.folder_checks import check_replaceable, check_writable
+from ..storage.locks import is_locked
+from ..storage.manifest import (
+    PRIVATE,
+    changed_file,
+    files_below,
+    read_manifest,
+    remove_empty_folders,
+    remove_known_files,
+    unknown_files,
+    write_manifest,
+    write_text_atomically,
+)
+from ..storage.output_folder import recover_output_folder
+
 CHECKPOINTS = "checkpoints"
 RUN_FILE = "run.json"
+EVENT_FILES = "events.out.tfevents.*"  # of TensorBoard, which grow during the run
+SAVING = f"{PRIVATE}saving"  # a file in a checkpoint while it is saved
+INTERRUPTED = "its save was interrupted"
+# Files that a Trainer saves. Those of a checkpoint whose save was interrupted have no manifest.
+TRAINER_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "*config.json", "*.py", "*token*.json", "*.jinja", "vocab.*",
+    "merges.txt", "optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json",
+    "training_args.bin", RUN_FILE, f"{PRIVATE}*", "README.md",
+)  # fmt: skip
 
 
-def check_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raise ValueError unless a trained model may be written to `folder`.
+def prepare_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Finish or delete what a killed run left in `folder`, and check that a trained model may be written to it.
 
     Args:
         folder: output folder of the training run.
         resume: allow checkpoints of an interrupted run.
-        overwrite: allow any content, which the trained model will replace.
+        overwrite: allow a model and checkpoints that this package wrote. The trained model will replace them.
+
+    Raises:
+        ValueError: it may not; the message names the file that is in the way and the remedy.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file: give a folder")
-    others = [path.name for path in folder.iterdir() if path.name != CHECKPOINTS] if folder.is_dir() else []
-    if others and not overwrite:
-        if resume:
-            raise ValueError(f"{folder} holds a finished model: remove --resume")
+    check_writable(folder)
+    recover_output_folder(folder)
+    if not folder.is_dir():
+        return
+    checkpoints = folder / CHECKPOINTS
+    run = recover_run(checkpoints)
+    holds_model = read_manifest(folder) is not None
+    if run is not None and holds_model and not run["replaces"]:  # killed after the model was saved
+        remove_known_files(checkpoints)
+        run = None
+    others = sorted(path for path in folder.iterdir() if run is None or path != checkpoints)
+    if resume and run is not None:
+        if holds_model:
+            damaged = [path for path in checkpoint_folders(checkpoints) if checkpoint_fault(path) is not None]
+            check_replaceable(folder, ignored=damaged)
+    elif others and overwrite:
+        check_replaceable(folder)
+    elif others:
+        raise ValueError(occupied_message(folder, others, resume))
+    elif run is not None and not overwrite and saved_checkpoints(checkpoints):
+        newest = saved_checkpoints(checkpoints)[-1].name
+        raise ValueError(f"{folder} holds a run that stopped after {newest}: add --resume or --overwrite")
+    elif run is not None:
+        check_own_checkpoints(checkpoints)
+
+
+def occupied_message(folder: Path, others: list[Path], resume: bool) -> str:
+    """Return the error message for an output folder that holds the paths `others`."""
+    written = read_manifest(folder) is not None
+    if resume and written:
+        return f"{folder} holds a finished model: remove --resume"
+    path = min(others, key=lambda path: path.name.startswith(PRIVATE))
+    files = files_below(path) if path.is_dir() and not path.is_symlink() else []
+    name = (files[0] if files else path).relative_to(folder)
+    return f"{folder} is not empty (it holds {name}): choose another folder" + (
+        ", or add --overwrite" if written else ""
+    )
+
+
+def recover_run(checkpoints: Path) -> dict[str, Any] | None:
+    """Return the record of an interrupted run, and delete what its last save left incomplete; None if there is none.
+
+    Raises:
+        ValueError: the run goes on in another process.
+    """
+    records = (read_run(folder) for folder in (checkpoints, *reversed(checkpoint_folders(checkpoints))))
+    record = next((found for found in records if found is not None), None)
+    if record is not None:
+        if is_locked(checkpoints):
+            raise ValueError(f"another process is training in {checkpoints.parent}: wait until it has ended")
+        write_text_atomically(checkpoints / RUN_FILE, json.dumps(record, indent=2))
+        remove_interrupted_saves(checkpoints)
+        record_run_files(checkpoints)
+    return record
+
+
+def check_own_checkpoints(checkpoints: Path) -> None:
+    """Raise ValueError if `checkpoints` holds a file that no training run wrote."""
+    for path in unknown_files(checkpoints):
         raise ValueError(
-            f"{folder} is not empty (it holds {sorted(others)[0]}): choose another folder, or add --overwrite"
+            f"{path} was not written by a training run, or has changed since: move it, or choose another folder"
         )
-    last = last_checkpoint(folder / CHECKPOINTS)
-    if last is not None and not resume and not overwrite:
-        raise ValueError(f"{folder} holds a run that stopped after {last.name}: add --resume or --overwrite")
 
 
-def check_same_run(checkpoints: Path, run: dict[str, Any]) -> None:
-    """Raise ValueError unless the run that wrote these checkpoints had the settings `run`."""
-    earlier = json.loads((checkpoints / RUN_FILE).read_text())
+def write_run(checkpoints: Path, run: dict[str, Any], *, replaces: bool) -> None:
+    """Record what must be equal to resume the run, and whether its model will replace another."""
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    write_text_atomically(checkpoints / RUN_FILE, json.dumps({"replaces": replaces, "run": run}, indent=2))
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """Return the record of the run whose checkpoints `folder` holds, or of a checkpoint; None without a valid one."""
+    try:
+        record = json.loads((folder / RUN_FILE).read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    is_record = isinstance(record, dict) and isinstance(record.get("run"), dict) and "replaces" in record
+    return record if is_record else None
+
+
+def check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
+    """Raise ValueError unless the run that wrote this checkpoint had the settings `run`."""
+    record = read_run(checkpoint)
+    earlier = record["run"] if record else {}
     for field, value in run.items():
         if earlier.get(field) != value:
             raise ValueError(
-                f"the unfinished run in {checkpoints.parent} had {field} = {earlier.get(field)!r}, not {value!r}: "
+                f"the unfinished run in {checkpoint.parents[1]} had {field} = {earlier.get(field)!r}, not {value!r}: "
                 "resume with the same options, or add --overwrite"
             )
 
 
-def last_checkpoint(checkpoints: Path) -> Path | None:
-    """Return the newest complete checkpoint, or None."""
-    complete = [path for path in checkpoint_folders(checkpoints) if is_complete(path)]
-    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+def newest_complete_checkpoint(checkpoints: Path) -> tuple[Path | None, dict[str, str]]:
+    """Return the newest complete checkpoint, and why each newer one is not complete.
+
+    Raises:
+        ValueError: there are checkpoints, but none is complete.
+    """
+    faults: dict[str, str] = {}
+    for path in reversed(checkpoint_folders(checkpoints)):
+        fault = checkpoint_fault(path)
+        if fault is None:
+            return path, faults
+        faults[path.name] = fault
+    if any(fault != INTERRUPTED for fault in faults.values()):
+        listed = ", ".join(f"{name} ({fault})" for name, fault in faults.items())
+        raise ValueError(
+            f"no checkpoint in {checkpoints} is complete: {listed}. Restore a file, or start again with --overwrite "
+            "instead of --resume"
+        )
+    return None, faults
 
 
-def remove_incomplete_checkpoints(checkpoints: Path) -> None:
-    """Delete incomplete checkpoints, which a killed process or a full disk leaves behind."""
+def checkpoint_fault(checkpoint: Path) -> str | None:
+    """Return why a checkpoint is not complete, or None if it is."""
+    if (checkpoint / SAVING).exists() or read_manifest(checkpoint) is None:
+        return INTERRUPTED
+    name = changed_file(checkpoint)
+    if name is None:
+        return None
+    return f"{name} is {'damaged' if (checkpoint / name).exists() else 'missing'}"
+
+
+def begin_save(checkpoint: Path) -> None:
+    """Mark a checkpoint as being saved."""
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / SAVING).touch()
+
+
+def complete_save(checkpoint: Path) -> None:
+    """Record the files of a saved checkpoint, with the run that it belongs to."""
+    write_text_atomically(checkpoint / RUN_FILE, (checkpoint.parent / RUN_FILE).read_text())
+    write_manifest(checkpoint)
+    (checkpoint / SAVING).unlink(missing_ok=True)
+
+
+def remove_old_checkpoints(checkpoints: Path, keep: set[str], *, limit: int) -> None:
+    """Delete the oldest saved checkpoints, except those named in `keep`, until `limit` are left."""
+    saved = saved_checkpoints(checkpoints)
+    removable = [path for path in saved if path.name not in keep]
+    for path in removable[: max(0, len(saved) - limit)]:
+        discard(path)
+
+
+def remove_interrupted_saves(checkpoints: Path) -> None:
+    """Delete the checkpoints that a killed process or a full disk left incomplete."""
     for path in checkpoint_folders(checkpoints):
-        if not is_complete(path):
-            shutil.rmtree(path, ignore_errors=True)
+        if (path / SAVING).exists():
+            discard(path)
+
+
+def discard(checkpoint: Path) -> None:
+    """Delete the files of a checkpoint that a Trainer or this module wrote."""
+    begin_save(checkpoint)  # so that an interrupted deletion is finished by the next run
+    for path in sorted(checkpoint.iterdir(), key=lambda path: path.name == SAVING):
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in TRAINER_FILES):
+            path.unlink()
+    remove_empty_folders(checkpoint)
+
+
+def record_run_files(checkpoints: Path) -> None:
+    """Record the files of the run outside its checkpoints: `run.json` and the logs of TensorBoard."""
+    logs = [path for path in files_below(checkpoints) if fnmatch(path.name, EVENT_FILES)]
+    write_manifest(checkpoints, [checkpoints / RUN_FILE, *logs])
+
+
+def saved_checkpoints(checkpoints: Path) -> list[Path]:
+    """Return the checkpoint folders whose save was completed, from the oldest to the newest."""
+    folders = checkpoint_folders(checkpoints)
+    return [path for path in folders if not (path / SAVING).exists() and read_manifest(path) is not None]
 
 
 def checkpoint_folders(checkpoints: Path) -> list[Path]:
-    """Return all checkpoint folders, complete or not."""
-    return [path for path in checkpoints.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Whether the Trainer state, the last file that the Trainer writes, exists and is valid JSON."""
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-    except (OSError, ValueError):
-        return False
-    return True
+    """Return all checkpoint folders, complete or not, from the oldest to the newest."""
+    folders = [path for path in checkpoints.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", path.name)]
+    return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))

@@ -13,16 +13,17 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from accelerate import PartialState
 from huggingface_hub import ModelCard
 from peft import PeftModel
 from torch.utils.data import Sampler
-from transformers import AutoConfig, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from ..data.contrastive import ContrastiveCollator, DistinctPairsSampler, Row
-from ..hub.model_card import PROVENANCE, UNSTATED, titled_card
+from ..hub.model_card import PROVENANCE, UNSTATED, options_line, titled_card
 from ..modeling.dfn.modeling_dfn_contrastive import DFNForContrastive
-from .trainer import MatrixDecayTrainer, TrainingResult, TrainingSettings, train_model
+from .run import TrainingResult
+from .settings import TrainingSettings
+from .trainer import MatrixDecayTrainer, train_model
 
 
 class ContrastiveTrainer(MatrixDecayTrainer):
@@ -85,7 +86,7 @@ def train_contrastive(
                 f"there are {len(rows)} pairs to {name} on but batch_size is {settings.batch_size}: lower batch_size "
                 "(--batch-size), or give more pairs"
             )
-    result = train_model(
+    return train_model(
         model,
         tokenizer,
         cast(Any, train_rows),
@@ -99,16 +100,15 @@ def train_contrastive(
         callbacks=callbacks,
         data_collator=ContrastiveCollator(tokenizer.pad_token_id),
         make_trainer=ContrastiveTrainer,
+        make_card=embedder_card,
     )
-    if PartialState().is_main_process:
-        embedder_card(result, provenance).save(result.folder / "README.md")
-    return result
 
 
-def embedder_card(result: TrainingResult, provenance: str) -> ModelCard:
-    """Model card of a trained embedding model."""
-    config = AutoConfig.from_pretrained(result.folder)
-    name = result.folder.resolve().name
+def embedder_card(
+    model: PreTrainedModel, *, name: str, provenance: str, settings: dict[str, Any], validation_loss: float
+) -> ModelCard:
+    """Model card of a trained embedding model; for the arguments see `model_card`."""
+    config = model.config
     fields = ""
     if config.contrastive_fields:
         fields = f"""
@@ -131,6 +131,8 @@ embeds = model(**tokenizer(["In the beginning", "En el principio"], padding=True
 ## {PROVENANCE}
 
 {provenance or UNSTATED}
-Validation loss {result.validation_loss:.4f} nats per pair (symmetric InfoNCE over batches).
+Validation loss {validation_loss:.4f} nats per pair (symmetric InfoNCE over batches).
+
+{options_line(settings)}
 """
     return titled_card(config, name, text, task="sentence-similarity")

@@ -18,7 +18,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.collators import PackedBlockCollator
-from .trainer import MatrixDecayTrainer, TrainingResult, TrainingSettings, train_model
+from .run import TrainingResult
+from .settings import TrainingSettings
+from .trainer import MatrixDecayTrainer, train_model
 
 IGNORED_LABEL = -100
 LABEL_WEIGHT = 0.3  # weight of the cross-entropy with the labels; the KL divergence from the teacher has weight 1

@@ -14,17 +14,19 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from huggingface_hub import ModelCard
 from torch.utils.data import Dataset
-from transformers import AutoConfig, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from ..data.fields import FieldCollator, array_field, read_image, read_sound
-from ..hub.model_card import PROVENANCE, UNSTATED, titled_card
+from ..data.fields import FieldCollator, array_field, check_samples, read_image, read_npy, read_sound
+from ..data.files import find_files
+from ..hub.model_card import PROVENANCE, UNSTATED, options_line, titled_card
 from ..modeling.dfn.configuration_dfn import DFNConfig
 from ..modeling.dfn.modeling_dfn_field import DFNForFieldReconstruction
 from ..presets import SIZES, check_fields
-from .trainer import MatrixDecayTrainer, TrainingResult, TrainingSettings, train_model
+from .run import TrainingResult
+from .settings import TrainingSettings
+from .trainer import MatrixDecayTrainer, train_model
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 KINDS = (*IMAGES, ".npy", ".wav")
@@ -36,18 +38,13 @@ def load_arrays(path: str | Path) -> list[np.ndarray]:
     """Load images, NumPy arrays (`.npy`) and waveforms (`.wav`) from a file or a folder, each `[size, …, values]`.
 
     A `.npy` array with one or two axes has one value per sample. With three or four axes, the last axis holds the
-    values; four axes are a clip over time.
+    values; four axes are a clip over time. Hidden files in a folder are skipped.
 
     Raises:
-        ValueError: `path` does not exist or holds no such file, or the files differ in the number of axes or values.
+        ValueError: `path` does not exist or holds no such file, a file cannot be read or is damaged, or the files
+            differ in the number of axes or values.
     """
-    path = Path(path)
-    if not path.exists():
-        raise ValueError(f"there is no file or folder {path}: check the path")
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    files = [file for file in files if file.suffix.lower() in KINDS]
-    if not files:
-        raise ValueError(f"{path} holds no field: give files with the suffix {', '.join(KINDS)}")
+    files = find_files(path, KINDS, "field")
     arrays = [read_array(file) for file in files]
     for file, array in zip(files, arrays, strict=True):
         if array.ndim != arrays[0].ndim or array.shape[-1] != arrays[0].shape[-1]:
@@ -62,24 +59,25 @@ def read_array(file: Path) -> np.ndarray:
     """Read one image, array or waveform, `[size, …, values]`; see `load_arrays`.
 
     Raises:
-        ValueError: the array is not readable, does not have one to four axes, or has floats that are not finite or
-            larger than 10.
+        ValueError: the file is damaged or of another kind, holds no samples, does not have one to four axes, or has
+            floats that are not finite or larger than 10.
     """
-    if file.suffix.lower() == ".wav":
+    suffix = file.suffix.lower()
+    if suffix not in KINDS:
+        raise ValueError(f"{file} is not a field: give a file with the suffix {', '.join(KINDS)}")
+    if suffix == ".wav":
         return read_sound(file)
-    if file.suffix.lower() != ".npy":
+    if suffix in IMAGES:
         image = read_image(file)
         return image[..., None] if image.ndim == 2 else image
-    try:
-        array = np.load(file, allow_pickle=False)
-    except ValueError as error:
-        raise ValueError(f"{file} holds no array of numbers ({error}): save one with numpy.save") from error
+    array = read_npy(file)
     if not 1 <= array.ndim <= 4:
         raise ValueError(f"{file} has {array.ndim} axes: give an array with one to four")
+    check_samples(array, str(file))
     if np.issubdtype(array.dtype, np.floating):
         if not np.isfinite(array).all():
             raise ValueError(f"{file} holds values that are not finite: replace them")
-        if array.size and np.abs(array).max() > MAX_VALUE:
+        if np.abs(array).max() > MAX_VALUE:
             raise ValueError(f"{file} holds values up to {np.abs(array).max():g}: scale them to about [-1, 1]")
     return array[..., None] if array.ndim <= 2 else array
 
@@ -182,7 +180,7 @@ def train_fields(
     Returns:
         The result, with mean squared errors as losses.
     """
-    result = train_model(
+    return train_model(
         model,
         None,
         cast(Any, train),
@@ -196,16 +194,15 @@ def train_fields(
         callbacks=callbacks,
         data_collator=FieldCollator(mask_ratio),
         make_trainer=FieldTrainer,
+        make_card=field_card,
     )
-    if PartialState().is_main_process:
-        field_card(result, provenance).save(result.folder / "README.md")
-    return result
 
 
-def field_card(result: TrainingResult, provenance: str) -> ModelCard:
-    """Model card of a trained field model."""
-    config = AutoConfig.from_pretrained(result.folder)
-    name = result.folder.resolve().name
+def field_card(
+    model: PreTrainedModel, *, name: str, provenance: str, settings: dict[str, Any], validation_loss: float
+) -> ModelCard:
+    """Model card of a trained field model; for the arguments see `model_card`."""
+    config = model.config
     text = f"""A `DFNForFieldReconstruction`: {config.coordinate_dim} axes, {config.value_dim} values per sample.
 
 ```python
@@ -220,6 +217,8 @@ reconstruction = model(field["coordinates"][None], field["values"][None]).recons
 ## {PROVENANCE}
 
 {provenance or UNSTATED}
-Validation loss {result.validation_loss:.6f} (mean squared error).
+Validation loss {validation_loss:.6f} (mean squared error).
+
+{options_line(settings)}
 """
     return titled_card(config, name, text, task="feature-extraction")

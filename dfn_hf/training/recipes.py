@@ -1,5 +1,6 @@
 """Trains a new field model or embedding model from files, as `dfn-hf train field` and `train contrastive` do."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from ..assets.verses import load_verses
 from ..data.contrastive import Row, pair_views, text_view
 from ..data.fields import array_field
 from ..data.pairs import SIDES, load_pairs
+from ..hub.private_paths import public_name
 from ..modeling.dfn.configuration_dfn import DFNConfig
 from ..modeling.dfn.modeling_dfn_contrastive import DFNForContrastive
 from ..presets import SIZES, check_fields
 from .contrastive import train_contrastive
 from .field import KINDS, FieldCrops, load_arrays, new_field_model, read_array, train_fields
-from .trainer import TrainingResult, TrainingSettings
+from .run import TrainingResult
+from .settings import TrainingSettings
 
 NUM_VALIDATION_CROPS = 64
 HELD_OUT_FRACTION = 0.05
@@ -64,7 +67,7 @@ def train_new_field_model(
         output,
         settings,
         mask_ratio=mask_ratio,
-        provenance=f"Trained on {data}, in crops of {num_samples} samples, from scratch.",
+        provenance=f"Trained on {public_name(data)}, in crops of {num_samples} samples, from scratch.",
         resume=resume,
         overwrite=overwrite,
     )
@@ -119,6 +122,8 @@ def train_new_contrastive_model(
         pairs, held_out = load_verses("train"), load_verses("validation")
     else:
         split = load_pairs(data, source_field=source_field, target_field=target_field)
+        if len(split) < 2:
+            raise ValueError(f"{data} holds one pair, and one more is held out for validation: give more pairs")
         parts = split.train_test_split(HELD_OUT_FRACTION, seed=settings.seed)
         pairs, held_out = parts["train"], parts["test"]
     folder = Path("." if data is None else data)
@@ -133,7 +138,7 @@ def train_new_contrastive_model(
         held_out_rows,
         output,
         settings,
-        provenance=f"Trained on {VERSES if data is None else data}, from scratch.",
+        provenance=f"Trained on {VERSES if data is None else public_name(data)}, from scratch.",
         resume=resume,
         overwrite=overwrite,
     )
@@ -151,7 +156,7 @@ def side_views(texts: Sequence[str], folder: Path, tokenizer: PreTrainedTokenize
         return text_view(texts, tokenizer, max_length=max_length)
     views: list[Row] = []
     for text in texts:
-        if not (folder / text).is_file():
+        if not os.path.exists(folder / text):
             raise ValueError(f"{folder / text} does not exist: give paths relative to {folder}")
         array = read_array(folder / text)
         views.append(dict(array_field(array, array.ndim - 1)))

@@ -195,8 +195,11 @@ def test_tone_has_energy_in_its_mel_band_only(tmp_path):
     write_wav(tmp_path / "empty.wav", [])
     with pytest.raises(ValueError, match="no sample"):
         read_recording(tmp_path / "empty.wav")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ValueError, match="none.wav cannot be read .No such file"):
         read_recording(tmp_path / "none.wav")
+    for rate in (1, 200):
+        with pytest.raises(ValueError, match=f"the sampling rate is {rate} Hz but"):
+            spectrum_field(torch.zeros(4000), rate)
 
 
 def write_recordings(folder):

@@ -15,7 +15,7 @@ from dfn_hf.conversion.llama import llama_to_dfn
 from dfn_hf.data.collators import PackedBlockCollator
 from dfn_hf.data.packing import pack, tokenize
 from dfn_hf.presets import new_causal_lm
-from dfn_hf.training.checkpoints import last_checkpoint
+from dfn_hf.training.checkpoints import newest_complete_checkpoint
 from dfn_hf.training.distillation import (
     DistillationSettings,
     blocks_loss,
@@ -117,7 +117,7 @@ def test_resumed_run_equals_an_uninterrupted_run(teacher, tokenizer, blocks, tmp
     folder = tmp_path / "broken"
     with pytest.raises(RuntimeError, match="power cut"):
         distill(teacher, tokenizer, blocks, folder, callbacks=[FailAtStep(10)])
-    assert last_checkpoint(folder / "checkpoints").name == "checkpoint-8"
+    assert newest_complete_checkpoint(folder / "checkpoints")[0].name == "checkpoint-8"
     with pytest.raises(ValueError, match=r"had layerwise_ratio = 0\.5, not 0\.2"):
         distill(teacher, tokenizer, blocks, folder, replace(SETTINGS, layerwise_ratio=0.2), resume=True)
     resumed = distill(teacher, tokenizer, blocks, folder, resume=True)

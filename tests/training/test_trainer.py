@@ -21,7 +21,8 @@ from dfn_hf.assets.tokenizers import load_tokenizer
 from dfn_hf.data.collators import PackedBlockCollator, positions_in_segments
 from dfn_hf.data.packing import pack, tokenize
 from dfn_hf.presets import new_causal_lm
-from dfn_hf.training.checkpoints import last_checkpoint
+from dfn_hf.storage.manifest import write_manifest
+from dfn_hf.training.checkpoints import newest_complete_checkpoint
 from dfn_hf.training.lora import add_lora
 from dfn_hf.training.settings import TrainingSettings
 from dfn_hf.training.trainer import train_model
@@ -96,7 +97,7 @@ def test_resumed_run_equals_an_uninterrupted_run(model, tokenizer, blocks, tmp_p
     with pytest.raises(Killed):
         train(model, tokenizer, blocks, folder, callbacks=[KillAtStep()])
     (folder / "checkpoints" / "checkpoint-5").mkdir()
-    assert last_checkpoint(folder / "checkpoints").name == "checkpoint-3"
+    assert newest_complete_checkpoint(folder / "checkpoints")[0].name == "checkpoint-3"
 
     with pytest.raises(ValueError, match="stopped after checkpoint-3: add --resume"):
         train(model, tokenizer, blocks, folder)
@@ -117,11 +118,11 @@ def test_resumed_run_equals_an_uninterrupted_run(model, tokenizer, blocks, tmp_p
         torch.testing.assert_close(weights[1][name], weight)
 
 
-def test_existing_folder_is_kept_until_training_ends(model, tokenizer, blocks, tmp_path):
+def test_a_model_is_kept_until_training_ends(model, tokenizer, blocks, tmp_path):
     folder = tmp_path / "mine"
-    folder.mkdir()
-    (folder / "poem.txt").write_text("mine")
-    with pytest.raises(ValueError, match="not empty .it holds poem.txt"):
+    train(model, tokenizer, blocks, folder)
+    before = contents(folder)
+    with pytest.raises(ValueError, match="not empty .it holds README.md.: choose another folder, or add --overwrite"):
         train(model, tokenizer, blocks, folder)
 
     class Fail(TrainerCallback):
@@ -130,21 +131,28 @@ def test_existing_folder_is_kept_until_training_ends(model, tokenizer, blocks, t
 
     with pytest.raises(RuntimeError, match="power cut"):
         train(model, tokenizer, blocks, folder, callbacks=[Fail()], overwrite=True)
-    assert (folder / "poem.txt").read_text() == "mine"
+    kept = contents(folder)
+    assert {path: kept[path] for path in before} == before
 
     train(model, tokenizer, blocks, folder, overwrite=True)
-    assert not (folder / "poem.txt").exists()
-    assert (folder / "model.safetensors").is_file()
+    replaced = contents(folder)
+    assert list(tmp_path.iterdir()) == [folder]
+    assert {path.name for path in replaced if path.parts[0] != "runs"} == {
+        path.name for path in before if path.parts[0] != "runs"
+    }
+    assert replaced[Path("model.safetensors")] != before[Path("model.safetensors")]
 
 
-def test_diverged_run_keeps_the_folder(tokenizer, blocks, tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "poem.txt").write_text("mine")
+def test_diverged_run_keeps_the_folder(model, tokenizer, blocks, tmp_path):
+    folder = tmp_path / "model"
+    train(model, tokenizer, blocks, folder)
+    before = contents(folder)
     model = new_causal_lm(tokenizer, **TINY)
     model.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="diverged: lower learning_rate .*now 0.01"):
-        train(model, tokenizer, blocks, tmp_path / "model", overwrite=True)
-    assert (tmp_path / "model" / "poem.txt").read_text() == "mine"
+        train(model, tokenizer, blocks, folder, overwrite=True)
+    kept = contents(folder)
+    assert {path: kept[path] for path in before} == before
 
 
 def test_output_folder_that_is_a_file_is_rejected(tokenizer, blocks, tmp_path):
@@ -320,6 +328,7 @@ def test_full_disk_is_a_one_line_error_and_keeps_the_checkpoint(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
+    write_manifest(folder)
     process = start_training(folder, most_bytes=8000)
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 1
@@ -334,11 +343,15 @@ def test_killed_run_resumes_from_the_last_checkpoint(tokenizer, blocks, tmp_path
     folder = tmp_path / "model"
     process = start_training(folder)
     deadline = time.monotonic() + 600
-    while last_checkpoint(folder / "checkpoints") is None and process.poll() is None and time.monotonic() < deadline:
+    while (
+        newest_complete_checkpoint(folder / "checkpoints")[0] is None
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.1)
     process.kill()
     process.communicate()
-    reached = int(last_checkpoint(folder / "checkpoints").name.rpartition("-")[2])
+    reached = int(newest_complete_checkpoint(folder / "checkpoints")[0].name.rpartition("-")[2])
     assert reached >= LONG.save_steps
     first_steps = []
 
