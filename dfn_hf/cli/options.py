@@ -91,7 +91,10 @@ Seed = Annotated[int, panel(TRAINING, help="Random seed of the weights and of th
 Output = Annotated[Path, typer.Argument(help="New or empty folder for the model.")]
 Resume = Annotated[bool, panel(OUTPUT, "--resume", help="Continue from the last checkpoint in OUTPUT.")]
 Overwrite = Annotated[bool, panel(OUTPUT, "--overwrite", help="Replace OUTPUT when training has finished.")]
-PushToHub = Annotated[str | None, panel(OUTPUT, help="Upload the trained model to this Hub repository, owner/name.")]
+PushToHub = Annotated[
+    str | None,
+    panel(OUTPUT, help="Upload the trained model to this Hub repository, owner/name. A new repository is private."),
+]
 
 
 def learning_rate_option(default: str) -> Any:

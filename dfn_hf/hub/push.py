@@ -1,41 +1,203 @@
-"""Uploads saved models to the Hugging Face Hub."""
+"""Uploads saved models to the Hugging Face Hub, in one commit."""
 
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from .model_card import hub_card
+from .upload_files import ANY_WEIGHTS, CARD, ModelFiles, read_model_folder
+
+INITIAL_FILES = {".gitattributes"}  # the Hub adds it to every new repository
+NUM_NAMES = 20  # names that are listed before the rest is counted
 
 
-def require_token() -> None:
-    """Raise ValueError unless there is a Hub token; called before long runs."""
+@dataclass(frozen=True)
+class PushedModel:
+    """A repository that a model was uploaded to.
+
+    Attributes:
+        url: its address.
+        private: whether only its owners can read it.
+    """
+
+    url: str
+    private: bool
+
+    def __str__(self) -> str:
+        return f"{self.url} ({visibility(self.private)})"
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A repository before the upload.
+
+    Attributes:
+        repo_id: `owner/name`.
+        private: whether only its owners can read it.
+        files: the paths in its main branch.
+        commit: the last commit of its main branch.
+        created: whether this upload created it.
+    """
+
+    repo_id: str
+    private: bool
+    files: set[str]
+    commit: str | None
+    created: bool
+
+
+def check_destination(repo_id: str) -> None:
+    """Raise ValueError unless `repo_id` is a valid name and there is a Hub token; called before long runs."""
+    validate_repo_id(repo_id)
     if get_token() is None:
         raise ValueError("there is no Hub token: run `hf auth login` or set HF_TOKEN")
 
 
-def push_folder(folder: Path, repo_id: str, *, private: bool = False) -> str:
-    """Upload a saved model folder; the repository is created if it does not exist.
+def push_folder(
+    folder: str | Path, repo_id: str, *, private: bool = True, say: Callable[[str], None] = lambda line: None
+) -> PushedModel:
+    """Upload a saved model folder in one commit; the repository is created if it does not exist.
 
-    An existing README.md in the repository is kept. Otherwise the card from `hub_card` is uploaded.
+    Only the files of the model are uploaded (`upload_files`). An existing README.md in the repository is kept;
+    otherwise the card from `hub_card` is uploaded. Weights of an earlier model are deleted in the same commit. If the
+    upload to a new repository fails, the repository is deleted while it is empty.
 
     Args:
         folder: a transformers folder.
         repo_id: `owner/name`, or `name` in the user's own namespace.
-        private: make a new repository private.
-
-    Returns:
-        URL of the repository.
+        private: make a new repository private. An existing one keeps its visibility.
+        say: receives a line on each step: the files, and the visibility before the upload starts.
 
     Raises:
-        ValueError: `folder` holds no model, or there is no Hub token.
+        ValueError: `folder` holds no model, a file of it is damaged, a link or names a path of this machine, `repo_id`
+            is not a valid name, or there is no Hub token.
+        OSError: the Hub cannot be reached or refuses the upload.
     """
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json: give the folder of a saved model")
-    require_token()
+    folder = Path(folder)
+    files = read_model_folder(folder)
+    check_destination(repo_id)
+    for line in described(files):
+        say(line)
     api = HfApi()
-    repository = api.create_repo(repo_id, private=private, exist_ok=True)
-    api.upload_folder(repo_id=repository.repo_id, folder_path=folder, ignore_patterns=["checkpoints/*", "README.md"])
-    if not api.file_exists(repository.repo_id, "README.md"):
-        card = hub_card(folder, repository.repo_id).encode()
-        api.upload_file(repo_id=repository.repo_id, path_in_repo="README.md", path_or_fileobj=card)
-    return str(repository)
+    with explain_failure(f"{repo_id} cannot be opened"):
+        repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
+    card = hub_card(folder, repo_id)
+    with explain_failure(f"{repo_id} cannot be opened"):
+        repository = open_repository(api, repo_id, private)
+    url = f"{api.endpoint}/{repository.repo_id}"
+    with removed_on_failure(api, repository), explain_failure(f"the upload to {url} failed"):
+        say(describe_visibility(repository, url, private))
+        if repository.created and private and not repository.private:
+            raise OSError("the Hub made the new repository public: create a private one in its web interface")
+        operations = additions(files, repository, card)
+        stale = sorted(path for path in repository.files if ANY_WEIGHTS.fullmatch(path) and path not in files.uploaded)
+        if stale:
+            say(f"deletes weights of the earlier model: {listed(stale)}")
+        api.create_commit(
+            repository.repo_id,
+            [*operations, *map(CommitOperationDelete, stale)],
+            commit_message="Upload model",
+            parent_commit=repository.commit,
+        )
+    return PushedModel(url, repository.private)
+
+
+def described(files: ModelFiles) -> list[str]:
+    """Lines that name the files that are uploaded, changed and left."""
+    lines = [f"uploads {listed(sorted(files.uploaded))}"]
+    if files.cleaned:
+        lines.append(f"uploads without the paths of this machine: {listed(files.cleaned)}")
+    if files.left:
+        lines.append(f"does not upload {listed(files.left)}")
+    return lines
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names in a line; of many names the first, and the number of the others."""
+    shown = ", ".join(name if name.isprintable() else ascii(name) for name in names[:NUM_NAMES])
+    return shown if len(names) <= NUM_NAMES else f"{shown} and {len(names) - NUM_NAMES:,} more"
+
+
+def visibility(private: bool) -> str:
+    """The Hub's word for who can read a repository."""
+    return "private" if private else "public"
+
+
+def describe_visibility(repository: Repository, url: str, private: bool) -> str:
+    """A line on the repository and on who can read it."""
+    line = f"to the {'new' if repository.created else 'existing'} {visibility(repository.private)} repository {url}"
+    if repository.private == private:
+        return line
+    if repository.private:
+        return f"{line}, which stays private"
+    return f"{line}, which everyone can read"
+
+
+def open_repository(api: HfApi, repo_id: str, private: bool) -> Repository:
+    """Read the repository, after creating it if it does not exist."""
+    created = False
+    try:
+        info = api.model_info(repo_id)
+    except RepositoryNotFoundError:
+        api.create_repo(repo_id, private=private)
+        created = True
+        try:
+            info = api.model_info(repo_id)
+        except (HTTPError, OSError) as error:
+            raise OSError(f"{error}; the new repository {repo_id} is empty: push again") from error
+    files = {sibling.rfilename for sibling in info.siblings or ()}
+    return Repository(info.id, bool(info.private), files, info.sha, created)
+
+
+def additions(files: ModelFiles, repository: Repository, card: str) -> list[CommitOperationAdd]:
+    """The files to upload, and `card` unless the repository has one."""
+    contents = dict(files.uploaded)
+    if CARD in repository.files:
+        contents.pop(CARD, None)
+    else:
+        contents[CARD] = card.encode()
+    return [CommitOperationAdd(path, content) for path, content in sorted(contents.items())]
+
+
+@contextmanager
+def removed_on_failure(api: HfApi, repository: Repository) -> Iterator[None]:
+    """Delete the repository if the block fails, this upload created it, and it is still empty."""
+    try:
+        yield
+    except BaseException as error:
+        if not repository.created:
+            raise
+        outcome = delete_if_empty(api, repository)
+        if isinstance(error, OSError):
+            raise OSError(f"{error}; {outcome}") from error
+        raise
+
+
+def delete_if_empty(api: HfApi, repository: Repository) -> str:
+    """Delete a repository without files, and return a sentence on the outcome."""
+    name = f"the new repository {repository.repo_id}"
+    try:
+        info = api.model_info(repository.repo_id)
+        if info.sha != repository.commit or {sibling.rfilename for sibling in info.siblings or ()} - INITIAL_FILES:
+            return f"{name} holds files and was kept: look at it before you push again"
+        api.delete_repo(repository.repo_id)
+    except (HTTPError, OSError):
+        return f"{name} is empty and could not be deleted: push again, or delete it in its settings"
+    return f"{name} was empty and was deleted again: push again"
+
+
+@contextmanager
+def explain_failure(action: str) -> Iterator[None]:
+    """Raise errors of the network and of the Hub as an OSError without token and without signed addresses."""
+    try:
+        yield
+    except (HTTPError, OSError, ValueError) as error:
+        message = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", str(error) or type(error).__name__)
+        token = get_token()
+        raise OSError(f"{action}: {message.replace(token, '***') if token else message}") from error

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -51,6 +52,7 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     repositories: dict[str, Repository]
     blobs: dict[str, bytes]
+    before: Callable[["Handler"], None]
 
     def log_message(self, *args) -> None:
         pass
@@ -60,6 +62,7 @@ class Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(length)
         path = unquote(urlsplit(self.path).path)
         try:
+            type(self).before(self)
             for method, pattern, action in ROUTES:
                 found = re.fullmatch(pattern, path)
                 if found and method in (self.command, "GET" if self.command == "HEAD" else self.command):
@@ -119,6 +122,14 @@ class Handler(BaseHTTPRequestHandler):
         private = bool(request.get("private")) or request.get("visibility") == "private"
         self.repositories[name] = Repository(name, private)
         self.send_json(address)
+
+    def delete(self) -> None:
+        self.require_token()
+        request = json.loads(self.body)
+        name = f"{request.get('organization') or USER}/{request['name']}"
+        self.repository(name)
+        del self.repositories[name]
+        self.send_json({})
 
     def validate_yaml(self) -> None:
         self.send_json({"errors": [], "warnings": []})
@@ -242,6 +253,7 @@ NAME = r"([\w.-]+/[\w.-]+)"
 ROUTES = [
     ("GET", "/api/whoami-v2", Handler.whoami),
     ("POST", "/api/repos/create", Handler.create),
+    ("DELETE", "/api/repos/delete", Handler.delete),
     ("POST", "/api/validate-yaml", Handler.validate_yaml),
     ("GET", f"/api/models/{NAME}", Handler.describe),
     ("GET", f"/api/models/{NAME}/revision/(.+)", Handler.describe),
@@ -258,18 +270,49 @@ ROUTES = [
 ]
 
 
+class Hub:
+    """A running server.
+
+    Attributes:
+        address: its URL.
+        repositories: its repositories by name.
+    """
+
+    def __init__(self, address: str, handler: type[Handler]):
+        self.address, self.handler = address, handler
+        self.repositories = handler.repositories
+
+    def files(self, name: str) -> dict[str, bytes]:
+        """The files of the main branch."""
+        repository = self.repositories[name]
+        return repository.commits[repository.branches["main"]]
+
+    def call_before(self, function: Callable[[Handler], None]) -> None:
+        """Call `function` with the handler before each later request; it may raise HubError."""
+        self.handler.before = staticmethod(function)
+
+
 @contextmanager
-def serve():
-    """Serve an empty Hub; yields its address."""
-    handler = type("FreshHandler", (Handler,), {"repositories": {}, "blobs": {}})
+def serve_hub():
+    """Serve an empty Hub; yields it."""
+    handler = type(
+        "FreshHandler", (Handler,), {"repositories": {}, "blobs": {}, "before": staticmethod(lambda handler: None)}
+    )
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield Hub(f"http://127.0.0.1:{server.server_port}", handler)
     finally:
         server.shutdown()
         thread.join()
+
+
+@contextmanager
+def serve():
+    """Serve an empty Hub; yields its address."""
+    with serve_hub() as hub:
+        yield hub.address
 
 
 if __name__ == "__main__":
