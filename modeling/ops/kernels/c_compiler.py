@@ -8,6 +8,7 @@ processes and several copies of this code from the Hub can therefore share the f
 """
 
 import ctypes
+import errno
 import hashlib
 import os
 import platform
@@ -72,15 +73,17 @@ def compiled_library(
 
 
 def failure(error: Exception) -> str:
-    """Return why a library could not be compiled and what to do, as one text without names of temporary files."""
+    """Return why a library could not be compiled and what to do, as a text that is equal for all libraries."""
     remedy = "Set CC to another compiler, or XDG_CACHE_HOME to a folder with free space."
     if isinstance(error, subprocess.CalledProcessError):
-        output = (error.stderr or b"").decode(errors="replace").strip()[:500]
-        return f"{error.cmd[0]} failed: {output or f'exit status {error.returncode}'}. {remedy}"
+        output = (error.stderr or b"").decode(errors="replace").strip()[:500] or f"exit status {error.returncode}"
+        full_disk = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
+        output = next((text for text in full_disk if text in output), output)  # without names of temporary files
+        return f"{error.cmd[0]} failed: {output.rstrip('.')}. {remedy}"
     if isinstance(error, subprocess.TimeoutExpired):
         return f"{error.cmd[0]} did not finish in {error.timeout} seconds. {remedy}"
     from_system = not isinstance(error, OSError) or error.errno is not None
-    return f"{error} {remedy}" if from_system else str(error)
+    return f"{str(error).rstrip('.')}. {remedy}" if from_system else str(error)
 
 
 def carried_library(name: str, source: str, functions: tuple[str, ...], reason: str) -> ctypes.CDLL | None:
@@ -132,7 +135,7 @@ def compile_code(source: str, command: list[str], folder: Path) -> Path:
     subprocess.run(
         [*command, "-o", "library.so", "code.c", "-lm"],
         cwd=folder,
-        env=os.environ | {"TMPDIR": str(folder)},
+        env=os.environ | {"TMPDIR": str(folder), "LC_ALL": "C"},
         check=True,
         capture_output=True,
         timeout=COMPILE_SECONDS,

@@ -42,9 +42,7 @@ def library_folder() -> Path:
         raise OSError(f"The folder {folder} cannot be created ({error.strerror}: {path}): {OTHER_FOLDER}.") from error
     check_ownership(folder)
     if os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):
-        raise OSError(
-            f"The file system of {folder} is mounted with noexec: set XDG_CACHE_HOME to a folder on another."
-        )
+        raise OSError(f"{folder} is on a file system mounted with noexec: set XDG_CACHE_HOME to a folder on another.")
     return folder
 
 
@@ -162,7 +160,7 @@ def store_library(built: Path, folder: Path, key: str, functions: tuple[str, ...
     try:
         library = load_library(named, functions)
     except OSError as error:
-        reason = str(error).replace(str(named), built.name)
+        reason = str(error).replace(str(named), built.name).rstrip(".")
         raise OSError(f"The compiler wrote an unusable library ({reason}): set CC to another compiler.") from error
     try:
         named.replace(path)
