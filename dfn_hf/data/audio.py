@@ -20,11 +20,9 @@ def read_recording(path: str | Path) -> tuple[torch.Tensor, int]:
         The samples, float32 `[samples]` in [−1, 1], and the sampling rate in Hz.
 
     Raises:
-        OSError, ValueError: see `fields.read_wav`; also ValueError if the file holds no sample.
+        ValueError: see `fields.read_wav`.
     """
     samples, rate = read_wav(path)
-    if not len(samples):
-        raise ValueError(f"{path} holds no sample: remove it from the data")
     return array_field(samples, 1)["values"].mean(dim=1), rate
 
 
@@ -40,8 +38,13 @@ def spectrum_field(samples: torch.Tensor, rate: int) -> dict[str, torch.Tensor]:
         `[frames, 24]`, the log energy of 24 mel bands, normalized to mean 0 and variance 1 over the recording.
 
     Raises:
-        ValueError: the recording is shorter than one window (32 ms).
+        ValueError: the recording is shorter than one window (32 ms), or `rate` is too low for the lowest band.
     """
+    if rate <= 2 * LOWEST_HERTZ:
+        raise ValueError(
+            f"the sampling rate is {rate} Hz but the lowest band needs more than {2 * LOWEST_HERTZ:g} Hz: remove the "
+            "recording from the data"
+        )
     window = round(WINDOW_SECONDS * rate)
     if len(samples) < window:
         raise ValueError(

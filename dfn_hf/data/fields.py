@@ -4,6 +4,7 @@ Shape letters: N samples, c coordinate_dim, v value_dim.
 """
 
 import math
+import os
 import wave
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from .files import damaged, explain_read_errors
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")  # Pillow runs external programs for some other formats
 
 
 def grid_coordinates(*sizes: int) -> torch.Tensor:
@@ -48,28 +53,56 @@ def array_field(array: Any, coordinate_dim: int) -> dict[str, torch.Tensor]:
         ValueError: the array has another number of axes, no samples, or an unsupported dtype.
     """
     array = np.asarray(array)
-    if array.dtype == bool:
-        array = array * np.uint8(255)
     if array.ndim not in (coordinate_dim, coordinate_dim + 1):
         raise ValueError(
             f"the array has shape {list(array.shape)} but coordinate_dim is {coordinate_dim}: give {coordinate_dim} "
             "axes, and one more if a sample has several values"
         )
-    if 0 in array.shape:
-        raise ValueError(
-            f"the array has shape {list(array.shape)} and holds no samples: give an array without empty axes"
-        )
-    integer = np.issubdtype(array.dtype, np.integer)
-    if not (integer and array.dtype.itemsize <= 2 or np.issubdtype(array.dtype, np.floating)):
-        raise ValueError(
-            f"the array has dtype {array.dtype}, whose value range is not defined: convert it to uint8, uint16 "
-            "or int16, or to floats in about [-1, 1]"
-        )
-    if integer:
+    check_samples(array, "the array")
+    if array.dtype == bool:
+        array = array * np.uint8(255)
+    if np.issubdtype(array.dtype, np.integer):
         limits = np.iinfo(array.dtype)
         array = (array.astype(np.float64) - limits.min) / (float(limits.max) - limits.min) * 2 - 1
     values = torch.from_numpy(np.array(array, dtype=np.float32)).reshape(math.prod(array.shape[:coordinate_dim]), -1)
     return {"coordinates": grid_coordinates(*array.shape[:coordinate_dim]), "values": values}
+
+
+def check_samples(array: np.ndarray, name: str) -> None:
+    """Raise ValueError if the array has no samples or a dtype whose value range is not defined; `name` names it."""
+    if 0 in array.shape:
+        raise ValueError(
+            f"{name} has shape {list(array.shape)} and holds no samples: give an array without empty axes"
+        )
+    small = np.issubdtype(array.dtype, np.integer) and array.dtype.itemsize <= 2
+    if not (small or array.dtype == bool or np.issubdtype(array.dtype, np.floating)):
+        raise ValueError(
+            f"{name} has dtype {array.dtype}, whose value range is not defined: convert it to uint8, uint16 "
+            "or int16, or to floats in about [-1, 1]"
+        )
+
+
+def read_npy(path: str | Path) -> np.ndarray:
+    """Read a `.npy` file. The header is checked before memory is allocated, and objects are not unpickled.
+
+    Raises:
+        ValueError: the file is missing, damaged, cut, or holds objects.
+    """
+    formats = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    with explain_read_errors(path, "an array that numpy.save wrote"), open(path, "rb") as file:
+        version = np.lib.format.read_magic(file)
+        if version not in formats:
+            raise ValueError(f"format version {version[0]}.{version[1]}")
+        shape, _, dtype = formats[version](file)
+        if dtype.hasobject:
+            raise ValueError("it holds Python objects")
+        if min(shape, default=0) < 0:
+            raise ValueError(f"its shape is {list(shape)}")
+        expected, found = math.prod(shape) * dtype.itemsize, os.fstat(file.fileno()).st_size - file.tell()
+        if found < expected:
+            raise ValueError(f"the header promises {expected:,} bytes of values, the file holds {found:,}")
+        file.seek(0)
+        return np.load(file, allow_pickle=False)
 
 
 def image_field(path: str | Path) -> dict[str, torch.Tensor]:
@@ -81,14 +114,18 @@ def read_image(path: str | Path) -> np.ndarray:
     """Read an image file: a grey image as uint8 or uint16 `[height, width]`, any other as uint8 `[height, width, 3]`.
 
     Raises:
-        OSError: the file does not exist or is not an image.
+        ValueError: the file is missing, damaged, not an image, or has pixels of more than 16 bits.
     """
     from PIL import Image
 
-    with Image.open(path) as image:
-        if image.mode.startswith("I"):
-            return np.asarray(image).astype(np.uint16)
-        return np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+    with explain_read_errors(path, "a PNG, JPEG, WebP, TIFF or BMP image"):
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if not image.mode.startswith(("I", "F")):
+                return np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+            mode, pixels = image.mode, np.asarray(image)
+    if mode == "F" or pixels.min() < 0 or pixels.max() > np.iinfo(np.uint16).max:
+        raise ValueError(f"{path} has pixels of 32 bits: convert it to 8 or 16 bits, or save the array as .npy")
+    return pixels.astype(np.uint16)
 
 
 def sound_field(path: str | Path) -> dict[str, torch.Tensor]:
@@ -108,17 +145,23 @@ def read_wav(path: str | Path) -> tuple[np.ndarray, int]:
         The samples, uint8 or int16 `[length, channels]`, and the sampling rate in Hz.
 
     Raises:
-        OSError: the file does not exist.
-        ValueError: the file is not a PCM WAV file, or has another sample width.
+        ValueError: the file is missing, damaged or cut, not a PCM WAV file, has another sample width, or holds no
+            sample.
     """
-    try:
-        with wave.open(str(path), "rb") as file:
-            channels, width, rate = file.getnchannels(), file.getsampwidth(), file.getframerate()
-            frames = file.readframes(file.getnframes())
-    except (wave.Error, EOFError) as error:
-        raise ValueError(f"{path} is not a PCM WAV file ({error}): convert it to one") from error
+    kind = "a PCM WAV file"
+    with explain_read_errors(path, kind), wave.open(str(path), "rb") as file:
+        channels, width, rate = file.getnchannels(), file.getsampwidth(), file.getframerate()
+        num_frames = file.getnframes()
+        frames = file.readframes(min(num_frames, os.stat(path).st_size // (channels * width)))
     if width not in (1, 2):
         raise ValueError(f"{path} has {8 * width} bits per sample: convert it to 8 or 16 bits")
+    if len(frames) != num_frames * channels * width:
+        found = len(frames) // (channels * width)
+        raise damaged(path, kind, ValueError(f"the header promises {num_frames:,} frames, the file holds {found:,}"))
+    if not frames:
+        raise ValueError(f"{path} holds no sample: remove it from the data")
+    if rate < 1:
+        raise ValueError(f"{path} has a sampling rate of {rate} Hz: save it with the rate of the recording")
     return np.frombuffer(frames, dtype="u1" if width == 1 else "<i2").reshape(-1, channels), rate
 
 

@@ -123,6 +123,8 @@ def explain_read_errors(path: str | os.PathLike[str], kind: str) -> Iterator[Non
         if error.errno is not None:
             raise unreadable(path, error) from error
         raise damaged(path, kind, error) from error
+    except MemoryError as error:
+        raise ValueError(f"{path} does not fit in memory, or is damaged: give a smaller file") from error
     except Exception as error:  # a damaged file can fail anywhere in the reader
         raise damaged(path, kind, error) from error
 

@@ -40,7 +40,7 @@ def test_images_are_read(tmp_path):
     colour, grey = image_field(tmp_path / "colour.png"), image_field(tmp_path / "grey.png")
     assert torch.allclose(colour["values"], torch.from_numpy(pixels.reshape(8, 3) / 127.5 - 1).float(), atol=1e-6)
     assert torch.equal(grey["values"], colour["values"][:, :1]) and grey["coordinates"].shape == (8, 2)
-    with pytest.raises(OSError):
+    with pytest.raises(ValueError, match="missing.png cannot be read .No such file"):
         image_field(tmp_path / "missing.png")
 
 
