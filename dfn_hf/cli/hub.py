@@ -32,22 +32,38 @@ def info(model: ModelSource) -> None:
 def push(
     folder: Annotated[Path, typer.Argument(help="Folder of a saved model.")],
     repository: Annotated[str, typer.Argument(help="Hub repository, owner/name; created if it does not exist.")],
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public. Default: private.")] = False,
 ) -> None:
     """Upload a saved model with its code, tokenizer and model card to the Hugging Face Hub.
 
-    Example: `dfn-hf push my-model me/my-model --private`
+    Other files of FOLDER stay here. A new repository is private. Example: `dfn-hf push my-model me/my-model`
     """
     refuse(not (folder / "config.json").is_file(), f"{folder} holds no config.json: give the folder of a saved model")
 
     from ..hub.push import push_folder
-    from ..registration import register_families
 
-    register_families()
-    typer.echo(f"pushed to {push_folder(folder, repository, private=private)}")
+    typer.echo(f"pushed to {push_folder(folder, repository, private=not public, say=typer.echo)}")
 
 
-def serve(context: typer.Context, model: ModelSource) -> None:
+def serve(
+    context: typer.Context,
+    model: ModelSource,
+    max_prompt_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Longest prompt in tokens.", show_default="max_position_embeddings of the model, or 16,384"
+        ),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens generated for one request.")] = 4096,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Largest request body in bytes.")] = 2**20,
+    max_requests: Annotated[
+        int, typer.Option(min=1, help="Most requests that run or wait at the same time; further ones get status 429.")
+    ] = 16,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Web pages of this origin may use the server, e.g. https://example.org; may be repeated."),
+    ] = None,
+) -> None:
     """Serve a causal language model over HTTP with an OpenAI-compatible API.
 
     Further options are those of `transformers serve`. Example: `dfn-hf serve dfn-tiny --port 8001`
@@ -56,4 +72,12 @@ def serve(context: typer.Context, model: ModelSource) -> None:
 
     from ..hub.serving import serve as serve_model
 
-    serve_model(model, context.args)
+    serve_model(
+        model,
+        context.args,
+        max_prompt_tokens=max_prompt_tokens,
+        max_new_tokens=max_new_tokens,
+        max_body_bytes=max_body_bytes,
+        max_requests=max_requests,
+        origins=tuple(allow_origin or ()),
+    )

@@ -1,54 +1,25 @@
-"""Tests that the OpenAI-compatible server returns the same text as `generate`."""
+"""Tests that the OpenAI-compatible server returns the same text as `generate`, in a process of its own."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-import time
 import urllib.request
 
 import pytest
+import uvicorn
+from starlette.testclient import TestClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cli.serving import server as upstream
 
 import dfn_hf
 from dfn_hf.hub.serving import serve
+from tests.support.serving import make_app, running_server
 
 PROMPT = "And it came to pass"
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
-
-
 @pytest.fixture(scope="module", params=["dfn-tiny", "flownetwork-tiny"])
 def server(request, tmp_path_factory):
-    port = free_port()
-    environment = os.environ | {"HF_HOME": str(tmp_path_factory.mktemp("home")), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "dfn_hf.cli", "serve", request.param, "--port", str(port), "--device", "cpu"]
-    log = tmp_path_factory.mktemp("log") / "server.txt"
-    with log.open("w") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        url = f"http://localhost:{port}"
-        deadline = time.monotonic() + 240
-        while not answers(f"{url}/health"):
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-            time.sleep(0.5)
+    with running_server(request.param, tmp_path_factory.mktemp("server")) as (url, _):
         yield url, str(dfn_hf.checkpoint_path(request.param))
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except OSError:
-        return False
 
 
 def post(url: str, **body) -> str:
@@ -76,11 +47,59 @@ def test_request_without_model_name(server):
     assert answer["choices"][0]["text"]
 
 
-def test_list_of_models_is_empty(server):
+def test_list_of_models_has_the_served_one(server):
     with urllib.request.urlopen(f"{server[0]}/v1/models", timeout=30) as response:
-        assert json.loads(response.read())["data"] == []
+        assert [model["id"] for model in json.loads(response.read())["data"]] == [server[1]]
 
 
 def test_encoder_decoder_is_rejected():
     with pytest.raises(ValueError, match="liquid-tiny is a liquid, an encoder-decoder"):
         serve("liquid-tiny")
+
+
+def test_continuous_batching_is_rejected():
+    with pytest.raises(ValueError, match="--continuous-batching is not supported"):
+        serve("dfn-tiny", ["--continuous-batching"])
+
+
+def test_builder_of_transformers_is_restored():
+    build = upstream.build_server
+    make_app("dfn-tiny")
+    assert upstream.build_server is build
+
+
+@pytest.mark.parametrize(("model", "limits", "length"), [
+    ("dfn-tiny", {}, 16384),
+    ("flownetwork-tiny", {}, 2048),
+    ("dfn-tiny", {"max_prompt_tokens": 7}, 7),
+])  # fmt: skip
+def test_longest_prompt(model, limits, length):
+    client = TestClient(make_app(model, **limits))
+    answer = client.post("/v1/completions", json={"prompt": " a" * (length + 1), "max_tokens": 1})
+    assert answer.status_code == 422
+    assert f"more than the {length} that this server reads" in answer.json()["error"]["message"]
+
+
+def test_seed_repeats_a_sampled_text():
+    client = TestClient(make_app("dfn-tiny"))
+    body = {"prompt": PROMPT, "max_tokens": 8, "seed": 3, "generation_config": '{"do_sample": true}'}
+    first, second = (client.post("/v1/completions", json=body).json()["choices"][0]["text"] for _ in range(2))
+    assert first == second
+
+
+def test_options_of_the_command(monkeypatch):
+    from typer.testing import CliRunner
+
+    from dfn_hf.cli.app import app
+
+    apps = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server, *args: apps.append(server.config.app))
+    options = ["--max-new-tokens", "5", "--max-body-bytes", "100", "--allow-origin", "https://a.example"]
+    result = CliRunner().invoke(app, ["serve", "dfn-tiny", *options, "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    client = TestClient(apps[0])
+    assert client.post("/v1/completions", json={"prompt": "a", "max_tokens": 6}).status_code == 422
+    assert client.post("/v1/completions", json={"prompt": "a" * 100}).status_code == 413
+    allowed = client.post("/v1/completions", json={"prompt": "a"}, headers={"Origin": "https://a.example"})
+    assert allowed.json()["usage"]["completion_tokens"] == 5
+    assert allowed.headers["access-control-allow-origin"] == "https://a.example"
