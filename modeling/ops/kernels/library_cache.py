@@ -113,7 +113,7 @@ def find_library(folder: Path, key: str, functions: tuple[str, ...]) -> ctypes.C
         try:
             return load_library(path, functions)
         except OSError as error:
-            logger.warning(f"A compiled library cannot be used and is compiled again. {error}")
+            logger.warning(f"A compiled library cannot be used and has to be compiled again. {error}")
             with suppress(OSError):
                 path.unlink()
     return None
