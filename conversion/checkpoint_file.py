@@ -1,9 +1,10 @@
 """Reading of checkpoint files of the originals: a dictionary of tensors, alone or together with other entries."""
 
 import os
-import pickle
 import re
+import reprlib
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from ..data.files import damaged, explain_read_errors
+
 WEIGHTS_KEYS = ("model_state_dict", "state_dict", "model")
 WRAPPERS = ("module.", "_orig_mod.", "base_model.")  # of DDP, torch.compile, CUDAOptimizedFlowNetwork
 UNSAFE_GLOBAL = re.compile(r"(?:GLOBAL|class) ([\w.]+)")  # in torch's error messages
+KIND = "a checkpoint"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -58,7 +62,7 @@ def read_checkpoint(path: Path) -> CheckpointFile:
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder: pass the checkpoint file in it, or --from llama for a Llama folder")
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(
             f"{path} does not exist: pass a checkpoint file of the original (.pt, .pth, .bin, .safetensors), or a Hub "
             "id with --from llama"
@@ -73,6 +77,7 @@ def read_checkpoint(path: Path) -> CheckpointFile:
         )
     for key, tensor in tensors.items():
         check_tensor(path, key, tensor)
+    check_total_size(path, tensors)
     prefix = common_prefix(tensors)
     tensors = {key.removeprefix(prefix): tensor.detach() for key, tensor in tensors.items()}
     return CheckpointFile(path, tensors, prefix, settings, vocabulary)
@@ -85,27 +90,20 @@ def _mapping(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _load(path: Path) -> Mapping[str, Any]:
     try:
-        with path.open("rb") as file:
-            mapped = file.read(2) == b"PK"  # zip format; files of torch < 1.6 cannot be mapped
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with warnings.catch_warnings(action="ignore"):  # about the pickle version
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        unsafe = UNSAFE_GLOBAL.search(str(error))
+        with explain_read_errors(path, KIND):
+            content = _load_tensors(path)
+    except ValueError as error:
+        message = str(error.__cause__)
+        if "weights_only" not in message:
+            raise
+        # torch advises to load such a file in a way that runs its code: its message is not passed on.
+        unsafe = UNSAFE_GLOBAL.search(message)
         if unsafe is None:
-            raise ValueError(damaged_message(path, error)) from error
+            raise damaged(path, KIND, ValueError("it is not a pickle of tensors")) from error
         raise ValueError(
             f"{path} refers to {unsafe.group(1)}, which could run code: save it again with only tensors and "
             "plain values"
         ) from error
-    except MemoryError:
-        raise
-    except Exception as error:  # a damaged file can fail anywhere in the reader
-        raise ValueError(damaged_message(path, error)) from error
     if not isinstance(content, Mapping):
         raise ValueError(
             f"{path} contains a {type(content).__name__} instead of a dictionary of tensors: save the state_dict"
@@ -113,22 +111,58 @@ def _load(path: Path) -> Mapping[str, Any]:
     return content
 
 
-def damaged_message(path: Path, error: Exception) -> str:
-    """Return the error message for a file that its reader rejects, with the first line of the reader's error."""
-    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return f"{path} is damaged or not a checkpoint ({reason}): copy or save it again"
+def _load_tensors(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    with path.open("rb") as file:
+        mapped = file.read(2) == b"PK"  # zip format; files of torch < 1.6 cannot be mapped
+    if mapped:
+        check_archive(path)
+    with warnings.catch_warnings(action="ignore"):  # about the pickle version
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+
+
+def check_archive(path: Path) -> None:
+    """Raise ValueError if a zip file holds compressed records: torch writes none, and they could fill the memory."""
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+    if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+        raise ValueError("it is a compressed zip file")
+    if sum(record.file_size for record in records) > path.stat().st_size:
+        raise ValueError("its records are larger than the file")
 
 
 def check_tensor(path: Path, key: str, tensor: Any) -> None:
     """Raise `ValueError` unless `tensor` is a dense floating-point tensor with complete storage."""
     if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"{path}: {key!r} is a {type(tensor).__name__}, not a tensor: save only the state_dict")
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in FLOATS:
-        raise ValueError(f"{path}: {key!r} has dtype {tensor.dtype} and layout {tensor.layout}: save dense floats")
-    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise ValueError(
-            f"{path}: {key!r} of shape {tuple(tensor.shape)} is larger than its data in the file: save it again"
+            f"{path}: {reprlib.repr(key)} is a {type(tensor).__name__}, not a tensor: save only the state_dict"
         )
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.is_nested or tensor.device.type != "cpu":
+        raise ValueError(f"{path}: {reprlib.repr(key)} is a tensor without data in the file: save plain tensors")
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.dtype not in FLOATS:
+        raise ValueError(
+            f"{path}: {reprlib.repr(key)} has dtype {tensor.dtype} and layout {tensor.layout}: save dense floats"
+        )
+    if num_bytes(tensor) > tensor.untyped_storage().nbytes():
+        raise ValueError(
+            f"{path}: {reprlib.repr(key)} of shape {tuple(tensor.shape)} is larger than its data in the file: save it "
+            "again"
+        )
+
+
+def check_total_size(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise `ValueError` if the tensors have over twice the size of the file: tied weights share data, once each."""
+    total, size = sum(map(num_bytes, tensors.values())), path.stat().st_size
+    if total > 2 * size:
+        raise ValueError(
+            f"{path} has {size:,} bytes but its tensors have {total:,}: save it again, without shared data"
+        )
+
+
+def num_bytes(tensor: torch.Tensor) -> int:
+    """Bytes of the values of a tensor."""
+    return tensor.numel() * tensor.element_size()
 
 
 def common_prefix(keys: Iterable[str]) -> str:

@@ -1,5 +1,6 @@
 """Description of a checkpoint format: the keys of one original, and the models that its weights are converted to."""
 
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +67,8 @@ class CheckpointFormat:
             kinds = {bool: bool, int: int, float: int | float, list: list}[type(default)]
             if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
                 example = [1, 2] if default == [] else default
-                raise ValueError(f"{name} is {value!r}: it must have type {type(default).__name__}, such as {example}")
+                raise ValueError(
+                    f"{name} is {reprlib.repr(value)}: it must have type {type(default).__name__}, such as {example}"
+                )
             resolved[name] = type(default)(value)
         return resolved

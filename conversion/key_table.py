@@ -9,14 +9,15 @@ give the same key, the later one applies.
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 
 PLACEHOLDER = re.compile(r"\{(\w+)\}")
-NUMBER = re.compile(r"\d+")
+NUMBER = re.compile(r"[0-9]+")
+INDEX = "(?:0|[1-9][0-9]{0,8})"
 TERM = re.compile(r"(\d*)([A-Z]?)")
 
 
@@ -131,7 +132,9 @@ def compare_keys(table: Table, keys: set[str]) -> tuple[dict[str, int], Differen
             continue
         for name, number in match.groupdict().items():
             counts[name] = max(counts[name], int(number) + 1)
-    missing = [key for key in expand(table, counts) if key not in keys]
+    absent = (key for key, _ in expand_lazily(table, counts) if key not in keys)
+    # Two large counts multiply: no more keys than the checkpoint has are listed.
+    missing = list(dict.fromkeys(itertools.islice(absent, len(keys) + 1)))
     return counts, Difference(missing, unexpected)
 
 
@@ -145,18 +148,21 @@ def key_pattern(key: str) -> re.Pattern[str]:
     """Return a table key as a regular expression, with placeholders as groups."""
     literal, *rest = PLACEHOLDER.split(key)
     pairs = zip(rest[::2], rest[1::2], strict=True)
-    return re.compile(re.escape(literal) + "".join(rf"(?P<{name}>\d{{1,9}}){re.escape(text)}" for name, text in pairs))
+    return re.compile(re.escape(literal) + "".join(rf"(?P<{name}>{INDEX}){re.escape(text)}" for name, text in pairs))
 
 
 def expand(table: Table, counts: Mapping[str, int]) -> dict[str, tuple[str, Target]]:
     """Return the table with one line for every number of its placeholders."""
-    lines = {}
+    return dict(expand_lazily(table, counts))
+
+
+def expand_lazily(table: Table, counts: Mapping[str, int]) -> Iterator[tuple[str, tuple[str, Target]]]:
+    """Yield the lines of `expand`; of two lines with the same key the later one applies."""
     for key, (shape, target) in table.items():
         names = PLACEHOLDER.findall(key)
         for numbers in itertools.product(*(range(max(counts[name], 1)) for name in names)):
             filled = dict(zip(names, map(str, numbers), strict=True))
-            lines[key.format(**filled)] = shape, fill_placeholders(target, filled)
-    return lines
+            yield key.format(**filled), (shape, fill_placeholders(target, filled))
 
 
 def fill_placeholders(target: Target, numbers: Mapping[str, str]) -> Target:
