@@ -1,0 +1,218 @@
+"""Tests of the checks of request bodies, and of the server with random bodies."""
+
+import json
+import random
+import string
+
+import pytest
+from starlette.testclient import TestClient
+
+from dfn_hf.hub.serving_requests import Bounds, RequestError, parse_body
+from tests.support.serving import make_app, make_chat_model
+
+COMPLETION, CHAT, RESPONSE = "/v1/completions", "/v1/chat/completions", "/v1/responses"
+USER = {"role": "user", "content": "a"}
+CALL = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"}
+BOUNDS = Bounds(prompt_tokens=100, new_tokens=50, vocab_size=64)
+
+
+def parse(path, body):
+    return parse_body(path, body if isinstance(body, bytes) else json.dumps(body).encode(), BOUNDS)
+
+
+@pytest.mark.parametrize("raw", [
+    b"", b"{", b"nonsense", b"\xff\xfe\xfd", b'{"prompt": "\xff"}', b'{"prompt": NaN}', b'{"prompt": -Infinity}',
+    b"[" * 100_000, b'{"a":' * 100_000, b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}",
+    b'{"a":' * 70 + b"1" + b"}" * 70, b'{"prompt": "a"} {}',
+])  # fmt: skip
+def test_what_is_not_json_is_refused(raw):
+    with pytest.raises(RequestError, match="not valid JSON|nested more than 64 levels") as caught:
+        parse(COMPLETION, raw)
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(("path", "body", "field"), [
+    (COMPLETION, [], "the body"),
+    (COMPLETION, "text", "the body"),
+    (COMPLETION, {}, "prompt"),
+    (COMPLETION, {"prompt": None}, "prompt"),
+    (COMPLETION, {"prompt": ["a"]}, "prompt"),
+    (COMPLETION, {"prompt": "\ud800"}, "prompt"),
+    (COMPLETION, {"prompt": "a", "suffix": 1}, "suffix"),
+    (COMPLETION, {"prompt": "a", "stream": "yes"}, "stream"),
+    (COMPLETION, {"prompt": "a", "model": 5}, "model"),
+    (COMPLETION, {"prompt": "a", "max_tokens": 0}, "max_tokens"),
+    (COMPLETION, {"prompt": "a", "max_tokens": 51}, "max_tokens"),
+    (COMPLETION, {"prompt": "a", "max_tokens": 10**400}, "max_tokens"),
+    (COMPLETION, {"prompt": "a", "max_tokens": 1.5}, "max_tokens"),
+    (COMPLETION, {"prompt": "a", "max_tokens": True}, "max_tokens"),
+    (COMPLETION, {"prompt": "a", "temperature": "hot"}, "temperature"),
+    (COMPLETION, {"prompt": "a", "temperature": -1}, "temperature"),
+    (COMPLETION, {"prompt": "a", "temperature": 1e-9}, "temperature"),
+    (COMPLETION, {"prompt": "a", "temperature": 10**400}, "temperature"),
+    (COMPLETION, b'{"prompt": "a", "temperature": 1e999}', "temperature"),
+    (COMPLETION, {"prompt": "a", "top_p": 1.1}, "top_p"),
+    (COMPLETION, {"prompt": "a", "seed": 2**64}, "seed"),
+    (COMPLETION, {"prompt": "a", "seed": "1"}, "seed"),
+    (COMPLETION, {"prompt": "a", "frequency_penalty": -1}, "frequency_penalty"),
+    (COMPLETION, {"prompt": "a", "stop": 5}, "stop"),
+    (COMPLETION, {"prompt": "a", "stop": ""}, "stop"),
+    (COMPLETION, {"prompt": "a", "stop": ["a", 5]}, "stop[1]"),
+    (COMPLETION, {"prompt": "a", "stop": ["a"] * 5}, "stop"),
+    (COMPLETION, {"prompt": "a", "stop": "a" * 101}, "stop"),
+    (COMPLETION, {"prompt": "a", "unknown": {"x": ["\udfff"]}}, "unknown.x[0]"),
+    (COMPLETION, {"prompt": "a", "generation_config": {"top_k": 5}}, "generation_config"),
+    (COMPLETION, {"prompt": "a", "generation_config": "{"}, "generation_config"),
+    (COMPLETION, {"prompt": "a", "generation_config": "[]"}, "generation_config"),
+    (COMPLETION, {"prompt": "a", "generation_config": '{"temperature": NaN}'}, "generation_config"),
+    (COMPLETION, {"prompt": "a", "generation_config": '{"num_beams": 1000}'}, "generation_config.num_beams"),
+    (COMPLETION, {"prompt": "a", "generation_config": '{"max_new_tokens": 51}'}, "generation_config.max_new_tokens"),
+    (COMPLETION, {"prompt": "a", "generation_config": '{"num_return_sequences": 9}'},
+     "generation_config.num_return_sequences"),
+    (COMPLETION, {"prompt": "a", "generation_config": '{"pad_token_id": 64}'}, "generation_config.pad_token_id"),
+    (CHAT, {}, "messages"),
+    (CHAT, {"messages": []}, "messages"),
+    (CHAT, {"messages": {}}, "messages"),
+    (CHAT, {"messages": ["a"]}, "messages[0]"),
+    (CHAT, {"messages": [USER, {"content": "a"}]}, "messages[1].role"),
+    (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
+    (CHAT, {"messages": [{"role": "user", "content": ["a"]}]}, "messages[0].content[0]"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+     "messages[0].content[0].type"),
+    (CHAT, {"messages": [USER | {"tool_calls": [5]}]}, "messages[0].tool_calls[0]"),
+    (CHAT, {"messages": [USER | {"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+     "messages[0].tool_calls[0].function.arguments"),
+    (CHAT, {"messages": [USER], "tools": [5]}, "tools[0]"),
+    (CHAT, {"messages": [USER], "logit_bias": {}}, "logit_bias"),
+    (CHAT, {"messages": [USER], "logit_bias": {"a": 1}}, "logit_bias"),
+    (CHAT, {"messages": [USER], "logit_bias": {"64": 1}}, "logit_bias"),
+    (CHAT, {"messages": [USER], "logit_bias": {"1": "a"}}, "logit_bias.1"),
+    (CHAT, {"messages": [USER], "chat_template_kwargs": []}, "chat_template_kwargs"),
+    (CHAT, {"messages": [USER], "chat_template_kwargs": {"chat_template": "{{ 1 }}"}}, "chat_template_kwargs"),
+    (CHAT, {"messages": [USER], "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    (RESPONSE, {}, "input"),
+    (RESPONSE, {"input": 5}, "input"),
+    (RESPONSE, {"input": []}, "input"),
+    (RESPONSE, {"input": ["a"]}, "input[0]"),
+    (RESPONSE, {"input": [CALL]}, "input"),
+    (RESPONSE, {"input": [USER, {"type": "input_text", "text": "a"}]}, "input"),
+    (RESPONSE, {"input": [USER, CALL | {"arguments": "["}]}, "input[1].arguments"),
+    (RESPONSE, {"input": [USER, {"type": "reasoning", "content": "a"}]}, "input[1].content"),
+    (RESPONSE, {"input": "a", "instructions": 5}, "instructions"),
+    (RESPONSE, {"input": "a", "parallel_tool_calls": "a"}, "parallel_tool_calls"),
+])  # fmt: skip
+def test_wrong_fields_are_named(path, body, field):
+    with pytest.raises(RequestError) as caught:
+        parse(path, body)
+    assert caught.value.field == field
+    assert caught.value.message.startswith(field)
+    assert caught.value.status in (400, 422)
+
+
+@pytest.mark.parametrize(("path", "body"), [
+    (COMPLETION, {"prompt": "a", "temperature": 0, "top_p": 1, "stop": ["a", "b"], "user": "x", "n": {"any": []}}),
+    (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "logit_bias": {"3": -100.0}}),
+    (CHAT, {"messages": [USER], "tools": [{"type": "function", "function": {"name": "f", "default": None}}]}),
+    (RESPONSE, {"input": [{"type": "input_text", "text": "a"}], "instructions": "b", "max_output_tokens": 50}),
+    (RESPONSE, {"input": [USER, {"type": "reasoning"},
+                          {"type": "function_call_output", "call_id": "1", "output": ""}]}),
+])  # fmt: skip
+def test_right_bodies_are_kept(path, body):
+    assert parse(path, body) == body
+    assert parse(path, body | {"seed": None}) == body
+
+
+def test_json_in_text_becomes_an_object():
+    message = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": '{"x": null}'}}]}
+    parsed = parse(CHAT, {"messages": [message | {"content": None}]})["messages"][0]
+    assert parsed["tool_calls"][0]["function"]["arguments"] == {"x": None}
+    assert "content" not in parsed
+
+
+def test_generation_config_of_transformers_is_read():
+    from transformers import GenerationConfig
+
+    text = GenerationConfig(do_sample=True, max_new_tokens=5, top_k=3).to_json_string()
+    parsed = json.loads(parse(COMPLETION, {"prompt": "a", "generation_config": text})["generation_config"])
+    assert parsed.items() >= {"do_sample": True, "max_new_tokens": 5, "top_k": 3}.items()
+
+
+# Random bodies for the whole server.
+
+FIELDS = {
+    COMPLETION: ["prompt", "suffix", "max_tokens", "logit_bias", "n", "echo", "best_of"],
+    CHAT: ["messages", "tools", "max_tokens", "max_completion_tokens", "logit_bias", "chat_template_kwargs", "user"],
+    RESPONSE: ["input", "instructions", "tools", "max_output_tokens", "parallel_tool_calls", "store", "metadata"],
+}
+SHARED = ["model", "stream", "temperature", "top_p", "seed", "stop", "frequency_penalty", "generation_config", "foo"]
+NAMES = ["role", "content", "type", "text", "name", "arguments", "function", "tool_calls", "call_id", "output", "x"]
+WORDS = [
+    "", "a", "user", "assistant", "text", "input_text", "reasoning", "function_call", "function_call_output", "{}",
+    "\ud800", "\x00", "é" * 50, "0", "1", "-1", "NaN", '{"max_new_tokens": 2}', '{"num_beams": 2}', "[" * 200,
+]  # fmt: skip
+NUMBERS = [0, 1, -1, 2, 0.5, 1e-30, 1e30, 1e308, 2**31, 2**63, 2**64, -(2**70), 10**400, float("nan"), float("inf")]
+GOOD = {
+    "prompt": "And it came", "messages": [USER], "input": [USER], "max_tokens": 2, "max_output_tokens": 2,
+    "max_completion_tokens": 2, "temperature": 0.7, "top_p": 0.9, "seed": 1, "stop": ["e"], "stream": False,
+    "generation_config": '{"do_sample": true, "max_new_tokens": 2}', "logit_bias": {"5": 1}, "instructions": "b",
+    "frequency_penalty": 0.1,
+}  # fmt: skip
+
+
+def random_value(dice: random.Random, depth: int = 0):
+    kind = dice.randrange(8 if depth < 4 else 6)
+    if kind < 2:
+        return dice.choice([None, True, False])
+    if kind < 4:
+        return dice.choice(NUMBERS)
+    if kind < 6:
+        return dice.choice([*WORDS, "".join(dice.choices(string.printable, k=dice.randrange(20)))])
+    if kind == 6:
+        return [random_value(dice, depth + 1) for _ in range(dice.randrange(4))]
+    return {dice.choice(NAMES): random_value(dice, depth + 1) for _ in range(dice.randrange(5))}
+
+
+def damage(dice: random.Random, value):
+    """Replace a random part of `value`."""
+    if isinstance(value, dict) and value and dice.random() < 0.8:
+        name = dice.choice(list(value))
+        return value | {name: damage(dice, value[name])}
+    if isinstance(value, list) and value and dice.random() < 0.8:
+        return [damage(dice, value[0]), *value[1:]]
+    return random_value(dice)
+
+
+def random_body(dice: random.Random, path: str) -> bytes:
+    names = [name for name in FIELDS[path] + SHARED if name in GOOD]
+    body = {name: GOOD[name] for name in names if name in FIELDS[path][:1] or dice.random() < 0.3}
+    for _ in range(dice.randrange(3)):
+        if dice.random() < 0.5:
+            body = damage(dice, body)
+        elif isinstance(body, dict):
+            body[dice.choice(FIELDS[path] + SHARED)] = random_value(dice)
+    raw = bytearray(json.dumps(body, ensure_ascii=dice.random() < 0.9).encode(errors="surrogatepass"))
+    if dice.random() < 0.15 and raw:
+        for _ in range(dice.randrange(1, 4)):
+            raw[dice.randrange(len(raw))] = dice.randrange(256)
+    return bytes(raw)
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    model = make_chat_model(tmp_path_factory.mktemp("chat") / "model")
+    app = make_app(model, max_new_tokens=4, max_prompt_tokens=200)
+    return TestClient(app, raise_server_exceptions=False)
+
+
+@pytest.mark.parametrize("path", FIELDS)
+def test_random_bodies_never_fail_the_server(client, path):
+    dice, statuses = random.Random(f"bodies for {path}"), []
+    for _ in range(250):
+        raw = random_body(dice, path)
+        answer = client.post(path, content=raw, headers={"Content-Type": "application/json"})
+        assert answer.status_code in (200, 400, 404, 422), (answer.status_code, raw)
+        assert answer.status_code == 200 or isinstance(answer.json(), dict)
+        assert '"error"' not in answer.text or answer.status_code != 200, (answer.text, raw)
+        statuses.append(answer.status_code)
+    assert 25 < statuses.count(200) < 225
