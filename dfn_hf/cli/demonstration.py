@@ -93,7 +93,7 @@ def run_demo(output: Path, architecture: str = "dfn", *, steps: int = STEPS) -> 
 
 
 def prepare_demo(output: Path, names: Sequence[str], pictures: Sequence[Path]) -> None:
-    """Raise ValueError unless the models `names` in `output` and the pictures are new or an earlier demonstration's."""
+    """Raise ValueError unless the models `names` in `output` and the pictures are new or of an earlier demo."""
     for name in names:
         prepare_output_folder(output / name, resume=False, overwrite=True)
     for picture in pictures:

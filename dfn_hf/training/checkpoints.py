@@ -54,6 +54,8 @@ def prepare_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> Non
         return
     checkpoints = folder / CHECKPOINTS
     run = recover_run(checkpoints)
+    if run is None and checkpoints.is_dir() and not unknown_files(checkpoints):  # killed before it wrote a file
+        remove_known_files(checkpoints)
     holds_model = read_manifest(folder) is not None
     if run is not None and holds_model and not run["replaces"]:  # killed after the model was saved
         remove_known_files(checkpoints)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import re
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from transformers.utils import logging
 
 from ..storage.disk_errors import explain_disk_errors
 from ..storage.locks import folder_lock
-from ..storage.manifest import read_manifest, remove_known_files
+from ..storage.manifest import files_below, read_manifest, remove_known_files
 from ..storage.output_folder import atomic_output_dir
 from .checkpoints import (
     CHECKPOINTS,
@@ -106,10 +108,17 @@ def export(
         make_card(model, name=result.folder.resolve().name, validation_loss=result.validation_loss).save(
             folder / "README.md"
         )
-        logs = checkpoints / TENSORBOARD
-        if logs.is_dir():
-            shutil.copytree(logs, folder / TENSORBOARD)
+        copy_logs(checkpoints, folder)
     remove_known_files(checkpoints)
+
+
+def copy_logs(checkpoints: Path, folder: Path) -> None:
+    """Copy the logs of TensorBoard to `folder`, without the name of this machine in their paths."""
+    host = re.compile(rf"[._]{re.escape(socket.gethostname())}(?=[./]|$)")
+    for log in files_below(checkpoints / TENSORBOARD):
+        copied = folder / host.sub("", log.relative_to(checkpoints).as_posix())
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(log, copied)
 
 
 def describe_run(model: PreTrainedModel, settings: TrainingSettings, provenance: str) -> dict[str, Any]:
