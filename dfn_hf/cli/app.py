@@ -11,11 +11,12 @@ import typer
 from typer.core import TyperGroup
 
 from .. import __version__
+from ..messages import message_of
 from . import hub, text, train
 from .convert import convert
 from .demo import demo
 from .distill import distill
-from .errors import is_user_error, one_line
+from .errors import is_user_error
 from .plot import plot
 from .quiet import silence_libraries
 
@@ -44,7 +45,7 @@ class MainGroup(TyperGroup):
         except Exception as error:
             if ctx.params.get("traceback") or not is_user_error(error):
                 raise
-            typer.echo(f"Error: {one_line(error)}", err=True)
+            typer.echo(f"Error: {message_of(error)}", err=True)
             raise typer.Exit(1) from None
 
 

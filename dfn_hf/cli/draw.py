@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from ..hub.loading import load_causal_lm, load_config
+from ..hub.loading import load_causal_lm, load_config, load_weights
 from ..hub.model_path import resolve_source
 from ..modeling.dfn.modeling_dfn_field import DFNForFieldReconstruction
 from ..plots.entities import plot_entities, read_entities
@@ -70,7 +70,7 @@ def draw_field(
     config = load_config(source)
     if "DFNForFieldReconstruction" not in (config.architectures or ()):
         raise ValueError(f"{source} is not a model of fields: train one with dfn-hf train field")
-    model = DFNForFieldReconstruction.from_pretrained(resolve_source(source)).eval()
+    model = load_weights(resolve_source(source), DFNForFieldReconstruction)
     array = load_arrays(file)[0]
     if array.ndim - 1 != config.coordinate_dim:
         raise ValueError(f"{file} has {array.ndim - 1} axes, and the model's fields have {config.coordinate_dim}")

@@ -30,12 +30,3 @@ def is_user_error(error: Exception) -> bool:
         for module, name in LIBRARY_ERRORS.items()
         if module in sys.modules
     )
-
-
-def one_line(error: Exception) -> str:
-    """The message of `error` on one line; for a configuration error, the message of the check that failed."""
-    if isinstance(error, ImportError):
-        return missing_extra(error) or str(error)
-    if type(error).__name__.startswith("StrictDataclass") and isinstance(error.__cause__, Exception):
-        error = error.__cause__
-    return " ".join(str(error).split()) or type(error).__name__

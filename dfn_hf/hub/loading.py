@@ -1,25 +1,23 @@
 """Loads models and tokenizers from a folder, a bundled checkpoint or the Hub."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from ..registration import register_families
+from .config_check import check_generation_config, load_checked_config
+from .load_errors import explain_damage, explain_hub_errors
+from .model_files import REMEDY, find_file, read_json_object
 from .model_path import resolve_source
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+from .tokenizer_files import check_tokenizer_files, load_checked_tokenizer
+from .weights_check import check_loading_info, check_weights
 
 NO_LANGUAGE_MODELS = {
     "DFNForFieldReconstruction": "a model of fields: use `dfn-hf plot MODEL picture.png --field FILE`, or load it "
@@ -30,10 +28,7 @@ NO_LANGUAGE_MODELS = {
 
 def load_config(source: str) -> PreTrainedConfig:
     """Load the configuration of the model at `source`; see `resolve_source`."""
-    path = resolve_source(source)
-    register_families()
-    with explain_hub_errors(path):
-        return AutoConfig.from_pretrained(path)
+    return load_checked_config(resolve_source(source))
 
 
 def load_causal_lm(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -50,12 +45,16 @@ def load_seq2seq_lm(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBa
 
 
 def load_model(source: str, auto_class: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load a model through one of transformers' Auto classes, and its tokenizer; see `resolve_source`."""
+    """Load a model through one of transformers' Auto classes, and its tokenizer; see `resolve_source`.
+
+    Raises:
+        ValueError: a file is damaged, the weights do not fit the configuration, or the model is of another kind.
+    """
     path = resolve_source(source)
     check_kind(source, encoder_decoder=auto_class is AutoModelForSeq2SeqLM)
     check_tokenizer_files(path, source)
-    with explain_hub_errors(path):
-        model, tokenizer = auto_class.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    tokenizer = load_checked_tokenizer(path)
+    model = load_weights(path, auto_class)
     if auto_class is AutoModelForSeq2SeqLM and tokenizer.pad_token_id is None:
         raise ValueError(
             f"the tokenizer of {source} has no padding token, which text pairs need: set tokenizer.pad_token and save "
@@ -64,6 +63,62 @@ def load_model(source: str, auto_class: Any) -> tuple[PreTrainedModel, PreTraine
     if torch.cuda.is_available():
         model.cuda()
     return model, tokenizer
+
+
+def load_weights(path: str, model_class: Any) -> PreTrainedModel:
+    """Load the model of a folder or a Hub id, every weight of it.
+
+    Args:
+        path: a folder or a Hub id. If it holds an adapter, the adapter is added to the model that it names.
+        model_class: one of transformers' Auto classes, or a model class.
+
+    Raises:
+        ValueError: a file is damaged, or the weights do not fit the configuration.
+        OSError: the folder holds no weights.
+    """
+    adapter = find_file(path, "adapter_config.json", optional=True)
+    if adapter is not None:
+        return load_adapter(path, adapter, model_class)
+    config = load_checked_config(path)
+    check_generation_config(path)
+    with explain_hub_errors(path):
+        check_weights(path, config, model_class)
+        with explain_damage(f"the model in {path}"):
+            model, found = model_class.from_pretrained(
+                path, config=config, trust_remote_code=False, output_loading_info=True
+            )
+    check_loading_info(found, path)
+    return model  # type: ignore[no-any-return]
+
+
+def load_adapter(path: str, file: Path, model_class: Any) -> PreTrainedModel:
+    """Load the model that adapter_config.json names, and add the adapter.
+
+    Raises:
+        ValueError: a file of the adapter or of its model is damaged.
+    """
+    base = read_json_object(file).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base or base == path:
+        raise ValueError(f"{file} names no model to adapt (base_model_name_or_path): {REMEDY}")
+    model = load_weights(resolve_source(base), model_class)
+    with explain_damage(f"the adapter in {path} (adapter_config.json or its weights)"):
+        model.load_adapter(path)
+    return model
+
+
+def check_causal_lm(source: str) -> None:
+    """Check the files of the causal language model at `source` without allocating its weights.
+
+    Raises:
+        ValueError: as `load_causal_lm`.
+    """
+    path = resolve_source(source)
+    check_kind(source, encoder_decoder=False)
+    check_tokenizer_files(path, source)
+    load_checked_tokenizer(path)
+    check_generation_config(path)
+    with explain_hub_errors(path):
+        check_weights(path, load_checked_config(path), AutoModelForCausalLM)
 
 
 def check_kind(source: str, *, encoder_decoder: bool) -> None:
@@ -93,20 +148,3 @@ def check_kind(source: str, *, encoder_decoder: bool) -> None:
 def is_native(config: PreTrainedConfig) -> bool:
     """Whether the model was written by `dfn-hf convert --native`."""
     return config.model_type.endswith("_native")
-
-
-def check_tokenizer_files(path: str, source: str) -> None:
-    """Raise ValueError if `path` is a folder without a tokenizer; a Hub id is not checked."""
-    if Path(path).is_dir() and not any((Path(path) / name).is_file() for name in TOKENIZER_FILES):
-        raise ValueError(f"{source} holds no tokenizer: save one beside the model (tokenizer.save_pretrained)")
-
-
-@contextmanager
-def explain_hub_errors(path: str) -> Iterator[None]:
-    """Raise an OSError for a path that is no local folder as a ValueError that names both places that were tried."""
-    try:
-        yield
-    except OSError as error:
-        if Path(path).is_dir():
-            raise
-        raise ValueError(f"there is no folder {path}, and the Hub does not provide it: {error}") from error

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
-from safetensors import safe_open
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -19,9 +18,11 @@ from transformers import (
 )
 
 from .cache_size import cache_bytes_per_token
+from .load_errors import explain_damage
 from .loading import is_native, load_config
 from .model_card import read_provenance
 from .model_path import resolve_source
+from .weight_files import read_headers, weight_files
 
 OTHER_HEADS = {"DFNForFieldReconstruction": AutoModelForPreTraining, "DFNForContrastive": AutoModelForTextEncoding}
 BUFFERS = ("global_memory", "grid_rotation", "grid_shift", "memory", "memory_bank")  # saved, but not parameters
@@ -94,31 +95,37 @@ def describe_model(source: str) -> ModelInfo:
         source: a folder, the name of a bundled checkpoint or a Hub id.
 
     Raises:
-        ValueError: `source` is none of these.
+        ValueError: `source` is none of these, or one of its files is damaged.
     """
     path = resolve_source(source)
     config = load_config(source)
     parameters = num_parameters(Path(path))
     is_other_head = bool(OTHER_HEADS.keys() & set(config.architectures or ()))
+    with explain_damage(f"{path}/config.json"):
+        if parameters is None:
+            parameters = num_parameters_of_a_new_model(config)
+        state_bytes_per_token = None if is_other_head else cache_bytes_per_token(config)
     return ModelInfo(
         path=path,
         model_type=config.model_type,
-        parameters=num_parameters_of_a_new_model(config) if parameters is None else parameters,
-        state_bytes_per_token=None if is_other_head else cache_bytes_per_token(config),
+        parameters=parameters,
+        state_bytes_per_token=state_bytes_per_token,
         fields={field: getattr(config, field) for field in SUMMARY_FIELDS if hasattr(config, field)},
         provenance=read_provenance(model_card_path(path)),
     )
 
 
 def num_parameters(folder: Path) -> int | None:
-    """Return the number of parameters in the safetensors files of a folder; None if it holds no such file."""
-    files = sorted(folder.glob("*.safetensors"))
-    total = 0
-    for file in files:
-        with safe_open(file, "pt") as weights:
-            names = [name for name in weights.keys() if name.rpartition(".")[2] not in BUFFERS]  # noqa: SIM118
-            total += sum(math.prod(weights.get_slice(name).get_shape()) for name in names)
-    return total if files else None
+    """Return the number of parameters in the safetensors files of a folder; None if it holds no such file.
+
+    Raises:
+        ValueError: a file is damaged, or the index names a file that is missing.
+    """
+    files = weight_files(str(folder)) if folder.is_dir() else []
+    if not files or files[0].suffix != ".safetensors":
+        return None
+    headers = read_headers(files)
+    return sum(math.prod(part.shape) for name, part in headers.items() if name.rpartition(".")[2] not in BUFFERS)
 
 
 def num_parameters_of_a_new_model(config: PreTrainedConfig) -> int:

@@ -3,7 +3,10 @@
 import os
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
+
+from ...hub.tokenizer_files import load_checked_tokenizer
+from ...messages import message_of
 
 BUNDLED = ("bpe", "byte", "bpe-en-es")
 
@@ -21,9 +24,9 @@ def load_tokenizer(name_or_path: str | os.PathLike[str]) -> PreTrainedTokenizerB
     """
     source = Path(__file__).parent / name_or_path if name_or_path in BUNDLED else name_or_path
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return load_checked_tokenizer(str(source))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"no tokenizer loads from {str(name_or_path)!r}: give {', '.join(map(repr, BUNDLED))}, a folder that "
-            "holds a tokenizer, or a Hub id"
+            f"holds a tokenizer, or a Hub id ({message_of(error)})"
         ) from error

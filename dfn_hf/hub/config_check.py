@@ -1,0 +1,100 @@
+"""Loads configurations: checks config.json before a library builds anything from it."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig, __version__
+
+from ..registration import register_families
+from .load_errors import explain_damage, explain_hub_errors
+from .model_files import REMEDY, find_file, read_json_object
+
+# Fields by which configurations build lists or modules, in the names of any family.
+LAYER_COUNT = re.compile(r"(^n|num)_\w*(layer|block|stage)s?$|_layers$|^depth$")
+OTHER_COUNT = re.compile(r"(^n|num)_\w*(expert|head|label|group|table|pattern)s?$|_heads$")
+MAX_LAYERS = 2**12
+MAX_OTHER_COUNT = 2**16
+MAX_NUMBER = 2**63  # the range of sizes in torch
+FLOAT_TYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def load_checked_config(path: str) -> PreTrainedConfig:
+    """Load the configuration of a folder or a Hub id, without running code that it names.
+
+    Raises:
+        ValueError: config.json is damaged, has a field out of range or names an unknown family; or there is no such
+            Hub id.
+    """
+    register_families()
+    with explain_hub_errors(path):
+        file = find_file(path, "config.json")
+        if file is None:
+            raise ValueError(f"{path} holds no config.json: give the folder of a saved model")
+        check_fields_of(read_json_object(file), file)
+        with explain_damage(str(file)):
+            config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    check_dtype(config, file)
+    return config
+
+
+def check_fields_of(content: dict[str, Any], file: Path) -> None:
+    """Raise ValueError for an unknown family, names of classes of a wrong type, and numbers that are too large."""
+    model_type = content.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        given = "has no model_type" if "model_type" not in content else f"has the model_type {str(model_type)[:80]!r}"
+        raise ValueError(
+            f"{file} {given}, and neither dfn-hf nor transformers {__version__} holds the code of such a model: use "
+            "a model of a known family"
+        )
+    architectures = content.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise ValueError(f"{file} is damaged: architectures is not a list of names of classes; {REMEDY}")
+    for field, value in numbers(content):
+        name = field.rpartition(".")[2]
+        maximum = MAX_LAYERS if LAYER_COUNT.search(name) else MAX_OTHER_COUNT
+        if not (LAYER_COUNT.search(name) or OTHER_COUNT.search(name)):
+            maximum = MAX_NUMBER - 1
+        if isinstance(value, int) and abs(value) > maximum:
+            raise ValueError(f"{file} gives {field} {shown(value)}, but at most {maximum} is possible: correct it")
+
+
+def check_dtype(config: PreTrainedConfig, file: Path) -> None:
+    """Raise ValueError unless the model computes in a floating-point type; None is the default type."""
+    name = str(config.dtype).removeprefix("torch.")
+    if config.dtype is not None and name not in FLOAT_TYPES:
+        raise ValueError(f"{file} gives dtype {name[:80]!r}: use one of {', '.join(FLOAT_TYPES)}")
+
+
+def check_generation_config(path: str) -> None:
+    """Raise ValueError if generation_config.json is damaged; the file is optional."""
+    file = find_file(path, "generation_config.json", optional=True)
+    if file is None:
+        return
+    content = read_json_object(file)
+    for field, value in numbers(content):
+        if isinstance(value, int) and abs(value) >= MAX_NUMBER:
+            raise ValueError(f"{file} gives {field} {shown(value)}, which is out of range: correct it")
+    with explain_damage(str(file)):
+        GenerationConfig.from_dict(content)
+
+
+def numbers(content: Any) -> Iterator[tuple[str, int | float]]:
+    """Yield the dotted name and the value of every number in parsed JSON, booleans excluded."""
+    stack = [("", content)]
+    while stack:
+        name, value = stack.pop()
+        if isinstance(value, dict):
+            stack += [(f"{name}.{key}".lstrip("."), part) for key, part in value.items()]
+        elif isinstance(value, list):
+            stack += [(name, part) for part in value]
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield name, value
+
+
+def shown(value: int | float) -> str:
+    """A number as text; an integer with more than 30 digits as a power of ten."""
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return f"of about {'-' if value < 0 else ''}10^{int(value.bit_length() * 0.30103)}"
+    return str(value)

@@ -1,0 +1,63 @@
+"""Turns any exception of a library that loads a part of a model into one sentence that names the part."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..extras import missing_extra
+from ..messages import message_of
+from .model_files import REMEDY
+
+# Parts of messages of libraries whose advice is not followed here: running the code of a folder, unpickling objects.
+REMOTE_CODE_ADVICE = "trust_remote_code"
+PICKLE_ADVICE = ("weights_only", "WeightsUnpickler", "Unsupported operand")
+
+
+@contextmanager
+def explain_damage(part: str | Callable[[], str]) -> Iterator[None]:
+    """Raise whatever a library raises about `part` as a ValueError; an `OSError` and a lack of memory are kept.
+
+    Tokenizers and transformers raise exceptions of every class for damaged files, and those of Rust do not derive from
+    `Exception`.
+
+    Args:
+        part: the file or the files that are loaded; a function is called when there is an error.
+    """
+    try:
+        yield
+    except (OSError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        if isinstance(error, ImportError) and missing_extra(error) is not None:
+            raise
+        if "allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError":
+            raise MemoryError(f"there is not enough memory: {message_of(error)}") from error
+        raise ValueError(damage(part if isinstance(part, str) else part(), error)) from error
+
+
+def damage(part: str, error: BaseException) -> str:
+    """One sentence about an error of loading `part`, without the advice of libraries that is unsafe."""
+    message = message_of(error)
+    if REMOTE_CODE_ADVICE in message:
+        return f"{part} needs Python code that dfn-hf does not run: use a model of a family that transformers holds"
+    if any(advice in message for advice in PICKLE_ADVICE):
+        return (
+            f"{part} is damaged or holds objects other than tensors, which dfn-hf does not load: save the model again "
+            "with save_pretrained, or download it again"
+        )
+    if isinstance(error, RecursionError):
+        message = "its JSON is nested too deeply"
+    elif not isinstance(error, ValueError):
+        message = f"{type(error).__name__}: {message}"
+    return f"{part} is damaged or not supported ({message}): {REMEDY}"
+
+
+@contextmanager
+def explain_hub_errors(path: str) -> Iterator[None]:
+    """Raise an OSError for a path that is no local folder as a ValueError that names both places that were tried."""
+    try:
+        yield
+    except OSError as error:
+        if Path(path).is_dir():
+            raise
+        raise ValueError(f"there is no folder {path}, and the Hub does not provide it: {message_of(error)}") from error

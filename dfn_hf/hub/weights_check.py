@@ -1,0 +1,116 @@
+"""Compares the weights of a saved model with its configuration before memory is allocated for them."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+from .load_errors import explain_damage
+from .weight_files import Header, read_headers, weight_files
+
+SHOWN = 3  # names of weights in a message
+REMEDY = "use the config.json and the weights of one save_pretrained call, or copy or download both again"
+
+
+def check_weights(path: str, config: PreTrainedConfig, auto_class: Any) -> None:
+    """Compare the headers of the weight files with a model without storage.
+
+    transformers itself matches the names, so that its renamings, tied weights and ignored names count. The weights of
+    a quantized model change their shapes and are not compared.
+
+    Args:
+        path: a folder or a Hub id.
+        config: the configuration at `path`.
+        auto_class: the Auto class, or the model class, by which the model will be loaded.
+
+    Raises:
+        ValueError: weights are missing, unexpected, of another shape or not floating-point; or a file is damaged.
+    """
+    files = weight_files(path, getattr(config, "transformers_weights", None))
+    if not files or getattr(config, "quantization_config", None) is not None:
+        return
+    headers = read_headers(files)
+    with explain_damage(f"{path}/config.json"), torch.device("meta"):
+        is_auto_class = not issubclass(auto_class, PreTrainedModel)
+        model_class = type(auto_class.from_config(config)) if is_auto_class else auto_class
+    with explain_damage(f"{path}/config.json"), report_becomes_an_error():
+        tensors = {name: torch.empty(header.shape, device="meta") for name, header in headers.items()}
+        model, found = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors,
+            device_map="meta",
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    place = str(files[0]) if len(files) == 1 else f"the {len(files)} files of weights in {path}"
+    check_loading_info(found, place)
+    check_types(headers, model.state_dict(), place)
+
+
+def check_loading_info(found: Mapping[str, Any], place: str) -> None:
+    """Raise ValueError for missing, unexpected and mismatched weights.
+
+    Args:
+        found: what `from_pretrained(..., output_loading_info=True)` returns beside the model.
+        place: the file or the folder of the weights, for the message.
+    """
+    mismatched = [
+        f"{name} is {list(stored)}, not {list(expected)}"
+        for name, stored, expected in sorted(found["mismatched_keys"], key=lambda entry: str(entry[0]))
+    ]
+    problems = [
+        describe(found["missing_keys"], "is missing", "are missing"),
+        describe(found["unexpected_keys"], "is unexpected", "are unexpected"),
+        describe(mismatched, "has another shape", "have other shapes"),
+    ]
+    if any(problems):
+        raise ValueError(
+            f"{place} does not fit config.json: of the weights {', '.join(filter(None, problems))}: {REMEDY}"
+        )
+
+
+def describe(names: Iterable[str], singular: str, plural: str) -> str:
+    """Number, verb and first names of some weights; an empty string for none."""
+    ordered = sorted(map(str, names))
+    if not ordered:
+        return ""
+    first = ", ".join(name[:200] for name in ordered[:SHOWN]) + (", …" if len(ordered) > SHOWN else "")
+    return f"{len(ordered)} {singular if len(ordered) == 1 else plural} ({first})"
+
+
+def check_types(headers: Mapping[str, Header], expected: Mapping[str, torch.Tensor], place: str) -> None:
+    """Raise ValueError if a weight that the model computes with is not stored as floating-point numbers."""
+    wrong = [
+        name
+        for name, header in headers.items()
+        if name in expected and expected[name].is_floating_point() and not header.is_float
+    ]
+    if wrong:
+        verdict = describe(wrong, "is not a floating-point tensor", "are not floating-point tensors")
+        raise ValueError(f"{place} does not fit config.json: of the weights {verdict}: {REMEDY}")
+
+
+@contextmanager
+def report_becomes_an_error() -> Iterator[None]:
+    """Drop transformers' table of missing weights and its progress bar while the names are compared.
+
+    `check_loading_info` raises an error for everything that the table would report.
+    """
+    logger, bar = logging.getLogger("transformers.modeling_utils"), is_progress_bar_enabled()
+    disable_progress_bar()
+    logger.addFilter(_is_no_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_report)
+        if bar:
+            enable_progress_bar()
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()

@@ -1,0 +1,25 @@
+"""The text of an exception on one line. Imports the standard library only."""
+
+from .extras import missing_extra
+
+MAX_LENGTH = 1200
+
+
+def message_of(error: BaseException) -> str:
+    """The message of `error` on one line, without control characters and of at most `MAX_LENGTH` characters.
+
+    For a configuration error of huggingface_hub it is the message of the check that failed, and for a missing optional
+    package the command that installs it.
+    """
+    if isinstance(error, ImportError):
+        return missing_extra(error) or str(error)
+    if type(error).__name__.startswith("StrictDataclass") and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return one_line(str(error)) or type(error).__name__
+
+
+def one_line(text: str) -> str:
+    """Put a text on one line; characters that a terminal cannot show are escaped, and a long text is cut."""
+    text = " ".join(text[: 2 * MAX_LENGTH].split())
+    text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+    return text if len(text) <= MAX_LENGTH else f"{text[:MAX_LENGTH]} …"
