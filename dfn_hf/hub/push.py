@@ -96,6 +96,8 @@ def push_folder(
         if repository.created and private and not repository.private:
             raise OSError("the Hub made the new repository public: create a private one in its web interface")
         operations = additions(files, repository, card)
+        if CARD in repository.files:
+            say(f"keeps the {CARD} of the repository")
         stale = sorted(path for path in repository.files if ANY_WEIGHTS.fullmatch(path) and path not in files.uploaded)
         if stale:
             say(f"deletes weights of the earlier model: {listed(stale)}")
@@ -110,7 +112,7 @@ def push_folder(
 
 def described(files: ModelFiles) -> list[str]:
     """Lines that name the files that are uploaded, changed and left."""
-    lines = [f"uploads {listed(sorted(files.uploaded))}"]
+    lines = [f"uploads {listed(sorted(files.uploaded))}{'' if CARD in files.uploaded else f', with a new {CARD}'}"]
     if files.cleaned:
         lines.append(f"uploads without the paths of this machine: {listed(files.cleaned)}")
     if files.left:
@@ -197,7 +199,8 @@ def explain_failure(action: str) -> Iterator[None]:
     """Raise errors of the network and of the Hub as an OSError without token and without signed addresses."""
     try:
         yield
-    except (HTTPError, OSError, ValueError) as error:
-        message = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", str(error) or type(error).__name__)
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:
+        cause = f" ({error.__cause__})" if isinstance(error, RuntimeError) and error.__cause__ else ""
+        message = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", f"{error}{cause}" or type(error).__name__)
         token = get_token()
         raise OSError(f"{action}: {message.replace(token, '***') if token else message}") from error

@@ -87,6 +87,9 @@ def read_model_folder(folder: Path) -> ModelFiles:
     uploaded = [name for name in names if any(fnmatch(name, pattern) for pattern in fixed)]
     for name in uploaded:
         require_regular(folder, name)
+    for name in names:
+        if ANY_WEIGHTS.fullmatch(name):
+            require_no_link(folder / name)
     load_config(str(folder))
     configs = [name for name in uploaded if name in CONFIGS]
     code = code_files(folder, configs)
@@ -103,8 +106,9 @@ def names_in(folder: Path) -> Iterator[str]:
     """Yield the names in `folder` in order, and those in its sub-folders that may hold files of a model."""
     inner = {pattern.partition("/")[0] for pattern in (*CONFIGS, *TEXTS, *OTHERS) if "/" in pattern}
     for path in sorted(folder.iterdir()):
-        if path.name in inner and path.is_dir():
+        if path.name in inner:
             require_no_link(path)
+        if path.name in inner and path.is_dir():
             yield from (f"{path.name}/{name}" for name in sorted(os.listdir(path)))
         else:
             yield f"{path.name}/" if path.is_dir() and not path.is_symlink() else path.name
@@ -132,8 +136,8 @@ def weight_names(folder: Path) -> list[str]:
     """Return the names of the weight files that `from_pretrained` loads: one file, or an index and its shards.
 
     Raises:
-        ValueError: there are no weights in safetensors files, a file is missing, damaged or a link, or a shard lacks a
-            weight of the index.
+        ValueError: there are no weights in safetensors files, a file is missing, damaged or a link, or no shard holds
+            a weight of the index.
     """
     files = weight_files(str(folder))
     if not files or any(file.suffix != ".safetensors" for file in files):
@@ -144,16 +148,15 @@ def weight_names(folder: Path) -> list[str]:
     for name in names:
         require_regular(folder, name)
     headers = read_headers(files)
+    if not headers:
+        raise ValueError(f"{files[0]} holds no weights: {REMEDY}")
     if names == [WEIGHTS]:
-        expected = set() if headers else {"weights"}
-    else:
-        require_regular(folder, INDEX)
-        names.append(INDEX)
-        expected = set(read_json_object(folder / INDEX)["weight_map"])
-    missing = expected - headers.keys()
+        return names
+    require_regular(folder, INDEX)
+    missing = read_json_object(folder / INDEX)["weight_map"].keys() - headers.keys()
     if missing:
-        raise ValueError(f"the weights in {folder} lack {min(missing)}: {REMEDY}")
-    return names
+        raise ValueError(f"{folder / INDEX} names the weight {min(missing)}, which no shard holds: {REMEDY}")
+    return [*names, INDEX]
 
 
 def code_files(folder: Path, configs: Iterable[str]) -> list[str]:

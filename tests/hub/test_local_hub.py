@@ -99,7 +99,7 @@ def test_pushed_model_loads_without_the_package(family, address, tmp_path):
     assert "torch.Size" in output and "refused True" in output
 
 
-def test_push_command_uploads_a_private_model_with_its_card(address, tmp_path):
+def test_push_commands_upload_private_models_with_their_cards(address, tmp_path):
     run(
         """
         from pathlib import Path
@@ -108,9 +108,18 @@ def test_push_command_uploads_a_private_model_with_its_card(address, tmp_path):
         Path("text.txt").write_text("To be, or not to be, that is the question. " * 50)
         train = ["train", "lm", "model", "--max-steps", "2", "--batch-size", "2", "--block-size", "32"]
         train += ["--size", "tiny", "--data", "text.txt", "--push-to-hub", "tester/trained"]
-        for command in (train, ["push", "model", "tester/private", "--private"], ["info", "tester/private"]):
+        for command in (
+            train,
+            ["push", "model", "tester/private"],
+            ["push", "model", "tester/public", "--public"],
+            ["info", "tester/private"],
+        ):
             result = CliRunner().invoke(app, command)
             assert result.exit_code == 0, result.output
+            if "tester/trained" in command or "push" in command:
+                kind = "public" if "--public" in command else "private"
+                assert f"to the new {kind} repository" in result.output, result.output
+                assert result.output.endswith(f"({kind})\n") and "does not upload" in result.output, result.output
         assert "Trained on text.txt" in result.output, result.output
         """,
         address,
@@ -120,11 +129,12 @@ def test_push_command_uploads_a_private_model_with_its_card(address, tmp_path):
         """
         from huggingface_hub import HfApi, ModelCard, model_info
         card = ModelCard.load("tester/private")
-        for name in ("tester/private", "tester/trained"):
+        for name in ("tester/private", "tester/trained", "tester/public"):
             assert f'model="{name}")' in ModelCard.load(name).text
         files = set(HfApi().list_repo_files("tester/trained"))
+        assert model_info("tester/trained").private and not model_info("tester/public").private
         held = {"config.json", "model.safetensors", "modeling_dfn.py", "tokenizer.json", "generation_config.json"}
-        assert held <= files and not any(file.startswith("checkpoints/") for file in files), files
+        assert held <= files and not any(file.startswith(("checkpoints/", "runs/", ".dfn")) for file in files), files
         print(card.data.library_name, card.data.pipeline_tag, card.data.tags, model_info("tester/private").private)
         """,
         address,

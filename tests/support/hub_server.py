@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -270,6 +271,13 @@ ROUTES = [
 ]
 
 
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address) -> None:
+        """Print nothing for a client that went away."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class Hub:
     """A running server.
 
@@ -298,7 +306,7 @@ def serve_hub():
     handler = type(
         "FreshHandler", (Handler,), {"repositories": {}, "blobs": {}, "before": staticmethod(lambda handler: None)}
     )
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = Server(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
