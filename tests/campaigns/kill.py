@@ -26,9 +26,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import httpx
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, get_session
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
@@ -207,11 +206,12 @@ def kill_before_operation(number: int, folder: Path, counted: list[int]) -> None
         if isinstance(path, str | bytes | os.PathLike) and os.fsencode(path).startswith(below):
             count()
 
-    def send(client: httpx.Client, *arguments: Any, **options: Any) -> httpx.Response:
+    def send(*arguments: Any, **options: Any) -> Any:
         count()
-        return unpatched(client, *arguments, **options)
+        return unpatched(*arguments, **options)
 
-    unpatched, httpx.Client.send = httpx.Client.send, send
+    client = type(get_session())
+    unpatched, client.send = client.send, send
     sys.addaudithook(hook)
 
 
