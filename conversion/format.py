@@ -12,6 +12,22 @@ from .key_table import Table
 Sizes = Mapping[str, int]
 Settings = Mapping[str, Any]
 
+MAX_COUNT = 2**31 - 1
+# Which values of a setting are accepted, and the rule in words; other numbers are counts.
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "alpha": (lambda value: 0 <= value <= 1e6, "between 0 and 1e6"),
+    "beta": (lambda value: 0 <= value <= 1, "between 0 and 1"),
+    "boundary_token_ids": (
+        lambda value: all(type(number) is int and 0 <= number <= MAX_COUNT for number in value),
+        "a list of token ids",
+    ),
+    "compression_ratio": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+    "dense_limit": (lambda value: 0 <= value <= MAX_COUNT, f"between 0 and {MAX_COUNT}"),
+    "dropout": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    "sigma": (lambda value: 0 < value <= 1e6, "above 0 and at most 1e6"),
+}
+COUNT: tuple[Callable[[Any], bool], str] = (lambda value: 1 <= value <= MAX_COUNT, f"between 1 and {MAX_COUNT}")
+
 
 @dataclass(frozen=True)
 class Destination:
@@ -55,7 +71,8 @@ class CheckpointFormat:
         """Return the settings: given by the user, else stored in the file, else the default of the original.
 
         Raises:
-            ValueError: the format does not have a given setting, or a value has another type than the default.
+            ValueError: the format does not have a given setting, or a value has another type than the default or is
+                out of range.
         """
         for name in given:
             if name not in self.settings:
@@ -70,5 +87,8 @@ class CheckpointFormat:
                 raise ValueError(
                     f"{name} is {reprlib.repr(value)}: it must have type {type(default).__name__}, such as {example}"
                 )
+            accepts, rule = RULES.get(name, COUNT)
+            if type(default) is not bool and not accepts(value):
+                raise ValueError(f"{name} is {reprlib.repr(value)}: it must be {rule}")
             resolved[name] = type(default)(value)
         return resolved

@@ -4,6 +4,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ..data.files import explain_read_errors
+
 REPORT_FILE = "conversion_report.json"
 
 
@@ -51,9 +53,10 @@ def read_report(folder: Path) -> ConversionReport:
     """Read the report of the conversion that wrote `folder`.
 
     Raises:
-        ValueError: `folder` contains no report.
+        ValueError: `folder` contains no report, or it is damaged.
     """
     path = folder / REPORT_FILE
     if not path.is_file():
         raise ValueError(f"{folder} contains no {REPORT_FILE}: pass a folder that `dfn-hf convert` wrote")
-    return ConversionReport(**json.loads(path.read_text()))
+    with explain_read_errors(path, "a conversion report"):
+        return ConversionReport(**json.loads(path.read_text()))

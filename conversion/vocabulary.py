@@ -1,11 +1,14 @@
 """Character vocabularies that some originals store with the weights."""
 
+import reprlib
 from collections.abc import Mapping
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
+
+from ..data.tokens import is_unicode
 
 
 def character_tokenizer(vocabulary: Mapping[str, int], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -19,12 +22,13 @@ def character_tokenizer(vocabulary: Mapping[str, int], vocab_size: int) -> PreTr
         ValueError: `vocabulary` does not map single characters to distinct ids below `vocab_size`.
     """
     for character, number in vocabulary.items():
-        if not isinstance(character, str) or len(character) != 1:
-            raise ValueError(f"the file's vocabulary (stoi) contains {character!r}: use single characters")
+        if not isinstance(character, str) or len(character) != 1 or not is_unicode(character):
+            shown = reprlib.repr(character)
+            raise ValueError(f"the file's vocabulary (stoi) contains {shown}: use single characters")
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < vocab_size:
             raise ValueError(
-                f"the file's vocabulary (stoi) gives {character!r} the id {number!r}: use an id below {vocab_size}, "
-                "the number of embeddings"
+                f"the file's vocabulary (stoi) gives {character!r} the id {reprlib.repr(number)}: use an id "
+                f"below {vocab_size}, the number of embeddings"
             )
     if len(set(vocabulary.values())) < len(vocabulary):
         raise ValueError("the file's vocabulary (stoi) gives two characters the same id: use distinct ids")

@@ -7,6 +7,7 @@ import re
 import resource
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ from typer.testing import CliRunner
 from dfn_hf.cli.app import app
 from dfn_hf.conversion import writer as writing
 from dfn_hf.conversion.checkpoint_file import read_checkpoint
+from dfn_hf.conversion.detect import FORMATS
 from dfn_hf.conversion.formats.dfn import DFN
+from dfn_hf.conversion.key_table import compare_keys
 from dfn_hf.conversion.report import read_report
 from dfn_hf.hub.convert import convert
 from tests.support.native_checkpoints import (
@@ -132,6 +135,7 @@ def test_converted_folder_loads_without_this_package(checkpoint, tmp_path):
         convert(checkpoint, folder, **options)
         program = f"""
 import sys
+import zipfile
 sys.modules["dfn_hf"] = None
 import torch
 from transformers import AutoModel
@@ -215,6 +219,131 @@ def test_settings_are_checked(checkpoint, tmp_path):
     assert "`k` (99) must be below `num_entities`" in error_of(
         checkpoint, tmp_path / "out", "--native", override, "k=99"
     )
+
+
+@pytest.mark.parametrize(
+    ("layout", "setting", "values"),
+    [
+        ("dfn", "k", [0, -1, 10**12]),
+        ("dfn", "num_entities", [0, 10**12]),
+        ("dfn", "alpha", [-1, float("nan"), float("inf"), 1e300, 10**400]),
+        ("dfn", "sigma", [0, float("nan"), -1.0]),
+        ("dfn", "beta", [-1, 2.0, float("nan")]),
+        ("flownetwork-F1", "dense_limit", [-1, 10**12]),
+        ("flownetwork-F4", "num_heads", [0, -8, 10**12, 2**70]),
+        ("flownetwork-F4", "max_seq_len", [0, 10**12]),
+        ("flownetwork-F4", "boundary_token_ids", [[-1], [10**12], [1.5], ["a"], [[1]], [True], [[[[]]]]]),
+        ("liquid-L6", "dropout", [-0.1, 1, float("nan")]),
+        ("liquid-L6", "compression_ratio", [0, 2, float("nan"), -1e300]),
+        ("liquid-L6", "top_k", [0, -1, 10**12]),
+        ("liquid-L6", "window_size", [0, 10**12]),
+    ],
+)
+@pytest.mark.parametrize("native", [False, True])
+def test_settings_out_of_range_are_refused(tmp_path, layout, setting, values, native):
+    source = random_checkpoint(tmp_path / "a.pt", layout)
+    stored = tmp_path / "stored.pt"
+    for value in values:
+        content = torch.load(source)
+        torch.save({**content, "config": {setting: value}}, stored)
+        for path, settings in ((source, {setting: value}), (stored, {})):
+            with pytest.raises(ValueError, match=f"{setting} is .*: it must be") as caught:
+                convert(path, tmp_path / "out", native=native, settings=settings)
+            assert len(str(caught.value)) < 300
+    assert not (tmp_path / "out").exists()
+
+
+def test_compressed_archives_are_refused(checkpoint, tmp_path):
+    with zipfile.ZipFile(checkpoint) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, record in records.items():
+            archive.writestr(name, bytes(10**8) if name.endswith("data.pkl") else record)
+    assert "bomb.pt is damaged or not a checkpoint (it is a compressed zip file)" in error_of(
+        tmp_path / "bomb.pt", tmp_path / "out"
+    )
+    missing = tmp_path / "missing.pt"
+    with zipfile.ZipFile(missing, "w") as archive:
+        for name, record in records.items():
+            if not name.endswith("/data/0"):
+                archive.writestr(name, record)
+    assert "missing.pt is damaged or not a checkpoint" in error_of(missing, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (torch.ones(5, 12, device="meta"), "a tensor without data in the file"),
+        (torch.ones(2**20, 2**20, device="meta"), "a tensor without data in the file"),
+        (torch.ones(1).expand(2**40, 2**20), "is larger than its data in the file"),
+        (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]), "a tensor without data in the file"),
+        (torch.ones(5, 12).to_sparse(), "save dense floats"),
+    ],
+)
+def test_tensors_without_their_data_are_refused(weights, tmp_path, tensor, message):
+    source = save_checkpoint(tmp_path / "a.pt", {**weights, "dfn_layers.0.memory.memory": tensor})
+    assert message in error_of(source, tmp_path / "out")
+
+
+def test_many_tensors_of_the_same_data_are_refused(weights, tmp_path):
+    shared = torch.ones(500, 500)
+    torch.save({f"layer.{number}": shared for number in range(9)}, tmp_path / "shared.pt")
+    assert "save it again, without shared data" in error_of(tmp_path / "shared.pt", tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", ["01", "٠", "9" * 30])
+def test_numbers_of_layers_have_one_spelling(weights, tmp_path, number):
+    key = f"dfn_layers.{number}.memory.memory"
+    source = save_checkpoint(tmp_path / "a.pt", {**weights, key: torch.ones(5, 12)})
+    assert f"the unexpected key '{key}'" in error_of(source, tmp_path / "out")
+
+
+def test_numbers_of_two_placeholders_do_not_multiply(tmp_path):
+    table = next(one.table for one in FORMATS if one.name == "liquid-L6")
+    keys = {key.format(encoder_layer=5000, decoder_layer=5000, expert=5000, lstm_layer=5000) for key in table}
+    counts, difference = compare_keys(table, keys | {str(number) for number in range(6000)})
+    assert max(counts.values()) == 5001 and len(difference) < 20_000
+
+
+def test_advice_of_torch_to_run_code_is_not_passed_on(weights, tmp_path):
+    source = tmp_path / "a.pt"
+    for content in (
+        pickle.dumps({"a": 1}, protocol=4),
+        pickle.dumps([1], protocol=0),
+        b"# Notes",
+        b"\x80\x02cos\nx\n.",
+    ):
+        source.write_bytes(content)
+        message = error_of(source, tmp_path / "out")
+        assert "a.pt" in message and "weights_only" not in message and "trust" not in message
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), source)
+    assert "a.pt is damaged or not a checkpoint" in error_of(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({3: 0}, "contains 3"),
+        ({"ab": 0}, "contains 'ab'"),
+        ({"\ud800": 0}, "contains '.ud800'"),
+        ({"z": 2**70}, "gives 'z' the id 1180591620717411303424"),
+        ({"z": True}, "gives 'z' the id True"),
+        ({"z": float("nan")}, "gives 'z' the id nan"),
+        ({"z": 0, "y": 0}, "two characters the same id"),
+    ],
+)
+def test_bad_vocabularies_are_refused(tmp_path, entry, message):
+    content = torch.load(random_checkpoint(tmp_path / "a.pt", "flownetwork-F5"))
+    torch.save({**content, "stoi": entry}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "a.pt", tmp_path / "out")
+
+
+def test_damaged_reports_are_named(tmp_path):
+    for content in ("", "[]", '{"a": 1}'):
+        (tmp_path / "conversion_report.json").write_text(content)
+        with pytest.raises(ValueError, match="conversion_report.json is damaged"):
+            read_report(tmp_path)
 
 
 def test_existing_output_is_kept(checkpoint, tmp_path):
