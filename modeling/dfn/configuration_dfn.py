@@ -1,12 +1,21 @@
 """DFN configuration."""
 
 import copy
-import math
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..hub_code import HubCodeMixin
+from ..modules.config_bounds import (
+    MAX_FACTOR,
+    MAX_LAYERS,
+    MAX_TOKEN_ID,
+    MAX_VOCABULARY,
+    MAX_WIDTH,
+    MAX_WINDOW,
+    check_bounds,
+    number_text,
+)
 from ..ops.cell_grid import ball_cells_per_axis, check_cell_sizes, grid_axes
 
 AUTO_MAP = {
@@ -22,6 +31,34 @@ ENTITY_SAMPLINGS = ("token", "adaptive", "uniform")
 FLOW_NORMS = ("entity", "running", "rms", "none")
 SEARCHES = ("cells", "exact")
 MAX_CELLS = 2**20  # per table: a cache stores one entity index per cell, row and head
+DFN_BOUNDS = {
+    "vocab_size": (1, MAX_VOCABULARY),
+    "hidden_size": (1, MAX_WIDTH),
+    "num_hidden_layers": (1, MAX_LAYERS),
+    "num_attention_heads": (1, MAX_WIDTH),
+    "intermediate_size": (1, MAX_WIDTH),
+    "position_dim": (1, 2**10),
+    "num_neighbors": (0, 2**12),
+    "local_window": (1, MAX_WINDOW),
+    "num_tables": (1, 2**10),
+    "candidates_per_table": (1, 2**10),
+    "search_seed": (-(2**63), 2**63 - 1),
+    "conv_kernel": (1, 2**10),
+    "memory_slots": (0, MAX_WINDOW),
+    "memory_chunk": (2, MAX_WINDOW),
+    "readout_window": (1, 2**10),
+    "max_entity_length": (1, MAX_WINDOW),
+    "num_sample_layers": (1, MAX_LAYERS),
+    "sample_intermediate_size": (1, MAX_WIDTH),
+    "coordinate_dim": (1, 2**5),
+    "value_dim": (1, MAX_WIDTH),
+    "num_entities": (1, 2**24),
+    "projection_dim": (1, MAX_WIDTH),
+    "flow_step": (0, MAX_FACTOR),
+    "initializer_range": (0, MAX_FACTOR),
+    "ratio_loss_coef": (0, MAX_FACTOR),
+    "bos_token_id": (-MAX_TOKEN_ID, MAX_TOKEN_ID),
+}
 
 
 @strict
@@ -161,8 +198,9 @@ class DFNConfig(HubCodeMixin, PreTrainedConfig):
     auto_map: dict[str, str] | None = None
 
     def __post_init__(self, **kwargs):
+        check_bounds(self, DFN_BOUNDS)
         if self.initializer_range is None:
-            self.initializer_range = self.hidden_size**-0.5 if self.hidden_size > 0 else 1.0
+            self.initializer_range = self.hidden_size**-0.5
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
         self.validate_architecture()  # here too: a validator's ValueError reaches the user wrapped in another error
         super().__post_init__(**kwargs)
@@ -202,25 +240,16 @@ class DFNConfig(HubCodeMixin, PreTrainedConfig):
 
     def validate_architecture(self):
         """Raise a ValueError for a field out of range and for fields that contradict each other."""
-        for field in (
-            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-            "position_dim", "local_window", "num_tables", "candidates_per_table", "conv_kernel", "readout_window",
-            "max_entity_length", "num_sample_layers", "coordinate_dim", "value_dim", "num_entities", "projection_dim",
-        ):  # fmt: skip
-            if getattr(self, field) < 1:
-                raise ValueError(f"`{field}` must be at least 1, got {getattr(self, field)}.")
-        for field in ("num_neighbors", "memory_slots", "flow_step", "initializer_range", "ratio_loss_coef"):
-            if not 0 <= getattr(self, field) < math.inf:
-                raise ValueError(f"`{field}` must be finite and not negative, got {getattr(self, field)}.")
-        if not 0 < self.norm_eps < math.inf:
-            raise ValueError(f"`norm_eps` must be finite and positive, got {self.norm_eps}.")
+        check_bounds(self, DFN_BOUNDS)
+        if not 0 < self.norm_eps <= MAX_FACTOR:
+            raise ValueError(
+                f"`norm_eps` must be positive and at most {MAX_FACTOR}, got {number_text(self.norm_eps)}."
+            )
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
                 f"`pad_token_id` must be None or less than `vocab_size` ({self.vocab_size}) and not negative, got "
                 f"{self.pad_token_id}."
             )
-        if self.memory_chunk < 2:
-            raise ValueError(f"`memory_chunk` must be at least 2, got {self.memory_chunk}.")
         for field in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"`{field}` must lie in [0, 1), got {getattr(self, field)}.")
@@ -248,10 +277,6 @@ class DFNConfig(HubCodeMixin, PreTrainedConfig):
         """The part of `validate_architecture` about `entity_sampling` and `is_causal`."""
         if self.entity_sampling not in ENTITY_SAMPLINGS:
             raise ValueError(f"`entity_sampling` must be one of {ENTITY_SAMPLINGS}, got {self.entity_sampling!r}.")
-        if self.sample_intermediate_size is not None and self.sample_intermediate_size < 1:
-            raise ValueError(
-                f"`sample_intermediate_size` must be at least 1 or None, got {self.sample_intermediate_size}."
-            )
         if not 1 / self.max_entity_length <= self.entity_rate < 1:
             raise ValueError(
                 f"`entity_rate` must be at least 1/`max_entity_length` (1/{self.max_entity_length}) and less than 1, "

@@ -1,12 +1,21 @@
 """Configuration of the FlowNetwork models."""
 
-import math
-
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
 from ..hub_code import HubCodeMixin
+from ..modules.config_bounds import (
+    MAX_FACTOR,
+    MAX_LAYERS,
+    MAX_LENGTH,
+    MAX_TOKEN_ID,
+    MAX_VOCABULARY,
+    MAX_WIDTH,
+    MAX_WINDOW,
+    check_bounds,
+    number_text,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -18,6 +27,23 @@ AUTO_MAP = {
 }
 
 BLOCK_TYPES = ("enhanced_flow", "flow_transformer")
+FLOWNETWORK_BOUNDS = {
+    "vocab_size": (1, MAX_VOCABULARY),
+    "hidden_size": (1, MAX_WIDTH),
+    "num_hidden_layers": (1, MAX_LAYERS),
+    "num_attention_heads": (1, MAX_WIDTH),
+    "num_key_value_heads": (1, MAX_WIDTH),
+    "intermediate_size": (1, MAX_WIDTH),
+    "num_patterns": (1, 2**12),
+    "flow_window": (1, MAX_WINDOW),
+    "min_flow_window": (1, MAX_WINDOW),
+    "memory_size": (0, MAX_WINDOW),
+    "num_memory_heads": (1, MAX_WIDTH),
+    "memory_chunk": (2, MAX_WINDOW),
+    "max_position_embeddings": (1, MAX_LENGTH),
+    "initializer_range": (0, MAX_FACTOR),
+    "bos_token_id": (-MAX_TOKEN_ID, MAX_TOKEN_ID),
+}
 
 
 def adjust_num_heads(d_model: int, requested: int) -> int:
@@ -127,8 +153,9 @@ class FlowNetworkConfig(HubCodeMixin, PreTrainedConfig):
     auto_map: dict[str, str] | None = None
 
     def __post_init__(self, **kwargs):
+        check_bounds(self, FLOWNETWORK_BOUNDS)
         if self.initializer_range is None:
-            self.initializer_range = self.hidden_size**-0.5 if self.hidden_size > 0 else 1.0
+            self.initializer_range = self.hidden_size**-0.5
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
@@ -155,18 +182,11 @@ class FlowNetworkConfig(HubCodeMixin, PreTrainedConfig):
 
     def validate_architecture(self):
         """Raise `ValueError` if a field is out of range or fields contradict each other."""
-        for field in (
-            "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-            "intermediate_size", "num_patterns", "flow_window", "min_flow_window", "num_memory_heads",
-            "max_position_embeddings",
-        ):  # fmt: skip
-            if getattr(self, field) < 1:
-                raise ValueError(f"`{field}` must be at least 1, got {getattr(self, field)}.")
-        for field in ("memory_size", "initializer_range"):
-            if not 0 <= getattr(self, field) < math.inf:
-                raise ValueError(f"`{field}` must be finite and not negative, got {getattr(self, field)}.")
-        if not 0 < self.norm_eps < math.inf:
-            raise ValueError(f"`norm_eps` must be finite and positive, got {self.norm_eps}.")
+        check_bounds(self, FLOWNETWORK_BOUNDS)
+        if not 0 < self.norm_eps <= MAX_FACTOR:
+            raise ValueError(
+                f"`norm_eps` must be positive and at most {MAX_FACTOR}, got {number_text(self.norm_eps)}."
+            )
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
                 f"`pad_token_id` must be below `vocab_size` ({self.vocab_size}) and not negative, or None, "
@@ -179,10 +199,6 @@ class FlowNetworkConfig(HubCodeMixin, PreTrainedConfig):
         if self.min_flow_window > self.flow_window:
             raise ValueError(
                 f"`min_flow_window` ({self.min_flow_window}) must be at most `flow_window` ({self.flow_window})."
-            )
-        if self.memory_chunk < 2:
-            raise ValueError(
-                f"`memory_chunk` must be at least 2, got {self.memory_chunk}: one token leaves nothing to pool."
             )
         for field in ("memory_decay", "memory_bank_decay"):
             if not 0 < getattr(self, field) < 1:

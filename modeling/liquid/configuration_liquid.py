@@ -7,6 +7,17 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..hub_code import HubCodeMixin
+from ..modules.config_bounds import (
+    MAX_FACTOR,
+    MAX_LAYERS,
+    MAX_LENGTH,
+    MAX_TOKEN_ID,
+    MAX_VOCABULARY,
+    MAX_WIDTH,
+    MAX_WINDOW,
+    check_bounds,
+    number_text,
+)
 
 AUTO_MAP = {
     "AutoConfig": "configuration_liquid.LiquidConfig",
@@ -16,6 +27,31 @@ AUTO_MAP = {
 }
 
 FINITE_CHECKS = ("off", "raise", "zero")
+MAX_FRAME_LENGTH = 2**14
+LIQUID_BOUNDS = {
+    "vocab_size": (1, MAX_VOCABULARY),
+    "hidden_size": (1, MAX_WIDTH),
+    "num_hidden_layers": (1, MAX_LAYERS),
+    "num_decoder_layers": (1, MAX_LAYERS),
+    "num_attention_heads": (1, MAX_WIDTH),
+    "num_key_value_heads": (1, MAX_WIDTH),
+    "intermediate_size": (1, MAX_WIDTH),
+    "attention_window": (1, MAX_WINDOW),
+    "max_position_embeddings": (1, MAX_LENGTH),
+    "num_experts": (1, 2**12),
+    "num_experts_per_tok": (1, 2**12),
+    "moe_intermediate_size": (1, MAX_WIDTH),
+    "router_entropy_coef": (0, MAX_FACTOR),
+    "router_aux_loss_coef": (0, MAX_FACTOR),
+    "reconstruction_loss_coef": (0, MAX_FACTOR),
+    "conv_kernel": (1, 2**10),
+    "conv_dilation": (1, MAX_WINDOW),
+    "max_offset": (0, MAX_WINDOW),
+    "lstm_hidden_size": (0, MAX_WIDTH),
+    "num_lstm_layers": (1, MAX_LAYERS),
+    "initializer_range": (0, MAX_FACTOR),
+    "bos_token_id": (-MAX_TOKEN_ID, MAX_TOKEN_ID),
+}
 
 
 @strict
@@ -145,8 +181,9 @@ class LiquidConfig(HubCodeMixin, PreTrainedConfig):
     auto_map: dict[str, str] | None = None
 
     def __post_init__(self, **kwargs):
+        check_bounds(self, LIQUID_BOUNDS)
         if self.initializer_range is None:
-            self.initializer_range = self.hidden_size**-0.5 if self.hidden_size > 0 else 1.0
+            self.initializer_range = self.hidden_size**-0.5
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
         if self.num_decoder_layers is None:
@@ -155,7 +192,7 @@ class LiquidConfig(HubCodeMixin, PreTrainedConfig):
             self.moe_intermediate_size = self.hidden_size
         if self.lstm_hidden_size is None:
             self.lstm_hidden_size = self.hidden_size
-        if self.max_expert_load is None and self.num_experts > 0:
+        if self.max_expert_load is None:
             self.max_expert_load = 1.5 * self.num_experts_per_tok / self.num_experts
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
         self.validate_architecture()  # transformers would wrap a ValueError that is raised later
@@ -188,24 +225,11 @@ class LiquidConfig(HubCodeMixin, PreTrainedConfig):
 
     def validate_architecture(self):
         """Raise `ValueError` if a field is out of range or fields contradict each other."""
-        for field in (
-            "vocab_size", "hidden_size", "num_hidden_layers", "num_decoder_layers", "num_attention_heads",
-            "num_key_value_heads", "intermediate_size", "attention_window", "num_experts", "num_experts_per_tok",
-            "moe_intermediate_size", "conv_kernel", "conv_dilation", "num_lstm_layers", "max_position_embeddings",
-        ):  # fmt: skip
-            if getattr(self, field) < 1:
-                raise ValueError(f"`{field}` must be at least 1, got {getattr(self, field)}.")
-        for field in (
-            "router_entropy_coef", "router_aux_loss_coef", "reconstruction_loss_coef", "max_offset",
-            "lstm_hidden_size", "initializer_range",
-        ):  # fmt: skip
-            if not 0 <= getattr(self, field) < math.inf:
-                raise ValueError(f"`{field}` must be finite and not negative, got {getattr(self, field)}.")
-        for field, least, most in (("frame_length", 4, math.inf), ("decoder_frame_length", 2, 16)):
+        check_bounds(self, LIQUID_BOUNDS)
+        for field, least, most in (("frame_length", 4, MAX_FRAME_LENGTH), ("decoder_frame_length", 2, 16)):
             value = getattr(self, field)
             if not least <= value <= most or value & (value - 1):
-                bounds = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
-                raise ValueError(f"`{field}` must be a power of two {bounds}, got {value}.")
+                raise ValueError(f"`{field}` must be a power of two from {least} to {most}, got {number_text(value)}.")
         if not 0 < self.min_compression_ratio <= self.base_compression_ratio <= 1:
             raise ValueError(
                 f"`min_compression_ratio` ({self.min_compression_ratio}) and `base_compression_ratio` "
@@ -218,8 +242,10 @@ class LiquidConfig(HubCodeMixin, PreTrainedConfig):
             )
         if self.finite_check not in FINITE_CHECKS:
             raise ValueError(f"`finite_check` must be one of {FINITE_CHECKS}, got {self.finite_check!r}.")
-        if not 0 < self.norm_eps < math.inf:
-            raise ValueError(f"`norm_eps` must be finite and positive, got {self.norm_eps}.")
+        if not 0 < self.norm_eps <= MAX_FACTOR:
+            raise ValueError(
+                f"`norm_eps` must be positive and at most {MAX_FACTOR}, got {number_text(self.norm_eps)}."
+            )
         for field in ("hidden_dropout", "attention_dropout"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"`{field}` must lie in [0, 1), got {getattr(self, field)}.")
@@ -252,6 +278,10 @@ class LiquidConfig(HubCodeMixin, PreTrainedConfig):
             raise ValueError(
                 f"`max_expert_load` ({self.max_expert_load}) must be greater than the uniform load {even:g} "
                 "(`num_experts_per_tok` / `num_experts`)."
+            )
+        if MAX_FACTOR < self.max_expert_load < math.inf:
+            raise ValueError(
+                f"`max_expert_load` must be at most {MAX_FACTOR} or infinite, got {number_text(self.max_expert_load)}."
             )
 
 

@@ -1,15 +1,26 @@
 """Configuration of the original DFN, for converted checkpoints."""
 
-import math
-
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..hub_code import HubCodeMixin
+from ..modules.config_bounds import MAX_FACTOR, MAX_LAYERS, MAX_WIDTH, MAX_WINDOW, check_bounds, number_text
 
 AUTO_MAP = {
     "AutoConfig": "configuration_dfn_native.DFNNativeConfig",
     "AutoModel": "modeling_dfn_native.DFNNativeModel",
+}
+
+DFN_NATIVE_BOUNDS = {
+    "input_dim": (1, MAX_WIDTH),
+    "entity_dim": (1, MAX_WIDTH),
+    "field_dim": (1, MAX_WIDTH),
+    "num_entities": (1, MAX_WIDTH),
+    "num_layers": (1, MAX_LAYERS),
+    "k": (1, 2**12),
+    "memory_size": (1, MAX_WINDOW),
+    "field_resolution": (1, 2**24),
+    "alpha": (-MAX_FACTOR, MAX_FACTOR),
 }
 
 
@@ -60,6 +71,7 @@ class DFNNativeConfig(HubCodeMixin, PreTrainedConfig):
     auto_map: dict[str, str] | None = None
 
     def __post_init__(self, **kwargs):
+        check_bounds(self, DFN_NATIVE_BOUNDS)
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
         self.validate_architecture()  # transformers would wrap a ValueError that is raised later
         super().__post_init__(**kwargs)
@@ -76,21 +88,14 @@ class DFNNativeConfig(HubCodeMixin, PreTrainedConfig):
 
     def validate_architecture(self):
         """Raise `ValueError` if a field is out of range or fields contradict each other."""
-        for field in (
-            "input_dim", "entity_dim", "field_dim", "num_entities", "num_layers", "k", "memory_size",
-            "field_resolution",
-        ):  # fmt: skip
-            if getattr(self, field) < 1:
-                raise ValueError(f"`{field}` must be at least 1, got {getattr(self, field)}.")
+        check_bounds(self, DFN_NATIVE_BOUNDS)
         if self.k >= self.num_entities:
             raise ValueError(
                 f"`k` ({self.k}) must be below `num_entities` ({self.num_entities}), because an entity is not its own "
                 "neighbour."
             )
-        if not 0 < self.sigma < math.inf or not math.isfinite(self.alpha):
-            raise ValueError(
-                f"`sigma` must be finite and positive and `alpha` finite, got {self.sigma} and {self.alpha}."
-            )
+        if not 0 < self.sigma <= MAX_FACTOR:
+            raise ValueError(f"`sigma` must be positive and at most {MAX_FACTOR}, got {number_text(self.sigma)}.")
         if not 0 <= self.beta <= 1:
             raise ValueError(f"`beta` must lie in [0, 1], got {self.beta}.")
         if not 0 <= self.dropout < 1:

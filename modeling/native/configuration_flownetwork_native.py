@@ -4,6 +4,15 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..hub_code import HubCodeMixin
+from ..modules.config_bounds import (
+    MAX_LAYERS,
+    MAX_TOKEN_ID,
+    MAX_VOCABULARY,
+    MAX_WIDTH,
+    MAX_WINDOW,
+    check_bounds,
+    number_text,
+)
 
 AUTO_MAP = {
     "AutoConfig": "configuration_flownetwork_native.FlowNetworkNativeConfig",
@@ -11,6 +20,16 @@ AUTO_MAP = {
 }
 
 VERSIONS = ("F1", "F4", "F5")
+
+FLOWNETWORK_NATIVE_BOUNDS = {
+    "vocab_size": (1, MAX_VOCABULARY),
+    "d_model": (1, MAX_WIDTH),
+    "num_layers": (1, MAX_LAYERS),
+    "max_seq_len": (1, 2**24),
+    "num_patterns": (1, 2**12),
+    "dense_limit": (0, 2**31),
+    "memory_size": (0, MAX_WINDOW),
+}
 
 
 @strict
@@ -61,6 +80,7 @@ class FlowNetworkNativeConfig(HubCodeMixin, PreTrainedConfig):
     auto_map: dict[str, str] | None = None
 
     def __post_init__(self, **kwargs):
+        check_bounds(self, FLOWNETWORK_NATIVE_BOUNDS)
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
         self.validate_architecture()  # transformers would wrap a ValueError that is raised later
         super().__post_init__(**kwargs)
@@ -79,12 +99,7 @@ class FlowNetworkNativeConfig(HubCodeMixin, PreTrainedConfig):
         """Raise `ValueError` if a field is out of range."""
         if self.version not in VERSIONS:
             raise ValueError(f"`version` must be one of {VERSIONS}, got {self.version!r}.")
-        for field in ("vocab_size", "d_model", "num_layers", "max_seq_len", "num_patterns"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"`{field}` must be at least 1, got {getattr(self, field)}.")
-        for field in ("dense_limit", "memory_size"):
-            if getattr(self, field) < 0:
-                raise ValueError(f"`{field}` must not be negative, got {getattr(self, field)}.")
+        check_bounds(self, FLOWNETWORK_NATIVE_BOUNDS)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must lie in [0, 1), got {self.dropout}.")
         if self.version != "F4" and (self.memory_size or self.boundary_token_ids):
@@ -93,9 +108,10 @@ class FlowNetworkNativeConfig(HubCodeMixin, PreTrainedConfig):
                 f'`version` "F4", got {self.version!r}: omit them.'
             )
         for token in self.boundary_token_ids or ():
-            if token >= self.vocab_size:
+            if not -MAX_TOKEN_ID <= token < self.vocab_size:
                 raise ValueError(
-                    f"`boundary_token_ids` contains {token}, which must be below `vocab_size` ({self.vocab_size})."
+                    f"`boundary_token_ids` contains {number_text(token)}, which must be below `vocab_size` "
+                    f"({self.vocab_size})."
                 )
 
 

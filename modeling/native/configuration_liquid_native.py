@@ -4,6 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..hub_code import HubCodeMixin
+from ..modules.config_bounds import MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH, MAX_WINDOW, check_bounds
 
 AUTO_MAP = {
     "AutoConfig": "configuration_liquid_native.LiquidNativeConfig",
@@ -11,6 +12,22 @@ AUTO_MAP = {
 }
 
 LAYOUTS = ("L3", "L6")
+
+MAX_EXPERTS = 2**14  # of all layers: each expert is a module
+LIQUID_NATIVE_BOUNDS = {
+    "vocab_size": (1, MAX_VOCABULARY),
+    "embed_dim": (1, MAX_WIDTH),
+    "num_encoder_layers": (1, MAX_LAYERS),
+    "num_decoder_layers": (1, MAX_LAYERS),
+    "num_heads": (1, MAX_WIDTH),
+    "num_kv_groups": (1, MAX_WIDTH),
+    "ff_hidden_dim": (1, MAX_WIDTH),
+    "num_experts": (1, MAX_EXPERTS),
+    "max_position_embeddings": (1, 2**24),
+    "window_size": (2, MAX_WINDOW),
+    "lstm_hidden_size": (1, MAX_WIDTH),
+    "lstm_num_layers": (1, MAX_LAYERS),
+}
 
 
 @strict
@@ -65,6 +82,7 @@ class LiquidNativeConfig(HubCodeMixin, PreTrainedConfig):
     auto_map: dict[str, str] | None = None
 
     def __post_init__(self, **kwargs):
+        check_bounds(self, LIQUID_NATIVE_BOUNDS)
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
         self.validate_architecture()  # transformers would wrap a ValueError that is raised later
         super().__post_init__(**kwargs)
@@ -88,14 +106,13 @@ class LiquidNativeConfig(HubCodeMixin, PreTrainedConfig):
         """Raise `ValueError` if a field is out of range or fields contradict each other."""
         if self.layout not in LAYOUTS:
             raise ValueError(f"`layout` must be one of {LAYOUTS}, got {self.layout!r}.")
-        for field in (
-            "vocab_size", "embed_dim", "num_encoder_layers", "num_decoder_layers", "num_heads", "num_kv_groups",
-            "ff_hidden_dim", "num_experts", "max_position_embeddings", "lstm_hidden_size", "lstm_num_layers",
-        ):  # fmt: skip
-            if getattr(self, field) < 1:
-                raise ValueError(f"`{field}` must be at least 1, got {getattr(self, field)}.")
-        if self.window_size < 2:
-            raise ValueError(f"`window_size` must be at least 2, got {self.window_size}: windows overlap by one half.")
+        check_bounds(self, LIQUID_NATIVE_BOUNDS)
+        num_layers = self.num_encoder_layers + self.num_decoder_layers
+        if self.num_experts * num_layers > MAX_EXPERTS:
+            raise ValueError(
+                f"`num_experts` ({self.num_experts}) times the number of layers ({num_layers}) must be at most "
+                f"{MAX_EXPERTS}."
+            )
         if self.embed_dim % self.num_heads:
             raise ValueError(f"`embed_dim` ({self.embed_dim}) must be a multiple of `num_heads` ({self.num_heads}).")
         if self.layout == "L6" and (self.head_dim % 2 or self.num_heads % self.num_kv_groups):

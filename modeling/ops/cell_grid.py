@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 GRID = 64  # grid points per unit: positions are rounded to multiples of 2^-6 before a search
+MAX_CELL_SIZE = 2**20  # edge length in units of position; the ball of positions is far smaller
 MAX_CELLS_PER_AXIS = 1023  # a cell of three axes then fits in 30 bits
 
 
@@ -59,7 +60,7 @@ def check_cell_sizes(cell_sizes: Sequence[float] | None, num_tables: int, candid
         return geometric_cell_sizes(num_tables)
     if len(cell_sizes) != num_tables:
         raise ValueError(f"cell_sizes must hold one size per table (num_tables={num_tables}), got {len(cell_sizes)}.")
-    if not all(1 / GRID <= size < math.inf for size in cell_sizes):
+    if not all(1 / GRID <= size <= MAX_CELL_SIZE for size in cell_sizes):
         raise ValueError(
             f"cell_sizes must be finite and ≥ 1/{GRID} (the grid step of positions), got {list(cell_sizes)}."
         )

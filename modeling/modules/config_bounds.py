@@ -1,0 +1,39 @@
+"""Bounds of the numbers in a configuration, so that a wrong one is refused before anything is allocated."""
+
+import math
+from collections.abc import Mapping
+
+from transformers.configuration_utils import PreTrainedConfig
+
+# Far above any model that fits a machine. Layers are modules, which are built one by one even without storage.
+MAX_LAYERS = 2**10
+MAX_VOCABULARY = 2**28
+MAX_WIDTH = 2**20
+MAX_LENGTH = 2**31  # tokens
+MAX_WINDOW = 2**16  # tokens, taps or slots that one operation holds at once
+MAX_FACTOR = 2**20
+MAX_TOKEN_ID = 2**31
+
+
+def check_bounds(config: PreTrainedConfig, bounds: Mapping[str, tuple[int, int]]) -> None:
+    """Raise `ValueError` for a field below its minimum, above its maximum or not finite; None is accepted.
+
+    Args:
+        config: the configuration.
+        bounds: minimum and maximum of each field.
+    """
+    for field, (least, most) in bounds.items():
+        value = getattr(config, field)
+        if value is None or least <= value <= most:
+            continue
+        if most < value < math.inf:
+            raise ValueError(f"`{field}` must be at most {most}, got {number_text(value)}.")
+        rule = "finite and not negative" if least == 0 else f"at least {least}"
+        raise ValueError(f"`{field}` must be {rule}, got {number_text(value)}.")
+
+
+def number_text(value: float) -> str:
+    """Return a number as text; an integer with more than 30 digits as a power of ten."""
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return f"about {'-' if value < 0 else ''}10^{int(value.bit_length() * math.log10(2))}"
+    return str(value)
