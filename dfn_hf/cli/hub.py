@@ -1,7 +1,8 @@
 """`dfn-hf info`, `push` and `serve`."""
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -9,6 +10,8 @@ from .errors import refuse
 from .options import ModelSource
 from .paths import check_models
 from .rows import echo_rows
+
+ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
 
 
 def info(model: ModelSource) -> None:
@@ -63,18 +66,28 @@ def serve(
         list[str] | None,
         typer.Option(help="Web pages of this origin may use the server, e.g. https://example.org; may be repeated."),
     ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    log_level: Annotated[
+        Literal["detail", "debug", "info", "warning", "error", "critical"], typer.Option(help="Level of the log.")
+    ] = "warning",
 ) -> None:
     """Serve a causal language model over HTTP with an OpenAI-compatible API.
 
     Further options are those of `transformers serve`. Example: `dfn-hf serve dfn-tiny --port 8001`
     """
     check_models(model)
+    for origin in allow_origin or ():
+        refuse(
+            ORIGIN.fullmatch(origin) is None,
+            f"--allow-origin {origin} is not an origin: give a scheme, a host and a port, such as https://example.org "
+            "or http://localhost:3000",
+        )
 
     from ..hub.serving import serve as serve_model
 
     serve_model(
         model,
-        context.args,
+        ["--port", str(port), "--log-level", log_level, *context.args],
         max_prompt_tokens=max_prompt_tokens,
         max_new_tokens=max_new_tokens,
         max_body_bytes=max_body_bytes,

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from .serving_requests import SCHEMAS, Bounds, RequestError, parse_body
 
 METHODS = {"/health": "GET", "/v1/models": "GET", **dict.fromkeys(SCHEMAS, "POST")}
 BODY_SECONDS = 30.0
-# A refused body of up to this size is read and dropped, because many clients read the response only after sending.
+# A refused body of up to about this size is read and dropped: many clients read the response only after sending.
 DROPPED_BYTES = 2**24
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
@@ -61,19 +62,45 @@ class Guard:
             await self.app(scope, receive, send)
             return
         try:
-            check_route(scope)
-            if scope["path"] == "/health":
-                await self.app(scope, receive, send)
-            elif scope["path"] == "/v1/models":
-                await self.list_models()(scope, receive, send)
-            else:
-                check_origin(scope, self.limits.origins)
-                check_content_type(scope)
-                await self.generate(scope, receive, send)
+            await self.answer(scope, receive, send)
         except RequestError as error:
             await error_response(error)(scope, receive, send)
         except ClientDisconnect:
             pass
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass one request on.
+
+        Raises:
+            RequestError: the request is refused.
+            ClientDisconnect: the client has left before its body was read.
+        """
+        try:
+            self.check_head(scope)
+        except RequestError:
+            with suppress(RequestError):
+                await read_body(scope, receive, 0)
+            raise
+        if scope["path"] == "/health":
+            await self.app(scope, receive, send)
+        elif scope["path"] == "/v1/models":
+            await self.list_models()(scope, receive, send)
+        else:
+            await self.generate(scope, receive, send)
+
+    def check_head(self, scope: Scope) -> None:
+        """Raise RequestError if the request is refused whatever its body is."""
+        check_route(scope)
+        if scope["method"] != "POST":
+            return
+        check_origin(scope, self.limits.origins)
+        check_content_type(scope)
+        if self.running >= self.limits.max_requests:
+            raise RequestError(
+                f"the server is busy with {self.running} requests (--max-requests): try again later",
+                status=429,
+                headers={"Retry-After": "1"},
+            )
 
     def list_models(self) -> JSONResponse:
         """The list of models, which has one entry."""
@@ -84,15 +111,9 @@ class Guard:
         """Read and check the body and pass it on.
 
         Raises:
-            RequestError: the server is busy or refuses the body.
+            RequestError: the body is refused.
             ClientDisconnect: the client has left before its body was read.
         """
-        if self.running >= self.limits.max_requests:
-            raise RequestError(
-                f"the server is busy with {self.running} requests (--max-requests): try again later",
-                status=429,
-                headers={"Retry-After": "1"},
-            )
         self.running += 1
         try:
             raw = await read_body(scope, receive, self.limits.max_body_bytes)

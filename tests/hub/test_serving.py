@@ -103,3 +103,21 @@ def test_options_of_the_command(monkeypatch):
     allowed = client.post("/v1/completions", json={"prompt": "a"}, headers={"Origin": "https://a.example"})
     assert allowed.json()["usage"]["completion_tokens"] == 5
     assert allowed.headers["access-control-allow-origin"] == "https://a.example"
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (["--allow-origin", "evil.example"], "--allow-origin evil.example is not an origin"),
+    (["--allow-origin", "https://a.example/page"], "is not an origin"),
+    (["--port", "99999"], "--port"),
+    (["--log-level", "loud"], "--log-level"),
+    (["--max-requests", "0"], "--max-requests"),
+])  # fmt: skip
+def test_wrong_options_are_named(options, message):
+    from typer.testing import CliRunner
+
+    from dfn_hf.cli.app import app
+
+    result = CliRunner().invoke(app, ["serve", "dfn-tiny", *options])
+    assert result.exit_code in (1, 2)
+    assert message in result.output
+    assert "Traceback" not in result.output

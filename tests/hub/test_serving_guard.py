@@ -141,6 +141,14 @@ def test_endless_body_is_not_read_to_its_end(monkeypatch):
     assert (status, read) == (413, 0)
 
 
+def test_body_of_a_refused_request_is_dropped():
+    """Many clients read the response only after they have sent the body."""
+    status, _, read = call(make_guard(), [b"a"] * 10, path="/load_model")
+    assert (status, read) == (404, 10)
+    status, _, read = call(make_guard(), [b"a"] * 10, [(b"origin", b"http://evil.example")])
+    assert (status, read) == (403, 10)
+
+
 def test_slow_body_is_refused(monkeypatch):
     monkeypatch.setattr(serving_guard, "BODY_SECONDS", 0.05)
 
