@@ -4,16 +4,18 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from .model_card import hub_card
 from .upload_files import ANY_WEIGHTS, CARD, ModelFiles, read_model_folder
 
 INITIAL_FILES = {".gitattributes"}  # the Hub adds it to every new repository
+CommitOperation = CommitOperationAdd | CommitOperationDelete
 NUM_NAMES = 20  # names that are listed before the rest is counted
 
 
@@ -82,42 +84,40 @@ def push_folder(
     folder = Path(folder)
     files = read_model_folder(folder)
     check_destination(repo_id)
-    for line in described(files):
-        say(line)
     api = HfApi()
-    with explain_failure(f"{repo_id} cannot be opened"):
+    with explain_failure(f"{repo_id} cannot be opened at {api.endpoint}"):
         repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
     card = hub_card(folder, repo_id)
-    with explain_failure(f"{repo_id} cannot be opened"):
+    with explain_failure(f"{repo_id} cannot be opened at {api.endpoint}"):
         repository = open_repository(api, repo_id, private)
     url = f"{api.endpoint}/{repository.repo_id}"
     with removed_on_failure(api, repository), explain_failure(f"the upload to {url} failed"):
-        say(describe_visibility(repository, url, private))
+        operations = changes(files, repository, card)
+        for line in [*described(files, operations), describe_visibility(repository, url, private)]:
+            say(line)
         if repository.created and private and not repository.private:
             raise OSError("the Hub made the new repository public: create a private one in its web interface")
-        operations = additions(files, repository, card)
-        if CARD in repository.files:
-            say(f"keeps the {CARD} of the repository")
-        stale = sorted(path for path in repository.files if ANY_WEIGHTS.fullmatch(path) and path not in files.uploaded)
-        if stale:
-            say(f"deletes weights of the earlier model: {listed(stale)}")
         api.create_commit(
             repository.repo_id,
-            [*operations, *map(CommitOperationDelete, stale)],
+            operations,
             commit_message="Upload model",
             parent_commit=repository.commit,
         )
     return PushedModel(url, repository.private)
 
 
-def described(files: ModelFiles) -> list[str]:
-    """Lines that name the files that are uploaded, changed and left."""
-    lines = [f"uploads {listed(sorted(files.uploaded))}{'' if CARD in files.uploaded else f', with a new {CARD}'}"]
-    if files.cleaned:
-        lines.append(f"uploads without the paths of this machine: {listed(files.cleaned)}")
-    if files.left:
-        lines.append(f"does not upload {listed(files.left)}")
-    return lines
+def described(files: ModelFiles, operations: Sequence[CommitOperation]) -> list[str]:
+    """Lines that name the files that are uploaded, changed, deleted and left."""
+    uploaded = [operation.path_in_repo for operation in operations if isinstance(operation, CommitOperationAdd)]
+    deleted = [operation.path_in_repo for operation in operations if isinstance(operation, CommitOperationDelete)]
+    parts = {
+        "uploads": uploaded,
+        "uploads without the paths of this machine:": files.cleaned,
+        "keeps the repository's": [] if CARD in uploaded else [CARD],
+        "deletes weights of the earlier model:": deleted,
+        "does not upload": files.left,
+    }
+    return [f"{action} {listed(names)}" for action, names in parts.items() if names]
 
 
 def listed(names: Sequence[str]) -> str:
@@ -157,14 +157,14 @@ def open_repository(api: HfApi, repo_id: str, private: bool) -> Repository:
     return Repository(info.id, bool(info.private), files, info.sha, created)
 
 
-def additions(files: ModelFiles, repository: Repository, card: str) -> list[CommitOperationAdd]:
-    """The files to upload, and `card` unless the repository has one."""
-    contents = dict(files.uploaded)
+def changes(files: ModelFiles, repository: Repository, card: str) -> list[CommitOperation]:
+    """The files to upload, `card` unless the repository has one, and the deletion of an earlier model's weights."""
+    contents = {**files.uploaded, CARD: card.encode()}
     if CARD in repository.files:
-        contents.pop(CARD, None)
-    else:
-        contents[CARD] = card.encode()
-    return [CommitOperationAdd(path, content) for path, content in sorted(contents.items())]
+        del contents[CARD]
+    stale = sorted(path for path in repository.files if ANY_WEIGHTS.fullmatch(path) and path not in contents)
+    added = [CommitOperationAdd(path, content) for path, content in sorted(contents.items())]
+    return [*added, *map(CommitOperationDelete, stale)]
 
 
 @contextmanager
@@ -202,5 +202,7 @@ def explain_failure(action: str) -> Iterator[None]:
     except (HTTPError, OSError, ValueError, RuntimeError) as error:
         cause = f" ({error.__cause__})" if isinstance(error, RuntimeError) and error.__cause__ else ""
         message = re.sub(r"(https?://[^\s?'\"]+)\?[^\s'\"]+", r"\1", f"{error}{cause}" or type(error).__name__)
+        if isinstance(error, HfHubHTTPError) and error.response.status_code == HTTPStatus.UNAUTHORIZED:
+            message = f"the Hub does not accept the token: run `hf auth login` or set HF_TOKEN ({message})"
         token = get_token()
         raise OSError(f"{action}: {message.replace(token, '***') if token else message}") from error

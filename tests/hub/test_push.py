@@ -67,7 +67,7 @@ def test_command_says_what_it_uploads_and_to_whom(hub, folder):
     address = f"{hub.address}/{NAME}"
     uploads, leaves, visibility, last = result.stdout.splitlines()
     files = set(hub.files(NAME))
-    assert uploads == f"uploads {', '.join(sorted(files - {'README.md'}))}, with a new README.md"
+    assert uploads == f"uploads {', '.join(sorted(files))}"
     assert leaves == "does not upload .env, checkpoints/, evil.py, notes.ipynb"
     assert visibility == f"to the new private repository {address}"
     assert last == f"pushed to {address} (private)"
@@ -105,7 +105,7 @@ def test_the_visibility_of_an_existing_repository_is_said_before_anything_is_sen
     hub.call_before(lambda handler: sent.append(handler.command))
     push_folder(folder, NAME, private=not options, say=lambda line: lines.append((line, list(sent))))
     (before,) = [requests for line, requests in lines if said in line]
-    assert before == ["GET"], "only reads before the visibility is known"
+    assert before == ["GET"], "the command only reads before it says the visibility"
     result = run(folder, NAME, *options)
     assert said in result.stdout and result.stdout.endswith(f"({'private' if private else 'public'})\n")
     assert hub.repositories[NAME].private is private
@@ -144,7 +144,7 @@ def test_an_existing_card_is_kept(hub, folder):
     add_repository(hub, private=True, README__md=b"# Theirs\n")
     (folder / "README.md").write_text("# Mine\n")
     result = run(folder, NAME)
-    assert "keeps the README.md of the repository" in result.stdout
+    assert "keeps the repository's README.md\n" in result.stdout and "uploads README.md" not in result.stdout
     assert hub.files(NAME)["README.md"] == b"# Theirs\n" and "model.safetensors" in hub.files(NAME)
 
 
@@ -164,7 +164,7 @@ def test_local_paths_stay_here(hub, folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"_name_or_path": "/home/alice/secret/start"}))
     result = run(folder, NAME)
-    assert "uploads without the paths of this machine: config.json" in result.stdout
+    assert "uploads without the paths of this machine: config.json\n" in result.stdout
     assert json.loads(hub.files(NAME)["config.json"]) == config | {"_name_or_path": "start"}
 
 
@@ -214,7 +214,16 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(hub, folder, monkeypatch):
     monkeypatch.setattr(push, "HfApi", partial(HfApi, endpoint="http://127.0.0.1:9", token=TOKEN))
     result = run(folder, NAME)
     print(result.stderr)
-    assert result.exit_code == 1 and result.stderr.startswith(f"Error: {NAME} cannot be opened: ")
+    assert result.stderr.startswith(f"Error: {NAME} cannot be opened at http://127.0.0.1:9: ")
+    assert result.exit_code == 1 and result.output == result.stderr
+
+
+def test_a_wrong_token_is_one_sentence_with_a_remedy(hub, folder, monkeypatch):
+    monkeypatch.setattr(push, "HfApi", partial(HfApi, endpoint=hub.address, token="hf_wrong"))
+    result = run(folder, NAME)
+    print(result.stderr)
+    assert "the Hub does not accept the token: run `hf auth login` or set HF_TOKEN" in result.stderr
+    assert "hf_wrong" not in result.output and not hub.repositories
 
 
 def requests_of_a_push(hub, folder) -> int:
