@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .files import damaged, explain_read_errors
+from .files import FREE_BYTES, MAX_EXPANSION, damaged, explain_read_errors
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP")  # Pillow runs external programs for some other formats
 
@@ -120,6 +120,8 @@ def read_image(path: str | Path) -> np.ndarray:
 
     with explain_read_errors(path, "a PNG, JPEG, WebP, TIFF or BMP image"):
         with Image.open(path, formats=IMAGE_FORMATS) as image:
+            if math.prod(image.size) > max(FREE_BYTES, MAX_EXPANSION * os.stat(path).st_size):
+                raise ValueError(f"it has {image.size[0]:,} x {image.size[1]:,} pixels, too many for its size")
             if not image.mode.startswith(("I", "F")):
                 return np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
             mode, pixels = image.mode, np.asarray(image)

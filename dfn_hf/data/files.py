@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, NoReturn, TextIO, cast
 
 DECOMPRESSORS: dict[str, Callable[..., Any]] = {".bz2": bz2.open, ".gz": gzip.open, ".xz": lzma.open}
-# Text shrinks to a tenth of its size. A file that expands to more than 200 times its size was made to fill the memory.
+# Text shrinks to a tenth of its size, and images to a fiftieth. A larger factor was made to fill the memory.
 MAX_EXPANSION = 200
 FREE_BYTES = 2**26
 

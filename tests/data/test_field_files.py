@@ -70,6 +70,8 @@ def test_cut_and_foreign_images_are_refused(tmp_path, suffix):
 
 def test_images_with_too_many_pixels_are_refused(tmp_path):
     refuse(tmp_path / "a.png", png_of_size(2**20, 2**20), "decompression bomb")
+    refuse(tmp_path / "a.png", png_of_size(2**13 + 1, 2**13), "8,193 x 8,192 pixels, too many for its size")
+    refuse(tmp_path / "a.png", png_of_size(2**10, 2**10), "truncated")
 
 
 def test_other_formats_of_pillow_are_refused(tmp_path):
