@@ -10,7 +10,7 @@ INSTALLED_DEMO := $(VENV)/.installed-demo
 TORCH := $(shell grep '^torch==' constraints.txt)
 PIP_INSTALL := $(BIN)/pip install --constraint constraints.txt
 
-.PHONY: demo test test-all conformance smoke lint format format-check types docs clean
+.PHONY: demo test test-all conformance smoke fuzz kill soak lint format format-check types docs clean
 
 demo: $(INSTALLED_DEMO)
 	$(BIN)/dfn-hf demo
@@ -26,6 +26,21 @@ conformance: $(INSTALLED)
 
 smoke: $(INSTALLED)
 	$(BIN)/dfn-hf bench --smoke
+
+# Campaigns of hostile input, kills and long use: make fuzz MINUTES=60, make kill KILLS=1000, make soak MINUTES=60.
+MINUTES ?= 10
+KILLS ?= 100
+CAMPAIGN := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaigns
+
+fuzz: $(INSTALLED)
+	$(CAMPAIGN).fuzz --minutes $(MINUTES)
+
+kill: $(INSTALLED)
+	$(CAMPAIGN).kill --kills $(KILLS)
+
+soak: $(INSTALLED)
+	$(CAMPAIGN).soak_models
+	$(CAMPAIGN).soak_serve --minutes $(MINUTES)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
