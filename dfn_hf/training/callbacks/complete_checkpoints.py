@@ -30,7 +30,7 @@ class CompleteCheckpointsCallback(TrainerCallback):
     ) -> None:
         if state.global_step == 0:
             return
-        losses = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
+        losses = {int(entry["step"]): entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
         complete = {
             step: loss
             for step, loss in losses.items()
