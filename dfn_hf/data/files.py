@@ -10,12 +10,18 @@ import lzma
 import os
 import stat
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import IO, Any, BinaryIO, NoReturn, TextIO, cast
+from typing import IO, Any, NoReturn, TextIO, cast
 
-DECOMPRESSORS: dict[str, Callable[..., Any]] = {".bz2": bz2.open, ".gz": gzip.open, ".xz": lzma.open}
+COMPRESSED_SUFFIXES = (".bz2", ".gz", ".xz")
+DECOMPRESSORS: dict[str, Callable[[], Any]] = {
+    ".bz2": bz2.BZ2Decompressor,
+    ".xz": partial(lzma.LZMADecompressor, lzma.FORMAT_XZ),
+}
+CHUNK_BYTES = 2**16
 # Text shrinks to a tenth of its size, and images to a fiftieth. A larger factor was made to fill the memory.
 MAX_EXPANSION = 200
 FREE_BYTES = 2**26
@@ -31,7 +37,7 @@ KINDS = {
 
 def format_suffix(file: Path) -> str:
     """Return the suffix without compression, in lower case: `.jsonl` for `corpus.JSONL.xz`."""
-    return (file.with_suffix("") if file.suffix.lower() in DECOMPRESSORS else file).suffix.lower()
+    return (file.with_suffix("") if file.suffix.lower() in COMPRESSED_SUFFIXES else file).suffix.lower()
 
 
 def find_files(path: str | os.PathLike[str], suffixes: tuple[str, ...], kind: str) -> list[Path]:
@@ -159,44 +165,78 @@ def open_text(path: str) -> Iterator[TextIO]:
 
 def open_bytes(path: str) -> IO[bytes]:
     """Open a file in binary mode, decompressed by its suffix."""
-    decompress = DECOMPRESSORS.get(Path(path).suffix.lower())
-    if decompress is None:
+    suffix = Path(path).suffix.lower()
+    if suffix not in COMPRESSED_SUFFIXES:
         return open(path, "rb")
-    limit = max(FREE_BYTES, MAX_EXPANSION * os.stat(path).st_size)
-    return io.BufferedReader(BoundedReader(decompress(path), path, limit))
+    size = os.stat(path).st_size
+    if size == 0:
+        raise EOFError("it has no bytes")
+    chunks = gzip_chunks(path) if suffix == ".gz" else stream_chunks(path, DECOMPRESSORS[suffix])
+    limit = max(FREE_BYTES, MAX_EXPANSION * size)
+    return io.BufferedReader(ChunkReader(bounded(chunks, path, limit)), CHUNK_BYTES)
 
 
-class BoundedReader(io.RawIOBase):
-    """Reads a decompressed stream up to a number of bytes.
+def gzip_chunks(path: str) -> Iterator[bytes]:
+    """Yield the content of a gzip file in chunks."""
+    with gzip.open(path) as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
 
-    Args:
-        stream: the stream; it is closed with the reader.
-        path: the file, for the error.
-        limit: maximum number of bytes.
+
+def stream_chunks(path: str, new_decompressor: Callable[[], Any]) -> Iterator[bytes]:
+    """Yield the content of all streams of a bzip2 or xz file in chunks; zeros may follow a stream.
+
+    The file objects of `bz2` and `lzma` skip the rest of a file if a stream after the first is damaged.
 
     Raises:
-        ValueError: on reading, if the stream is longer.
+        EOFError: the last stream is cut.
+        OSError, lzma.LZMAError: the file is damaged.
     """
+    with open(path, "rb") as file:
+        rest = file.read(CHUNK_BYTES)
+        while rest:
+            decompressor = new_decompressor()
+            while not decompressor.eof:
+                if not rest and decompressor.needs_input:
+                    rest = file.read(CHUNK_BYTES)
+                    if not rest:
+                        raise EOFError("it ends within a stream")
+                yield decompressor.decompress(rest, CHUNK_BYTES)
+                rest = b""
+            rest = decompressor.unused_data
+            while not (rest := rest.lstrip(b"\0")) and (rest := file.read(CHUNK_BYTES)):
+                pass
 
-    def __init__(self, stream: BinaryIO, path: str, limit: int) -> None:
-        self.stream = stream
-        self.path = path
-        self.limit = limit
-        self.count = 0
+
+def bounded(chunks: Iterator[bytes], path: str, limit: int) -> Generator[bytes, None, None]:
+    """Yield the chunks that are not empty; raise ValueError if they have more than `limit` bytes."""
+    count = 0
+    for chunk in chunks:
+        count += len(chunk)
+        if count > limit:
+            raise ValueError(
+                f"{path} expands to more than {MAX_EXPANSION} times its size: decompress it if it is not damaged"
+            )
+        if chunk:
+            yield chunk
+
+
+class ChunkReader(io.RawIOBase):
+    """A binary stream of chunks that are not empty."""
+
+    def __init__(self, chunks: Generator[bytes, None, None]) -> None:
+        self.chunks = chunks
+        self.rest = memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        content = self.stream.read(len(buffer))
-        buffer[: len(content)] = content
-        self.count += len(content)
-        if self.count > self.limit:
-            raise ValueError(
-                f"{self.path} expands to more than {MAX_EXPANSION} times its size: decompress it if it is not damaged"
-            )
-        return len(content)
+        self.rest = self.rest or memoryview(next(self.chunks, b""))
+        count = min(len(self.rest), len(buffer))
+        buffer[:count], self.rest = self.rest[:count], self.rest[count:]
+        return count
 
     def close(self) -> None:
-        self.stream.close()
+        self.chunks.close()
         super().close()

@@ -105,13 +105,27 @@ def test_cut_and_damaged_compressed_files_are_named(tmp_path, suffix):
     path.write_bytes(content)
     with open_text(path) as file:
         assert len(file.read()) == 800
-    for damaged in (content[:-9], content[: len(content) // 2], content[:5], b"plain text"):
+    for damaged in (content[:-9], content[: len(content) // 2], content[:5], b"", bytes(99), b"plain text"):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=rf"a\.txt\{suffix} is (cut or )?damaged \(.*compress or copy it again"):
             load_text(path)
     for place in range(20, len(content) - 20, 7):
         path.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
         with pytest.raises(ValueError, match=rf"a\.txt\{suffix}"):
+            load_text(path)
+
+
+@pytest.mark.parametrize("suffix", COMPRESSORS)
+def test_all_streams_of_a_compressed_file_are_read(tmp_path, suffix):
+    path = tmp_path / f"a.txt{suffix}"
+    streams = [COMPRESSORS[suffix](os.urandom(length).hex().encode()) for length in (10, 10**5)]
+    for separator in (b"", bytes(8)):
+        path.write_bytes(separator.join([*streams, b""]))
+        with open_text(path) as file:
+            assert len(file.read()) == 2 * (10 + 10**5)
+    for rest in (b"garbage", b"\xff" + streams[1][1:], streams[1][:-1]):
+        path.write_bytes(streams[0] + rest)
+        with pytest.raises(ValueError, match=rf"a\.txt\{suffix} is (cut or )?damaged"):
             load_text(path)
 
 
