@@ -55,8 +55,7 @@ def changed_file(folder: Path) -> str | None:
 def unknown_files(folder: Path) -> list[Path]:
     """Return what lies below `folder` and is not proven to be written by this package.
 
-    These are files that no manifest in a folder above them records, files that differ from their record, links and
-    empty folders.
+    These are files that no manifest in a folder above them records, files that differ from their record, and links.
     """
     return [path for path in entries_below(folder) if not is_known(path, folder)]
 
@@ -98,13 +97,11 @@ def remove_empty_folders(folder: Path) -> None:
 
 
 def entries_below(folder: Path) -> Iterator[Path]:
-    """Yield the files, links and empty folders below `folder`. Links are not followed."""
+    """Yield the files and links below `folder`. Links are not followed."""
     for parent, folders, names in os.walk(folder):
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
         for name in [*names, *links]:
             yield Path(parent, name)
-        if not folders and not names and Path(parent) != folder:
-            yield Path(parent)
 
 
 def files_below(folder: Path) -> list[Path]:

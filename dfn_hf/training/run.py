@@ -1,20 +1,23 @@
 """The folder of a training run: begins or resumes the run in it, and writes the trained model at the end."""
 
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from torch.utils.data import Dataset, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -121,8 +124,22 @@ def copy_logs(checkpoints: Path, folder: Path) -> None:
         shutil.copyfile(log, copied)
 
 
-def describe_run(model: PreTrainedModel, settings: TrainingSettings, provenance: str) -> dict[str, Any]:
+def describe_run(
+    model: PreTrainedModel, settings: TrainingSettings, provenance: str, examples: Dataset | IterableDataset
+) -> dict[str, Any]:
     """Everything that must be equal to resume a run, as JSON values."""
     run = {"provenance": provenance, **dataclasses.asdict(settings), **model.config.to_dict()}
+    run["training_data"] = describe_examples(examples)
     run.pop("transformers_version", None)  # may differ when a run is resumed
     return json.loads(json.dumps(run, default=str))
+
+
+def describe_examples(examples: Dataset | IterableDataset) -> str:
+    """Number of examples, and a hash of the first, middle and last one; a stream is not read."""
+    if not isinstance(examples, Sized):
+        return "a stream"
+    digest = hashlib.sha256()
+    for number in sorted({0, len(examples) // 2, len(examples) - 1}):
+        for name, value in sorted(examples[number].items()):
+            digest.update(name.encode() + np.asarray(value).tobytes())
+    return f"{len(examples)} examples, {digest.hexdigest()[:16]}"

@@ -1,6 +1,14 @@
-"""Settings of a training run. Imports the standard library only: the CLI checks settings before it imports torch."""
+"""Settings of a training run. Imports no library: the CLI checks settings before it imports torch."""
 
+import math
 from dataclasses import dataclass
+from typing import Any
+
+from ..messages import number_text
+
+MAX_COUNT = 2**31 - 1
+MAX_SEED = 2**32 - 1  # of numpy
+MAX_FACTOR = 1e6
 
 
 @dataclass(frozen=True)
@@ -32,8 +40,10 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "save_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            check_integer(name, getattr(self, name), 1, MAX_COUNT)
+        check_integer("seed", self.seed, 0, MAX_SEED)
+        for name in ("learning_rate", "weight_decay", "warmup_ratio", "exact_search_ratio"):
+            check_number(name, getattr(self, name), MAX_FACTOR)
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         if self.weight_decay < 0:
@@ -42,3 +52,21 @@ class TrainingSettings:
             raise ValueError(f"warmup_ratio must be at least 0 and below 1, got {self.warmup_ratio}")
         if not 0 <= self.exact_search_ratio <= 1:
             raise ValueError(f"exact_search_ratio must be between 0 and 1, got {self.exact_search_ratio}")
+
+
+def check_integer(name: str, value: Any, least: int, most: int) -> None:
+    """Raise ValueError unless `value` is an integer from `least` to `most`."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"{name} must be an integer, got {str(value)[:80]!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {number_text(value)}")
+    if value > most:
+        raise ValueError(f"{name} must be at most {most}, got {number_text(value)}")
+
+
+def check_number(name: str, value: Any, most: float) -> None:
+    """Raise ValueError unless `value` is a finite number of at most `most`."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a number, got {str(value)[:80]!r}")
+    if not -math.inf < value <= most:
+        raise ValueError(f"{name} must be a finite number of at most {most}, got {number_text(value)}")

@@ -105,7 +105,7 @@ def train_model(
     output_folder = Path(output_folder)
     base_model = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
     check_model(base_model, tokenizer, settings)
-    run = describe_run(base_model, settings, provenance)
+    run = describe_run(base_model, settings, provenance, train_blocks)
     checkpoints = output_folder / CHECKPOINTS
     arguments = training_arguments(checkpoints, settings, group_by_length=data_collator is not None)
     progress_bar = ProgressBarCallback()

@@ -73,9 +73,11 @@ def test_links_and_what_they_point_to_stay(folder, tmp_path):
     assert {path.name for path in folder.iterdir()} == {"home", "key", "lost", "config.json"}
 
 
-def test_empty_folders_of_others_are_named(folder):
-    (folder / "empty").mkdir()
-    assert unknown_files(folder) == [folder / "empty"]
+def test_empty_folders_are_removed(folder):
+    (folder / "empty" / "deep").mkdir(parents=True)
+    assert unknown_files(folder) == []
+    remove_known_files(folder)
+    assert not folder.exists()
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"files": 3}', '{"files": {"config.json": 3}}', "[" * 10**5])

@@ -53,9 +53,9 @@ class Count(TrainerCallback):
         self.steps.append(state.global_step)
 
 
-def train(folder, *, callbacks=(), settings=SETTINGS, **options):
+def train(folder, *, callbacks=(), settings=SETTINGS, data_seed=0, **options):
     tokenizer = load_tokenizer("byte")
-    ids = torch.randint(256, (16, 32), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(256, (16, 32), generator=torch.Generator().manual_seed(data_seed))
     blocks = [{"input_ids": row, "labels": row, "segment_ids": torch.zeros_like(row)} for row in ids]
     model = new_causal_lm(tokenizer, seed=1, **TINY)
     return train_model(
@@ -166,6 +166,12 @@ def test_a_moved_run_resumes(stopped, whole, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "elsewhere")
     resumed = train(Path("renamed"), resume=True)
     assert weights(resumed.folder) == weights(whole.folder)
+
+
+def test_other_training_data_are_refused(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "model")
+    with pytest.raises(ValueError, match="had training_data = '12 examples, .*resume with the same options"):
+        train(tmp_path / "model", resume=True, data_seed=1)
 
 
 def test_resume_continues_a_run_that_replaces_a_model(whole, tmp_path):

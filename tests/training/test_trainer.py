@@ -263,6 +263,15 @@ def test_baseline_has_equally_many_parameters(tokenizer):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        ({"max_steps": 10**400}, "max_steps must be at most 2147483647, got about 10^400"),
+        ({"max_steps": 1.5}, "max_steps must be an integer, got '1.5'"),
+        ({"batch_size": True}, "batch_size must be an integer, got 'True'"),
+        ({"seed": 2**70}, "seed must be at most 4294967295"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"learning_rate": float("inf")}, "learning_rate must be a finite number of at most 1000000.0, got inf"),
+        ({"learning_rate": "1"}, "learning_rate must be a number, got '1'"),
+        ({"weight_decay": float("nan")}, "weight_decay must be a finite number"),
+        ({"exact_search_ratio": float("nan")}, "exact_search_ratio must be a finite number"),
         ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
@@ -278,6 +287,7 @@ def test_error_names_the_setting_out_of_range(settings, words):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ({"hidden_size": 2**19}, "this machine has .* GiB: lower hidden_size"),
         ({"architecture": "gpt"}, "architecture is 'gpt'"),
         ({"size": "huge"}, "size is 'huge'"),
         ({"position_dims": 8}, "no field 'position_dims'"),
