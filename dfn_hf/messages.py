@@ -1,5 +1,7 @@
 """The text of an exception on one line. Imports the standard library only."""
 
+import math
+
 from .extras import missing_extra
 
 MAX_LENGTH = 1200
@@ -23,3 +25,10 @@ def one_line(text: str) -> str:
     text = " ".join(text[: 2 * MAX_LENGTH].split())
     text = "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
     return text if len(text) <= MAX_LENGTH else f"{text[:MAX_LENGTH]} …"
+
+
+def number_text(value: float) -> str:
+    """A number as text; an integer with more than 30 digits as a power of ten."""
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return f"about {'-' if value < 0 else ''}10^{int(value.bit_length() * math.log10(2))}"
+    return str(value)

@@ -1,5 +1,7 @@
 """Randomly initialised causal language models by size: DFN, FlowNetwork and the baseline Llama."""
 
+import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -100,6 +102,9 @@ def build_model(
     builder = partial(builders[name], **options)
     if name != "dfn":
         size = replace(size, intermediate_size=matching_intermediate_size(name, builder, size))
+    if device == "meta":
+        with torch.device("meta"):
+            return builder(size)
     return torch.nn.Module.to(builder(size), device)
 
 
@@ -168,13 +173,26 @@ def new_causal_lm(
     elif options:
         raise ValueError(f"a Llama baseline has no option {next(iter(options))!r}, only {', '.join(shape)}")
 
+    model_size = ModelSize(vocab_size=len(tokenizer), **shape)
+    check_memory(build_model(architecture, model_size, device="meta", **options))
     torch.manual_seed(seed)
-    model = build_model(architecture, ModelSize(vocab_size=len(tokenizer), **shape), **options)
+    model = build_model(architecture, model_size, **options)
     for config in (model.config, model.generation_config):
         config.pad_token_id = tokenizer.pad_token_id
         config.bos_token_id = tokenizer.bos_token_id
         config.eos_token_id = tokenizer.eos_token_id
     return model
+
+
+def check_memory(model: PreTrainedModel) -> None:
+    """Raise ValueError if the parameters of a model without storage need more memory than the machine has."""
+    needed = sum(parameter.nbytes for parameter in model.parameters())
+    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+    if needed > present:
+        raise ValueError(
+            f"a model with {count_parameters(model):,} parameters needs {needed / 2**30:.0f} GiB, and this machine "
+            f"has {present / 2**30:.0f} GiB: lower hidden_size, intermediate_size or num_hidden_layers"
+        )
 
 
 def check_choice(name: str, value: str, choices: Iterable[str]) -> None:

@@ -13,7 +13,7 @@ from transformers import (
 
 from .modeling.liquid.configuration_liquid import LiquidConfig
 from .modeling.liquid.modeling_liquid import LiquidForSeq2SeqLM
-from .presets import check_choice, check_fields
+from .presets import check_choice, check_fields, check_memory
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {
@@ -60,6 +60,8 @@ def new_seq2seq_lm(
     }
     tokens = {"vocab_size": len(tokenizer), **special_tokens}
     liquid = LiquidConfig(**{"hidden_dropout": DROPOUT} | SIZES[size] | options | tokens)
+    with torch.device("meta"):
+        check_memory(LiquidForSeq2SeqLM(liquid))
     torch.manual_seed(seed)
     model: PreTrainedModel
     if architecture == "liquid":

@@ -8,6 +8,9 @@ import typer
 BUNDLED_TEXT = "the bundled corpus of Shakespeare and the King James Bible"
 BUNDLED_PAIRS = "the verses of the World English Bible and the Reina-Valera"
 
+MAX_COUNT = 2**31 - 1
+MAX_SEED = 2**32 - 1
+
 DATA, MODEL, TRAINING, OUTPUT = "Data", "Model", "Training", "Output"
 
 
@@ -45,7 +48,7 @@ InitFrom = Annotated[
     str | None, panel(MODEL, help="Fine-tune this model: a folder, a bundled checkpoint or a Hub id.")
 ]
 Lora = Annotated[bool, panel(MODEL, "--lora", help="With --init-from: train low-rank updates only.")]
-LoraRank = Annotated[int, panel(MODEL, min=1, help="Rank of the updates.")]
+LoraRank = Annotated[int, panel(MODEL, min=1, max=MAX_COUNT, help="Rank of the updates.")]
 
 # Data
 TextData = Annotated[
@@ -61,20 +64,26 @@ ValidationText = Annotated[
 ValidationPairs = Annotated[
     str | None, panel(DATA, help="Pairs to validate on. Default: 5 % of --data, or the verses' validation split.")
 ]
-ValidationBlocks = Annotated[int, panel(DATA, min=1, help="Maximum number of validation blocks, evenly spaced.")]
+ValidationBlocks = Annotated[
+    int, panel(DATA, min=1, max=MAX_COUNT, help="Maximum number of validation blocks, evenly spaced.")
+]
 TextField = Annotated[str, panel(DATA, help="Field of JSON Lines that holds the text.")]
 SourceField = Annotated[str, panel(DATA, help="Field of JSON Lines that holds a pair's source, such as en.")]
 TargetField = Annotated[str, panel(DATA, help="Field of JSON Lines that holds a pair's target, such as es.")]
 Streaming = Annotated[bool, panel(DATA, "--streaming", help="Read --data during training instead of before.")]
-BlockSize = Annotated[int, panel(DATA, min=2, help="Tokens per block.")]
+BlockSize = Annotated[int, panel(DATA, min=2, max=MAX_COUNT, help="Tokens per block.")]
 
 # Training
-MaxSteps = Annotated[int, panel(TRAINING, min=1, help="Optimizer steps.")]
-BatchSize = Annotated[int, panel(TRAINING, min=1, help="Examples per device and forward pass.")]
-GradientAccumulationSteps = Annotated[int, panel(TRAINING, min=1, help="Forward passes per optimizer step.")]
+MaxSteps = Annotated[int, panel(TRAINING, min=1, max=MAX_COUNT, help="Optimizer steps.")]
+BatchSize = Annotated[int, panel(TRAINING, min=1, max=MAX_COUNT, help="Examples per device and forward pass.")]
+GradientAccumulationSteps = Annotated[
+    int, panel(TRAINING, min=1, max=MAX_COUNT, help="Forward passes per optimizer step.")
+]
 WarmupRatio = Annotated[float, panel(TRAINING, min=0, help="Fraction of the steps with a rising learning rate.")]
 WeightDecay = Annotated[float, panel(TRAINING, min=0, help="Weight decay of matrices.")]
-SaveSteps = Annotated[int, panel(TRAINING, min=1, help="Steps between evaluations; each saves a checkpoint.")]
+SaveSteps = Annotated[
+    int, panel(TRAINING, min=1, max=MAX_COUNT, help="Steps between evaluations; each saves a checkpoint.")
+]
 ExactSearchRatio = Annotated[
     float,
     panel(
@@ -85,7 +94,9 @@ ExactSearchRatio = Annotated[
         "(--config-override cell_sizes=...) to learn recall from scratch.",
     ),
 ]
-Seed = Annotated[int, panel(TRAINING, help="Random seed of the weights and of the order of the data.")]
+Seed = Annotated[
+    int, panel(TRAINING, min=0, max=MAX_SEED, help="Random seed of the weights and of the order of the data.")
+]
 
 # Output
 Output = Annotated[Path, typer.Argument(help="New or empty folder for the model.")]
@@ -106,7 +117,7 @@ def parse_assignments(option: str, assignments: list[str] | None) -> dict[str, A
     """Parse NAME=VALUE; a value is JSON, or else a string.
 
     Raises:
-        ValueError: an assignment has no "=".
+        ValueError: an assignment has no "=", nests JSON too deeply, or holds a number with thousands of digits.
     """
     import json
 
@@ -119,4 +130,6 @@ def parse_assignments(option: str, assignments: list[str] | None) -> dict[str, A
             values[name] = json.loads(value)
         except json.JSONDecodeError:
             values[name] = {"True": True, "False": False}.get(value, value)
+        except (ValueError, RecursionError):
+            raise ValueError(f"{option} {name} has a value that cannot be read: give a shorter one") from None
     return values

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .errors import refuse
-from .options import ModelSource
+from .options import MAX_COUNT, ModelSource
 from .paths import check_data, check_models, check_picture
 
 
@@ -16,13 +16,16 @@ def plot(
     text: Annotated[str | None, typer.Option(help="Text to process. Default: the beginning of a sonnet.")] = None,
     field: Annotated[Path | None, typer.Option(help="For a model of fields: an image, .npy or .wav file.")] = None,
     num_entities: Annotated[
-        int | None, typer.Option(min=1, help="With --field: number of entities. Default: one per 16 samples.")
+        int | None,
+        typer.Option(min=1, max=MAX_COUNT, help="With --field: number of entities. Default: one per 16 samples."),
     ] = None,
     layer: Annotated[
-        int | None, typer.Option(min=0, help="Layer of the positions, from 0. Default: the largest displacements.")
+        int | None,
+        typer.Option(min=0, max=MAX_COUNT, help="Layer of the positions, from 0. Default: the largest displacements."),
     ] = None,
     head: Annotated[
-        int | None, typer.Option(min=0, help="Head of the positions, from 0. Default: the largest displacements.")
+        int | None,
+        typer.Option(min=0, max=MAX_COUNT, help="Head of the positions, from 0. Default: the largest displacements."),
     ] = None,
 ) -> None:
     """Plot the entities, positions and flows of a DFN for a text or a field.

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .errors import refuse
-from .options import ModelSource
+from .options import MAX_COUNT, MAX_SEED, ModelSource
 from .paths import check_data, check_models, check_new_file
 from .rows import echo_rows
 
@@ -18,11 +18,15 @@ Split = Literal["train", "validation", "test"]
 def generate(
     model: ModelSource,
     prompt: Annotated[str, typer.Option(help="Text to continue. Default: start a new document.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 200,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Maximum number of new tokens.")] = 200,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0: greedy decoding.")] = 0.8,
-    top_k: Annotated[int, typer.Option(min=0, help="Sample from the k most probable tokens; 0: from all.")] = 50,
+    top_k: Annotated[
+        int, typer.Option(min=0, max=MAX_COUNT, help="Sample from the k most probable tokens; 0: from all.")
+    ] = 50,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Sample from tokens with this total probability.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="Random seed. Default: a new one each time.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=MAX_SEED, help="Random seed. Default: a new one each time.")
+    ] = None,
 ) -> None:
     """Continue a prompt; the text is printed as it is generated.
 
@@ -54,14 +58,16 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="Text: a file or a folder. Default: the bundled corpus.")] = None,
     split: Annotated[Split, typer.Option(help="Split of the bundled corpus.")] = "validation",
     text_field: Annotated[str, typer.Option(help="Field of JSON Lines that holds the text.")] = "text",
-    context_length: Annotated[int, typer.Option(min=1, help="Tokens per window.")] = 512,
+    context_length: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Tokens per window.")] = 512,
     stride: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Tokens between windows; smaller values give more context. Default: the context length."
+            min=1,
+            max=MAX_COUNT,
+            help="Tokens between windows; smaller values give more context. Default: the context length.",
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows per forward pass.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Windows per forward pass.")] = 8,
 ) -> None:
     """Print loss, perplexity, bits per byte and accuracy of a causal language model; each token is scored once.
 
@@ -103,8 +109,10 @@ def translate(
     source_field: Annotated[str, typer.Option(help="Field that holds a pair's source, such as en.")] = "source",
     target_field: Annotated[str, typer.Option(help="Field that holds a pair's target, such as es.")] = "target",
     split: Annotated[Split | None, typer.Option(help="Score this split of the bundled verses.")] = None,
-    num_beams: Annotated[int, typer.Option(min=1, help="Beams of beam search; 1: greedy decoding.")] = 4,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum tokens per translation.")] = 128,
+    num_beams: Annotated[
+        int, typer.Option(min=1, max=MAX_COUNT, help="Beams of beam search; 1: greedy decoding.")
+    ] = 4,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MAX_COUNT, help="Maximum tokens per translation.")] = 128,
     shuffle_sources: Annotated[
         bool, typer.Option("--shuffle-sources", help="Control: pair each target with the source of another pair.")
     ] = False,

@@ -124,7 +124,10 @@ def seq2seq(
     source_field: options.SourceField = "source",
     target_field: options.TargetField = "target",
     max_length: Annotated[
-        int, options.panel(options.DATA, min=1, help="Maximum tokens per side; longer pairs are dropped.")
+        int,
+        options.panel(
+            options.DATA, min=1, max=options.MAX_COUNT, help="Maximum tokens per side; longer pairs are dropped."
+        ),
     ] = 256,
     model: options.Seq2SeqModel = None,
     size: options.Seq2SeqSize = None,
@@ -224,7 +227,10 @@ def field(
     data: Annotated[
         str, options.panel(options.DATA, help="Fields: an image, .npy or .wav file, or a folder of such files.")
     ],
-    num_samples: Annotated[int, options.panel(options.DATA, min=1, help="Maximum samples per crop of a field.")] = 256,
+    num_samples: Annotated[
+        int,
+        options.panel(options.DATA, min=1, max=options.MAX_COUNT, help="Maximum samples per crop of a field."),
+    ] = 256,
     mask_ratio: Annotated[
         float,
         options.panel(options.DATA, min=0, max=1, help="Fraction of the samples to mask and predict; 0: autoencode."),
@@ -291,7 +297,10 @@ def contrastive(
     source_field: options.SourceField = "source",
     target_field: options.TargetField = "target",
     max_length: Annotated[
-        int, options.panel(options.DATA, min=1, help="Maximum tokens per text; longer texts are truncated.")
+        int,
+        options.panel(
+            options.DATA, min=1, max=options.MAX_COUNT, help="Maximum tokens per text; longer texts are truncated."
+        ),
     ] = 256,
     size: options.Size = None,
     config_override: options.ConfigOverride = None,

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTrainedConfig, __version__
 
+from ..messages import number_text
 from ..registration import register_families
 from .load_errors import explain_damage, explain_hub_errors
 from .model_files import REMEDY, find_file, read_json_object
@@ -14,7 +15,7 @@ from .model_files import REMEDY, find_file, read_json_object
 # Fields by which configurations build lists or modules, in the names of any family.
 LAYER_COUNT = re.compile(r"(^n|num)_\w*(layer|block|stage)s?$|_layers$|^depth$")
 OTHER_COUNT = re.compile(r"(^n|num)_\w*(expert|head|label|group|table|pattern)s?$|_heads$")
-MAX_LAYERS = 2**12
+MAX_LAYERS = 2**10
 MAX_OTHER_COUNT = 2**16
 MAX_NUMBER = 2**63  # the range of sizes in torch
 FLOAT_TYPES = ("float16", "bfloat16", "float32", "float64")
@@ -57,7 +58,9 @@ def check_fields_of(content: dict[str, Any], file: Path) -> None:
         if not (LAYER_COUNT.search(name) or OTHER_COUNT.search(name)):
             maximum = MAX_NUMBER - 1
         if isinstance(value, int) and abs(value) > maximum:
-            raise ValueError(f"{file} gives {field} {shown(value)}, but at most {maximum} is possible: correct it")
+            raise ValueError(
+                f"{file} gives {field} {number_text(value)}, but at most {maximum} is possible: correct it"
+            )
 
 
 def check_dtype(config: PreTrainedConfig, file: Path) -> None:
@@ -75,7 +78,7 @@ def check_generation_config(path: str) -> None:
     content = read_json_object(file)
     for field, value in numbers(content):
         if isinstance(value, int) and abs(value) >= MAX_NUMBER:
-            raise ValueError(f"{file} gives {field} {shown(value)}, which is out of range: correct it")
+            raise ValueError(f"{file} gives {field} {number_text(value)}, which is out of range: correct it")
     with explain_damage(str(file)):
         GenerationConfig.from_dict(content)
 
@@ -91,10 +94,3 @@ def numbers(content: Any) -> Iterator[tuple[str, int | float]]:
             stack += [(name, part) for part in value]
         elif isinstance(value, int | float) and not isinstance(value, bool):
             yield name, value
-
-
-def shown(value: int | float) -> str:
-    """A number as text; an integer with more than 30 digits as a power of ten."""
-    if isinstance(value, int) and abs(value) >= 10**30:
-        return f"of about {'-' if value < 0 else ''}10^{int(value.bit_length() * 0.30103)}"
-    return str(value)

@@ -14,6 +14,7 @@ from ..modules.config_bounds import (
     MAX_WIDTH,
     MAX_WINDOW,
     check_bounds,
+    check_rope_parameters,
     number_text,
 )
 
@@ -177,12 +178,17 @@ class FlowNetworkConfig(HubCodeMixin, PreTrainedConfig):
 
     def validate_rope(self):
         """Validate `rope_parameters` unless `head_dim` is odd; the last feature is then not rotated."""
-        if self.head_dim % 2 == 0:
+        if self.head_dim % 2:
+            return
+        try:
             super().validate_rope()
+        except KeyError as error:
+            raise ValueError(str(error.args[0])) from error
 
     def validate_architecture(self):
         """Raise `ValueError` if a field is out of range or fields contradict each other."""
         check_bounds(self, FLOWNETWORK_BOUNDS)
+        check_rope_parameters(self.rope_parameters)
         if not 0 < self.norm_eps <= MAX_FACTOR:
             raise ValueError(
                 f"`norm_eps` must be positive and at most {MAX_FACTOR}, got {number_text(self.norm_eps)}."

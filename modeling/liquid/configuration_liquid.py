@@ -16,6 +16,7 @@ from ..modules.config_bounds import (
     MAX_WIDTH,
     MAX_WINDOW,
     check_bounds,
+    check_rope_parameters,
     number_text,
 )
 
@@ -223,9 +224,17 @@ class LiquidConfig(HubCodeMixin, PreTrainedConfig):
     def validate_layer_type(self):
         """Skip the check of transformers, because `layer_types` is derived."""
 
+    def validate_rope(self):
+        """Validate `rope_parameters`; transformers raises KeyError for a missing one."""
+        try:
+            super().validate_rope()
+        except KeyError as error:
+            raise ValueError(str(error.args[0])) from error
+
     def validate_architecture(self):
         """Raise `ValueError` if a field is out of range or fields contradict each other."""
         check_bounds(self, LIQUID_BOUNDS)
+        check_rope_parameters(self.rope_parameters)
         for field, least, most in (("frame_length", 4, MAX_FRAME_LENGTH), ("decoder_frame_length", 2, 16)):
             value = getattr(self, field)
             if not least <= value <= most or value & (value - 1):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -13,6 +14,8 @@ MAX_LENGTH = 2**31  # tokens
 MAX_WINDOW = 2**16  # tokens, taps or slots that one operation holds at once
 MAX_FACTOR = 2**20
 MAX_TOKEN_ID = 2**31
+MAX_ROPE_NUMBER = 2**50
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 
 
 def check_bounds(config: PreTrainedConfig, bounds: Mapping[str, tuple[int, int]]) -> None:
@@ -30,6 +33,25 @@ def check_bounds(config: PreTrainedConfig, bounds: Mapping[str, tuple[int, int]]
             raise ValueError(f"`{field}` must be at most {most}, got {number_text(value)}.")
         rule = "finite and not negative" if least == 0 else f"at least {least}"
         raise ValueError(f"`{field}` must be {rule}, got {number_text(value)}.")
+
+
+def check_rope_parameters(parameters: Mapping[str, Any] | None) -> None:
+    """Raise `ValueError` for an unknown type of rotary embedding, and for a parameter that is no finite number."""
+    for name, value in (parameters or {}).items():
+        if name in ("rope_type", "type"):
+            if value not in ROPE_TYPES:
+                raise ValueError(f"`rope_parameters` gives {name} {value!r}: use one of {', '.join(ROPE_TYPES)}.")
+            continue
+        if value is None and name not in ("rope_theta", "factor"):
+            continue
+        for number in value if isinstance(value, list) and name.endswith("_factor") else [value]:
+            if not isinstance(number, int | float):
+                raise ValueError(f"`rope_parameters` gives {name} {number!r}, which must be a number.")
+            if not -MAX_ROPE_NUMBER <= number <= MAX_ROPE_NUMBER:
+                raise ValueError(
+                    f"`rope_parameters` gives {name} {number_text(number)}, which must be finite and at most "
+                    f"{MAX_ROPE_NUMBER}."
+                )
 
 
 def number_text(value: float) -> str:

@@ -176,6 +176,10 @@ def test_choices_are_those_of_the_presets():
         (["train", "lm", "OUT", "--data", "TEXT/gotham.jsonl"], "no text in the field 'text'"),
         (["train", "lm", "OUT", "--data", "EMPTY"], "holds no text"),
         (["train", "lm", "OUT", "--learning-rate", "0"], "learning_rate must be above 0"),
+        (["train", "lm", "OUT", "--learning-rate", "1e999"], "learning_rate must be a finite number"),
+        (["train", "lm", "OUT", "--config-override", f"hidden_size={10**400}"], "`hidden_size` must be at most"),
+        (["train", "lm", "OUT", "--config-override", "hidden_size=" + 5000 * "9"], "--config-override hidden_size"),
+        (["train", "lm", "OUT", "--config-override", "hidden_size=" + 9**5 * "["], "--config-override hidden_size"),
         (["train", "lm", "OUT", "--warmup-ratio", "1"], "warmup_ratio must be at least 0 and below 1"),
         (["train", "lm", "OUT", "--config-override", "hidden_size"], "not of the form NAME=VALUE"),
         (["train", "lm", "OUT", "--config-override", "hidden=3"], "no field 'hidden'"),
@@ -343,3 +347,18 @@ def test_demo_is_not_of_the_baseline(tmp_path):
     with pytest.raises(ValueError, match="dfn or flownetwork"):
         demonstration.run_demo(tmp_path, "llama")
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [10**400, 2**70, -(2**70), "nan", "1e999", "x"])
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        *((["train", "lm", "OUT"], option) for option in ("--max-steps", "--batch-size", "--seed", "--block-size")),
+        *((["generate", "MODEL"], option) for option in ("--max-new-tokens", "--top-k", "--seed")),
+        *((["evaluate", "MODEL"], option) for option in ("--context-length", "--stride", "--batch-size")),
+        *((["translate", "MODEL", "text"], option) for option in ("--num-beams", "--max-new-tokens")),
+    ],
+)
+def test_numbers_out_of_range_are_named(command, option, value):
+    result = CliRunner().invoke(app, [*command, option, str(value)], env={"COLUMNS": "200"})
+    assert result.exit_code == 2 and option in result.stderr and "Traceback" not in result.stderr

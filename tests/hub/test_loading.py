@@ -196,7 +196,7 @@ def test_a_damaged_file_is_named(folder, file, content):
         ({"dtype": "int8"}, "dtype 'int8'"),
         ({"dtype": "float7"}, "config.json"),
         ({"num_labels": 10**12}, "num_labels 1000000000000, but at most 65536"),
-        ({"vocab_size": 10**400}, "vocab_size of about 10^400"),
+        ({"vocab_size": 10**400}, "vocab_size about 10^400"),
         ({"hidden_size": "64"}, "hidden_size"),
         ({"architectures": 3}, "architectures"),
         ({"id2label": {"a": "b"}}, "config.json"),

@@ -71,3 +71,25 @@ def test_the_deepest_model_is_built_without_storage(config_class):
     auto_class = AutoModelForSeq2SeqLM if config_class is LiquidConfig else AutoModel
     with torch.device("meta"):
         assert auto_class.from_config(config).num_parameters() > 0
+
+
+@pytest.mark.parametrize("config_class", [FlowNetworkConfig, LiquidConfig])
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"rope_theta": math.inf},
+        {"rope_theta": 10**400},
+        {"rope_theta": "10000"},
+        {"rope_theta": None},
+        {"rope_theta": {}},
+        {"rope_type": "spiral"},
+        {"rope_type": ["yarn"]},
+        {"rope_type": "linear", "factor": math.nan},
+        {"rope_type": "linear", "factor": [2.0]},
+        {"rope_type": "yarn"},
+    ],
+    ids=str,
+)
+def test_parameters_of_rotary_embeddings_are_checked(config_class, parameters):
+    with pytest.raises((ValueError, StrictDataclassError), match="`rope_parameters`"):
+        config_class(rope_parameters=parameters)

@@ -263,7 +263,7 @@ def test_baseline_has_equally_many_parameters(tokenizer):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"max_steps": 10**400}, "max_steps must be at most 2147483647, got about 10^400"),
+        ({"max_steps": 10**400}, "max_steps must be at most 2147483647, got about 10.400"),
         ({"max_steps": 1.5}, "max_steps must be an integer, got '1.5'"),
         ({"batch_size": True}, "batch_size must be an integer, got 'True'"),
         ({"seed": 2**70}, "seed must be at most 4294967295"),
