@@ -58,7 +58,7 @@ def serve(
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens generated for one request.")] = 4096,
-    max_body_bytes: Annotated[int, typer.Option(min=1, help="Largest request body in bytes.")] = 2**20,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Largest request body in bytes.")] = 2**18,
     max_requests: Annotated[
         int, typer.Option(min=1, help="Most requests that run or wait at the same time; further ones get status 429.")
     ] = 16,

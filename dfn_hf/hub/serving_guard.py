@@ -35,7 +35,7 @@ class ServerLimits:
         origins: origins of web pages that may send requests, such as `https://example.org`; `*` for all.
     """
 
-    max_body_bytes: int = 2**20
+    max_body_bytes: int = 2**18
     max_requests: int = 16
     max_prompt_tokens: int | None = None
     max_new_tokens: int = 4096
@@ -117,7 +117,8 @@ class Guard:
         self.running += 1
         try:
             raw = await read_body(scope, receive, self.limits.max_body_bytes)
-            client = Client(self.prepare(scope["path"], raw), receive, send)
+            # In a thread: other clients are served while a large body is checked.
+            client = Client(await asyncio.to_thread(self.prepare, scope["path"], raw), receive, send)
             del raw
             CURRENT.set(client)
             watcher = asyncio.create_task(client.watch())

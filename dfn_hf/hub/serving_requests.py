@@ -27,6 +27,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 MAX_DEPTH = 64
+MAX_NAME = 200  # longest name of a field in a message
+TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
 MAX_ID = 2**63 - 1
 TEXT_PARTS = Literal["text", "input_text", "output_text"]
 MESSAGES = {
@@ -109,16 +111,16 @@ def parse_json(raw: bytes | str, field: str = "") -> Any:
     try:
         value = json.loads(raw, parse_constant=refuse_constant)
     except RecursionError:
-        raise too_deep(field) from None
+        raise RequestError(f"{field or 'the body'} is {TOO_DEEP}", field or None, 400) from None
     except ValueError as error:
         reason = str(error).split(";")[0]
         raise RequestError(f"{field or 'the body'} is not valid JSON: {reason}", field or None, 400) from None
-    check_json(value, field, 0)
+    fault = find_fault(value)
+    if fault is not None:
+        path, reason = fault
+        name = (field + path).removeprefix(".")[:MAX_NAME] or "the body"
+        raise RequestError(f"{name} is {reason}", name, 400)
     return value
-
-
-def too_deep(field: str) -> RequestError:
-    return RequestError(f"{field or 'the body'} is nested more than {MAX_DEPTH} levels deep", field or None, 400)
 
 
 def refuse_constant(name: str) -> None:
@@ -126,25 +128,36 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a number in JSON")
 
 
-def check_json(value: Any, field: str, depth: int) -> None:
-    """Raise RequestError if `value` is nested too deep or holds an infinite number or a lone surrogate."""
+def find_fault(value: Any, depth: int = 0) -> tuple[str, str] | None:
+    """Return the path and the description of a member that is nested too deep, or no finite number or Unicode text."""
     if depth > MAX_DEPTH:
-        raise too_deep(field[:100])
+        return "", TOO_DEEP
+    if isinstance(value, float) and not math.isfinite(value):
+        return "", "a number that is too large"
+    if isinstance(value, str) and not is_unicode(value):
+        return "", "a text with a lone surrogate, which is not a character"
     if isinstance(value, dict):
-        for name, member in value.items():
-            check_json(name, field or "the body", depth + 1)
-            check_json(member, f"{field}.{name}" if field else name, depth + 1)
+        if not all(map(is_unicode, value)):
+            return "", "an object with a name that holds a lone surrogate, which is not a character"
+        members = ((f".{name}", member) for name, member in value.items())
     elif isinstance(value, list):
-        for index, member in enumerate(value):
-            check_json(member, f"{field}[{index}]", depth + 1)
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise RequestError(f"{field}: the number is too large", field)
-    elif isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            name = field.encode(errors="backslashreplace").decode()
-            raise RequestError(f"{name}: the text holds a lone surrogate, which is not a character", name) from None
+        members = ((f"[{index}]", member) for index, member in enumerate(value))
+    else:
+        return None
+    for step, member in members:
+        fault = find_fault(member, depth + 1)
+        if fault is not None:
+            return step + fault[0], fault[1]
+    return None
+
+
+def is_unicode(text: str) -> bool:
+    """Whether `text` has no lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_fields(schema: type[BaseModel], data: Any, bounds: Bounds, parent: str = "") -> dict[str, Any]:
