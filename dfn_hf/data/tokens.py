@@ -20,7 +20,7 @@ def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, **opt
         if type(error) not in (Exception, TypeError):  # what the library tokenizers raises
             raise
         if not all(map(is_unicode, texts)):
-            raise ValueError("a text contains half of a surrogate pair: remove it, or give UTF-8 text") from error
+            raise ValueError("a text contains half of a surrogate pair or is not UTF-8: give UTF-8 text") from error
         raise ValueError(f"the tokenizer cannot encode a text ({error}): use another tokenizer") from error
 
 

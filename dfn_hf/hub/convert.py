@@ -84,8 +84,9 @@ def convert_llama(
     check_tokenizer_files(path, str(source))
     register_families()
     with explain_hub_errors(path):
+        config = load_checked_config(path)  # before the tokenizer, which reads it too
         tokenizer = load_checked_tokenizer(path)
-        check_weights(path, load_checked_config(path), AutoModelForCausalLM)
+        check_weights(path, config, AutoModelForCausalLM)
         model, report = llama_to_dfn(path, **settings)
     with atomic_output_dir(output) as folder:
         model.save_pretrained(folder)

@@ -1,5 +1,7 @@
 """Llama-family checkpoints become DFNs that differ only in the attention weights."""
 
+import json
+
 import pytest
 import torch
 from transformers import (
@@ -13,7 +15,9 @@ from transformers import (
 from transformers.models.auto import AutoModelForCausalLM
 
 from dfn_hf import DFNForCausalLM
+from dfn_hf.assets.tokenizers import load_tokenizer
 from dfn_hf.conversion.llama import llama_to_dfn
+from dfn_hf.hub.convert import convert_llama
 
 SMALL = {
     "vocab_size": 50,
@@ -44,6 +48,18 @@ def make(config) -> PreTrainedModel:
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return model
+
+
+def test_damaged_configurations_are_named(tmp_path):
+    make(CONFIGS["llama"]).save_pretrained(tmp_path / "llama")
+    load_tokenizer("byte").save_pretrained(tmp_path / "llama")
+    path = tmp_path / "llama" / "config.json"
+    config = json.loads(path.read_text())
+    for field, value in {"hidden_size": "x", "vocab_size": 1.5, "num_hidden_layers": 10**12, "hidden_act": 3}.items():
+        path.write_text(json.dumps({**config, field: value}))
+        with pytest.raises(ValueError, match=rf"config\.json.*{field}"):
+            convert_llama(tmp_path / "llama", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.fixture(params=CONFIGS)
