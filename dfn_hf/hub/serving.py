@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
@@ -63,10 +65,9 @@ def serve(model: str, arguments: Sequence[str] = (), **limits: Any) -> None:
 @contextmanager
 def guarded_server(path: str, limits: "ServerLimits") -> Iterator[None]:
     """Put the guard in front of the application that `transformers serve` builds in this context."""
-    from transformers.cli.serving import server
-
+    server: Any = import_module("transformers.cli.serving.server")
     build = server.build_server
-    server.build_server = lambda manager, *args, **options: guard(build, path, limits, manager, *args, **options)
+    server.build_server = partial(guard, build, path, limits)
     try:
         yield
     finally:

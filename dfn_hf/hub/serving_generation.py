@@ -8,7 +8,6 @@ import torch
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -44,24 +43,30 @@ class BoundedGenerateManager(GenerateManager):
         self.bounds = bounds
 
     def generate_streaming(
-        self, model: PreTrainedModel, processor: Any, inputs: Any, gen_config: GenerationConfig, **options: Any
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        inputs: Any,
+        gen_config: GenerationConfig,
+        request_id: str,
+        response_parser: Any = None,
     ) -> tuple[asyncio.Queue[Any], DirectStreamer]:
         """Start a generation that stops at its next token when the client leaves; see `bound`."""
         self.bound(inputs, gen_config)
         if (gen_config.num_beams or 1) > 1:
             raise RequestError('beam search cannot stream: set "stream": false', "generation_config.num_beams")
-        queue, streamer = super().generate_streaming(model, processor, inputs, gen_config, **options)
+        queue, streamer = super().generate_streaming(model, processor, inputs, gen_config, request_id, response_parser)
         CURRENT.get().call_when_gone(streamer.cancel)
         return queue, streamer
 
     async def generate_non_streaming(
-        self, model: PreTrainedModel, processor: Any, inputs: Any, gen_config: GenerationConfig, **options: Any
+        self, model: PreTrainedModel, processor: Any, inputs: Any, gen_config: GenerationConfig, request_id: str
     ) -> tuple[str, int, Any]:
         """Generate until the text ends or the client leaves; see `bound`."""
         self.bound(inputs, gen_config)
         criteria = StoppingCriteriaList([ClientGone(CURRENT.get())])
         inputs = {**inputs, "stopping_criteria": criteria}
-        return await super().generate_non_streaming(model, processor, inputs, gen_config, **options)
+        return await super().generate_non_streaming(model, processor, inputs, gen_config, request_id)
 
     def async_submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> "asyncio.Future[Any]":
         """Queue a generation; it returns the prompt if the client has left before its turn."""
@@ -90,7 +95,7 @@ class BoundedGenerateManager(GenerateManager):
         forget_logged_messages()
 
 
-def explain_template_errors(processor: PreTrainedTokenizerBase) -> None:
+def explain_template_errors(processor: Any) -> None:
     """Let `apply_chat_template` raise RequestError: templates raise errors of many classes for unsuitable messages."""
     apply = processor.apply_chat_template
 

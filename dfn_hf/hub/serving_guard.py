@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,8 @@ class Guard:
     def __init__(self, app: ASGIApp, model: str, limits: ServerLimits, bounds: Bounds):
         self.app, self.model, self.limits, self.bounds = app, model, limits, bounds
         self.running = 0
+        # One thread: other clients are served while a large body is checked, and one body is checked at a time.
+        self.checker = ThreadPoolExecutor(max_workers=1)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request; see the ASGI specification."""
@@ -117,9 +120,10 @@ class Guard:
         self.running += 1
         try:
             raw = await read_body(scope, receive, self.limits.max_body_bytes)
-            # In a thread: other clients are served while a large body is checked.
-            client = Client(await asyncio.to_thread(self.prepare, scope["path"], raw), receive, send)
-            del raw
+            loop = asyncio.get_running_loop()
+            body = await loop.run_in_executor(self.checker, self.prepare, scope["path"], raw)
+            client = Client(body, receive, send)
+            del raw, body
             CURRENT.set(client)
             watcher = asyncio.create_task(client.watch())
             try:

@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     AfterValidator,
@@ -207,18 +207,23 @@ def field_name(problem: Mapping[str, Any], data: Any) -> str:
     return name
 
 
+def bounds_of(info: ValidationInfo) -> Bounds:
+    return cast(Bounds, info.context)
+
+
 def check_new_tokens(value: int, info: ValidationInfo) -> int:
-    if value > info.context.new_tokens:
+    most = bounds_of(info).new_tokens
+    if value > most:
         raise ValueError(
-            f"{value} is more than the {info.context.new_tokens} tokens that this server generates for one request "
-            "(--max-new-tokens)"
+            f"{value} is more than the {most} tokens that this server generates for one request (--max-new-tokens)"
         )
     return value
 
 
 def check_token(value: int, info: ValidationInfo) -> int:
-    if value >= info.context.vocab_size:
-        raise ValueError(f"{value} is not a token of this model, which has {info.context.vocab_size}")
+    size = bounds_of(info).vocab_size
+    if value >= size:
+        raise ValueError(f"{value} is not a token of this model, which has {size}")
     return value
 
 
@@ -256,7 +261,7 @@ def parse_arguments(arguments: Any) -> Any:
 def check_generation_config(text: str, info: ValidationInfo) -> str:
     """Return the JSON of the checked options of a generation configuration."""
     options = parse_json(text, "generation_config")
-    return json.dumps(check_fields(GenerationOptions, options, info.context, "generation_config"))
+    return json.dumps(check_fields(GenerationOptions, options, bounds_of(info), "generation_config"))
 
 
 NewTokens = Annotated[int, Field(ge=1), AfterValidator(check_new_tokens)]

@@ -1,7 +1,10 @@
 """Tests that the OpenAI-compatible server returns the same text as `generate`, in a process of its own."""
 
+import http.client
 import json
+import time
 import urllib.request
+from urllib.parse import urlsplit
 
 import pytest
 import uvicorn
@@ -14,16 +17,18 @@ from dfn_hf.hub.serving import serve
 from tests.support.serving import make_app, running_server
 
 PROMPT = "And it came to pass"
+JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture(scope="module", params=["dfn-tiny", "flownetwork-tiny"])
 def server(request, tmp_path_factory):
-    with running_server(request.param, tmp_path_factory.mktemp("server")) as (url, _):
+    options = ("--max-requests", "1", "--max-new-tokens", "100000")
+    with running_server(request.param, tmp_path_factory.mktemp("server"), *options) as (url, _):
         yield url, str(dfn_hf.checkpoint_path(request.param))
 
 
 def post(url: str, **body) -> str:
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    request = urllib.request.Request(url, json.dumps(body).encode(), JSON)
     with urllib.request.urlopen(request, timeout=120) as response:
         return response.read().decode()
 
@@ -45,6 +50,33 @@ def test_completion_equals_generate(server):
 def test_request_without_model_name(server):
     answer = json.loads(post(f"{server[0]}/v1/completions", prompt=PROMPT, max_tokens=3))
     assert answer["choices"][0]["text"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_client_that_leaves_makes_room_for_the_next(server, stream):
+    host = urlsplit(server[0]).netloc
+    long = {"max_tokens": 100_000, "generation_config": '{"min_new_tokens": 100000}', "stream": stream}
+    connection = http.client.HTTPConnection(host, timeout=60)
+    connection.request("POST", "/v1/completions", json.dumps({"prompt": PROMPT} | long), JSON)
+    if stream:
+        assert connection.getresponse().read(100)
+    statuses = [status_of_a_short_request(host)]
+    connection.close()
+    deadline = time.monotonic() + 60  # the text takes minutes
+    while statuses[-1] != 200 and time.monotonic() < deadline:
+        time.sleep(0.2)
+        statuses.append(status_of_a_short_request(host))
+    assert statuses[0] == 429
+    assert statuses[-1] == 200
+
+
+def status_of_a_short_request(host: str) -> int:
+    connection = http.client.HTTPConnection(host, timeout=60)
+    try:
+        connection.request("POST", "/v1/completions", json.dumps({"prompt": PROMPT, "max_tokens": 1}), JSON)
+        return connection.getresponse().status
+    finally:
+        connection.close()
 
 
 def test_list_of_models_has_the_served_one(server):

@@ -208,11 +208,11 @@ def client(tmp_path_factory):
 @pytest.mark.parametrize("path", FIELDS)
 def test_random_bodies_never_fail_the_server(client, path):
     dice, statuses = random.Random(f"bodies for {path}"), []
-    for _ in range(250):
+    for _ in range(120):
         raw = random_body(dice, path)
         answer = client.post(path, content=raw, headers={"Content-Type": "application/json"})
         assert answer.status_code in (200, 400, 404, 422), (answer.status_code, raw)
         assert answer.status_code == 200 or isinstance(answer.json(), dict)
         assert '"error"' not in answer.text or answer.status_code != 200, (answer.text, raw)
         statuses.append(answer.status_code)
-    assert 25 < statuses.count(200) < 225
+    assert 12 < statuses.count(200) < 108

@@ -79,4 +79,8 @@ def running_server(model: str, folder: Path, *options: str) -> Iterator[tuple[st
         yield url, process
     finally:
         process.terminate()
-        process.wait(30)
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:  # it waits for a generation
+            process.kill()
+            process.wait()
