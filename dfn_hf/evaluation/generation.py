@@ -1,5 +1,7 @@
 """Generates text from a prompt."""
 
+import math
+
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
@@ -35,12 +37,12 @@ def generate_text(
 
     Raises:
         ValueError: an option is out of range, the tokenizer has ids outside the model's vocabulary or cannot encode
-            the prompt, or the prompt is empty and the tokenizer has no start token.
+            the prompt, the prompt is empty and the tokenizer has no start token, or the logits are not finite.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if temperature < 0:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be at least 0 and finite, got {temperature}")
     if top_k < 0:
         raise ValueError(f"top_k must be at least 0, got {top_k}")
     if not 0 < top_p <= 1:
@@ -58,7 +60,14 @@ def generate_text(
     )
     if seed is not None:
         set_seed(seed)
-    output = model.generate(  # type: ignore[operator]
-        input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config, streamer=streamer
-    )
+    try:
+        output = model.generate(  # type: ignore[operator]
+            input_ids, attention_mask=torch.ones_like(input_ids), generation_config=config, streamer=streamer
+        )
+    except RuntimeError as error:
+        if "probability tensor contains" not in str(error):
+            raise
+        raise ValueError(
+            "the model's logits are not finite: its weights are damaged, or the temperature is too low"
+        ) from error
     return str(tokenizer.decode(output[0], skip_special_tokens=True))

@@ -18,6 +18,44 @@ OTHER_COUNT = re.compile(r"(^n|num)_\w*(expert|head|label|group|table|pattern)s?
 MAX_LAYERS = 2**10
 MAX_OTHER_COUNT = 2**16
 MAX_NUMBER = 2**63  # the range of sizes in torch
+# Fields of generation_config.json, which transformers reads without a check of their types.
+BOOLEANS = {
+    "do_sample",
+    "output_attentions",
+    "output_hidden_states",
+    "output_logits",
+    "output_scores",
+    "remove_invalid_values",
+    "renormalize_logits",
+    "return_dict_in_generate",
+    "use_cache",
+}
+NUMBERS = {
+    "diversity_penalty",
+    "encoder_no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "guidance_scale",
+    "length_penalty",
+    "max_length",
+    "max_new_tokens",
+    "max_time",
+    "min_length",
+    "min_new_tokens",
+    "min_p",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "penalty_alpha",
+    "prompt_lookup_num_tokens",
+    "repetition_penalty",
+    "temperature",
+    "top_k",
+    "top_p",
+    "typical_p",
+}
 FLOAT_TYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -79,6 +117,11 @@ def check_generation_config(path: str) -> None:
     for field, value in numbers(content):
         if isinstance(value, int) and abs(value) >= MAX_NUMBER:
             raise ValueError(f"{file} gives {field} {number_text(value)}, which is out of range: correct it")
+    for fields, types, kind in ((BOOLEANS, bool | None, "true or false"), (NUMBERS, int | float | None, "a number")):
+        for field in sorted(fields & content.keys()):
+            if not isinstance(content[field], types):
+                given = str(content[field])[:80]
+                raise ValueError(f"{file} gives {field} {given!r}, which must be {kind}: correct it")
     with explain_damage(str(file)):
         GenerationConfig.from_dict(content)
 

@@ -10,6 +10,7 @@ from .model_files import REMEDY
 
 # Parts of messages of libraries whose advice is not followed here: running the code of a folder, unpickling objects.
 REMOTE_CODE_ADVICE = "trust_remote_code"
+RUST_PANIC = "PanicException"
 PICKLE_ADVICE = ("weights_only", "WeightsUnpickler", "Unsupported operand")
 
 
@@ -17,7 +18,7 @@ PICKLE_ADVICE = ("weights_only", "WeightsUnpickler", "Unsupported operand")
 def explain_damage(part: str | Callable[[], str]) -> Iterator[None]:
     """Raise whatever a library raises about `part` as a ValueError; an `OSError` and a lack of memory are kept.
 
-    Tokenizers and transformers raise exceptions of every class for damaged files, and those of Rust do not derive from
+    Tokenizers and transformers raise exceptions of every class for damaged files. A panic of Rust does not derive from
     `Exception`.
 
     Args:
@@ -25,9 +26,11 @@ def explain_damage(part: str | Callable[[], str]) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, MemoryError, KeyboardInterrupt, SystemExit, GeneratorExit):
+    except (OSError, MemoryError):
         raise
     except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != RUST_PANIC:
+            raise
         if isinstance(error, ImportError) and missing_extra(error) is not None:
             raise
         if "allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError":

@@ -5,7 +5,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .load_errors import explain_damage, explain_hub_errors
+from .load_errors import RUST_PANIC, explain_damage, explain_hub_errors
 from .model_files import find_file, read_json_object
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -36,10 +36,10 @@ def suspects(path: str, files: list[Path]) -> str:
         if file.name == "tokenizer.json":
             try:
                 Tokenizer.from_file(str(file))
-            except (KeyboardInterrupt, SystemExit):
+            except BaseException as error:
+                if isinstance(error, Exception) or type(error).__name__ == RUST_PANIC:
+                    return str(file)
                 raise
-            except BaseException:  # Rust panics do not derive from Exception
-                return str(file)
             files = [other for other in files if other != file]
     names = [file.name for file in files] + [name for name in OTHER_FILES if Path(path, name).is_file()]
     return f"the tokenizer in {path}" + (f" (one of {', '.join(names)})" if names else "")

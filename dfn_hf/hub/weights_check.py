@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
+from .config_check import LAYER_COUNT, numbers
 from .load_errors import explain_damage
 from .weight_files import Header, read_headers, weight_files
 
@@ -34,6 +35,8 @@ def check_weights(path: str, config: PreTrainedConfig, auto_class: Any) -> None:
     if not files or getattr(config, "quantization_config", None) is not None:
         return
     headers = read_headers(files)
+    place = str(files[0]) if len(files) == 1 else f"the {len(files)} files of weights in {path}"
+    check_layer_counts(config, len(headers), place)
     with explain_damage(f"{path}/config.json"), torch.device("meta"):
         is_auto_class = not issubclass(auto_class, PreTrainedModel)
         model_class = type(auto_class.from_config(config)) if is_auto_class else auto_class
@@ -47,9 +50,24 @@ def check_weights(path: str, config: PreTrainedConfig, auto_class: Any) -> None:
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    place = str(files[0]) if len(files) == 1 else f"the {len(files)} files of weights in {path}"
     check_loading_info(found, place)
     check_types(headers, model.state_dict(), place)
+
+
+def check_layer_counts(config: PreTrainedConfig, num_weights: int, place: str) -> None:
+    """Raise ValueError for more layers than weights: a model of a thousand layers takes long to build.
+
+    Args:
+        config: the configuration.
+        num_weights: number of stored weights.
+        place: the file or the folder of the weights, for the message.
+    """
+    for field, value in numbers(config.to_dict()):
+        if LAYER_COUNT.search(field.rpartition(".")[2]) and value > num_weights:
+            raise ValueError(
+                f"{place} does not fit config.json: it holds {num_weights} weights, too few for {field} {value}: "
+                f"{REMEDY}"
+            )
 
 
 def check_loading_info(found: Mapping[str, Any], place: str) -> None:

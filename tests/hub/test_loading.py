@@ -14,6 +14,7 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, T5Config, T5F
 from dfn_hf import DFNConfig, DFNForFieldReconstruction, DFNNativeConfig
 from dfn_hf.assets.tokenizers import load_tokenizer
 from dfn_hf.cli.draw import draw_field
+from dfn_hf.hub.load_errors import explain_damage
 from dfn_hf.hub.loading import check_causal_lm, load_causal_lm, load_config, load_seq2seq_lm
 from dfn_hf.hub.model_info import describe_model
 from tests.campaigns.mutations import mutate_bytes, mutate_json, mutate_json_text, mutate_safetensors
@@ -211,6 +212,35 @@ def test_a_field_of_the_configuration_is_named(folder, fields, words):
         if "quantization_config" not in fields:
             with pytest.raises(ValueError, match="config.json"):
                 function(str(copy))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"output_attentions": 3}, "output_attentions '3', which must be true or false"),
+        ({"num_beams": "4"}, "num_beams '4', which must be a number"),
+        ({"max_length": 10**400}, "max_length about 10^400"),
+    ],
+)
+def test_a_field_of_the_generation_configuration_is_named(folder, fields, words):
+    copy = folder()
+    edit(copy / "generation_config.json", **fields)
+    assert f"generation_config.json gives {words}" in message(copy)
+
+
+@pytest.mark.parametrize("name", ["dfn", "flownetwork", "liquid", "llama"])
+def test_layers_that_the_weights_lack_are_not_built(folder, name):
+    copy = folder(name)
+    edit(copy / "config.json", num_hidden_layers=1000)
+    assert "weights, too few for num_hidden_layers 1000" in message(copy, name)
+
+
+def test_an_interruption_is_no_damage():
+    class Interruption(BaseException):
+        pass
+
+    with pytest.raises(Interruption), explain_damage("config.json"):
+        raise Interruption
 
 
 def test_no_code_of_a_folder_runs_and_no_question_is_asked(folder, monkeypatch):
