@@ -171,7 +171,11 @@ def check_remote(place: Workplace) -> None:
 @contextmanager
 def local_hub() -> Iterator[None]:
     """Serve a Hub on this machine for push, in this process and its forks."""
-    with serve_hub() as hub, patch.object(constants, "ENDPOINT", hub.address), patch.dict(os.environ, HF_TOKEN=TOKEN):
+    with (
+        serve_hub() as hub,
+        patch.multiple(constants, ENDPOINT=hub.address, HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True),
+        patch.dict(os.environ, HF_TOKEN=TOKEN),
+    ):
         HUB.append(hub)
         yield
         HUB.clear()
