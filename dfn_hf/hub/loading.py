@@ -5,8 +5,12 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForPreTraining,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -19,6 +23,17 @@ from .model_path import resolve_source
 from .tokenizer_files import check_tokenizer_files, load_checked_tokenizer
 from .weights_check import check_loading_info, check_weights
 
+# The Auto class of a model, by the end of the name of its class.
+HEADS = {
+    "ForCausalLM": AutoModelForCausalLM,
+    "LMHeadModel": AutoModelForCausalLM,
+    "ForSeq2SeqLM": AutoModelForSeq2SeqLM,
+    "ForConditionalGeneration": AutoModelForSeq2SeqLM,
+    "ForSequenceClassification": AutoModelForSequenceClassification,
+    "ForFieldReconstruction": AutoModelForPreTraining,
+    "ForContrastive": AutoModelForTextEncoding,
+    "Model": AutoModel,
+}
 NO_LANGUAGE_MODELS = {
     "DFNForFieldReconstruction": "a model of fields: use `dfn-hf plot MODEL picture.png --field FILE`, or load it "
     "with its class",
@@ -119,6 +134,21 @@ def check_causal_lm(source: str) -> None:
     check_generation_config(path)
     with explain_hub_errors(path):
         check_weights(path, load_checked_config(path), AutoModelForCausalLM)
+
+
+def check_saved_model(source: str) -> None:
+    """Check config.json and the weights of a model of any kind without allocating the weights.
+
+    Raises:
+        ValueError: a file is damaged, or the weights do not fit the configuration.
+    """
+    path = resolve_source(source)
+    config = load_checked_config(path)
+    check_generation_config(path)
+    architecture = (config.architectures or [""])[0]
+    auto_class: Any = next((found for suffix, found in HEADS.items() if architecture.endswith(suffix)), None)
+    if auto_class is not None and type(config) in auto_class._model_mapping:
+        check_weights(path, config, auto_class)
 
 
 def check_kind(source: str, *, encoder_decoder: bool) -> None:

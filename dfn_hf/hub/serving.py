@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_serve_available
 
-from .loading import check_kind
+from .loading import check_causal_lm
 from .model_path import resolve_source
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def serve(model: str, arguments: Sequence[str] = (), **limits: Any) -> None:
     for option, reason in UNSUPPORTED.items():
         if option in arguments:
             raise ValueError(f"{option} is not supported: {reason}")
-    check_kind(model, encoder_decoder=False)
+    check_causal_lm(model)
 
     from transformers.cli.serving import model_manager
     from transformers.cli.transformers import app

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_imports
 
-from .loading import load_config
+from .loading import check_saved_model
 from .model_files import REMEDY, read_json_object
 from .upload_texts import clean_configs, clean_texts, read_text
 from .weight_files import read_headers, weight_files
@@ -90,7 +90,7 @@ def read_model_folder(folder: Path) -> ModelFiles:
     for name in names:
         if ANY_WEIGHTS.fullmatch(name):
             require_no_link(folder / name)
-    load_config(str(folder))
+    check_saved_model(str(folder))
     configs = [name for name in uploaded if name in CONFIGS]
     code = code_files(folder, configs)
     texts = [name for name in uploaded if any(fnmatch(name, pattern) for pattern in TEXTS)]

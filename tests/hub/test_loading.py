@@ -15,7 +15,7 @@ from dfn_hf import DFNConfig, DFNForFieldReconstruction, DFNNativeConfig
 from dfn_hf.assets.tokenizers import load_tokenizer
 from dfn_hf.cli.draw import draw_field
 from dfn_hf.hub.load_errors import explain_damage
-from dfn_hf.hub.loading import check_causal_lm, load_causal_lm, load_config, load_seq2seq_lm
+from dfn_hf.hub.loading import check_causal_lm, check_saved_model, load_causal_lm, load_config, load_seq2seq_lm
 from dfn_hf.hub.model_info import describe_model
 from tests.campaigns.mutations import mutate_bytes, mutate_json, mutate_json_text, mutate_safetensors
 from tests.support.small_models import make_small_model
@@ -127,6 +127,15 @@ def test_serve_and_plots_check_the_weights_too(folder, tmp_path):
     save_file(dict(list(load_file(file).items())[1:]), file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="1 is missing"):
         draw_field(str(tmp_path / "field"), str(tmp_path / "picture.png"), tmp_path / "picture.npy")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_of_any_kind_is_checked(folder, name):
+    file = folder(name) / "model.safetensors"
+    check_saved_model(str(file.parent))
+    save_file(dict(list(load_file(file).items())[1:]), file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="of the weights . (is|are) missing"):
+        check_saved_model(str(file.parent))
 
 
 def test_old_pickled_weights_load_and_are_checked(folder):
