@@ -66,9 +66,9 @@ def llama_to_dfn(
             them.
         OSError: `source` contains no model.
     """
-    config = AutoConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     check_family(config)
-    llama = AutoModelForCausalLM.from_pretrained(source)
+    llama = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=False)
     weights = llama.state_dict()
     table = TABLES[config.model_type]
     counts, difference = compare_keys(table, set(weights))

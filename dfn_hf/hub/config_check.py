@@ -15,8 +15,11 @@ from .model_files import REMEDY, find_file, read_json_object
 # Fields by which configurations build lists or modules, in the names of any family.
 LAYER_COUNT = re.compile(r"(^n|num)_\w*(layer|block|stage)s?$|_layers$|^depth$")
 OTHER_COUNT = re.compile(r"(^n|num)_\w*(expert|head|label|group|table|pattern)s?$|_heads$")
+SIZE = re.compile(r"_(dim|size|rank)s?$|^d_\w+$|^n_embd$")
 MAX_LAYERS = 2**10
 MAX_OTHER_COUNT = 2**16
+MAX_VOCABULARY = 2**28
+MAX_WIDTH = 2**24
 MAX_NUMBER = 2**63  # the range of sizes in torch
 # Fields of generation_config.json, which transformers reads without a check of their types.
 BOOLEANS = {
@@ -91,14 +94,22 @@ def check_fields_of(content: dict[str, Any], file: Path) -> None:
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
         raise ValueError(f"{file} is damaged: architectures is not a list of names of classes; {REMEDY}")
     for field, value in numbers(content):
-        name = field.rpartition(".")[2]
-        maximum = MAX_LAYERS if LAYER_COUNT.search(name) else MAX_OTHER_COUNT
-        if not (LAYER_COUNT.search(name) or OTHER_COUNT.search(name)):
-            maximum = MAX_NUMBER - 1
+        maximum = largest(field.rpartition(".")[2])
         if isinstance(value, int) and abs(value) > maximum:
             raise ValueError(
                 f"{file} gives {field} {number_text(value)}, but at most {maximum} is possible: correct it"
             )
+
+
+def largest(field: str) -> int:
+    """Return the largest possible value of a field of any family, by its name."""
+    if LAYER_COUNT.search(field):
+        return MAX_LAYERS
+    if OTHER_COUNT.search(field):
+        return MAX_OTHER_COUNT
+    if field.endswith("vocab_size"):
+        return MAX_VOCABULARY
+    return MAX_WIDTH if SIZE.search(field) else MAX_NUMBER - 1
 
 
 def check_dtype(config: PreTrainedConfig, file: Path) -> None:

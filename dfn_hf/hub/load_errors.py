@@ -33,9 +33,10 @@ def explain_damage(part: str | Callable[[], str]) -> Iterator[None]:
             raise
         if isinstance(error, ImportError) and missing_extra(error) is not None:
             raise
+        name = part if isinstance(part, str) else part()
         if "allocate memory" in str(error) or type(error).__name__ == "OutOfMemoryError":
-            raise MemoryError(f"there is not enough memory: {message_of(error)}") from error
-        raise ValueError(damage(part if isinstance(part, str) else part(), error)) from error
+            raise MemoryError(f"there is not enough memory for {name}: {message_of(error)}") from error
+        raise ValueError(damage(name, error)) from error
 
 
 def damage(part: str, error: BaseException) -> str:

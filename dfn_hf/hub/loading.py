@@ -76,7 +76,7 @@ def load_model(source: str, auto_class: Any) -> tuple[PreTrainedModel, PreTraine
             "it with tokenizer.save_pretrained"
         )
     if torch.cuda.is_available():
-        model.cuda()
+        torch.nn.Module.cuda(model)
     return model, tokenizer
 
 
@@ -145,8 +145,8 @@ def check_saved_model(source: str) -> None:
     path = resolve_source(source)
     config = load_checked_config(path)
     check_generation_config(path)
-    architecture = (config.architectures or [""])[0]
-    auto_class: Any = next((found for suffix, found in HEADS.items() if architecture.endswith(suffix)), None)
+    name = (config.architectures or [""])[0]
+    auto_class: Any = next((head for suffix, head in HEADS.items() if name.endswith(suffix)), None)
     if auto_class is not None and type(config) in auto_class._model_mapping:
         check_weights(path, config, auto_class)
 

@@ -92,7 +92,7 @@ def hub_card(folder: Path, repo_id: str) -> str:
     if readme.is_file():
         loaded = rf'(model=|from_pretrained\()"{re.escape(folder.resolve().name)}"'
         return re.sub(loaded, rf'\1"{repo_id}"', readme.read_text(encoding="utf-8"))
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     text = f"{how_to_load(config, repo_id)}\n\n## {PROVENANCE}\n\n{UNSTATED}\n"
     return str(titled_card(config, repo_id, text, task=language_task(config)))
 

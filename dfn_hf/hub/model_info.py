@@ -136,7 +136,7 @@ def num_parameters_of_a_new_model(config: PreTrainedConfig) -> int:
     for architecture in config.architectures or ():
         auto_class = OTHER_HEADS.get(architecture, auto_class)
     with torch.device("meta"):
-        return auto_class.from_config(config).num_parameters()
+        return auto_class.from_config(config, trust_remote_code=False).num_parameters()
 
 
 def model_card_path(path: str) -> Path | None:

@@ -1,6 +1,7 @@
 """Compares the weights of a saved model with its configuration before memory is allocated for them."""
 
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,10 +10,12 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from .config_check import LAYER_COUNT, numbers
+from .config_check import numbers
 from .load_errors import explain_damage
 from .weight_files import Header, read_headers, weight_files
 
+# Fields whose layers hold weights of their own.
+LAYERS = re.compile(r"(n|num)(_hidden|_encoder|_decoder|_lstm)?_layers?|(encoder|decoder)_layers")
 SHOWN = 3  # names of weights in a message
 REMEDY = "use the config.json and the weights of one save_pretrained call, or copy or download both again"
 
@@ -39,7 +42,7 @@ def check_weights(path: str, config: PreTrainedConfig, auto_class: Any) -> None:
     check_layer_counts(config, len(headers), place)
     with explain_damage(f"{path}/config.json"), torch.device("meta"):
         is_auto_class = not issubclass(auto_class, PreTrainedModel)
-        model_class = type(auto_class.from_config(config)) if is_auto_class else auto_class
+        model_class = type(auto_class.from_config(config, trust_remote_code=False)) if is_auto_class else auto_class
     with explain_damage(f"{path}/config.json"), report_becomes_an_error():
         tensors = {name: torch.empty(header.shape, device="meta") for name, header in headers.items()}
         model, found = model_class.from_pretrained(
@@ -63,7 +66,7 @@ def check_layer_counts(config: PreTrainedConfig, num_weights: int, place: str) -
         place: the file or the folder of the weights, for the message.
     """
     for field, value in numbers(config.to_dict()):
-        if LAYER_COUNT.search(field.rpartition(".")[2]) and value > num_weights:
+        if LAYERS.fullmatch(field.rpartition(".")[2]) and value > num_weights:
             raise ValueError(
                 f"{place} does not fit config.json: it holds {num_weights} weights, too few for {field} {value}: "
                 f"{REMEDY}"

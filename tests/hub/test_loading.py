@@ -207,6 +207,7 @@ def test_a_damaged_file_is_named(folder, file, content):
         ({"dtype": "float7"}, "config.json"),
         ({"num_labels": 10**12}, "num_labels 1000000000000, but at most 65536"),
         ({"vocab_size": 10**400}, "vocab_size about 10^400"),
+        ({"head_dim": 2**40}, "head_dim 1099511627776, but at most"),
         ({"hidden_size": "64"}, "hidden_size"),
         ({"architectures": 3}, "architectures"),
         ({"id2label": {"a": "b"}}, "config.json"),
@@ -250,6 +251,31 @@ def test_an_interruption_is_no_damage():
 
     with pytest.raises(Interruption), explain_damage("config.json"):
         raise Interruption
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("name", ["dfn", "llama", "t5"])
+def test_code_that_a_file_names_is_not_offered(folder, name, file, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda prompt: pytest.fail(prompt))
+    copy = folder(name)
+    classes = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoTokenizer")
+    edit(copy / file, auto_map=dict.fromkeys(classes, "foreign.Class"))
+    for function in (describe_model, check_saved_model, lambda source: load(source, name)):
+        try:
+            function(str(copy))
+        except ValueError as error:
+            assert "trust_remote_code" not in str(error)  # noqa: PT017
+    edit(copy / "config.json", architectures=["T5EncoderModel"])
+    for wrong in ("llama", "t5", "gpt2", "bert", "dfn_native", "clip"):
+        edit(copy / "config.json", model_type=wrong)
+        (copy / "model.safetensors").unlink(missing_ok=True)
+        with pytest.raises((ValueError, OSError)) as error:
+            load(copy, name)
+        assert "trust_remote_code" not in str(error.value)
+        try:
+            describe_model(str(copy))
+        except ValueError as error:
+            assert "trust_remote_code" not in str(error)  # noqa: PT017
 
 
 def test_no_code_of_a_folder_runs_and_no_question_is_asked(folder, monkeypatch):
