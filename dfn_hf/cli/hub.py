@@ -83,7 +83,7 @@ def serve(
             "or http://localhost:3000",
         )
 
-    from ..hub.serving import serve as serve_model
+    from ..serving.server import serve as serve_model
 
     serve_model(
         model,

@@ -16,7 +16,7 @@ from unittest import mock
 import uvicorn
 
 import dfn_hf
-from dfn_hf.hub.serving import serve
+from dfn_hf.serving.server import serve
 
 CHAT_TEMPLATE = """
 {%- for tool in tools or [] %}{{ tool.function.name + ' ' }}{% endfor %}

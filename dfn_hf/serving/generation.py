@@ -14,8 +14,8 @@ from transformers import (
 from transformers.cli.serving.utils import DirectStreamer, GenerateManager
 from transformers.utils import logging
 
-from .serving_client import CURRENT, Client
-from .serving_requests import Bounds, RequestError
+from .client import CURRENT, Client
+from .requests import Bounds, RequestError
 
 DEFAULT_NEW_TOKENS = 1024  # what `transformers serve` generates for a request without a generation configuration
 MAX_LOGGED_MESSAGES = 1000

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.cli.serving import server as upstream
 
 import dfn_hf
-from dfn_hf.hub.serving import serve
+from dfn_hf.serving.server import serve
 from tests.support.serving import make_app, running_server
 
 PROMPT = "And it came to pass"

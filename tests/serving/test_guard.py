@@ -7,10 +7,11 @@ import pytest
 from starlette.testclient import TestClient
 
 import dfn_hf
-from dfn_hf.hub import serving_client, serving_guard
-from dfn_hf.hub.serving_client import Client
-from dfn_hf.hub.serving_guard import Guard, ServerLimits
-from dfn_hf.hub.serving_requests import Bounds
+from dfn_hf.serving import client as client_module
+from dfn_hf.serving import guard as guard_module
+from dfn_hf.serving.client import Client
+from dfn_hf.serving.guard import Guard, ServerLimits
+from dfn_hf.serving.requests import Bounds
 from tests.support.serving import make_app
 
 BODY = {"prompt": "And it came", "max_tokens": 2}
@@ -134,7 +135,7 @@ def make_guard(app=answer_ok, **limits):
 
 
 def test_endless_body_is_not_read_to_its_end(monkeypatch):
-    monkeypatch.setattr(serving_guard, "DROPPED_BYTES", 1000)
+    monkeypatch.setattr(guard_module, "DROPPED_BYTES", 1000)
     status, _, read = call(make_guard(max_body_bytes=1000), [b"a" * 100] * 500)
     assert (status, read) == (413, 21)
     status, _, read = call(make_guard(max_body_bytes=1000), [b"a"], [(b"content-length", b"2001")])
@@ -150,7 +151,7 @@ def test_body_of_a_refused_request_is_dropped():
 
 
 def test_slow_body_is_refused(monkeypatch):
-    monkeypatch.setattr(serving_guard, "BODY_SECONDS", 0.05)
+    monkeypatch.setattr(guard_module, "BODY_SECONDS", 0.05)
 
     async def receive():
         await asyncio.sleep(10)
@@ -218,7 +219,7 @@ def test_busy_server_asks_to_come_back():
 
 
 def test_client_that_reads_nothing_counts_as_gone(monkeypatch):
-    monkeypatch.setattr(serving_client, "STALL_SECONDS", 0.05)
+    monkeypatch.setattr(client_module, "STALL_SECONDS", 0.05)
 
     async def run():
         async def stall(message):

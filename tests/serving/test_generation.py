@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 from transformers.utils import logging
 
 from dfn_hf import DFNForCausalLM
-from dfn_hf.hub import serving_generation
+from dfn_hf.serving import generation
 from tests.support.serving import make_app, make_chat_model
 
 LONG = {"prompt": "And it came", "max_tokens": 4096, "generation_config": '{"min_new_tokens": 4096}'}
@@ -181,7 +181,7 @@ def test_error_of_generate_names_its_reason(monkeypatch, chat):
 
 
 def test_messages_that_are_logged_once_are_forgotten(monkeypatch, chat):
-    monkeypatch.setattr(serving_generation, "MAX_LOGGED_MESSAGES", 5)
+    monkeypatch.setattr(generation, "MAX_LOGGED_MESSAGES", 5)
     for number in range(20):
         temperature = 0.5 + number / 100
         chat.post("/v1/completions", json={"prompt": "And", "max_tokens": 1, "temperature": temperature})
@@ -192,7 +192,7 @@ def test_stopping_criterion_has_one_value_for_each_row():
     class Client:
         gone = asyncio.Event()
 
-    criterion = serving_generation.ClientGone(Client)
+    criterion = generation.ClientGone(Client)
     assert criterion(torch.zeros(3, 2), None).tolist() == [False] * 3
     Client.gone.set()
     assert criterion(torch.zeros(3, 2), None).tolist() == [True] * 3

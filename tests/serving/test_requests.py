@@ -2,12 +2,12 @@
 
 import json
 import random
-import string
 
 import pytest
 from starlette.testclient import TestClient
 
-from dfn_hf.hub.serving_requests import Bounds, RequestError, parse_body
+from dfn_hf.serving.requests import Bounds, RequestError, parse_body
+from tests.campaigns.requests import FIELDS, random_body
 from tests.support.serving import make_app, make_chat_model
 
 COMPLETION, CHAT, RESPONSE = "/v1/completions", "/v1/chat/completions", "/v1/responses"
@@ -136,66 +136,6 @@ def test_generation_config_of_transformers_is_read():
     text = GenerationConfig(do_sample=True, max_new_tokens=5, top_k=3).to_json_string()
     parsed = json.loads(parse(COMPLETION, {"prompt": "a", "generation_config": text})["generation_config"])
     assert parsed.items() >= {"do_sample": True, "max_new_tokens": 5, "top_k": 3}.items()
-
-
-# Random bodies for the whole server.
-
-FIELDS = {
-    COMPLETION: ["prompt", "suffix", "max_tokens", "logit_bias", "n", "echo", "best_of"],
-    CHAT: ["messages", "tools", "max_tokens", "max_completion_tokens", "logit_bias", "chat_template_kwargs", "user"],
-    RESPONSE: ["input", "instructions", "tools", "max_output_tokens", "parallel_tool_calls", "store", "metadata"],
-}
-SHARED = ["model", "stream", "temperature", "top_p", "seed", "stop", "frequency_penalty", "generation_config", "foo"]
-NAMES = ["role", "content", "type", "text", "name", "arguments", "function", "tool_calls", "call_id", "output", "x"]
-WORDS = [
-    "", "a", "user", "assistant", "text", "input_text", "reasoning", "function_call", "function_call_output", "{}",
-    "\ud800", "\x00", "é" * 50, "0", "1", "-1", "NaN", '{"max_new_tokens": 2}', '{"num_beams": 2}', "[" * 200,
-]  # fmt: skip
-NUMBERS = [0, 1, -1, 2, 0.5, 1e-30, 1e30, 1e308, 2**31, 2**63, 2**64, -(2**70), 10**400, float("nan"), float("inf")]
-GOOD = {
-    "prompt": "And it came", "messages": [USER], "input": [USER], "max_tokens": 2, "max_output_tokens": 2,
-    "max_completion_tokens": 2, "temperature": 0.7, "top_p": 0.9, "seed": 1, "stop": ["e"], "stream": False,
-    "generation_config": '{"do_sample": true, "max_new_tokens": 2}', "logit_bias": {"5": 1}, "instructions": "b",
-    "frequency_penalty": 0.1,
-}  # fmt: skip
-
-
-def random_value(dice: random.Random, depth: int = 0):
-    kind = dice.randrange(8 if depth < 4 else 6)
-    if kind < 2:
-        return dice.choice([None, True, False])
-    if kind < 4:
-        return dice.choice(NUMBERS)
-    if kind < 6:
-        return dice.choice([*WORDS, "".join(dice.choices(string.printable, k=dice.randrange(20)))])
-    if kind == 6:
-        return [random_value(dice, depth + 1) for _ in range(dice.randrange(4))]
-    return {dice.choice(NAMES): random_value(dice, depth + 1) for _ in range(dice.randrange(5))}
-
-
-def damage(dice: random.Random, value):
-    """Replace a random part of `value`."""
-    if isinstance(value, dict) and value and dice.random() < 0.8:
-        name = dice.choice(list(value))
-        return value | {name: damage(dice, value[name])}
-    if isinstance(value, list) and value and dice.random() < 0.8:
-        return [damage(dice, value[0]), *value[1:]]
-    return random_value(dice)
-
-
-def random_body(dice: random.Random, path: str) -> bytes:
-    names = [name for name in FIELDS[path] + SHARED if name in GOOD]
-    body = {name: GOOD[name] for name in names if name in FIELDS[path][:1] or dice.random() < 0.3}
-    for _ in range(dice.randrange(3)):
-        if dice.random() < 0.5:
-            body = damage(dice, body)
-        elif isinstance(body, dict):
-            body[dice.choice(FIELDS[path] + SHARED)] = random_value(dice)
-    raw = bytearray(json.dumps(body, ensure_ascii=dice.random() < 0.9).encode(errors="surrogatepass"))
-    if dice.random() < 0.15 and raw:
-        for _ in range(dice.randrange(1, 4)):
-            raw[dice.randrange(len(raw))] = dice.randrange(256)
-    return bytes(raw)
 
 
 @pytest.fixture(scope="module")

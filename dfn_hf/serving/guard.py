@@ -13,8 +13,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from .serving_client import CURRENT, Client
-from .serving_requests import SCHEMAS, Bounds, RequestError, parse_body
+from .client import CURRENT, Client
+from .requests import SCHEMAS, Bounds, RequestError, parse_body
 
 METHODS = {"/health": "GET", "/v1/models": "GET", **dict.fromkeys(SCHEMAS, "POST")}
 BODY_SECONDS = 30.0

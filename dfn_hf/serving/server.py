@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_serve_available
 
-from .loading import check_causal_lm
-from .model_path import resolve_source
+from ..hub.loading import check_causal_lm
+from ..hub.model_path import resolve_source
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
-    from .serving_guard import ServerLimits
+    from .guard import ServerLimits
 
 CLASSES = ("DFNForCausalLM", "FlowNetworkForCausalLM")
 DEFAULT_PROMPT_TOKENS = 16384
@@ -50,7 +50,7 @@ def serve(model: str, arguments: Sequence[str] = (), **limits: Any) -> None:
 
     import dfn_hf
 
-    from .serving_guard import ServerLimits
+    from .guard import ServerLimits
 
     for name in CLASSES:
         head: type[PreTrainedModel] = getattr(dfn_hf, name)
@@ -89,9 +89,9 @@ def guard(
     """
     from starlette.middleware.cors import CORSMiddleware
 
-    from .serving_generation import BoundedGenerateManager, explain_template_errors
-    from .serving_guard import Guard, error_response
-    from .serving_requests import Bounds, RequestError
+    from .generation import BoundedGenerateManager, explain_template_errors
+    from .guard import Guard, error_response
+    from .requests import Bounds, RequestError
 
     model, processor = model_manager.load_model_and_processor(model_manager.process_model_name(path))
     explain_template_errors(processor)
