@@ -17,7 +17,7 @@ __version__ = "0.1.0"
 __getattr__, __dir__, __all__ = lazy_exports(
     __name__,
     {
-        "hub.bundled": ["checkpoint_path"],
+        "loading.bundled": ["checkpoint_path"],
         "modeling.dfn.configuration_dfn": ["DFNConfig"],
         "modeling.dfn.modeling_dfn": ["DFNForCausalLM", "DFNForSequenceClassification", "DFNModel"],
         "modeling.dfn.modeling_dfn_contrastive": ["DFNForContrastive"],

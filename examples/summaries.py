@@ -15,7 +15,7 @@ from typing import Annotated
 
 import typer
 
-from dfn_hf.hub.output_folder import atomic_output_dir
+from dfn_hf.storage.output_folder import atomic_output_dir
 
 MAX_CHARACTERS = 600  # of a source; it consists of complete paragraphs
 TEST_FRACTION = 0.1  # of the titles

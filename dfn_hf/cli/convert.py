@@ -80,6 +80,6 @@ def check_source(source: str, start: str | None) -> None:
     if start is None:
         refuse(not Path(source).exists(), f"there is no file {source}: check the path")
     else:
-        from ..hub.model_path import resolve_source
+        from ..loading.model_path import resolve_source
 
         resolve_source(source)

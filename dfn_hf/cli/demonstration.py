@@ -12,7 +12,7 @@ from ..assets.corpus import load_corpus
 from ..assets.tokenizers import load_tokenizer
 from ..data.lm_blocks import corpus_blocks
 from ..evaluation.language_model import Evaluation, evaluate_causal_lm
-from ..hub.loading import load_causal_lm
+from ..loading.models import load_causal_lm
 from ..plots.flow_map import flow_map, plot_flow_map
 from ..plots.flows import plot_flow_matrix, read_flows
 from ..plots.loss_curves import plot_loss_curves

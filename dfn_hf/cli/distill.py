@@ -56,7 +56,7 @@ def distill(
     prepare_output(output, resume=resume, overwrite=overwrite)
 
     from ..data.lm_blocks import text_blocks
-    from ..hub.loading import load_causal_lm
+    from ..loading.models import load_causal_lm
     from ..training.distillation import DistillationSettings, check_tokenizers, distill_model
 
     settings = DistillationSettings(

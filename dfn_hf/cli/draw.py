@@ -3,8 +3,8 @@
 import math
 from pathlib import Path
 
-from ..hub.loading import load_causal_lm, load_config, load_weights
-from ..hub.model_path import resolve_source
+from ..loading.model_path import resolve_source
+from ..loading.models import load_causal_lm, load_config, load_weights
 from ..modeling.dfn.modeling_dfn_field import DFNForFieldReconstruction
 from ..plots.entities import plot_entities, read_entities
 from ..plots.fields import plot_field, read_field

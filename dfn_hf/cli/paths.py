@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from ..hub.model_path import resolve_source
+from ..loading.model_path import resolve_source
 
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 

@@ -37,7 +37,7 @@ def generate(
     from transformers import TextStreamer
 
     from ..evaluation.generation import generate_text
-    from ..hub.loading import load_causal_lm
+    from ..loading.models import load_causal_lm
 
     loaded, tokenizer = load_causal_lm(model)
     generate_text(
@@ -79,7 +79,7 @@ def evaluate(
     from ..assets.corpus import load_corpus
     from ..data.text import load_text
     from ..evaluation.language_model import evaluate_causal_lm
-    from ..hub.loading import load_causal_lm
+    from ..loading.models import load_causal_lm
 
     documents = load_corpus(split) if data is None else load_text(data, text_field=text_field, streaming=True)
     loaded, tokenizer = load_causal_lm(model)
@@ -135,7 +135,7 @@ def translate(
     from ..evaluation.translation import score_translations
     from ..evaluation.translation import shuffle_sources as shuffle
     from ..evaluation.translation import translate as translate_texts
-    from ..hub.loading import load_seq2seq_lm
+    from ..loading.models import load_seq2seq_lm
 
     pairs: Any = None if texts else load_translation_pairs(data, source_field, target_field, split)
     loaded, tokenizer = load_seq2seq_lm(model)

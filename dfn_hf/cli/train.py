@@ -80,7 +80,7 @@ def lm(
 
     from ..assets.tokenizers import load_tokenizer
     from ..data.lm_blocks import text_blocks
-    from ..hub.loading import load_causal_lm
+    from ..loading.models import load_causal_lm
     from ..presets import new_causal_lm
     from ..training.trainer import train_model
 
@@ -184,7 +184,7 @@ def seq2seq(
 
     from ..assets.tokenizers import load_tokenizer
     from ..data.pairs import load_pairs, training_pairs
-    from ..hub.loading import load_seq2seq_lm
+    from ..loading.models import load_seq2seq_lm
     from ..seq2seq_presets import new_seq2seq_lm
     from ..training.trainer import train_model
 

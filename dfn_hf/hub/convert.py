@@ -9,14 +9,14 @@ from transformers import AutoModelForCausalLM
 from ..conversion.llama import llama_to_dfn
 from ..conversion.plan import plan_conversion
 from ..conversion.report import ConversionReport
+from ..loading.config_check import load_checked_config
+from ..loading.errors import explain_hub_errors
+from ..loading.model_path import resolve_source
+from ..loading.tokenizer_files import check_tokenizer_files, load_checked_tokenizer
+from ..loading.weights_check import check_weights
 from ..registration import register_families
 from ..storage.output_folder import atomic_output_dir, prepare_new_folder
-from .config_check import load_checked_config
-from .load_errors import explain_hub_errors
 from .model_card import conversion_card
-from .model_path import resolve_source
-from .tokenizer_files import check_tokenizer_files, load_checked_tokenizer
-from .weights_check import check_weights
 
 LLAMA_SETTINGS = ("position_dim", "num_neighbors", "local_window")
 

@@ -17,12 +17,12 @@ from transformers import (
     PreTrainedConfig,
 )
 
+from ..loading.errors import explain_damage
+from ..loading.model_path import resolve_source
+from ..loading.models import is_native, load_config
+from ..loading.weight_files import read_headers, weight_files
 from .cache_size import cache_bytes_per_token
-from .load_errors import explain_damage
-from .loading import is_native, load_config
 from .model_card import read_provenance
-from .model_path import resolve_source
-from .weight_files import read_headers, weight_files
 
 OTHER_HEADS = {"DFNForFieldReconstruction": AutoModelForPreTraining, "DFNForContrastive": AutoModelForTextEncoding}
 BUFFERS = ("global_memory", "grid_rotation", "grid_shift", "memory", "memory_bank")  # saved, but not parameters

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .model_path import HUB_ID
+from ..loading.model_path import HUB_ID
 
 PATH_FIELDS = ("name_or_path", "_file")  # endings of the JSON fields in which transformers and PEFT store paths
 MIN_PARTS = 3  # "/data/models" has 3 parts; the paths of shorter folders, such as /tmp, are not private

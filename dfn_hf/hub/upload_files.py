@@ -10,10 +10,10 @@ from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_imports
 
-from .loading import check_saved_model
-from .model_files import REMEDY, read_json_object
+from ..loading.model_files import REMEDY, read_json_object
+from ..loading.models import check_saved_model
+from ..loading.weight_files import read_headers, weight_files
 from .upload_texts import clean_configs, clean_texts, read_text
-from .weight_files import read_headers, weight_files
 
 CARD = "README.md"
 CONFIG = "config.json"

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from .model_files import read_json_object
+from ..loading.model_files import read_json_object
 from .private_paths import find_private_path, without_paths
 
 ADAPTER_CONFIG, ADAPTER_CARD = "adapter/adapter_config.json", "adapter/README.md"

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_serve_available
 
-from ..hub.loading import check_causal_lm
-from ..hub.model_path import resolve_source
+from ..loading.model_path import resolve_source
+from ..loading.models import check_causal_lm
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp

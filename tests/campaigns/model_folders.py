@@ -17,8 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from dfn_hf.assets.tokenizers import load_tokenizer
 from dfn_hf.cli.errors import is_user_error
 from dfn_hf.hub.convert import convert
-from dfn_hf.hub.loading import load_causal_lm, load_seq2seq_lm
 from dfn_hf.hub.model_info import describe_model
+from dfn_hf.loading.models import load_causal_lm, load_seq2seq_lm
 from dfn_hf.messages import message_of
 from tests.campaigns.mutations import mutate_bytes, mutate_json, mutate_json_text, mutate_safetensors
 from tests.support.native_checkpoints import random_checkpoint

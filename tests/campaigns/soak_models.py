@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from dfn_hf.hub.loading import load_causal_lm, load_seq2seq_lm
+from dfn_hf.loading.models import load_causal_lm, load_seq2seq_lm
 
 BUNDLED = ("dfn-tiny", "dfn-bytes", "flownetwork-tiny", "liquid-tiny")
 PROMPT = "In the beginning"

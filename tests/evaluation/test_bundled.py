@@ -8,7 +8,7 @@ from transformers import pipeline, set_seed
 import dfn_hf
 from dfn_hf.assets.corpus import load_corpus
 from dfn_hf.evaluation.language_model import evaluate_causal_lm
-from dfn_hf.hub.loading import load_causal_lm
+from dfn_hf.loading.models import load_causal_lm
 
 PROMPTS = ("MACBETH.\nI have", "And God said", "Enter KING HENRY", "And it came to pass", "O Romeo,")
 WORD = re.compile(r"[A-Za-z]+(?:['’][A-Za-z]+)*")

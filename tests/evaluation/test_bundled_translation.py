@@ -7,7 +7,7 @@ import pytest
 import dfn_hf
 from dfn_hf.assets.verses import load_verses
 from dfn_hf.evaluation.translation import score_translations, shuffle_sources, translate
-from dfn_hf.hub.loading import load_seq2seq_lm
+from dfn_hf.loading.models import load_seq2seq_lm
 
 MAX_BYTES = 12 * 2**20
 MIN_GAIN = 10  # chrF over shuffled sources

@@ -119,7 +119,8 @@ def test_push_commands_upload_private_models_with_their_cards(address, tmp_path)
             if "tester/trained" in command or "push" in command:
                 kind = "public" if "--public" in command else "private"
                 assert f"to the new {kind} repository" in result.output, result.output
-                assert result.output.rstrip().endswith(f"({kind})") and "does not upload" in result.output, result.output
+                assert result.output.rstrip().endswith(f"({kind})"), result.output
+                assert "does not upload" in result.output, result.output
         assert "Trained on text.txt" in result.output, result.output
         """,
         address,

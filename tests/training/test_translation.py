@@ -21,7 +21,7 @@ from dfn_hf.assets.verses import load_verses
 from dfn_hf.cli.app import app
 from dfn_hf.data.pairs import encode_pairs, load_pairs, training_pairs
 from dfn_hf.evaluation.translation import score_translations, shuffle_sources, translate
-from dfn_hf.hub.loading import load_seq2seq_lm
+from dfn_hf.loading.models import load_seq2seq_lm
 from dfn_hf.seq2seq_presets import new_seq2seq_lm
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 16, "moe_intermediate_size": 8}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from ...hub.tokenizer_files import load_checked_tokenizer
+from ...loading.tokenizer_files import load_checked_tokenizer
 from ...messages import message_of
 
 BUNDLED = ("bpe", "byte", "bpe-en-es")

@@ -22,8 +22,8 @@ from dfn_hf.assets.corpus import load_corpus
 from dfn_hf.assets.verses import load_verses
 from dfn_hf.data.pairs import encode_pairs
 from dfn_hf.evaluation.language_model import evaluate_causal_lm
-from dfn_hf.hub.bundled import checkpoint_path
-from dfn_hf.hub.loading import load_config
+from dfn_hf.loading.bundled import checkpoint_path
+from dfn_hf.loading.models import load_config
 
 from ..harness.environment import describe_machine
 from ..harness.results import ResultsFile, markdown_table

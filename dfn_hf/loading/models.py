@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from .config_check import check_generation_config, load_checked_config
-from .load_errors import explain_damage, explain_hub_errors
+from .errors import explain_damage, explain_hub_errors
 from .model_files import REMEDY, find_file, read_json_object
 from .model_path import resolve_source
 from .tokenizer_files import check_tokenizer_files, load_checked_tokenizer

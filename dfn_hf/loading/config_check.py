@@ -9,7 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, GenerationConfig, PreTraine
 
 from ..messages import number_text
 from ..registration import register_families
-from .load_errors import explain_damage, explain_hub_errors
+from .errors import explain_damage, explain_hub_errors
 from .model_files import REMEDY, find_file, read_json_object
 
 # Fields by which configurations build lists or modules, in the names of any family.

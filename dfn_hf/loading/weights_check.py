@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from .config_check import numbers
-from .load_errors import explain_damage
+from .errors import explain_damage
 from .weight_files import Header, read_headers, weight_files
 
 # Fields whose layers hold weights of their own.

@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from .load_errors import explain_damage
+from .errors import explain_damage
 from .model_files import REMEDY, find_file, read_json_object
 
 # The order in which transformers looks for weights.

@@ -5,7 +5,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .load_errors import RUST_PANIC, explain_damage, explain_hub_errors
+from .errors import RUST_PANIC, explain_damage, explain_hub_errors
 from .model_files import find_file, read_json_object
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")

@@ -14,9 +14,9 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, T5Config, T5F
 from dfn_hf import DFNConfig, DFNForFieldReconstruction, DFNNativeConfig
 from dfn_hf.assets.tokenizers import load_tokenizer
 from dfn_hf.cli.draw import draw_field
-from dfn_hf.hub.load_errors import explain_damage
-from dfn_hf.hub.loading import check_causal_lm, check_saved_model, load_causal_lm, load_config, load_seq2seq_lm
 from dfn_hf.hub.model_info import describe_model
+from dfn_hf.loading.errors import explain_damage
+from dfn_hf.loading.models import check_causal_lm, check_saved_model, load_causal_lm, load_config, load_seq2seq_lm
 from tests.campaigns.mutations import mutate_bytes, mutate_json, mutate_json_text, mutate_safetensors
 from tests.support.small_models import make_small_model
 
