@@ -58,7 +58,7 @@ def open_and_close(number: int) -> bool:
 
 
 class Clock(BaseStreamer):
-    """Records the time of each token and, every 100 tokens, the memory."""
+    """Records the processor time of each token and, every 100 tokens, the memory."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -67,7 +67,7 @@ class Clock(BaseStreamer):
     def put(self, value: torch.Tensor) -> None:
         if len(self.times) % 100 == 0:
             self.memory.append(resident_bytes())
-        self.times.append(time.perf_counter())
+        self.times.append(time.process_time())
 
     def end(self) -> None:
         """The stream has ended."""
@@ -81,7 +81,8 @@ def stream(name: str, tokens: int) -> bool:
     steps = np.diff(clock.times[1:])  # without the prompt
     pieces = [1e3 * float(np.median(piece)) for piece in np.array_split(steps, PIECES)]
     early, late = np.mean(pieces[PIECES // 4 : PIECES // 2]), np.mean(pieces[-PIECES // 4 :])
-    print(f"{name}: ms per token, median of each of {PIECES} parts: {' '.join(f'{piece:.1f}' for piece in pieces)}")
+    listed = " ".join(f"{piece:.1f}" for piece in pieces)
+    print(f"{name}: ms of processor time per token, median of each of {PIECES} parts: {listed}")
     print(
         f"{name}: {len(steps):,} tokens, {late / early:.2f} x, {slope(clock.memory) / 100:+,.0f} bytes per token",
         flush=True,
