@@ -27,7 +27,7 @@ conformance: $(INSTALLED)
 smoke: $(INSTALLED)
 	$(BIN)/dfn-hf bench --smoke
 
-# Campaigns of hostile input, kills and long use: make fuzz MINUTES=60, make kill KILLS=1000, make soak MINUTES=60.
+# Test campaigns of random hostile input, killed processes and long runs: make fuzz MINUTES=60, make kill KILLS=1000, make soak MINUTES=60.
 MINUTES ?= 10
 KILLS ?= 100
 CAMPAIGN := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.campaigns
