@@ -12,7 +12,7 @@ from ..registration import register_families
 from .errors import explain_damage, explain_hub_errors
 from .model_files import REMEDY, find_file, read_json_object
 
-# Fields by which configurations build lists or modules, in the names of any family.
+# Names of the fields, in any family, that set a number of modules or a size.
 LAYER_COUNT = re.compile(r"(^n|num)_\w*(layer|block|stage)s?$|_layers$|^depth$")
 OTHER_COUNT = re.compile(r"(^n|num)_\w*(expert|head|label|group|table|pattern)s?$|_heads$")
 SIZE = re.compile(r"_(dim|size|rank)s?$|^d_\w+$|^n_embd$")
@@ -21,7 +21,7 @@ MAX_OTHER_COUNT = 2**16
 MAX_VOCABULARY = 2**28
 MAX_WIDTH = 2**24
 MAX_NUMBER = 2**63  # the range of sizes in torch
-# Fields of generation_config.json, which transformers reads without a check of their types.
+# Fields of generation_config.json whose types transformers does not check.
 BOOLEANS = {
     "do_sample",
     "output_attentions",
@@ -82,27 +82,26 @@ def load_checked_config(path: str) -> PreTrainedConfig:
 
 
 def check_fields_of(content: dict[str, Any], file: Path) -> None:
-    """Raise ValueError for an unknown family, names of classes of a wrong type, and numbers that are too large."""
+    """Raise ValueError for an unknown family, class names that are not strings, and numbers that are too large."""
     model_type = content.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
-        given = "has no model_type" if "model_type" not in content else f"has the model_type {str(model_type)[:80]!r}"
+        if "model_type" not in content:
+            raise ValueError(f"{file} has no model_type: {REMEDY}")
         raise ValueError(
-            f"{file} {given}, and neither dfn-hf nor transformers {__version__} holds the code of such a model: use "
-            "a model of a known family"
+            f"{file} has the model_type {str(model_type)[:80]!r}, which neither dfn-hf nor transformers {__version__} "
+            "supports: use a model of a supported family"
         )
     architectures = content.get("architectures") or []
     if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
-        raise ValueError(f"{file} is damaged: architectures is not a list of names of classes; {REMEDY}")
+        raise ValueError(f"{file} is damaged: architectures is not a list of class names; {REMEDY}")
     for field, value in numbers(content):
         maximum = largest(field.rpartition(".")[2])
         if isinstance(value, int) and abs(value) > maximum:
-            raise ValueError(
-                f"{file} gives {field} {number_text(value)}, but at most {maximum} is possible: correct it"
-            )
+            raise ValueError(f"{file} sets {field} to {number_text(value)}, beyond the limit of {maximum}: correct it")
 
 
 def largest(field: str) -> int:
-    """Return the largest possible value of a field of any family, by its name."""
+    """Return the maximum of a field, which follows from its name in any family."""
     if LAYER_COUNT.search(field):
         return MAX_LAYERS
     if OTHER_COUNT.search(field):
@@ -116,7 +115,7 @@ def check_dtype(config: PreTrainedConfig, file: Path) -> None:
     """Raise ValueError unless the model computes in a floating-point type; None is the default type."""
     name = str(config.dtype).removeprefix("torch.")
     if config.dtype is not None and name not in FLOAT_TYPES:
-        raise ValueError(f"{file} gives dtype {name[:80]!r}: use one of {', '.join(FLOAT_TYPES)}")
+        raise ValueError(f"{file} sets dtype to {name[:80]!r}: use one of {', '.join(FLOAT_TYPES)}")
 
 
 def check_generation_config(path: str) -> None:
@@ -127,12 +126,12 @@ def check_generation_config(path: str) -> None:
     content = read_json_object(file)
     for field, value in numbers(content):
         if isinstance(value, int) and abs(value) >= MAX_NUMBER:
-            raise ValueError(f"{file} gives {field} {number_text(value)}, which is out of range: correct it")
+            raise ValueError(f"{file} sets {field} to {number_text(value)}, which is out of range: correct it")
     for fields, types, kind in ((BOOLEANS, bool | None, "true or false"), (NUMBERS, int | float | None, "a number")):
         for field in sorted(fields & content.keys()):
             if not isinstance(content[field], types):
                 given = str(content[field])[:80]
-                raise ValueError(f"{file} gives {field} {given!r}, which must be {kind}: correct it")
+                raise ValueError(f"{file} sets {field} to {given!r}, which must be {kind}: correct it")
     with explain_damage(str(file)):
         GenerationConfig.from_dict(content)
 

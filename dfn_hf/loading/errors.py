@@ -1,4 +1,4 @@
-"""Turns any exception of a library that loads a part of a model into one sentence that names the part."""
+"""Turns the exceptions of libraries that load a part of a model into one sentence that names the part."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from ..extras import missing_extra
 from ..messages import message_of
 from .model_files import REMEDY
 
-# Parts of messages of libraries whose advice is not followed here: running the code of a folder, unpickling objects.
+# Words in messages of libraries that advise something unsafe: running the code of a folder, unpickling objects.
 REMOTE_CODE_ADVICE = "trust_remote_code"
 RUST_PANIC = "PanicException"
 PICKLE_ADVICE = ("weights_only", "WeightsUnpickler", "Unsupported operand")
@@ -16,13 +16,17 @@ PICKLE_ADVICE = ("weights_only", "WeightsUnpickler", "Unsupported operand")
 
 @contextmanager
 def explain_damage(part: str | Callable[[], str]) -> Iterator[None]:
-    """Raise whatever a library raises about `part` as a ValueError; an `OSError` and a lack of memory are kept.
+    """Raise whatever a library raises about `part` as a ValueError, except an `OSError` and a lack of memory.
 
     Tokenizers and transformers raise exceptions of every class for damaged files. A panic of Rust does not derive from
     `Exception`.
 
     Args:
         part: the file or the files that are loaded; a function is called when there is an error.
+
+    Raises:
+        ValueError: the library has raised an error; the message names `part`.
+        MemoryError: there is not enough memory.
     """
     try:
         yield
@@ -40,10 +44,13 @@ def explain_damage(part: str | Callable[[], str]) -> Iterator[None]:
 
 
 def damage(part: str, error: BaseException) -> str:
-    """One sentence about an error of loading `part`, without the advice of libraries that is unsafe."""
+    """Return one sentence about an error of loading `part`, without unsafe advice of libraries."""
     message = message_of(error)
     if REMOTE_CODE_ADVICE in message:
-        return f"{part} needs Python code that dfn-hf does not run: use a model of a family that transformers holds"
+        return (
+            f"{part} needs Python code that dfn-hf does not run: use a model of a family that dfn-hf or transformers "
+            "supports"
+        )
     if any(advice in message for advice in PICKLE_ADVICE):
         return (
             f"{part} is damaged or holds objects other than tensors, which dfn-hf does not load: save the model again "

@@ -34,7 +34,7 @@ HEADS = {
     "ForContrastive": AutoModelForTextEncoding,
     "Model": AutoModel,
 }
-NO_LANGUAGE_MODELS = {
+NOT_LANGUAGE_MODELS = {
     "DFNForFieldReconstruction": "a model of fields: use `dfn-hf plot MODEL picture.png --field FILE`, or load it "
     "with its class",
     "DFNForContrastive": "an embedding model: load it with its class",
@@ -42,7 +42,11 @@ NO_LANGUAGE_MODELS = {
 
 
 def load_config(source: str) -> PreTrainedConfig:
-    """Load the configuration of the model at `source`; see `resolve_source`."""
+    """Load the configuration of the model at `source`; see `resolve_source`.
+
+    Raises:
+        ValueError: `source` is not a model, or its config.json is damaged.
+    """
     return load_checked_config(resolve_source(source))
 
 
@@ -50,6 +54,9 @@ def load_causal_lm(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     """Load the causal language model and the tokenizer at `source`; see `resolve_source`.
 
     The model is in evaluation mode, and on the GPU if there is one.
+
+    Raises:
+        ValueError: see `load_model`.
     """
     return load_model(source, AutoModelForCausalLM)
 
@@ -81,7 +88,7 @@ def load_model(source: str, auto_class: Any) -> tuple[PreTrainedModel, PreTraine
 
 
 def load_weights(path: str, model_class: Any) -> PreTrainedModel:
-    """Load the model of a folder or a Hub id, every weight of it.
+    """Load the model of a folder or a Hub id, with all its weights.
 
     Args:
         path: a folder or a Hub id. If it holds an adapter, the adapter is added to the model that it names.
@@ -159,18 +166,18 @@ def check_kind(source: str, *, encoder_decoder: bool) -> None:
             f"{source} computes the function of an original checkpoint and is not a language model: load it with "
             "transformers.AutoModel, or convert the original without --native"
         )
-    for architecture, remedy in NO_LANGUAGE_MODELS.items():
+    for architecture, remedy in NOT_LANGUAGE_MODELS.items():
         if architecture in (config.architectures or ()):
             raise ValueError(f"{source} is a {architecture}, {remedy}")
     if bool(config.is_encoder_decoder) == encoder_decoder:
         return
     if encoder_decoder:
         raise ValueError(
-            f"{source} is a {config.model_type}, a causal language model, and this needs an encoder-decoder: use "
+            f"{source} is a {config.model_type}, a causal language model, but an encoder-decoder is needed: use "
             "dfn-hf generate, evaluate or train lm"
         )
     raise ValueError(
-        f"{source} is a {config.model_type}, an encoder-decoder, and this needs a causal language model: use "
+        f"{source} is a {config.model_type}, an encoder-decoder, but a causal language model is needed: use "
         "dfn-hf translate or train seq2seq"
     )
 

@@ -31,7 +31,7 @@ def load_checked_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
 
 def suspects(path: str, files: list[Path]) -> str:
-    """Name the file that keeps the tokenizer from loading, or the files of which it is one."""
+    """Name the file that keeps the tokenizer from loading, or all files that may do so."""
     for file in files:
         if file.name == "tokenizer.json":
             try:

@@ -17,7 +17,7 @@ FILE_NAMES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_
 
 @dataclass(frozen=True)
 class Header:
-    """Entry of a tensor in a weights file.
+    """Entry of a tensor in the header of a weight file.
 
     Attributes:
         shape: shape of the tensor.
@@ -36,7 +36,7 @@ def weight_files(path: str, explicit: str | None = None) -> list[Path]:
         explicit: name of the file that the configuration gives (`transformers_weights`), or None.
 
     Raises:
-        ValueError: the index of the shards is damaged, or names a file that is missing or outside of the folder.
+        ValueError: the index of the shards is damaged, or names a file that is missing or outside the folder.
     """
     for name in FILE_NAMES if explicit is None else (explicit,):
         check_file_name(name, f"{path}/config.json")
@@ -47,7 +47,11 @@ def weight_files(path: str, explicit: str | None = None) -> list[Path]:
 
 
 def shards(path: str, index: Path) -> list[Path]:
-    """Return the files that an index names."""
+    """Return the files that an index names.
+
+    Raises:
+        ValueError: the index is damaged, or names a file that is missing or outside the folder.
+    """
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"{index} is damaged: its weight_map does not map names of weights to files; {REMEDY}")
@@ -64,7 +68,7 @@ def shards(path: str, index: Path) -> list[Path]:
 
 
 def check_file_name(name: Any, where: str) -> None:
-    """Raise ValueError unless `name` is the name of a file of weights, without folders."""
+    """Raise ValueError unless `name` is the name of a weight file, without folders."""
     if not isinstance(name, str) or name != Path(name).name or not name.endswith((".safetensors", ".bin", ".json")):
         raise ValueError(
             f"{where} names {str(name)[:80]!r} as weights: only .safetensors and .bin files beside it are read"

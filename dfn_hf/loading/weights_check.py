@@ -14,7 +14,7 @@ from .config_check import numbers
 from .errors import explain_damage
 from .weight_files import Header, read_headers, weight_files
 
-# Fields whose layers hold weights of their own.
+# Fields that count layers with weights of their own.
 LAYERS = re.compile(r"(n|num)(_hidden|_encoder|_decoder|_lstm)?_layers?|(encoder|decoder)_layers")
 SHOWN = 3  # names of weights in a message
 REMEDY = "use the config.json and the weights of one save_pretrained call, or copy or download both again"
@@ -38,12 +38,12 @@ def check_weights(path: str, config: PreTrainedConfig, auto_class: Any) -> None:
     if not files or getattr(config, "quantization_config", None) is not None:
         return
     headers = read_headers(files)
-    place = str(files[0]) if len(files) == 1 else f"the {len(files)} files of weights in {path}"
+    place = str(files[0]) if len(files) == 1 else f"the {len(files)} weight files in {path}"
     check_layer_counts(config, len(headers), place)
     with explain_damage(f"{path}/config.json"), torch.device("meta"):
         is_auto_class = not issubclass(auto_class, PreTrainedModel)
         model_class = type(auto_class.from_config(config, trust_remote_code=False)) if is_auto_class else auto_class
-    with explain_damage(f"{path}/config.json"), report_becomes_an_error():
+    with explain_damage(f"{path}/config.json"), without_load_report():
         tensors = {name: torch.empty(header.shape, device="meta") for name, header in headers.items()}
         model, found = model_class.from_pretrained(
             None,
@@ -58,7 +58,7 @@ def check_weights(path: str, config: PreTrainedConfig, auto_class: Any) -> None:
 
 
 def check_layer_counts(config: PreTrainedConfig, num_weights: int, place: str) -> None:
-    """Raise ValueError for more layers than weights: a model of a thousand layers takes long to build.
+    """Raise ValueError for more layers than weights, because a model with a thousand layers takes long to build.
 
     Args:
         config: the configuration.
@@ -68,7 +68,7 @@ def check_layer_counts(config: PreTrainedConfig, num_weights: int, place: str) -
     for field, value in numbers(config.to_dict()):
         if LAYERS.fullmatch(field.rpartition(".")[2]) and value > num_weights:
             raise ValueError(
-                f"{place} does not fit config.json: it holds {num_weights} weights, too few for {field} {value}: "
+                f"{place} does not fit config.json: it holds {num_weights} weights, too few for {field} = {value}: "
                 f"{REMEDY}"
             )
 
@@ -85,18 +85,16 @@ def check_loading_info(found: Mapping[str, Any], place: str) -> None:
         for name, stored, expected in sorted(found["mismatched_keys"], key=lambda entry: str(entry[0]))
     ]
     problems = [
-        describe(found["missing_keys"], "is missing", "are missing"),
-        describe(found["unexpected_keys"], "is unexpected", "are unexpected"),
-        describe(mismatched, "has another shape", "have other shapes"),
+        describe(found["missing_keys"], "weight is missing", "weights are missing"),
+        describe(found["unexpected_keys"], "weight is unexpected", "weights are unexpected"),
+        describe(mismatched, "weight has another shape", "weights have other shapes"),
     ]
     if any(problems):
-        raise ValueError(
-            f"{place} does not fit config.json: of the weights {', '.join(filter(None, problems))}: {REMEDY}"
-        )
+        raise ValueError(f"{place} does not fit config.json: {', '.join(filter(None, problems))}: {REMEDY}")
 
 
 def describe(names: Iterable[str], singular: str, plural: str) -> str:
-    """Number, verb and first names of some weights; an empty string for none."""
+    """Return the number of weights, what is wrong with them and the first names; an empty string for no weights."""
     ordered = sorted(map(str, names))
     if not ordered:
         return ""
@@ -112,13 +110,13 @@ def check_types(headers: Mapping[str, Header], expected: Mapping[str, torch.Tens
         if name in expected and expected[name].is_floating_point() and not header.is_float
     ]
     if wrong:
-        verdict = describe(wrong, "is not a floating-point tensor", "are not floating-point tensors")
-        raise ValueError(f"{place} does not fit config.json: of the weights {verdict}: {REMEDY}")
+        verdict = describe(wrong, "weight is not a floating-point tensor", "weights are not floating-point tensors")
+        raise ValueError(f"{place} does not fit config.json: {verdict}: {REMEDY}")
 
 
 @contextmanager
-def report_becomes_an_error() -> Iterator[None]:
-    """Drop transformers' table of missing weights and its progress bar while the names are compared.
+def without_load_report() -> Iterator[None]:
+    """Hide transformers' table of missing weights and its progress bar while the names are compared.
 
     `check_loading_info` raises an error for everything that the table would report.
     """

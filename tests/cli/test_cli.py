@@ -303,7 +303,7 @@ def test_missing_weights_are_one_sentence_and_a_whole_model_is_silent(model, tmp
             assert (ended.returncode, ended.stderr) == (0, "")
         else:
             assert ended.returncode == 1 and len(ended.stderr.splitlines()) == 1
-            assert f"model.safetensors does not fit config.json: of the weights 1 is missing ({name})" in ended.stderr
+            assert f"model.safetensors does not fit config.json: 1 weight is missing ({name})" in ended.stderr
 
 
 def test_missing_extras_are_named():
