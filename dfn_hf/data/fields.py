@@ -86,7 +86,7 @@ def read_npy(path: str | Path) -> np.ndarray:
     """Read a `.npy` file. The header is checked before memory is allocated, and objects are not unpickled.
 
     Raises:
-        ValueError: the file is missing, damaged, cut, or holds objects.
+        ValueError: the file is missing, damaged, truncated, or holds objects.
     """
     formats = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     with explain_read_errors(path, "an array that numpy.save wrote"), open(path, "rb") as file:
@@ -100,7 +100,7 @@ def read_npy(path: str | Path) -> np.ndarray:
             raise ValueError(f"its shape is {list(shape)}")
         expected, found = math.prod(shape) * dtype.itemsize, os.fstat(file.fileno()).st_size - file.tell()
         if found < expected:
-            raise ValueError(f"the header promises {expected:,} bytes of values, the file holds {found:,}")
+            raise ValueError(f"the header declares {expected:,} bytes of values, but the file holds {found:,}")
         file.seek(0)
         return np.load(file, allow_pickle=False)
 
@@ -147,8 +147,8 @@ def read_wav(path: str | Path) -> tuple[np.ndarray, int]:
         The samples, uint8 or int16 `[length, channels]`, and the sampling rate in Hz.
 
     Raises:
-        ValueError: the file is missing, damaged or cut, not a PCM WAV file, has another sample width, or holds no
-            sample.
+        ValueError: the file is missing, damaged or truncated, is not a PCM WAV file, has another sample width, or
+            holds no sample.
     """
     kind = "a PCM WAV file"
     with explain_read_errors(path, kind), wave.open(str(path), "rb") as file:
@@ -159,7 +159,9 @@ def read_wav(path: str | Path) -> tuple[np.ndarray, int]:
         raise ValueError(f"{path} has {8 * width} bits per sample: convert it to 8 or 16 bits")
     if len(frames) != num_frames * channels * width:
         found = len(frames) // (channels * width)
-        raise damaged(path, kind, ValueError(f"the header promises {num_frames:,} frames, the file holds {found:,}"))
+        raise damaged(
+            path, kind, ValueError(f"the header declares {num_frames:,} frames, but the file holds {found:,}")
+        )
     if not frames:
         raise ValueError(f"{path} holds no sample: remove it from the data")
     if rate < 1:

@@ -22,9 +22,10 @@ DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     ".xz": partial(lzma.LZMADecompressor, lzma.FORMAT_XZ),
 }
 CHUNK_BYTES = 2**16
-# Text shrinks to a tenth of its size, and images to a fiftieth. A larger factor was made to fill the memory.
+# Text compresses by a factor of about 10, and images by about 50. A much larger factor suggests a file that was made
+# to fill the memory.
 MAX_EXPANSION = 200
-FREE_BYTES = 2**26
+FREE_BYTES = 2**26  # content up to this size is accepted at any factor
 
 KINDS = {
     stat.S_IFDIR: "a folder",
@@ -79,7 +80,7 @@ def files_below(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     visited = set()
     for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         status = os.stat(parent)
-        if (status.st_dev, status.st_ino) in visited:  # a link to a folder that was searched
+        if (status.st_dev, status.st_ino) in visited:  # a link to a folder that has been searched
             folders.clear()
             continue
         visited.add((status.st_dev, status.st_ino))
@@ -103,7 +104,7 @@ def check_file(path: str | os.PathLike[str]) -> None:
         raise unreadable(path, error) from error
     if not stat.S_ISREG(mode):
         kind = KINDS.get(stat.S_IFMT(mode), "not a file")
-        raise ValueError(f"{path} is {kind}: give a regular file, because data is read several times")
+        raise ValueError(f"{path} is {kind}: give a regular file, because data are read several times")
 
 
 def unreadable(path: Any, error: OSError) -> ValueError:
@@ -160,7 +161,7 @@ def open_text(path: str) -> Iterator[TextIO]:
             raise unreadable(path, error) from error
         raise ValueError(f"{path} is damaged ({error}): compress or copy it again") from error
     except (EOFError, lzma.LZMAError, zlib.error) as error:
-        raise ValueError(f"{path} is cut or damaged ({error}): compress or copy it again") from error
+        raise ValueError(f"{path} is truncated or damaged ({error}): compress or copy it again") from error
 
 
 def open_bytes(path: str) -> IO[bytes]:
@@ -184,12 +185,12 @@ def gzip_chunks(path: str) -> Iterator[bytes]:
 
 
 def stream_chunks(path: str, new_decompressor: Callable[[], Any]) -> Iterator[bytes]:
-    """Yield the content of all streams of a bzip2 or xz file in chunks; zeros may follow a stream.
+    """Yield the content of all streams of a bzip2 or xz file in chunks; zero bytes may follow a stream.
 
     The file objects of `bz2` and `lzma` skip the rest of a file if a stream after the first is damaged.
 
     Raises:
-        EOFError: the last stream is cut.
+        EOFError: the last stream is truncated.
         OSError, lzma.LZMAError: the file is damaged.
     """
     with open(path, "rb") as file:
@@ -215,14 +216,15 @@ def bounded(chunks: Iterator[bytes], path: str, limit: int) -> Generator[bytes, 
         count += len(chunk)
         if count > limit:
             raise ValueError(
-                f"{path} expands to more than {MAX_EXPANSION} times its size: decompress it if it is not damaged"
+                f"{path} expands to more than {MAX_EXPANSION} times its size: if it is not damaged, decompress it "
+                "first"
             )
         if chunk:
             yield chunk
 
 
 class ChunkReader(io.RawIOBase):
-    """A binary stream of chunks that are not empty."""
+    """A binary file object over an iterator of chunks, none of which is empty."""
 
     def __init__(self, chunks: Generator[bytes, None, None]) -> None:
         self.chunks = chunks

@@ -42,7 +42,7 @@ def text_of(record: Mapping[str, Any], name: str, place: str, remedy: str) -> st
         remedy: what to do if there is no such field.
 
     Raises:
-        ValueError: there is no such field, it holds no string, or the string contains half of a surrogate pair.
+        ValueError: there is no such field, it holds no string, or the string contains a lone surrogate.
     """
     if name not in record:
         raise ValueError(f"{place} has no field {name!r}, only {field_names(record)}: {remedy}")
@@ -53,9 +53,9 @@ def text_of(record: Mapping[str, Any], name: str, place: str, remedy: str) -> st
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            half = f"\\u{ord(text[error.start]):04x}"
+            lone = f"\\u{ord(text[error.start]):04x}"
             raise ValueError(
-                f"{place}: the field {name!r} contains {half}, half of a surrogate pair: remove it or write the pair"
+                f"{place}: the field {name!r} contains {lone}, a lone surrogate: remove it or write the pair"
             ) from error
     return text
 

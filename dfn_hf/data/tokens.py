@@ -12,7 +12,7 @@ def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, **opt
     """Call the tokenizer on texts; `options` are its arguments.
 
     Raises:
-        ValueError: the tokenizer has no token for a part of a text, or a text contains half of a surrogate pair.
+        ValueError: the tokenizer has no token for a part of a text, or a text contains a lone surrogate.
     """
     try:
         return tokenizer(list(texts), verbose=False, **options)
@@ -20,12 +20,14 @@ def encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, **opt
         if type(error) not in (Exception, TypeError):  # what the library tokenizers raises
             raise
         if not all(map(is_unicode, texts)):
-            raise ValueError("a text contains half of a surrogate pair or is not UTF-8: give UTF-8 text") from error
+            raise ValueError(
+                "a text contains a lone surrogate, which is not valid Unicode: give UTF-8 text"
+            ) from error
         raise ValueError(f"the tokenizer cannot encode a text ({error}): use another tokenizer") from error
 
 
 def is_unicode(text: str) -> bool:
-    """Whether `text` has no half of a surrogate pair, which no UTF-8 text contains."""
+    """Whether `text` has no lone surrogates, which cannot be encoded as UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -34,7 +36,7 @@ def is_unicode(text: str) -> bool:
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The largest token id plus 1. `len(tokenizer)` is smaller if the ids have gaps."""
+    """Return the largest token id plus 1. `len(tokenizer)` is smaller if the ids have gaps."""
     return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
 
 

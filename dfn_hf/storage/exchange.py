@@ -14,11 +14,11 @@ RENAME_SWAP = 2  # sys/stdio.h of macOS
 def exchange(first: Path, second: Path) -> None:
     """Exchange two folders of one file system.
 
-    Linux and macOS do it in one step. Where the file system cannot, `second` is renamed to `first` + `.aside` in
-    between.
+    Linux and macOS do it in one step. On file systems that cannot, `second` is first renamed to the name of `first`
+    with the suffix `.aside`.
 
     Raises:
-        OSError: a folder cannot be renamed; both have their own names.
+        OSError: a folder cannot be renamed.
     """
     if exchange_at_once(os.fsencode(first), os.fsencode(second)):
         return
@@ -33,7 +33,7 @@ def exchange(first: Path, second: Path) -> None:
 
 
 def exchange_at_once(first: bytes, second: bytes) -> bool:
-    """Exchange two paths with one call of the system; return False if it has none or it fails."""
+    """Exchange two paths with one system call; return False if there is none or it fails."""
     try:
         libc = ctypes.CDLL(None, use_errno=True)
         if sys.platform == "darwin":

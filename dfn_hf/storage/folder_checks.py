@@ -8,7 +8,8 @@ from .exchange import ASIDE
 from .manifest import PRIVATE, unknown_files
 
 MAX_NAME_BYTES = 255
-ADDED_BYTES = len(f".{PRIVATE}staging-01234567{ASIDE}")  # to the name of a folder that is replaced
+# The most that is added to the name of a folder while it is replaced.
+ADDED_BYTES = len(f".{PRIVATE}staging-01234567{ASIDE}")
 SHOWN = 3
 
 
@@ -24,7 +25,7 @@ def check_writable(folder: Path) -> None:
     while not os.path.lexists(above):
         above = above.parent
     if not above.is_dir():
-        kind = "a link to nothing" if above.is_symlink() else "a file"
+        kind = "a broken link" if above.is_symlink() else "a file"
         raise ValueError(f"{above} is {kind}: give a folder")
     if not os.access(above, os.W_OK | os.X_OK):
         raise ValueError(f"{above} cannot be written: choose another output folder, or change its permissions")
@@ -33,8 +34,8 @@ def check_writable(folder: Path) -> None:
 def check_replaceable(folder: Path, *, ignored: Collection[Path] = ()) -> None:
     """Raise ValueError unless the content of `folder` may be replaced.
 
-    It may if this package wrote all of it, except what is in the folders `ignored`, and if the system can exchange the
-    folder with another one.
+    It may be if this package wrote all of it, except what is in the folders `ignored`, and if the system can exchange
+    the folder with another one.
     """
     shown = folder
     folder = folder.resolve()

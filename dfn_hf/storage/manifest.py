@@ -18,7 +18,7 @@ READ_BYTES = 2**20
 def write_manifest(folder: Path, paths: Iterable[Path] | None = None) -> None:
     """Flush files to the disk, and record them in the manifest of `folder`.
 
-    The manifest appears at once and last, so a folder with a manifest has been written completely.
+    The manifest is written atomically and last, so a folder with a manifest is complete.
 
     Args:
         folder: folder of the manifest.
@@ -53,7 +53,7 @@ def changed_file(folder: Path) -> str | None:
 
 
 def unknown_files(folder: Path) -> list[Path]:
-    """Return what lies below `folder` and is not proven to be written by this package.
+    """Return the files and links below `folder` that this package did not write, or that have changed since.
 
     These are files that no manifest in a folder above them records, files that differ from their record, and links.
     """
@@ -61,7 +61,7 @@ def unknown_files(folder: Path) -> list[Path]:
 
 
 def is_known(path: Path, folder: Path) -> bool:
-    """Whether a manifest in `folder`, or between it and `path`, records the file as it is."""
+    """Whether a manifest in `folder`, or between it and `path`, records the file and the file has not changed."""
     if path.is_symlink() or not path.is_file():
         return False
     if path.name.startswith(PRIVATE):
@@ -76,9 +76,9 @@ def is_known(path: Path, folder: Path) -> bool:
 
 
 def remove_known_files(folder: Path) -> None:
-    """Delete the files below `folder` that a manifest proves, and the folders that become empty, `folder` included.
+    """Delete the known files below `folder` (see `is_known`), and the folders that become empty, `folder` included.
 
-    The manifests go last, so an interrupted deletion can be repeated.
+    The manifests are deleted last, so an interrupted deletion can be repeated.
     """
     known = [path for path in entries_below(folder) if is_known(path, folder)]
     known.sort(key=lambda path: path.name.startswith(PRIVATE))
@@ -127,7 +127,7 @@ def describe_file(path: Path) -> dict[str, object]:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Replace the file at `path` by one with the content `text`; after a crash it holds the old content or the new."""
+    """Write `text` to the file at `path`; after a crash it holds the old content or the new."""
     written = path.with_name(f"{PRIVATE}{path.name}.new")
     with written.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -138,7 +138,7 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Write what the system holds of a file or folder to the disk."""
+    """Wait until the content of a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

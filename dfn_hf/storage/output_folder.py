@@ -19,7 +19,7 @@ from .locks import folder_lock, is_locked
 from .manifest import MANIFEST, PRIVATE, read_manifest, remove_known_files, write_manifest
 
 STAGING = f"{PRIVATE}staging-"
-UNFINISHED = f"{PRIVATE}unfinished"  # a file in a new folder until it is in its place
+UNFINISHED = f"{PRIVATE}unfinished"  # a file in a staging folder that marks new content, until it is in its place
 LAST = ["config.json", MANIFEST]  # moved up after all other files, in this order
 
 
@@ -36,7 +36,7 @@ def atomic_output_dir(folder: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Raises:
         OSError: the disk is full, or a folder cannot be written. The message names the folder.
-        ValueError: a file in `folder` is in the way.
+        ValueError: `folder` may not be replaced, or holds a name of the new content.
     """
     folder = folder.resolve()
     was_there = folder.exists()
@@ -49,7 +49,10 @@ def atomic_output_dir(folder: Path, *, replace: bool = False) -> Iterator[Path]:
             with explain_disk_errors(folder):
                 yield staging
                 write_manifest(staging)
-            check_replaceable(folder) if replace else check_free_names(staging, folder)
+            if replace:
+                check_replaceable(folder)
+            else:
+                check_free_names(staging, folder)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             if not was_there:
@@ -66,7 +69,7 @@ def prepare_new_folder(folder: Path) -> None:
     """Finish or delete what killed processes left in `folder`, and check that it is new or empty.
 
     Raises:
-        ValueError: it is not, or it cannot be written.
+        ValueError: it is not, it cannot be written, or another process is writing to it.
     """
     check_writable(folder)
     recover_output_folder(folder)
@@ -80,7 +83,7 @@ def check_free_names(staging: Path, folder: Path) -> None:
     """Raise ValueError if `folder` holds a name that the staging folder will move there."""
     for path in staging.iterdir():
         if path.name != UNFINISHED and (folder / path.name).exists():
-            raise ValueError(f"{folder / path.name} is in the way of the new model: move it")
+            raise ValueError(f"{folder / path.name} has a name that the new model needs: move it")
 
 
 def move_up(staging: Path, folder: Path) -> None:
@@ -126,9 +129,9 @@ def recover_output_folder(folder: Path) -> None:
 def recover_beside(staging: Path, folder: Path) -> None:
     """Finish or delete a folder that a killed replacement left beside `folder`.
 
-    Before the exchange it is the new folder, with a marker: it is deleted, and the next run writes it again. In an
-    exchange of two steps, `folder` may be missing: the new folder, which is complete, takes its place. After the
-    exchange it is the old folder, without a marker.
+    A folder with the marker `UNFINISHED` is the new one, before the exchange. It is deleted, and the next run writes
+    it again. If `folder` is missing, an exchange in two steps was interrupted, and the new folder, which is complete,
+    takes its place. A folder without the marker is the old one, after the exchange.
     """
     if not (staging / UNFINISHED).exists():
         remove_known_files(staging)

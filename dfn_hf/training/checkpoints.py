@@ -1,4 +1,4 @@
-"""The checkpoints of a training run: which are complete, which to resume from, and which files are the run's own.
+"""The checkpoints of a training run: which are complete, which to resume from, and which files the run wrote.
 
 A checkpoint is complete if it has a manifest and every file agrees with it. Imports the standard library only.
 """
@@ -46,7 +46,7 @@ def prepare_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> Non
         overwrite: allow a model and checkpoints that this package wrote. The trained model will replace them.
 
     Raises:
-        ValueError: it may not; the message names the file that is in the way and the remedy.
+        ValueError: it may not; the message names the file that prevents it and the remedy.
     """
     check_writable(folder)
     recover_output_folder(folder)
@@ -90,10 +90,10 @@ def occupied_message(folder: Path, others: list[Path], resume: bool) -> str:
 
 
 def recover_run(checkpoints: Path) -> dict[str, Any] | None:
-    """Return the record of an interrupted run, and delete what its last save left incomplete; None if there is none.
+    """Return the record of an interrupted run, or None; delete the checkpoints whose save was interrupted.
 
     Raises:
-        ValueError: the run goes on in another process.
+        ValueError: the run continues in another process.
     """
     records = (read_run(folder) for folder in (checkpoints, *reversed(checkpoint_folders(checkpoints))))
     record = next((found for found in records if found is not None), None)
@@ -115,7 +115,7 @@ def check_own_checkpoints(checkpoints: Path) -> None:
 
 
 def write_run(checkpoints: Path, run: dict[str, Any], *, replaces: bool) -> None:
-    """Record what must be equal to resume the run, and whether its model will replace another."""
+    """Record the settings that must be equal to resume the run, and whether its model will replace another."""
     checkpoints.mkdir(parents=True, exist_ok=True)
     write_text_atomically(checkpoints / RUN_FILE, json.dumps({"replaces": replaces, "run": run}, indent=2))
 
@@ -138,7 +138,7 @@ def check_same_run(checkpoint: Path, run: dict[str, Any]) -> None:
         if earlier.get(field) != value:
             raise ValueError(
                 f"the unfinished run in {checkpoint.parents[1]} had {field} = {earlier.get(field)!r}, not {value!r}: "
-                "resume with the same options, or add --overwrite"
+                "resume with the same options and data, or start again with --overwrite instead of --resume"
             )
 
 
@@ -157,8 +157,8 @@ def newest_complete_checkpoint(checkpoints: Path) -> tuple[Path | None, dict[str
     if any(fault != INTERRUPTED for fault in faults.values()):
         listed = ", ".join(f"{name} ({fault})" for name, fault in faults.items())
         raise ValueError(
-            f"no checkpoint in {checkpoints} is complete: {listed}. Restore a file, or start again with --overwrite "
-            "instead of --resume"
+            f"no checkpoint in {checkpoints} is complete: {listed}. Restore a checkpoint, or start again with "
+            "--overwrite instead of --resume"
         )
     return None, faults
 

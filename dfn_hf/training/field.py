@@ -64,7 +64,7 @@ def read_array(file: Path) -> np.ndarray:
     """
     suffix = file.suffix.lower()
     if suffix not in KINDS:
-        raise ValueError(f"{file} is not a field: give a file with the suffix {', '.join(KINDS)}")
+        raise ValueError(f"{file} is not a field: give a file with one of the suffixes {', '.join(KINDS)}")
     if suffix == ".wav":
         return read_sound(file)
     if suffix in IMAGES:

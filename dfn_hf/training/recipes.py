@@ -123,7 +123,9 @@ def train_new_contrastive_model(
     else:
         split = load_pairs(data, source_field=source_field, target_field=target_field)
         if len(split) < 2:
-            raise ValueError(f"{data} holds one pair, and one more is held out for validation: give more pairs")
+            raise ValueError(
+                f"{data} holds one pair, but one is needed for training and one for validation: give more pairs"
+            )
         parts = split.train_test_split(HELD_OUT_FRACTION, seed=settings.seed)
         pairs, held_out = parts["train"], parts["test"]
     folder = Path("." if data is None else data)

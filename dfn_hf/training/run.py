@@ -91,7 +91,7 @@ def begin_run(folder: Path, run: dict[str, Any], *, resume: bool, overwrite: boo
         yield broadcast_object_list([last])[0]
 
 
-def export(
+def save_trained_model(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase | None,
     result: TrainingResult,
@@ -116,7 +116,7 @@ def export(
 
 
 def copy_logs(checkpoints: Path, folder: Path) -> None:
-    """Copy the logs of TensorBoard to `folder`, without the name of this machine in their paths."""
+    """Copy the logs of TensorBoard to `folder`, without the host name in their paths."""
     host = re.compile(rf"[._]{re.escape(socket.gethostname())}(?=[./]|$)")
     for log in files_below(checkpoints / TENSORBOARD):
         copied = folder / host.sub("", log.relative_to(checkpoints).as_posix())
@@ -127,7 +127,7 @@ def copy_logs(checkpoints: Path, folder: Path) -> None:
 def describe_run(
     model: PreTrainedModel, settings: TrainingSettings, provenance: str, examples: Dataset | IterableDataset
 ) -> dict[str, Any]:
-    """Everything that must be equal to resume a run, as JSON values."""
+    """Return the settings that must be equal to resume a run, as JSON values."""
     run = {"provenance": provenance, **dataclasses.asdict(settings), **model.config.to_dict()}
     run["training_data"] = describe_examples(examples)
     run.pop("transformers_version", None)  # may differ when a run is resumed
@@ -135,7 +135,7 @@ def describe_run(
 
 
 def describe_examples(examples: Dataset | IterableDataset) -> str:
-    """Number of examples, and a hash of the first, middle and last one; a stream is not read."""
+    """Return the number of examples and a hash of the first, middle and last one; a stream is not read."""
     if not isinstance(examples, Sized):
         return "a stream"
     digest = hashlib.sha256()

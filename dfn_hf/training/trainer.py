@@ -35,7 +35,7 @@ from .callbacks.flow_memory import FlowMemoryCallback
 from .callbacks.progress_bar import ProgressBarCallback
 from .callbacks.search_switch import SearchSwitchCallback
 from .checkpoints import CHECKPOINTS, remove_interrupted_saves
-from .run import TrainingResult, begin_run, describe_run, export
+from .run import TrainingResult, begin_run, describe_run, save_trained_model
 from .settings import TrainingSettings
 
 
@@ -144,7 +144,8 @@ def train_model(
         result = TrainingResult(output_folder, history, initial_loss, best_loss)
         if trainer.is_world_process_zero():
             trained = trainer.accelerator.unwrap_model(trainer.model)
-            export(trained, tokenizer, result, partial(make_card, settings=asdict(settings), provenance=provenance))
+            card = partial(make_card, settings=asdict(settings), provenance=provenance)
+            save_trained_model(trained, tokenizer, result, card)
         trainer.accelerator.wait_for_everyone()
     return result
 

@@ -231,7 +231,7 @@ def attempt_damaged_field(folder: Path, random: random.Random) -> None:
 
 
 def attempt_odd_array(folder: Path, random: random.Random) -> None:
-    """Save an array of any dtype and shape, or a header that promises one, and read it as a field."""
+    """Save an array of any dtype and shape, or only a header that declares one, and read it as a field."""
     path = folder / "a.npy"
     if random.random() < 0.5:
         dtype = random.choice("? i1 u1 <i2 >u2 i4 i8 u8 f2 >f4 f8 g F D S3 U2 V4 M8[s] m8[s] O".split())

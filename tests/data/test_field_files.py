@@ -46,7 +46,7 @@ def picture(suffix: str) -> bytes:
 
 
 def png_of_size(width: int, height: int) -> bytes:
-    """A PNG whose header promises `width` × `height` pixels and that holds none."""
+    """A PNG whose header declares `width` × `height` pixels, without pixel data."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = [header, b"IDAT" + zlib.compress(b""), b"IEND"]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -89,10 +89,10 @@ def test_pixels_of_32_bits_are_refused(tmp_path):
     ("content", "message"),
     [
         (b"", KINDS["npy"]),
-        (npy(np.ones((9, 9)))[:-1], "the header promises 648 bytes of values, the file holds 647"),
+        (npy(np.ones((9, 9)))[:-1], "the header declares 648 bytes of values, but the file holds 647"),
         (
             npy_header("{'descr': '<f8', 'fortran_order': False, 'shape': (1000000, 1000000)}"),
-            "promises 8,000,000,000",
+            "declares 8,000,000,000",
         ),
         (npy_header("{'descr': '<f8', 'fortran_order': False, 'shape': (-1,)}") + bytes(8), r"its shape is \[-1\]"),
         (npy_header("{'descr': '<f8', 'fortran_order': False, 'shape': (" + "9" * 5000 + ",)}"), KINDS["npy"]),
@@ -129,11 +129,14 @@ def test_arrays_of_all_byte_orders_are_read(tmp_path):
     ("content", "message"),
     [
         (b"", KINDS["wav"]),
-        (wav()[:-3], "the header promises 50 frames, the file holds 48"),
+        (wav()[:-3], "the header declares 50 frames, but the file holds 48"),
         (wav()[:30], KINDS["wav"]),
         (wav(samples=0), "holds no sample"),
-        (wav(channels=2)[:-1], "the header promises 50 frames"),
-        (wav()[:40] + b"\xff\xff\xff\x7f" + wav()[44:], "the header promises 1,073,741,823 frames, the file holds 50"),
+        (wav(channels=2)[:-1], "the header declares 50 frames"),
+        (
+            wav()[:40] + b"\xff\xff\xff\x7f" + wav()[44:],
+            "the header declares 1,073,741,823 frames, but the file holds 50",
+        ),
         (wav()[:22] + b"\x00\x00" + wav()[24:], KINDS["wav"]),
         (wav()[:24] + bytes(4) + wav()[28:], "a sampling rate of 0 Hz"),
     ],
@@ -154,7 +157,7 @@ def test_bad_files_of_pairs_are_named(tmp_path):
 
 
 def test_other_files_are_refused_and_hidden_ones_skipped(tmp_path):
-    refuse(tmp_path / "a.txt", b"text", "a.txt is not a field: give a file with the suffix .png")
+    refuse(tmp_path / "a.txt", b"text", "a.txt is not a field: give a file with one of the suffixes .png")
     (tmp_path / "._a.png").write_bytes(b"resource fork")
     (tmp_path / "b.npy").write_bytes(npy(np.ones(3)))
     assert len(load_arrays(tmp_path)) == 1

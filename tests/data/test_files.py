@@ -99,7 +99,7 @@ def test_names_that_are_not_utf8_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", COMPRESSORS)
-def test_cut_and_damaged_compressed_files_are_named(tmp_path, suffix):
+def test_truncated_and_damaged_compressed_files_are_named(tmp_path, suffix):
     path = tmp_path / f"a.txt{suffix}"
     content = COMPRESSORS[suffix](os.urandom(400).hex().encode())
     path.write_bytes(content)
@@ -107,7 +107,8 @@ def test_cut_and_damaged_compressed_files_are_named(tmp_path, suffix):
         assert len(file.read()) == 800
     for damaged in (content[:-9], content[: len(content) // 2], content[:5], b"", bytes(99), b"plain text"):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=rf"a\.txt\{suffix} is (cut or )?damaged \(.*compress or copy it again"):
+        words = rf"a\.txt\{suffix} is (truncated or )?damaged \(.*compress or copy it again"
+        with pytest.raises(ValueError, match=words):
             load_text(path)
     for place in range(20, len(content) - 20, 7):
         path.write_bytes(content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :])
@@ -125,7 +126,7 @@ def test_all_streams_of_a_compressed_file_are_read(tmp_path, suffix):
             assert len(file.read()) == 2 * (10 + 10**5)
     for rest in (b"garbage", b"\xff" + streams[1][1:], streams[1][:-1]):
         path.write_bytes(streams[0] + rest)
-        with pytest.raises(ValueError, match=rf"a\.txt\{suffix} is (cut or )?damaged"):
+        with pytest.raises(ValueError, match=rf"a\.txt\{suffix} is (truncated or )?damaged"):
             load_text(path)
 
 

@@ -9,8 +9,8 @@ from dfn_hf.data.text import load_text
 
 GOOD = '{"text": "good", "source": "good", "target": "bueno"}\n'
 LINES = {
-    '{"text": "bad \\ud83d", "source": "bad \\ud83d", "target": "x"}': r"contains \\ud83d, half of a surrogate pair",
-    '{"text": "bad \\udc00", "source": "a", "target": "bad \\udc00"}': r"contains \\udc00, half of a surrogate pair",
+    '{"text": "bad \\ud83d", "source": "bad \\ud83d", "target": "x"}': r"contains \\ud83d, a lone surrogate",
+    '{"text": "bad \\udc00", "source": "a", "target": "bad \\udc00"}': r"contains \\udc00, a lone surrogate",
     '{"a":' * 100_000 + "1" + "}" * 100_000: "nests too deeply",
     "[" * 100_000: "nests too deeply",
     '{"n": ' + "9" * 5000 + "}": "is not JSON .*4300 digits",

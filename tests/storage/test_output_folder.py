@@ -77,7 +77,7 @@ def test_a_file_in_the_way_stays(tmp_path):
     folder = tmp_path / "out" / "model"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("mine")
-    with pytest.raises(ValueError, match="config.json is in the way of the new model: move it"):
+    with pytest.raises(ValueError, match="config.json has a name that the new model needs: move it"):
         write(folder, "new")
     assert [path.name for path in folder.iterdir()] == ["config.json"]
     assert (folder / "config.json").read_text() == "mine"
@@ -163,7 +163,7 @@ def test_paths_that_cannot_be_written_are_named(tmp_path, monkeypatch):
     (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
     for path, message in {
         tmp_path / "file" / "model": "file is a file: give a folder",
-        tmp_path / "lost" / "model": "lost is a link to nothing: give a folder",
+        tmp_path / "lost" / "model": "lost is a broken link: give a folder",
         tmp_path / ("n" * 256): "is longer than 255 bytes: shorten it",
     }.items():
         with pytest.raises(ValueError, match=message):

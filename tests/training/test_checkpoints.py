@@ -170,7 +170,7 @@ def test_a_moved_run_resumes(stopped, whole, tmp_path, monkeypatch):
 
 def test_other_training_data_are_refused(stopped, tmp_path):
     shutil.copytree(stopped, tmp_path / "model")
-    with pytest.raises(ValueError, match="had training_data = '12 examples, .*resume with the same options"):
+    with pytest.raises(ValueError, match="had training_data = '12 examples, .*resume with the same options and data"):
         train(tmp_path / "model", resume=True, data_seed=1)
 
 
