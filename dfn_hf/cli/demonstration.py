@@ -93,12 +93,14 @@ def run_demo(output: Path, architecture: str = "dfn", *, steps: int = STEPS) -> 
 
 
 def prepare_demo(output: Path, names: Sequence[str], pictures: Sequence[Path]) -> None:
-    """Raise ValueError unless the models `names` in `output` and the pictures are new or of an earlier demo."""
+    """Raise ValueError unless the models `names` in `output` and the pictures are new or from an earlier demo."""
     for name in names:
         prepare_output_folder(output / name, resume=False, overwrite=True)
     for picture in pictures:
         if picture.exists() and not is_known(picture, output):
-            raise ValueError(f"{picture} was not drawn by a demonstration: move it, or choose another folder")
+            raise ValueError(
+                f"{picture} was not drawn by a demonstration, or has changed since: move it, or choose another folder"
+            )
 
 
 def evaluate_saved(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Evaluation:

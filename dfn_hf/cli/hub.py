@@ -39,7 +39,7 @@ def push(
 ) -> None:
     """Upload a saved model with its code, tokenizer and model card to the Hugging Face Hub.
 
-    Other files of FOLDER stay here. A new repository is private. Example: `dfn-hf push my-model me/my-model`
+    Other files in FOLDER are not uploaded. A new repository is private. Example: `dfn-hf push my-model me/my-model`
     """
     refuse(not (folder / "config.json").is_file(), f"{folder} holds no config.json: give the folder of a saved model")
 
@@ -54,13 +54,18 @@ def serve(
     max_prompt_tokens: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Longest prompt in tokens.", show_default="max_position_embeddings of the model, or 16,384"
+            min=1,
+            help="Maximum length of a prompt in tokens.",
+            show_default="max_position_embeddings of the model, or 16,384",
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens generated for one request.")] = 4096,
-    max_body_bytes: Annotated[int, typer.Option(min=1, help="Largest request body in bytes.")] = 2**18,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Maximum number of tokens generated for one request.")
+    ] = 4096,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Maximum size of a request body in bytes.")] = 2**18,
     max_requests: Annotated[
-        int, typer.Option(min=1, help="Most requests that run or wait at the same time; further ones get status 429.")
+        int,
+        typer.Option(min=1, help="Maximum number of requests that run or wait at the same time; more get status 429."),
     ] = 16,
     allow_origin: Annotated[
         list[str] | None,

@@ -131,5 +131,7 @@ def parse_assignments(option: str, assignments: list[str] | None) -> dict[str, A
         except json.JSONDecodeError:
             values[name] = {"True": True, "False": False}.get(value, value)
         except (ValueError, RecursionError):
-            raise ValueError(f"{option} {name} has a value that cannot be read: give a shorter one") from None
+            raise ValueError(
+                f"{option} {name} has a value that is nested too deeply or has too many digits: give a simpler one"
+            ) from None
     return values

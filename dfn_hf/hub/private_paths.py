@@ -1,4 +1,4 @@
-"""Keeps paths of this machine out of published files. Imports the standard library only."""
+"""Keeps local paths out of published files. Imports the standard library only."""
 
 import os
 import re

@@ -68,7 +68,7 @@ def push_folder(
 
     Only the files of the model are uploaded (`upload_files`). An existing README.md in the repository is kept;
     otherwise the card from `hub_card` is uploaded. Weights of an earlier model are deleted in the same commit. If the
-    upload to a new repository fails, the repository is deleted while it is empty.
+    upload to a new repository fails, the repository is deleted if it is still empty.
 
     Args:
         folder: a transformers folder.
@@ -77,8 +77,8 @@ def push_folder(
         say: receives a line on each step: the files, and the visibility before the upload starts.
 
     Raises:
-        ValueError: `folder` holds no model, a file of it is damaged, a link or names a path of this machine, `repo_id`
-            is not a valid name, or there is no Hub token.
+        ValueError: `folder` holds no model, a file of it is damaged, is a link or contains a local path, `repo_id` is
+            not a valid name, or there is no Hub token.
         OSError: the Hub cannot be reached or refuses the upload.
     """
     folder = Path(folder)
@@ -107,12 +107,12 @@ def push_folder(
 
 
 def described(files: ModelFiles, operations: Sequence[CommitOperation]) -> list[str]:
-    """Lines that name the files that are uploaded, changed, deleted and left."""
+    """Return the lines that name the uploaded, cleaned, kept and deleted files, and those that are not uploaded."""
     uploaded = [operation.path_in_repo for operation in operations if isinstance(operation, CommitOperationAdd)]
     deleted = [operation.path_in_repo for operation in operations if isinstance(operation, CommitOperationDelete)]
     parts = {
         "uploads": uploaded,
-        "uploads without the paths of this machine:": files.cleaned,
+        "uploads without the local paths in them:": files.cleaned,
         "keeps the repository's": [] if CARD in uploaded else [CARD],
         "deletes weights of the earlier model:": deleted,
         "does not upload": files.left,
@@ -121,18 +121,18 @@ def described(files: ModelFiles, operations: Sequence[CommitOperation]) -> list[
 
 
 def listed(names: Sequence[str]) -> str:
-    """The names in a line; of many names the first, and the number of the others."""
+    """Return the names on one line; of many names, the first ones and the number of the others."""
     shown = ", ".join(name if name.isprintable() else ascii(name) for name in names[:NUM_NAMES])
     return shown if len(names) <= NUM_NAMES else f"{shown} and {len(names) - NUM_NAMES:,} more"
 
 
 def visibility(private: bool) -> str:
-    """The Hub's word for who can read a repository."""
+    """Return the Hub's word for who can read a repository."""
     return "private" if private else "public"
 
 
 def describe_visibility(repository: Repository, url: str, private: bool) -> str:
-    """A line on the repository and on who can read it."""
+    """Return the line that says where the model is uploaded to and who can read it."""
     line = f"to the {'new' if repository.created else 'existing'} {visibility(repository.private)} repository {url}"
     if repository.private == private:
         return line
@@ -142,7 +142,11 @@ def describe_visibility(repository: Repository, url: str, private: bool) -> str:
 
 
 def open_repository(api: HfApi, repo_id: str, private: bool) -> Repository:
-    """Read the repository, after creating it if it does not exist."""
+    """Read the repository, after creating it if it does not exist.
+
+    Raises:
+        OSError: the new repository cannot be read.
+    """
     created = False
     try:
         info = api.model_info(repo_id)
@@ -158,7 +162,10 @@ def open_repository(api: HfApi, repo_id: str, private: bool) -> Repository:
 
 
 def changes(files: ModelFiles, repository: Repository, card: str) -> list[CommitOperation]:
-    """The files to upload, `card` unless the repository has one, and the deletion of an earlier model's weights."""
+    """Return the operations of the commit.
+
+    They add the files and, unless the repository has a card, `card`, and delete the weights of an earlier model.
+    """
     contents = {**files.uploaded, CARD: card.encode()}
     if CARD in repository.files:
         del contents[CARD]
@@ -187,16 +194,16 @@ def delete_if_empty(api: HfApi, repository: Repository) -> str:
     try:
         info = api.model_info(repository.repo_id)
         if info.sha != repository.commit or {sibling.rfilename for sibling in info.siblings or ()} - INITIAL_FILES:
-            return f"{name} holds files and was kept: look at it before you push again"
+            return f"{name} holds files and was kept: check it before you push again"
         api.delete_repo(repository.repo_id)
     except (HTTPError, OSError):
         return f"{name} is empty and could not be deleted: push again, or delete it in its settings"
-    return f"{name} was empty and was deleted again: push again"
+    return f"{name} was empty and was deleted: push again"
 
 
 @contextmanager
 def explain_failure(action: str) -> Iterator[None]:
-    """Raise errors of the network and of the Hub as an OSError without token and without signed addresses."""
+    """Raise network and Hub errors as an OSError whose message holds neither the token nor a signed URL."""
     try:
         yield
     except (HTTPError, OSError, ValueError, RuntimeError) as error:

@@ -78,7 +78,7 @@ def read_model_folder(folder: Path) -> ModelFiles:
     """Select the files of the model in `folder`, and check that they can be loaded.
 
     Raises:
-        ValueError: a file is missing, damaged or a link, or it names a path of this machine.
+        ValueError: a file is missing or damaged, is a link or contains a local path.
     """
     if not (folder / CONFIG).exists():
         raise ValueError(f"{folder} holds no {CONFIG}: give the folder of a saved model")
@@ -90,12 +90,13 @@ def read_model_folder(folder: Path) -> ModelFiles:
     for name in names:
         if ANY_WEIGHTS.fullmatch(name):
             require_no_link(folder / name)
+    weights = weight_names(folder)
     check_saved_model(str(folder))
     configs = [name for name in uploaded if name in CONFIGS]
     code = code_files(folder, configs)
     texts = [name for name in uploaded if any(fnmatch(name, pattern) for pattern in TEXTS)]
     read_headers([folder / name for name in uploaded if name == ADAPTER])
-    uploaded += [*weight_names(folder), *code]
+    uploaded += [*weights, *code]
     files: dict[str, Path | bytes] = {name: folder / name for name in uploaded}
     cleaned = clean_configs(folder, configs)
     cleaned |= clean_texts(folder, [*texts, *code], cleaned)
@@ -115,19 +116,19 @@ def names_in(folder: Path) -> Iterator[str]:
 
 
 def require_regular(folder: Path, name: str) -> None:
-    """Raise ValueError unless `name` is a file of `folder` and no link."""
+    """Raise ValueError unless `name` is a regular file of `folder` and not a link."""
     if not os.path.lexists(folder / name):
         raise ValueError(f"{folder} holds no {name}: load the model and save it again with save_pretrained")
     require_no_link(folder / name)
     if not (folder / name).is_file():
-        raise ValueError(f"{folder / name} is not a regular file: replace it by a file")
+        raise ValueError(f"{folder / name} is not a regular file: replace it with one")
 
 
 def require_no_link(path: Path) -> None:
     """Raise ValueError if `path` is a symbolic link."""
     if path.is_symlink():
         raise ValueError(
-            f"{path} is a link, and links are not uploaded: copy the folder with its files "
+            f"{path} is a link, and links are not uploaded: copy the folder with the linked files "
             f"(cp -rL {shlex.quote(str(path.parent))} COPY) and push the copy"
         )
 
@@ -136,8 +137,8 @@ def weight_names(folder: Path) -> list[str]:
     """Return the names of the weight files that `from_pretrained` loads: one file, or an index and its shards.
 
     Raises:
-        ValueError: there are no weights in safetensors files, a file is missing, damaged or a link, or no shard holds
-            a weight of the index.
+        ValueError: there are no weights in safetensors files, a file is missing, damaged or a link, or the index names
+            a weight that no shard holds.
     """
     files = weight_files(str(folder))
     if not files or any(file.suffix != ".safetensors" for file in files):
@@ -163,7 +164,7 @@ def code_files(folder: Path, configs: Iterable[str]) -> list[str]:
     """Return the names of the Python files that `auto_map` of the `configs` names, and of those that they import.
 
     Raises:
-        ValueError: a file is missing or a link, or a name is not that of a file in the folder.
+        ValueError: a file is missing or a link, or `auto_map` names something else than a file of the folder.
     """
     found: dict[str, None] = {}
     waiting = [module for name in configs for module in mapped_modules(folder, name)]

@@ -1,4 +1,4 @@
-"""Reads the text files of a model folder and removes the paths of this machine from them."""
+"""Reads the text files of a model folder and removes local paths from them."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -15,7 +15,7 @@ def clean_configs(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
     """Return the new contents of the JSON files that hold local paths in the fields for models and files.
 
     Raises:
-        ValueError: a file is no JSON object, or names a path of this machine in another field.
+        ValueError: a file is not a JSON object, or contains a local path in another field.
     """
     changed: dict[str, bytes] = {}
     for name in names:
@@ -36,7 +36,7 @@ def clean_texts(folder: Path, names: Iterable[str], configs: Mapping[str, bytes]
         configs: result of `clean_configs`.
 
     Raises:
-        ValueError: a file is not UTF-8, or names a path of this machine.
+        ValueError: a file is not UTF-8, or contains a local path.
     """
     changed: dict[str, bytes] = {}
     for name in names:
@@ -51,10 +51,10 @@ def clean_texts(folder: Path, names: Iterable[str], configs: Mapping[str, bytes]
 
 
 def refuse_private_paths(folder: Path, name: str, text: str) -> None:
-    """Raise ValueError if the text of a file names a path in the home folder or beside `folder`."""
+    """Raise ValueError if the text of a file contains a path in the home folder or beside `folder`."""
     private = find_private_path(text, folder)
     if private is not None:
-        raise ValueError(f"{folder / name} names the path {private} of this machine: remove it from the file")
+        raise ValueError(f"{folder / name} contains the local path {private}: remove it from the file")
 
 
 def read_text(folder: Path, name: str) -> str:

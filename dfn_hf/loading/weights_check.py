@@ -68,7 +68,7 @@ def check_layer_counts(config: PreTrainedConfig, num_weights: int, place: str) -
     for field, value in numbers(config.to_dict()):
         if LAYERS.fullmatch(field.rpartition(".")[2]) and value > num_weights:
             raise ValueError(
-                f"{place} does not fit config.json: it holds {num_weights} weights, too few for {field} = {value}: "
+                f"{place} does not fit config.json: it holds too few weights ({num_weights}) for {field} = {value}: "
                 f"{REMEDY}"
             )
 

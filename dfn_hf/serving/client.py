@@ -1,4 +1,4 @@
-"""The other end of one request: tells the generation that the client has left."""
+"""The client of one request: signals the generation when the client has disconnected."""
 
 import asyncio
 import threading

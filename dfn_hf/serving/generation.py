@@ -51,7 +51,11 @@ class BoundedGenerateManager(GenerateManager):
         request_id: str,
         response_parser: Any = None,
     ) -> tuple[asyncio.Queue[Any], DirectStreamer]:
-        """Start a generation that stops at its next token when the client leaves; see `bound`."""
+        """Start a generation that stops at its next token when the client leaves.
+
+        Raises:
+            RequestError: see `bound`; also for beam search, which cannot stream.
+        """
         self.bound(inputs, gen_config)
         if (gen_config.num_beams or 1) > 1:
             raise RequestError('beam search cannot stream: set "stream": false', "generation_config.num_beams")
@@ -62,7 +66,11 @@ class BoundedGenerateManager(GenerateManager):
     async def generate_non_streaming(
         self, model: PreTrainedModel, processor: Any, inputs: Any, gen_config: GenerationConfig, request_id: str
     ) -> tuple[str, int, Any]:
-        """Generate until the text ends or the client leaves; see `bound`."""
+        """Generate until the text ends or the client leaves.
+
+        Raises:
+            RequestError: see `bound`.
+        """
         self.bound(inputs, gen_config)
         criteria = StoppingCriteriaList([ClientGone(CURRENT.get())])
         inputs = {**inputs, "stopping_criteria": criteria}
@@ -78,7 +86,7 @@ class BoundedGenerateManager(GenerateManager):
         return super().async_submit(run, *args, **kwargs)
 
     def bound(self, inputs: Any, config: GenerationConfig) -> None:
-        """Lower the number of new tokens to the bound if the request names none.
+        """Check the length of the prompt, and limit the number of new tokens to the bound of the server.
 
         Raises:
             RequestError: the prompt is empty or too long.
@@ -111,7 +119,7 @@ def explain_template_errors(processor: Any) -> None:
 
 
 def forget_logged_messages() -> None:
-    """Empty the memory of messages that are logged once: some contain values that requests choose."""
+    """Clear the caches of `warning_once` and `info_once`, because some messages contain values from requests."""
     for log in (logging.warning_once, logging.info_once):
         if log.cache_info().currsize > MAX_LOGGED_MESSAGES:
             log.cache_clear()

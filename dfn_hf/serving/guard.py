@@ -44,7 +44,7 @@ class ServerLimits:
 
 
 class Guard:
-    """Passes the requests on that the served model can answer, and refuses all others with a 4xx status.
+    """Passes on the requests that the served model can answer, and refuses all others with a 4xx status.
 
     Args:
         app: the application of `transformers serve`.
@@ -106,7 +106,7 @@ class Guard:
             )
 
     def list_models(self) -> JSONResponse:
-        """The list of models, which has one entry."""
+        """Return the list of models, which has one entry."""
         entry = {"id": self.model, "object": "model", "created": 0, "owned_by": "local"}
         return JSONResponse({"object": "list", "data": [entry]})
 
@@ -142,7 +142,7 @@ class Guard:
         body = parse_body(path, raw, self.bounds)
         if body.get("model", self.model) != self.model:
             raise RequestError(
-                f"model: this server has one model, {self.model}: use this name, or none", "model", status=404
+                f"model: this server has one model, {self.model}: use this name or omit the field", "model", status=404
             )
         return json.dumps(body).encode()
 
@@ -151,7 +151,7 @@ def check_route(scope: Scope) -> None:
     """Raise RequestError unless the server has the route."""
     method = METHODS.get(scope["path"])
     if method is None:
-        raise RequestError(f"this server has the routes {', '.join(METHODS)} only", status=404)
+        raise RequestError(f"this server has only the routes {', '.join(METHODS)}", status=404)
     if scope["method"] != method:
         raise RequestError(f"{scope['path']} takes {method} requests only", status=405, headers={"Allow": method})
 
@@ -209,6 +209,6 @@ async def read_body(scope: Scope, receive: Receive, limit: int) -> bytes:
 
 
 def error_response(error: RequestError) -> JSONResponse:
-    """The response to a refused request, in the format of the OpenAI API."""
+    """Return the response to a refused request, in the format of the OpenAI API."""
     details: dict[str, Any] = {"message": error.message, "type": "invalid_request_error", "param": error.field}
     return JSONResponse({"error": details | {"code": None}}, error.status, error.headers)

@@ -39,7 +39,7 @@ MESSAGES = {
     "string_type": "must be a string",
     "extra_forbidden": "a request may not set this option",
 }
-# Arguments of the template's caller; a request could otherwise replace the template itself.
+# Names that `chat_template_kwargs` may not set: a request could otherwise replace the template itself.
 RESERVED_TEMPLATE_NAMES = {
     "messages",
     "load_audio_from_video",

@@ -30,7 +30,7 @@ def serve(model: str, arguments: Sequence[str] = (), **limits: Any) -> None:
     classes of this package are added to that namespace.
 
     Args:
-        model: a folder, a bundled checkpoint or a Hub id. Requests use the printed name, or no model name.
+        model: a folder, a bundled checkpoint or a Hub id. Requests use the printed model name or omit it.
         arguments: options of `transformers serve`, such as `["--port", "8001"]`.
         limits: fields of `ServerLimits`.
 
@@ -57,7 +57,7 @@ def serve(model: str, arguments: Sequence[str] = (), **limits: Any) -> None:
         # Not the module in `sys.modules`: importing model code replaces that one (`direct_transformers_import`).
         setattr(model_manager.transformers, name, head)
     path = resolve_source(model)
-    print(f"serving {path}: requests use this model name, or none", flush=True)
+    print(f"serving {path}: requests use this model name or omit it", flush=True)
     with guarded_server(path, ServerLimits(**limits)):
         app(["serve", path, *arguments], prog_name="dfn-hf")
 

@@ -88,13 +88,13 @@ def test_evaluate_prints_every_metric(model, text):
         assert metric in result.stdout
 
 
-def test_info_tells_size_state_and_provenance(model, text):
+def test_info_tells_size_state_and_provenance(model):
     result = run("info", model)
     assert result.exit_code == 0, result.output
     parameters = AutoModelForCausalLM.from_pretrained(model).num_parameters()
     assert f"{parameters:,}" in result.stdout
     assert "bytes per token" in result.stdout
-    assert f"Trained on {text / 'gotham.txt'}" in result.stdout
+    assert "Trained on gotham.txt, " in result.stdout
 
 
 def test_info_state_of_a_llama_is_its_keys_and_values(text, tmp_path):
@@ -173,7 +173,7 @@ def test_choices_are_those_of_the_presets():
         (["info", "TEXT"], "holds no config.json"),
         (["evaluate", "MODEL", "--data", "TEXT/missing.txt"], "there is no file or folder"),
         (["train", "lm", "OUT", "--data", "TEXT/missing"], "there is no file or folder"),
-        (["train", "lm", "OUT", "--data", "TEXT/gotham.jsonl"], "no text in the field 'text'"),
+        (["train", "lm", "OUT", "--data", "TEXT/gotham.jsonl"], "has no field 'text'"),
         (["train", "lm", "OUT", "--data", "EMPTY"], "holds no text"),
         (["train", "lm", "OUT", "--learning-rate", "0"], "learning_rate must be above 0"),
         (["train", "lm", "OUT", "--learning-rate", "1e999"], "learning_rate must be a finite number"),

@@ -1,4 +1,4 @@
-"""Tests that no uploaded file of a model that a command wrote holds the host name or a path of this machine."""
+"""Tests that no uploaded file of a model that a command wrote contains the host name or a local path."""
 
 import json
 import socket

@@ -119,7 +119,7 @@ def test_nothing_is_sent_if_the_hub_makes_a_private_repository_public(hub, folde
     hub.call_before(publish)
     result = run(folder, NAME)
     assert result.exit_code == 1 and "the Hub made the new repository public" in result.stderr
-    assert "was empty and was deleted again" in result.stderr and not hub.repositories
+    assert "was empty and was deleted" in result.stderr and not hub.repositories
 
 
 def test_one_commit_holds_everything_and_removes_the_earlier_weights(hub, folder):
@@ -164,7 +164,7 @@ def test_local_paths_stay_here(hub, folder):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"_name_or_path": "/home/alice/secret/start"}))
     result = run(folder, NAME)
-    assert "uploads without the paths of this machine: config.json\n" in result.stdout
+    assert "uploads without the local paths in them: config.json\n" in result.stdout
     assert json.loads(hub.files(NAME)["config.json"]) == config | {"_name_or_path": "start"}
 
 
@@ -227,7 +227,7 @@ def test_a_wrong_token_is_one_sentence_with_a_remedy(hub, folder, monkeypatch):
 
 
 def requests_of_a_push(hub, folder) -> int:
-    """The number of requests of a push to a new repository, which is deleted again."""
+    """The number of requests of a push to a new repository, which is then deleted."""
     paths = []
     hub.call_before(lambda handler: paths.append(handler.path))
     push_folder(folder, NAME)

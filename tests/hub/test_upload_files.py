@@ -84,7 +84,7 @@ def test_links_are_refused_by_name(folder, tmp_path, name, kind):
     if (kind, name) in {("missing target", "config.json"), ("missing target", "adapter")}:
         pattern = "holds no config.json" if name == "config.json" else "adapter is a link"
     else:
-        pattern = rf"{name} is a link, and links are not uploaded: copy the folder with its files \(cp -rL "
+        pattern = rf"{name} is a link, and links are not uploaded: copy the folder with the linked files \(cp -rL "
     with pytest.raises(ValueError, match=pattern) as refusal:
         read_model_folder(folder)
     print(refusal.value)
@@ -177,19 +177,19 @@ FAULTS = {
     ),
     "a path in the card": (
         lambda folder: (folder / "README.md").write_text(f"Trained on {folder.parent}/secret/poems, twice."),
-        "README.md names the path .*/secret/poems of this machine: remove it from the file",
+        "README.md contains the local path .*/secret/poems: remove it from the file",
     ),
     "a path in the log": (
         lambda folder: (folder / "training_log.json").write_text(json.dumps([f"{folder.parent}/secret"])),
-        "training_log.json names the path .*/secret of this machine",
+        "training_log.json contains the local path .*/secret",
     ),
     "a path in the code": (
         lambda folder: (folder / "modeling_dfn.py").write_text(f"# {folder.parent}/secret\n"),
-        "modeling_dfn.py names the path .*/secret of this machine",
+        "modeling_dfn.py contains the local path .*/secret",
     ),
     "a path in the config": (
         lambda folder: edit(folder / "config.json", note=f"{folder.parent}/secret"),
-        "config.json names the path .*/secret of this machine",
+        "config.json contains the local path .*/secret",
     ),
     "a card in Latin-1": (lambda folder: (folder / "README.md").write_bytes(b"\xe9"), "README.md is not UTF-8"),
 }  # fmt: skip
