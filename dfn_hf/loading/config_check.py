@@ -59,6 +59,7 @@ NUMBERS = {
     "top_p",
     "typical_p",
 }
+TOKEN_IDS = re.compile(r"_token_ids?$|suppress_tokens$|^bad_words_ids$")
 FLOAT_TYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -132,8 +133,21 @@ def check_generation_config(path: str) -> None:
             if not isinstance(content[field], types):
                 given = str(content[field])[:80]
                 raise ValueError(f"{file} sets {field} to {given!r}, which must be {kind}: correct it")
+    for field in sorted(field for field in content if TOKEN_IDS.search(field)):
+        if not is_token_ids(content[field]):
+            given = str(content[field])[:80]
+            raise ValueError(
+                f"{file} sets {field} to {given!r}, which must be a token id or a list of them: correct it"
+            )
     with explain_damage(str(file)):
         GenerationConfig.from_dict(content)
+
+
+def is_token_ids(value: Any) -> bool:
+    """Whether `value` is None, a token id, or a list of token ids or of such lists."""
+    if isinstance(value, list):
+        return all(part is not None and is_token_ids(part) for part in value)
+    return value is None or (isinstance(value, int) and not isinstance(value, bool))
 
 
 def numbers(content: Any) -> Iterator[tuple[str, int | float]]:
