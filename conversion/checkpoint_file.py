@@ -96,7 +96,7 @@ def _load(path: Path) -> Mapping[str, Any]:
         message = str(error.__cause__)
         if "weights_only" not in message:
             raise
-        # torch advises to load such a file in a way that runs its code: its message is not passed on.
+        # torch's message advises loading the file in a way that runs its code, so it is not passed on.
         unsafe = UNSAFE_GLOBAL.search(message)
         if unsafe is None:
             raise damaged(path, KIND, ValueError("it is not a pickle of tensors")) from error
@@ -152,16 +152,16 @@ def check_tensor(path: Path, key: str, tensor: Any) -> None:
 
 
 def check_total_size(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise `ValueError` if the tensors have over twice the size of the file: tied weights share data, once each."""
+    """Raise `ValueError` if the tensors are more than twice as large as the file; tied weights may share data."""
     total, size = sum(map(num_bytes, tensors.values())), path.stat().st_size
     if total > 2 * size:
         raise ValueError(
-            f"{path} has {size:,} bytes but its tensors have {total:,}: save it again, without shared data"
+            f"{path} has {size:,} bytes but its tensors have {total:,}: save it again with tensors that share no data"
         )
 
 
 def num_bytes(tensor: torch.Tensor) -> int:
-    """Bytes of the values of a tensor."""
+    """Return the number of bytes of the values of a tensor."""
     return tensor.numel() * tensor.element_size()
 
 

@@ -133,7 +133,7 @@ def compare_keys(table: Table, keys: set[str]) -> tuple[dict[str, int], Differen
         for name, number in match.groupdict().items():
             counts[name] = max(counts[name], int(number) + 1)
     absent = (key for key, _ in expand_lazily(table, counts) if key not in keys)
-    # Two large counts multiply: no more keys than the checkpoint has are listed.
+    # The product of two large counts can be huge, so the number of listed keys is limited.
     missing = list(dict.fromkeys(itertools.islice(absent, len(keys) + 1)))
     return counts, Difference(missing, unexpected)
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 
-# Far above any model that fits a machine. Layers are modules, which are built one by one even without storage.
+# Limits far above any model that fits on one machine. Few layers are allowed, because each is built as a module even
+# without storage.
 MAX_LAYERS = 2**10
 MAX_VOCABULARY = 2**28
 MAX_WIDTH = 2**20
@@ -36,20 +37,20 @@ def check_bounds(config: PreTrainedConfig, bounds: Mapping[str, tuple[int, int]]
 
 
 def check_rope_parameters(parameters: Mapping[str, Any] | None) -> None:
-    """Raise `ValueError` for an unknown type of rotary embedding, and for a parameter that is no finite number."""
+    """Raise `ValueError` for an unknown type of rotary embedding, and for a parameter that is not a finite number."""
     for name, value in (parameters or {}).items():
         if name in ("rope_type", "type"):
             if value not in ROPE_TYPES:
-                raise ValueError(f"`rope_parameters` gives {name} {value!r}: use one of {', '.join(ROPE_TYPES)}.")
+                raise ValueError(f"`rope_parameters` sets {name} to {value!r}: use one of {', '.join(ROPE_TYPES)}.")
             continue
         if value is None and name not in ("rope_theta", "factor"):
             continue
         for number in value if isinstance(value, list) and name.endswith("_factor") else [value]:
             if not isinstance(number, int | float):
-                raise ValueError(f"`rope_parameters` gives {name} {number!r}, which must be a number.")
+                raise ValueError(f"`rope_parameters` sets {name} to {number!r}, which must be a number.")
             if not -MAX_ROPE_NUMBER <= number <= MAX_ROPE_NUMBER:
                 raise ValueError(
-                    f"`rope_parameters` gives {name} {number_text(number)}, which must be finite and at most "
+                    f"`rope_parameters` sets {name} to {number_text(number)}, which must be finite and at most "
                     f"{MAX_ROPE_NUMBER}."
                 )
 

@@ -62,6 +62,7 @@ def check_cell_sizes(cell_sizes: Sequence[float] | None, num_tables: int, candid
         raise ValueError(f"cell_sizes must hold one size per table (num_tables={num_tables}), got {len(cell_sizes)}.")
     if not all(1 / GRID <= size <= MAX_CELL_SIZE for size in cell_sizes):
         raise ValueError(
-            f"cell_sizes must be finite and ≥ 1/{GRID} (the grid step of positions), got {list(cell_sizes)}."
+            f"cell_sizes must lie between 1/{GRID} (the grid step of positions) and {MAX_CELL_SIZE}, got "
+            f"{list(cell_sizes)}."
         )
     return list(cell_sizes)

@@ -3,8 +3,8 @@
 Where no compiler works, the library that the wheel carries is used, if it carries one.
 
 The C functions take pointers and sizes, so they need a C compiler but no Python or torch headers. The key of a library
-is a hash of its source, compiler, flags and processor, and a library is moved into the folder complete. Several
-processes and several copies of this code from the Hub can therefore share the folder.
+is a hash of its source, compiler, flags and processor, and a library is moved into the folder when it is complete.
+Several processes and several copies of this code from the Hub can therefore share the folder.
 """
 
 import ctypes
@@ -73,7 +73,9 @@ def compiled_library(
 
 
 def failure(error: Exception) -> str:
-    """Return why a library could not be compiled and what to do, as a text that is equal for all libraries."""
+    """Return why a library could not be compiled and what to do.
+
+    The text is the same for all libraries, so that it is logged once."""
     remedy = "Set CC to another compiler, or XDG_CACHE_HOME to a folder with free space."
     if isinstance(error, subprocess.CalledProcessError):
         output = (error.stderr or b"").decode(errors="replace").strip()[:500] or f"exit status {error.returncode}"

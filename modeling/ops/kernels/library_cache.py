@@ -1,7 +1,7 @@
 """Keeps compiled libraries in a folder and checks them before they are loaded.
 
 A library is stored as `<key>-<size>-<SHA-256>.so`: the key says what it was compiled from, size and hash what the file
-must contain. A file that differs from its name is not loaded, because a truncated library would end the process.
+must contain. A file that differs from its name is not loaded, because a truncated library could crash the process.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 BUILD_PREFIX = "build-"  # folders in which a compilation runs
-BUILD_SECONDS = 3600  # older ones belong to processes that were killed: a compilation stops after minutes
+BUILD_SECONDS = 3600  # older ones are from killed processes, because a compilation takes at most minutes
 OTHER_FOLDER = "set XDG_CACHE_HOME to a folder that only you can write to"
 
 
@@ -42,7 +42,9 @@ def library_folder() -> Path:
         raise OSError(f"The folder {folder} cannot be created ({error.strerror}: {path}): {OTHER_FOLDER}.") from error
     check_ownership(folder)
     if os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):
-        raise OSError(f"{folder} is on a file system mounted with noexec: set XDG_CACHE_HOME to a folder on another.")
+        raise OSError(
+            f"{folder} is on a file system mounted with noexec: set XDG_CACHE_HOME to a folder on another file system."
+        )
     return folder
 
 
@@ -50,7 +52,7 @@ def check_ownership(folder: Path) -> None:
     """Check that no other user can replace the files of a folder.
 
     The folder, its parents and the targets of symbolic links among them must belong to this user, to root or to the
-    owner of `/`, who is not root in some containers. A group may write to the parents, all users may if the sticky
+    owner of `/`, who is not root in some containers. A group may write to the parents, and all users may if the sticky
     bit is set.
 
     Raises:
@@ -99,7 +101,7 @@ def load_library(path: Path, functions: tuple[str, ...]) -> ctypes.CDLL:
         raise OSError(f"{path} is damaged: its content differs from the size and hash in its name.")
     library = ctypes.CDLL(str(path))
     if not all(hasattr(library, name) for name in functions):
-        raise OSError(f"{path} lacks a function.")
+        raise OSError(f"{path} lacks one of the functions {', '.join(functions)}.")
     return library
 
 
@@ -113,7 +115,7 @@ def find_library(folder: Path, key: str, functions: tuple[str, ...]) -> ctypes.C
         try:
             return load_library(path, functions)
         except OSError as error:
-            logger.warning(f"A compiled library cannot be used and has to be compiled again. {error}")
+            logger.warning(f"A compiled library cannot be used and is compiled again. {error}")
             with suppress(OSError):
                 path.unlink()
     return None
@@ -184,7 +186,7 @@ def flush(path: Path) -> None:
 def is_cut_short(content: bytes) -> bool:
     """Return whether a library is empty, or a 64-bit ELF file that ends before the end of its section table.
 
-    Linkers write that table last. Loading such a file would end the process.
+    Linkers write that table last. Loading such a file could crash the process.
     """
     if len(content) < 64 or content[:5] != b"\x7fELF\x02":
         return not content
