@@ -2,7 +2,7 @@
 
 The targets are the functions `ATTEMPTS` of the modules in `MODULES`. Hypothesis draws their random numbers, keeps
 failing examples in `.hypothesis/`, and tries them first in the next run. An attempt fails if it ends in an error that
-the user cannot mend, takes more than 30 seconds, raises the memory by more than 2 GB, or changes a file of others.
+the user cannot fix, takes more than 30 seconds, needs more than 2 GiB of additional memory, or changes another file.
 
     python -m tests.campaigns.fuzz --minutes 10
     python -m tests.campaigns.fuzz --attempts 100000 --targets options weights
@@ -31,7 +31,7 @@ from transformers.utils import logging
 MODULES = ("data_files", "original_checkpoints", "model_folders", "options", "requests")
 SECONDS = 30
 BYTES = 2 * 2**30
-ROUND = 100  # attempts between two looks at the clock
+ROUND = 100  # attempts between two checks of the clock
 FOREIGN = "This file belongs to someone else."
 
 Attempt = Callable[[Path, Random], None]
@@ -44,7 +44,7 @@ def targets() -> dict[str, Attempt]:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has had, in bytes."""
+    """Peak resident memory of this process, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -79,7 +79,7 @@ def checked(attempt: Attempt, folder: Path, random: Random) -> None:
 
 @dataclass
 class Outcome:
-    """What became of a target: the number of attempts, the seconds, and the first failure."""
+    """Result of a target: the number of attempts, the seconds, and the first failure."""
 
     attempts: int = 0
     seconds: float = 0.0

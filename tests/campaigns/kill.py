@@ -1,9 +1,9 @@
-"""Kills training, export, conversion, distillation and push, and checks what is left.
+"""Kills training, conversion, distillation and push, and checks the files that they leave.
 
 Each attempt runs one command in a fork of this process and kills it with SIGKILL, before one of its file operations
-or requests, or at a random moment. After the kill, the output folder must hold the old model or the new one, whole.
-The command is then repeated. It must succeed with the same result as an undisturbed run, leave nothing behind, and
-change no file of others.
+or requests, or at a random moment. After the kill, the output folder must hold the old model or the new one, complete.
+The command is then repeated. It must succeed with the same result as an undisturbed run, leave no temporary files, and
+change no other file.
 
     python -m tests.campaigns.kill --kills 100      # random operations and random moments
     python -m tests.campaigns.kill --every          # before every operation

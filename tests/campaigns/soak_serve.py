@@ -1,8 +1,8 @@
-"""Runs `dfn-hf serve` under clients that come, go and misbehave, and measures its memory and speed over time.
+"""Runs `dfn-hf serve` under valid, invalid and interrupted requests, and measures its memory and speed over time.
 
-Each client repeats random actions: complete texts, leave in the middle, read nothing, send garbage, huge or endless
-bodies, other models, other routes. The run fails if a status is unexpected (all of 5xx are), a completed text differs
-from the first one, a request has no answer, or the memory of the server grows.
+Each client repeats random actions: it completes texts, disconnects early, sends invalid or too large bodies, or asks
+for other models. The run fails if a status is unexpected (every 5xx status is), a completed text differs from the first
+one, a request gets no answer, or the memory of the server grows.
 
     python -m tests.campaigns.soak_serve --minutes 60 --clients 8
 """
@@ -47,7 +47,7 @@ JSON = {"Content-Type": "application/json"}
 
 @dataclass
 class Soak:
-    """What all clients have seen.
+    """The results of all clients.
 
     Args:
         host: host of the server.
