@@ -1,8 +1,8 @@
 """Runs `dfn-hf serve` under valid, invalid and interrupted requests, and measures its memory and speed over time.
 
 Each client repeats random actions: it completes texts, disconnects early, sends invalid or too large bodies, or asks
-for other models. The run fails if a status is unexpected (every 5xx status is), a completed text differs from the first
-one, a request gets no answer, or the memory of the server grows.
+for other models. The run fails if a status is unexpected (every 5xx status is), a completed text differs from the
+first one, a request gets no answer, or the memory of the server grows.
 
     python -m tests.campaigns.soak_serve --minutes 60 --clients 8
 """
