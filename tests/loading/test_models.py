@@ -232,8 +232,8 @@ def test_a_field_of_the_configuration_is_named(folder, fields, words):
         ({"output_attentions": 3}, "output_attentions to '3', which must be true or false"),
         ({"num_beams": "4"}, "num_beams to '4', which must be a number"),
         ({"max_length": 10**400}, "max_length to about 10^400"),
-        ({"eos_token_id": "2"}, "eos_token_id to '2', which must be token ids"),
-        ({"suppress_tokens": [1, None]}, "suppress_tokens to '[1, None]', which must be token ids"),
+        ({"eos_token_id": "2"}, "eos_token_id to '2', which must be a token id or a list of them"),
+        ({"suppress_tokens": [1, None]}, "suppress_tokens to '[1, None]', which must be a token id or a list of them"),
     ],
 )
 def test_a_field_of_the_generation_configuration_is_named(folder, fields, words):
