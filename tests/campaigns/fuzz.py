@@ -2,7 +2,8 @@
 
 The targets are the functions `ATTEMPTS` of the modules in `MODULES`. Hypothesis draws their random numbers, keeps
 failing examples in `.hypothesis/`, and tries them first in the next run. An attempt fails if it ends in an error that
-the user cannot fix, takes more than 30 seconds of processor time, needs more than 2 GiB of additional memory, or changes another file.
+the user cannot fix, takes more than 30 seconds of processor time, needs more than 2 GiB of additional memory, or
+changes another file.
 
     python -m tests.campaigns.fuzz --minutes 10
     python -m tests.campaigns.fuzz --attempts 100000 --targets options weights
