@@ -95,8 +95,7 @@ def load_weights(path: str, model_class: Any) -> PreTrainedModel:
         model_class: one of transformers' Auto classes, or a model class.
 
     Raises:
-        ValueError: a file is damaged, or the weights do not fit the configuration.
-        OSError: the folder holds no weights.
+        ValueError: a file is damaged, the folder holds no weights, or the weights do not fit the configuration.
     """
     adapter = find_file(path, "adapter_config.json", optional=True)
     if adapter is not None:

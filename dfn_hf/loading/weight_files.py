@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, logging
 
+from ..storage.manifest import agrees, read_manifest
 from .errors import explain_damage
 from .model_files import REMEDY, find_file, read_json_object
+
+logger = logging.get_logger(__name__)
 
 # The order in which transformers looks for weights.
 FILE_NAMES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -73,6 +76,21 @@ def check_file_name(name: Any, where: str) -> None:
         raise ValueError(
             f"{where} names {str(name)[:80]!r} as weights: only .safetensors and .bin files beside it are read"
         )
+
+
+def warn_about_changes(path: str, files: list[Path]) -> None:
+    """Log a warning for each weight file that differs from its record in the manifest of the folder.
+
+    Args:
+        path: a folder, or a Hub id, which has no manifest.
+        files: the weight files of the model.
+    """
+    records = read_manifest(Path(path)) or {}
+    for file in files:
+        if file.name in records and not agrees(file.resolve(), records[file.name]):
+            logger.warning(
+                f"{file} has changed since dfn-hf wrote it: if you did not change it, copy or download the model again"
+            )
 
 
 def read_headers(files: list[Path]) -> dict[str, Header]:

@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 
 from .config_check import numbers
 from .errors import explain_damage
-from .weight_files import Header, read_headers, weight_files
+from .model_files import find_file
+from .weight_files import FILE_NAMES, Header, read_headers, warn_about_changes, weight_files
 
 # Fields that count layers with weights of their own.
 LAYERS = re.compile(r"(n|num)(_hidden|_encoder|_decoder|_lstm)?_layers?|(encoder|decoder)_layers")
@@ -24,7 +26,8 @@ def check_weights(path: str, config: PreTrainedConfig, auto_class: Any) -> None:
     """Compare the headers of the weight files with a model without storage.
 
     transformers itself matches the names, so that its renamings, tied weights and ignored names count. The weights of
-    a quantized model change their shapes and are not compared.
+    a quantized model change their shapes and are not compared. A file that differs from its record in the manifest of
+    the folder is logged.
 
     Args:
         path: a folder or a Hub id.
@@ -32,9 +35,15 @@ def check_weights(path: str, config: PreTrainedConfig, auto_class: Any) -> None:
         auto_class: the Auto class, or the model class, by which the model will be loaded.
 
     Raises:
-        ValueError: weights are missing, unexpected, of another shape or not floating-point; or a file is damaged.
+        ValueError: the folder holds no weights; weights are missing, unexpected, of another shape or not
+            floating-point; or a file is damaged.
     """
-    files = weight_files(path, getattr(config, "transformers_weights", None))
+    explicit = getattr(config, "transformers_weights", None)
+    files = weight_files(path, explicit)
+    if not files and Path(path).is_dir() and find_file(path, "adapter_config.json") is None:
+        name = explicit or FILE_NAMES[0]
+        raise ValueError(f"{path} holds no weights ({name}): save, copy or download the model again")
+    warn_about_changes(path, files)
     if not files or getattr(config, "quantization_config", None) is not None:
         return
     headers = read_headers(files)

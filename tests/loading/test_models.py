@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoModel, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from dfn_hf import DFNConfig, DFNForFieldReconstruction, DFNNativeConfig
 from dfn_hf.assets.tokenizers import load_tokenizer
@@ -17,6 +18,7 @@ from dfn_hf.cli.draw import draw_field
 from dfn_hf.hub.model_info import describe_model
 from dfn_hf.loading.errors import explain_damage
 from dfn_hf.loading.models import check_causal_lm, check_saved_model, load_causal_lm, load_config, load_seq2seq_lm
+from dfn_hf.storage.manifest import write_manifest
 from tests.campaigns.mutations import mutate_bytes, mutate_json, mutate_json_text, mutate_safetensors
 from tests.support.small_models import make_small_model
 
@@ -150,6 +152,52 @@ def test_old_pickled_weights_load_and_are_checked(folder):
     assert "pytorch_model.bin does not fit config.json: 1 weight is missing" in message(copy)
     torch.save({"weights": print}, copy / "pytorch_model.bin")
     assert "pytorch_model.bin is damaged or holds objects other than tensors" in message(copy)
+
+
+def without_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("check", [load_causal_lm, check_causal_lm, check_saved_model])
+def test_a_folder_without_weights_is_named(folder, check):
+    copy = folder()
+    without_weights(copy)
+    words = f"{copy} holds no weights (model.safetensors): save, copy or download the model again"
+    with pytest.raises(ValueError, match=f"^{re.escape(words)}$"):
+        check(str(copy))
+    edit(copy / "config.json", transformers_weights="other.safetensors")
+    with pytest.raises(ValueError, match=r"holds no weights \(other\.safetensors\)"):
+        check(str(copy))
+
+
+def test_the_folder_of_an_adapter_needs_no_weights_of_its_own(folder):
+    copy = folder()
+    without_weights(copy)
+    (copy / "adapter_config.json").write_text("{}")
+    check_causal_lm(str(copy))
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("check", [load_causal_lm, check_causal_lm, check_saved_model])
+def test_weights_that_differ_from_the_manifest_are_logged(folder, check, caplog):
+    copy = folder()
+    check(str(copy))
+    write_manifest(copy)
+    check(str(copy))
+    assert "has changed" not in caplog.text
+    flip(copy / "model.safetensors")
+    check(str(copy))
+    words = f"{copy}/model.safetensors has changed since dfn-hf wrote it: if you did not change it, copy or download"
+    assert caplog.text.count(words) == 1
+    caplog.clear()
+    write_manifest(copy, [copy / "config.json"])
+    check(str(copy))
+    assert "has changed" not in caplog.text
 
 
 INDEX = "model.safetensors.index.json"
@@ -290,6 +338,25 @@ def test_no_code_of_a_folder_runs_and_no_question_is_asked(folder, monkeypatch):
     edit(copy / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Tokenizer", None]}, tokenizer_class="Evil")
     (copy / "tokenizer.json").unlink()
     assert "tokenizer" in message(copy)
+
+
+@pytest.mark.parametrize("name", ["dfn", "liquid"])
+def test_a_missing_tokenizer_json_is_named(folder, name):
+    copy = folder(name)
+    (copy / "tokenizer.json").unlink()
+    words = message(copy, name)
+    assert words.startswith(f"{copy} holds no tokenizer.json, which its tokenizer needs: save the tokenizer again")
+    assert "sentencepiece" not in words
+
+
+def test_a_tokenizer_without_tokenizer_json_loads(folder):
+    copy = folder()
+    (copy / "tokenizer.json").unlink()
+    ByT5Tokenizer().save_pretrained(copy)
+    assert not (copy / "tokenizer.json").exists()
+    assert type(load(copy)[1]) is ByT5Tokenizer
+    edit(copy / "tokenizer_config.json", extra_ids="many")
+    assert "holds no tokenizer.json" not in message(copy)
 
 
 def test_an_adapter_needs_its_model(folder):
