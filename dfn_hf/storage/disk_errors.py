@@ -18,15 +18,15 @@ DISK_FULL_WORDS = (
 
 
 @contextmanager
-def explain_disk_errors(folder: Path) -> Iterator[None]:
-    """Raise the different errors of libraries on a full disk as one OSError that names `folder`."""
+def explain_disk_errors(folder: Path, *, remedy: str = "run the command again") -> Iterator[None]:
+    """Raise the different errors of libraries on a full disk as one OSError that names `folder` and the remedy."""
     try:
         yield
     except Exception as error:
         if not is_disk_full(error):
             raise
-        message = f"{os.strerror(errno.ENOSPC)} while saving: free some space and try again"
-        raise OSError(errno.ENOSPC, message, str(folder)) from error
+        message = f"{os.strerror(errno.ENOSPC)} while {folder} was saved: free some space and {remedy}"
+        raise OSError(message) from error
 
 
 def is_disk_full(error: Exception) -> bool:

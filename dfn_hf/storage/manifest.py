@@ -28,13 +28,19 @@ def write_manifest(folder: Path, paths: Iterable[Path] | None = None) -> None:
     for path in files_below(folder) if paths is None else paths:
         flush(path)
         files[path.relative_to(folder).as_posix()] = describe_file(path)
-    write_text_atomically(folder / MANIFEST, json.dumps({"files": files}, indent=1))
+    write_text_atomically(folder / MANIFEST, json.dumps({"name": folder.name, "files": files}, indent=1))
 
 
-def read_manifest(folder: Path) -> dict[str, dict[str, object]] | None:
-    """Return size and SHA-256 by the path of each recorded file; None without a valid manifest."""
+def read_manifest(folder: Path, *, name: str | None = None) -> dict[str, dict[str, object]] | None:
+    """Return size and SHA-256 by the path of each recorded file; None without a valid manifest.
+
+    Args:
+        folder: folder of the manifest.
+        name: the name that the folder must have had when the manifest was written; None for any.
+    """
     try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
+        content = json.loads((folder / MANIFEST).read_text())
+        files = content["files"] if name in (None, content["name"]) else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return files if isinstance(files, dict) else None
@@ -61,16 +67,25 @@ def unknown_files(folder: Path) -> list[Path]:
 
 
 def is_known(path: Path, folder: Path) -> bool:
-    """Whether a manifest in `folder`, or between it and `path`, records the file and the file has not changed."""
+    """Whether a manifest in `folder`, or between it and `path`, records the file and the file has not changed.
+
+    The manifest of a folder in `folder` counts only if the folder was not renamed or copied there: the folder has the
+    recorded name, and its parent has a manifest that counts.
+    """
     if path.is_symlink() or not path.is_file():
         return False
-    if path.name.startswith(PRIVATE):
-        return True
-    for above in path.parents:
-        files = read_manifest(above)
-        if files is not None and agrees(path, files.get(path.relative_to(above).as_posix())):
+    above, files = folder, read_manifest(folder)
+    for name in path.relative_to(folder).parts:
+        if path.parent == above and name.startswith(PRIVATE):
             return True
-        if above == folder:
+        if files is None:
+            return False
+        if agrees(path, files.get(path.relative_to(above).as_posix())):
+            return True
+        inner = read_manifest(above / name, name=name)
+        if inner is not None:
+            above, files = above / name, inner
+        elif (above / name).is_dir():
             return False
     return False
 
@@ -81,7 +96,7 @@ def remove_known_files(folder: Path) -> None:
     The manifests are deleted last, so an interrupted deletion can be repeated.
     """
     known = [path for path in entries_below(folder) if is_known(path, folder)]
-    known.sort(key=lambda path: path.name.startswith(PRIVATE))
+    known.sort(key=lambda path: (path.name.startswith(PRIVATE), -len(path.parts)))
     for path in known:
         path.unlink(missing_ok=True)
     remove_empty_folders(folder)

@@ -6,7 +6,7 @@ old one, and the two folders are exchanged. `recover_output_folder` finishes or 
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
@@ -16,7 +16,7 @@ from .disk_errors import explain_disk_errors
 from .exchange import exchange
 from .folder_checks import check_replaceable, check_writable
 from .locks import folder_lock, is_locked
-from .manifest import MANIFEST, PRIVATE, read_manifest, remove_known_files, write_manifest
+from .manifest import MANIFEST, PRIVATE, files_below, read_manifest, remove_known_files, write_manifest
 
 STAGING = f"{PRIVATE}staging-"
 UNFINISHED = f"{PRIVATE}unfinished"  # a file in a staging folder that marks new content, until it is in its place
@@ -24,7 +24,7 @@ LAST = ["config.json", MANIFEST]  # moved up after all other files, in this orde
 
 
 @contextmanager
-def atomic_output_dir(folder: Path, *, replace: bool = False) -> Iterator[Path]:
+def atomic_output_dir(folder: Path, *, replace: bool = False, kept: Collection[Path] = ()) -> Iterator[Path]:
     """Yield an empty folder to write into; its content becomes that of `folder` when the block ends.
 
     If the block fails, what it wrote is deleted and `folder` does not change.
@@ -33,6 +33,7 @@ def atomic_output_dir(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         folder: output folder; it is created if it does not exist.
         replace: replace the content of `folder`, and delete the old files, if this package wrote all of them (see
             `check_replaceable`). Without it, `folder` must not hold a name of the new content.
+        kept: files and folders of others in `folder` that are moved to the new content.
 
     Raises:
         OSError: the disk is full, or a folder cannot be written. The message names the folder.
@@ -48,9 +49,10 @@ def atomic_output_dir(folder: Path, *, replace: bool = False) -> Iterator[Path]:
         try:
             with explain_disk_errors(folder):
                 yield staging
+                set_permissions(staging)
                 write_manifest(staging)
             if replace:
-                check_replaceable(folder)
+                check_replaceable(folder, ignored=kept)
             else:
                 check_free_names(staging, folder)
         except BaseException:
@@ -60,7 +62,7 @@ def atomic_output_dir(folder: Path, *, replace: bool = False) -> Iterator[Path]:
                     folder.rmdir()
             raise
         if replace:
-            replace_folder(staging, folder)
+            replace_folder(staging, folder, kept)
         else:
             move_up(staging, folder)
 
@@ -96,14 +98,25 @@ def move_up(staging: Path, folder: Path) -> None:
     staging.rmdir()
 
 
-def replace_folder(staging: Path, folder: Path) -> None:
-    """Exchange a complete staging folder with `folder`, and delete the old content."""
+def set_permissions(staging: Path) -> None:
+    """Give all files the permissions of a new file: safetensors writes files that only their owner can read."""
+    mode = (staging / UNFINISHED).stat().st_mode
+    for path in files_below(staging):
+        path.chmod(mode)
+
+
+def replace_folder(staging: Path, folder: Path, kept: Collection[Path]) -> None:
+    """Exchange a complete staging folder with `folder`, move `kept` to it, and delete the old content."""
     try:
         exchange(staging, folder)
     except OSError:
         shutil.rmtree(staging, ignore_errors=True)
         raise
     (folder / UNFINISHED).unlink(missing_ok=True)
+    for path in kept:
+        place = path.resolve().relative_to(folder)
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (staging / place).rename(folder / place)
     remove_known_files(staging)
 
 

@@ -5,6 +5,7 @@ A checkpoint is complete if it has a manifest and every file agrees with it. Imp
 
 import json
 import re
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 from ..storage.folder_checks import check_replaceable, check_writable
 from ..storage.locks import is_locked
 from ..storage.manifest import (
+    MANIFEST,
     PRIVATE,
     changed_file,
     files_below,
@@ -33,7 +35,7 @@ INTERRUPTED = "its save was interrupted"
 TRAINER_FILES = (
     "*.safetensors", "*.safetensors.index.json", "*config.json", "*.py", "*token*.json", "*.jinja", "vocab.*",
     "merges.txt", "optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", "trainer_state.json",
-    "training_args.bin", RUN_FILE, f"{PRIVATE}*", "README.md",
+    "training_args.bin", RUN_FILE, f"{PRIVATE}*", "README.md", ".tmp*",
 )  # fmt: skip
 
 
@@ -53,6 +55,8 @@ def prepare_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> Non
     if not folder.is_dir():
         return
     checkpoints = folder / CHECKPOINTS
+    if checkpoints.is_symlink():
+        raise ValueError(f"{checkpoints} is a link, which is not followed: remove it, or choose another folder")
     run = recover_run(checkpoints)
     if run is None and checkpoints.is_dir() and not unknown_files(checkpoints):  # killed before it wrote a file
         remove_known_files(checkpoints)
@@ -64,7 +68,7 @@ def prepare_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> Non
     if resume and run is not None:
         if holds_model:
             damaged = [path for path in checkpoint_folders(checkpoints) if checkpoint_fault(path) is not None]
-            check_replaceable(folder, ignored=damaged)
+            check_replaceable(folder, ignored=[*damaged, *set_aside(checkpoints)])
     elif others and overwrite:
         check_replaceable(folder)
     elif others:
@@ -78,15 +82,16 @@ def prepare_output_folder(folder: Path, *, resume: bool, overwrite: bool) -> Non
 
 def occupied_message(folder: Path, others: list[Path], resume: bool) -> str:
     """Return the error message for an output folder that holds the paths `others`."""
-    written = read_manifest(folder) is not None
-    if resume and written:
-        return f"{folder} holds a finished model: remove --resume"
+    remedy = "choose another folder"
+    with suppress(ValueError):
+        check_replaceable(folder)
+        remedy += ", or add --overwrite" + (" instead of --resume" if resume else "")
+    if resume and read_manifest(folder) is not None:
+        return f"{folder} holds a finished model: {remedy}"
     path = min(others, key=lambda path: path.name.startswith(PRIVATE))
     files = files_below(path) if path.is_dir() and not path.is_symlink() else []
     name = (files[0] if files else path).relative_to(folder)
-    return f"{folder} is not empty (it holds {name}): choose another folder" + (
-        ", or add --overwrite" if written else ""
-    )
+    return f"{folder} is not empty (it holds {name}): {remedy}"
 
 
 def recover_run(checkpoints: Path) -> dict[str, Any] | None:
@@ -157,33 +162,52 @@ def newest_complete_checkpoint(checkpoints: Path) -> tuple[Path | None, dict[str
     if any(fault != INTERRUPTED for fault in faults.values()):
         listed = ", ".join(f"{name} ({fault})" for name, fault in faults.items())
         raise ValueError(
-            f"no checkpoint in {checkpoints} is complete: {listed}. Restore a checkpoint, or start again with "
-            "--overwrite instead of --resume"
+            f"no checkpoint in {checkpoints} is complete: {listed}. Restore one of them, or move the folder away to "
+            "start again"
         )
     return None, faults
 
 
 def checkpoint_fault(checkpoint: Path) -> str | None:
     """Return why a checkpoint is not complete, or None if it is."""
-    if (checkpoint / SAVING).exists() or read_manifest(checkpoint) is None:
+    if (checkpoint / SAVING).exists() or not (checkpoint / MANIFEST).exists():
         return INTERRUPTED
-    name = changed_file(checkpoint)
+    name = MANIFEST if read_manifest(checkpoint) is None else changed_file(checkpoint)
     if name is None:
         return None
     return f"{name} is {'damaged' if (checkpoint / name).exists() else 'missing'}"
 
 
 def begin_save(checkpoint: Path) -> None:
-    """Mark a checkpoint as being saved."""
+    """Mark a checkpoint as being saved, and record what its folder holds before."""
     checkpoint.mkdir(parents=True, exist_ok=True)
-    (checkpoint / SAVING).touch()
+    earlier = [path.relative_to(checkpoint).as_posix() for path in files_below(checkpoint)]
+    write_text_atomically(checkpoint / SAVING, json.dumps(earlier))
 
 
 def complete_save(checkpoint: Path) -> None:
     """Record the files of a saved checkpoint, with the run that it belongs to."""
     write_text_atomically(checkpoint / RUN_FILE, (checkpoint.parent / RUN_FILE).read_text())
-    write_manifest(checkpoint)
+    write_manifest(checkpoint, saved_files(checkpoint))
     (checkpoint / SAVING).unlink(missing_ok=True)
+
+
+def saved_files(checkpoint: Path) -> list[Path]:
+    """Return the files of a checkpoint that its save wrote: new ones, and those with a name of a Trainer's file."""
+    try:
+        earlier = json.loads((checkpoint / SAVING).read_text())
+    except (OSError, ValueError):
+        earlier = []
+    return [
+        path
+        for path in files_below(checkpoint)
+        if path.relative_to(checkpoint).as_posix() not in earlier or is_trainer_file(path)
+    ]
+
+
+def is_trainer_file(path: Path) -> bool:
+    """Whether a Trainer saves files of this name."""
+    return any(fnmatch(path.name, pattern) for pattern in TRAINER_FILES)
 
 
 def remove_old_checkpoints(checkpoints: Path, keep: set[str], *, limit: int) -> None:
@@ -191,23 +215,28 @@ def remove_old_checkpoints(checkpoints: Path, keep: set[str], *, limit: int) -> 
     saved = saved_checkpoints(checkpoints)
     removable = [path for path in saved if path.name not in keep]
     for path in removable[: max(0, len(saved) - limit)]:
-        discard(path)
+        remove_known_files(path)
 
 
 def remove_interrupted_saves(checkpoints: Path) -> None:
-    """Delete the checkpoints that a killed process or a full disk left incomplete."""
+    """Delete what a killed process or a full disk left of an incomplete save, and no file of another name."""
     for path in checkpoint_folders(checkpoints):
         if (path / SAVING).exists():
-            discard(path)
+            for file in sorted(path.iterdir(), key=lambda file: file.name == SAVING):
+                if file.is_file() and not file.is_symlink() and is_trainer_file(file):
+                    file.unlink()
+            remove_empty_folders(path)
 
 
-def discard(checkpoint: Path) -> None:
-    """Delete the files of a checkpoint that a Trainer or this module wrote."""
-    begin_save(checkpoint)  # so that an interrupted deletion is finished by the next run
-    for path in sorted(checkpoint.iterdir(), key=lambda path: path.name == SAVING):
-        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in TRAINER_FILES):
-            path.unlink()
-    remove_empty_folders(checkpoint)
+def move_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that the run can save it again; return its new path."""
+    number = len(set_aside(checkpoint.parent))
+    return checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.damaged{f'-{number}' if number else ''}"))
+
+
+def set_aside(checkpoints: Path) -> list[Path]:
+    """Return the damaged checkpoints that earlier runs renamed."""
+    return list(checkpoints.glob("checkpoint-*.damaged*"))
 
 
 def record_run_files(checkpoints: Path) -> None:
@@ -224,5 +253,6 @@ def saved_checkpoints(checkpoints: Path) -> list[Path]:
 
 def checkpoint_folders(checkpoints: Path) -> list[Path]:
     """Return all checkpoint folders, complete or not, from the oldest to the newest."""
-    folders = [path for path in checkpoints.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", path.name)]
+    named = [path for path in checkpoints.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", path.name)]
+    folders = [path for path in named if path.is_dir() and not path.is_symlink()]
     return sorted(folders, key=lambda path: int(path.name.rpartition("-")[2]))

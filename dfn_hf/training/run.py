@@ -28,10 +28,11 @@ from ..storage.output_folder import atomic_output_dir
 from .checkpoints import (
     CHECKPOINTS,
     check_same_run,
-    discard,
+    move_aside,
     newest_complete_checkpoint,
     prepare_output_folder,
     record_run_files,
+    set_aside,
     write_run,
 )
 from .settings import TrainingSettings
@@ -79,10 +80,11 @@ def begin_run(folder: Path, run: dict[str, Any], *, resume: bool, overwrite: boo
             if last is not None:
                 check_same_run(last, run)
             for name, fault in faults.items():
-                logger.warning(f"{checkpoints / name} is not complete ({fault}): it is deleted.")
-                discard(checkpoints / name)
+                kept = move_aside(checkpoints / name)
+                logger.warning(f"{checkpoints / name} is not complete ({fault}): it is kept as {kept.name}.")
             if resume:
-                logger.warning(f"Resuming from {last or 'the first step, because no checkpoint is complete'}.")
+                start = "There is no complete checkpoint: training starts from the first step."
+                logger.warning(start if last is None else f"Resuming from {last}.")
             else:
                 remove_known_files(checkpoints)
             with explain_disk_errors(folder):
@@ -100,7 +102,8 @@ def save_trained_model(
     """Write the transformers folder of `result` atomically, and delete the checkpoints."""
     checkpoints = result.folder / CHECKPOINTS
     record_run_files(checkpoints)
-    with atomic_output_dir(result.folder, replace=read_manifest(result.folder) is not None) as folder:
+    replace = read_manifest(result.folder) is not None
+    with atomic_output_dir(result.folder, replace=replace, kept=set_aside(checkpoints)) as folder:
         if isinstance(model, PeftModel):
             model.save_pretrained(str(folder / "adapter"))
             model = cast(PreTrainedModel, model.merge_and_unload())

@@ -4,6 +4,7 @@ Causal language models train on packed blocks, encoder-decoders on pairs. Baseli
 `torchrun --nproc-per-node 4 -m dfn_hf.cli train lm OUTPUT` trains on four devices.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -163,12 +164,20 @@ def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | Non
 
 def run_trainer(trainer: Trainer, checkpoints: Path, last: Path | None) -> None:
     """Train from the checkpoint `last` or from the first step, and delete what a failed save leaves."""
-    with explain_disk_errors(checkpoints.parent):
+    log = logging.getLogger("transformers.trainer")
+    with explain_disk_errors(checkpoints.parent, remedy="continue with --resume"):
         try:
+            log.addFilter(is_not_about_a_moved_run)
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         finally:
+            log.removeFilter(is_not_about_a_moved_run)
             if trainer.is_world_process_zero():
                 remove_interrupted_saves(checkpoints)
+
+
+def is_not_about_a_moved_run(record: logging.LogRecord) -> bool:
+    """Filter of the Trainer's warning about a moved best checkpoint, which `CompleteCheckpointsCallback` finds."""
+    return "recorded in the resumed state does not exist" not in record.getMessage()
 
 
 def training_arguments(

@@ -18,7 +18,7 @@ from dfn_hf.presets import new_causal_lm
 from dfn_hf.storage.locks import folder_lock
 from dfn_hf.storage.manifest import MANIFEST
 from dfn_hf.training import run as run_module
-from dfn_hf.training.checkpoints import newest_complete_checkpoint
+from dfn_hf.training.checkpoints import begin_save, newest_complete_checkpoint
 from dfn_hf.training.settings import TrainingSettings
 from dfn_hf.training.trainer import train_model
 
@@ -116,7 +116,8 @@ def test_a_checkpoint_without_a_valid_manifest_is_not_complete(stopped, tmp_path
     damage(checkpoints / "checkpoint-4" / MANIFEST, kind)
     last, faults = newest_complete_checkpoint(checkpoints)
     assert last.name == "checkpoint-2"
-    assert faults == {"checkpoint-4": "its save was interrupted"}
+    expected = "its save was interrupted" if kind == "missing" else f"{MANIFEST} is damaged"
+    assert faults == {"checkpoint-4": expected}
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
@@ -126,7 +127,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(stopped, whole
     count = Count()
     resumed = train(tmp_path / "model", resume=True, callbacks=[count])
     assert count.steps == [3, 4, 5, 6]
-    assert f"checkpoint-4 is not complete ({name} is damaged)" in caplog.text
+    assert f"checkpoint-4 is not complete ({name} is damaged): it is kept as checkpoint-4.damaged" in caplog.text
+    assert (tmp_path / "model" / "checkpoints" / "checkpoint-4.damaged" / name).exists()
     assert "Resuming from" in caplog.text and "checkpoint-2" in caplog.text
     assert weights(resumed.folder) == weights(whole.folder)
     assert resumed.validation_loss == whole.validation_loss
@@ -206,7 +208,7 @@ def test_resume_after_the_last_step_trains_no_further(whole, tmp_path, monkeypat
 
 
 def test_a_finished_model_is_not_resumed(whole):
-    with pytest.raises(ValueError, match="holds a finished model: remove --resume"):
+    with pytest.raises(ValueError, match="holds a finished model: choose another folder, or add --overwrite instead"):
         train(whole.folder, resume=True)
 
 
@@ -252,6 +254,76 @@ def test_overwrite_refuses_a_changed_card(whole, tmp_path):
     (folder / "README.md").write_text("My words.")
     with pytest.raises(ValueError, match=r"holds README.md, which .* changed since"):
         train(folder, overwrite=True)
+
+
+def test_a_damaged_checkpoint_is_kept_when_a_model_is_replaced(whole, tmp_path):
+    folder = tmp_path / "model"
+    train(folder, settings=replace(SETTINGS, max_steps=2))
+    damage(interrupted(folder, overwrite=True) / "checkpoint-4" / "optimizer.pt", "cut")
+    train(folder, resume=True)
+    assert weights(folder) == weights(whole.folder)
+    assert (folder / "checkpoints" / "checkpoint-4.damaged" / "optimizer.pt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("name", ["mynotes.txt", "deep/notes.txt"])
+def test_notes_in_an_interrupted_save_stay(stopped, whole, tmp_path, name):
+    folder = tmp_path / "model"
+    shutil.copytree(stopped, folder)
+    partial = folder / "checkpoints" / "checkpoint-6"
+    begin_save(partial)
+    for path in (partial / "model.safetensors", partial / ".tmpAbc", partial / name):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    train(folder, resume=True)
+    assert weights(folder) == weights(whole.folder)
+    assert [path.read_text() for path in folder.rglob(name.rpartition("/")[2])] == ["mine"]
+    assert not list(folder.rglob(".tmpAbc"))
+
+
+def test_an_interrupted_save_is_not_in_the_way(stopped, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(stopped, folder)
+    begin_save(folder / "checkpoints" / "checkpoint-6")
+    (folder / "checkpoints" / "checkpoint-6" / ".tmpAbc").write_text("half a file")
+    train(folder, overwrite=True)
+    assert not (folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("name", ["my-best", "checkpoint-4-backup", "deep/checkpoint-4"])
+def test_copies_of_a_checkpoint_stay(stopped, tmp_path, name):
+    folder = tmp_path / "model"
+    shutil.copytree(stopped, folder)
+    copy = folder / "checkpoints" / name
+    shutil.copytree(folder / "checkpoints" / "checkpoint-4", copy)
+    with pytest.raises(ValueError, match="was not written by a training run"):
+        train(folder, overwrite=True)
+    train(folder, resume=True)
+    assert (copy / "optimizer.pt").exists() and (copy / MANIFEST).exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "checkpoints/checkpoint-2"])
+def test_links_are_not_followed(stopped, tmp_path, name):
+    folder, outside = tmp_path / "model", tmp_path / "outside"
+    shutil.copytree(stopped, folder)
+    (folder / name).rename(outside)
+    (folder / name).symlink_to(outside)
+    before = {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()}
+    if name == "checkpoints":
+        with pytest.raises(ValueError, match="checkpoints is a link, which is not followed"):
+            train(folder, resume=True)
+    else:
+        train(folder, resume=True)
+    assert {path: path.read_bytes() for path in outside.rglob("*") if path.is_file()} == before
+    assert (folder / name).is_symlink()
+
+
+def test_files_have_the_permissions_of_new_files(whole, tmp_path):
+    (tmp_path / "new").touch()
+    modes = {
+        path.stat().st_mode for path in whole.folder.rglob("*") if path.is_file() and not path.name.startswith(".")
+    }
+    assert modes == {(tmp_path / "new").stat().st_mode}
 
 
 def test_two_runs_do_not_share_a_folder(stopped, tmp_path):
