@@ -15,7 +15,8 @@ from transformers.cli.serving.utils import DirectStreamer, GenerateManager
 from transformers.utils import logging
 
 from .client import CURRENT, Client
-from .requests import Bounds, RequestError
+from .request_errors import RequestError
+from .requests import Bounds
 
 DEFAULT_NEW_TOKENS = 1024  # what `transformers serve` generates for a request without a generation configuration
 MAX_LOGGED_MESSAGES = 1000

@@ -14,7 +14,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .client import CURRENT, Client
-from .requests import SCHEMAS, Bounds, RequestError, parse_body
+from .request_errors import RequestError
+from .requests import SCHEMAS, Bounds, parse_body
 
 METHODS = {"/health": "GET", "/v1/models": "GET", **dict.fromkeys(SCHEMAS, "POST")}
 BODY_SECONDS = 30.0

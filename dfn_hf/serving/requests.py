@@ -7,7 +7,6 @@ an absent field.
 import inspect
 import json
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
 
@@ -26,19 +25,13 @@ from pydantic import (
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from .request_errors import RequestError, explain_problems
+
 MAX_DEPTH = 64
 MAX_NAME = 200  # longest name of a field in a message
 TOO_DEEP = f"nested more than {MAX_DEPTH} levels deep"
 MAX_ID = 2**63 - 1
 TEXT_PARTS = Literal["text", "input_text", "output_text"]
-MESSAGES = {
-    "missing": "the field is required",
-    "model_type": "must be an object",
-    "dict_type": "must be an object",
-    "list_type": "must be a list",
-    "string_type": "must be a string",
-    "extra_forbidden": "a request may not set this option",
-}
 # Names that `chat_template_kwargs` may not set: a request could otherwise replace the template itself.
 RESERVED_TEMPLATE_NAMES = {
     "messages",
@@ -46,27 +39,6 @@ RESERVED_TEMPLATE_NAMES = {
     *inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters,
     *inspect.signature(render_jinja_template).parameters,
 }
-
-
-class RequestError(Exception):
-    """A request that the server refuses.
-
-    Args:
-        message: one sentence for the client.
-        field: the field of the body that is wrong, such as `messages[0].content`.
-        status: the HTTP status.
-        headers: further headers of the response.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        field: str | None = None,
-        status: int = 422,
-        headers: Mapping[str, str] | None = None,
-    ):
-        super().__init__(message)
-        self.message, self.field, self.status, self.headers = message, field, status, headers
 
 
 @dataclass(frozen=True)
@@ -179,34 +151,6 @@ def check_fields(schema: type[BaseModel], data: Any, bounds: Bounds, parent: str
     return checked.model_dump(exclude_unset=True, warnings=False)
 
 
-def explain_problems(problems: Sequence[Mapping[str, Any]], data: Any, parent: str) -> RequestError:
-    """Describe one field that is wrong.
-
-    Each alternative of a union reports a problem. The alternative that got furthest is the one that was meant.
-    """
-    ranked = [
-        (name.count(".") + name.count("["), not problem["type"].endswith("_type"), name, problem)
-        for name, problem in ((field_name(problem, data), problem) for problem in problems)
-    ]
-    best = max(ranked, key=lambda item: item[:2])
-    reasons = [MESSAGES.get(item[3]["type"], item[3]["msg"]) for item in ranked if item[:3] == best[:3]]
-    reason = " or ".join(dict.fromkeys(reasons)).replace("Value error, ", "").replace("Input should be", "must be")
-    name = ".".join(filter(None, (parent, best[2]))) or "the body"
-    return RequestError(f"{name}: {reason}", name)
-
-
-def field_name(problem: Mapping[str, Any], data: Any) -> str:
-    """Return the path of a field, such as `messages[0].content`, without the names of pydantic's alternatives."""
-    name, steps = "", problem["loc"]
-    for step in steps:
-        missing = step == steps[-1] and problem["type"] == "missing"
-        if isinstance(data, list) and isinstance(step, int):
-            name, data = f"{name}[{step}]", data[step]
-        elif isinstance(data, dict) and (step in data or missing):
-            name, data = f"{name}.{step}" if name else str(step), data.get(step)
-    return name
-
-
 def bounds_of(info: ValidationInfo) -> Bounds:
     return cast(Bounds, info.context)
 
@@ -217,6 +161,12 @@ def check_new_tokens(value: int, info: ValidationInfo) -> int:
         raise ValueError(
             f"{value} is more than the {most} tokens that this server generates for one request (--max-new-tokens)"
         )
+    return value
+
+
+def check_choices(value: int) -> int:
+    if value != 1:
+        raise ValueError("must be 1 or absent, because the server returns one text for each request")
     return value
 
 
@@ -265,6 +215,7 @@ def check_generation_config(text: str, info: ValidationInfo) -> str:
 
 
 NewTokens = Annotated[int, Field(ge=1), AfterValidator(check_new_tokens)]
+Choices = Annotated[int, AfterValidator(check_choices)]
 Token = Annotated[int, Field(ge=0), AfterValidator(check_token)]
 Temperature = Annotated[float, Field(ge=0, le=100), AfterValidator(check_temperature)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -327,6 +278,8 @@ class Request(Schema):
 class CompletionRequest(Request):
     prompt: str
     suffix: str | None = None
+    n: Choices | None = None
+    best_of: Choices | None = None
     max_tokens: NewTokens | None = None
     # transformers adds 1 and uses the sum as repetition penalty, which is positive.
     frequency_penalty: Annotated[float, Field(gt=-0.99, le=2)] | None = None
@@ -357,6 +310,7 @@ class Message(Schema):
 class ChatRequest(Request):
     messages: Annotated[list[Message], Field(min_length=1)]
     tools: list[dict[str, Any]] | None = None
+    n: Choices | None = None
     max_tokens: NewTokens | None = None
     max_completion_tokens: NewTokens | None = None
     frequency_penalty: Annotated[float, Field(gt=-0.99, le=2)] | None = None

@@ -87,13 +87,16 @@ def guard(
         args: further arguments of `build`.
         options: keyword arguments of `build`.
     """
+    from starlette.exceptions import HTTPException
     from starlette.middleware.cors import CORSMiddleware
 
     from .generation import BoundedGenerateManager, explain_template_errors
     from .guard import Guard, error_response
-    from .requests import Bounds, RequestError
+    from .request_errors import RequestError
+    from .requests import Bounds
 
-    model, processor = model_manager.load_model_and_processor(model_manager.process_model_name(path))
+    use_announced_name(model_manager)
+    model, processor = model_manager.load_model_and_processor(path)
     explain_template_errors(processor)
     length = limits.max_prompt_tokens or getattr(model.config, "max_position_embeddings", None)
     bounds = Bounds(length or DEFAULT_PROMPT_TOKENS, limits.max_new_tokens, model.config.vocab_size)
@@ -105,11 +108,21 @@ def guard(
     app = build(model_manager, *args, **options)
 
     async def refuse(request: Any, error: Exception) -> Any:
+        if isinstance(error, HTTPException):
+            error = RequestError(str(error.detail), status=error.status_code, headers=error.headers)
         return error_response(error if isinstance(error, RequestError) else RequestError(str(error)))
 
+    app.add_exception_handler(HTTPException, refuse)
     app.add_exception_handler(RequestError, refuse)
     app.add_exception_handler(ValueError, refuse)
     guarded: ASGIApp = Guard(app, path, limits, bounds)
     if limits.origins:
         guarded = CORSMiddleware(guarded, allow_origins=limits.origins, allow_methods=["*"], allow_headers=["*"])
     return guarded
+
+
+def use_announced_name(model_manager: Any) -> None:
+    """Let responses name the model as requests do: `transformers serve` adds `@main` to the name."""
+    add_revision, load = model_manager.process_model_name, model_manager.load_model_and_processor
+    model_manager.process_model_name = str
+    model_manager.load_model_and_processor = lambda name, **options: load(add_revision(name), **options)

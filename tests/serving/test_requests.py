@@ -6,7 +6,8 @@ import random
 import pytest
 from starlette.testclient import TestClient
 
-from dfn_hf.serving.requests import Bounds, RequestError, parse_body
+from dfn_hf.serving.request_errors import RequestError
+from dfn_hf.serving.requests import Bounds, parse_body
 from tests.campaigns.requests import FIELDS, random_body
 from tests.support.serving import make_app, make_chat_model
 
@@ -60,6 +61,11 @@ def test_what_is_not_json_is_refused(raw):
     (COMPLETION, {"prompt": "a", "stop": ["a", 5]}, "stop[1]"),
     (COMPLETION, {"prompt": "a", "stop": ["a"] * 5}, "stop"),
     (COMPLETION, {"prompt": "a", "stop": "a" * 101}, "stop"),
+    (COMPLETION, {"prompt": "a", "n": 1000}, "n"),
+    (COMPLETION, {"prompt": "a", "n": 0}, "n"),
+    (COMPLETION, {"prompt": "a", "n": "1"}, "n"),
+    (COMPLETION, {"prompt": "a", "best_of": 2}, "best_of"),
+    (CHAT, {"messages": [USER], "n": 2}, "n"),
     (COMPLETION, {"prompt": "a", "unknown": {"x": ["\udfff"]}}, "unknown.x[0]"),
     (COMPLETION, {"prompt": "a", "generation_config": {"top_k": 5}}, "generation_config"),
     (COMPLETION, {"prompt": "a", "generation_config": "{"}, "generation_config"),
@@ -110,8 +116,31 @@ def test_wrong_fields_are_named(path, body, field):
     assert caught.value.status in (400, 422)
 
 
+@pytest.mark.parametrize(("path", "body", "message"), [
+    (COMPLETION, {"prompt": "a", "stop": ["a"] * 6}, "stop has 6 strings, at most 4 are possible"),
+    (COMPLETION, {"prompt": "a", "stop": "a" * 101}, "stop has 101 characters, at most 100 are possible"),
+    (COMPLETION, {"prompt": "a", "stop": ["a", "b" * 102]}, "stop[1] has 102 characters, at most 100 are possible"),
+    (COMPLETION, {"prompt": "a", "stop": []}, "stop is empty"),
+    (COMPLETION, {"prompt": "a", "stop": ""}, "stop is empty"),
+    (COMPLETION, {"prompt": "a", "generation_config": json.dumps({"stop_strings": ["a"] * 5})},
+     "generation_config.stop_strings has 5 strings, at most 4 are possible"),
+    (CHAT, {"messages": []}, "messages is empty"),
+    (CHAT, {"messages": [{"role": ""}]}, "messages[0].role is empty"),
+    (CHAT, {"messages": [USER], "logit_bias": {}}, "logit_bias is empty"),
+    (RESPONSE, {"input": []}, "input is empty"),
+    (COMPLETION, {"prompt": "a", "n": 10**400},
+     "n: must be 1 or absent, because the server returns one text for each request"),
+])  # fmt: skip
+def test_lengths_and_numbers_of_texts_are_in_plain_words(path, body, message):
+    with pytest.raises(RequestError) as caught:
+        parse(path, body)
+    assert caught.value.message == message
+    assert caught.value.status == 422
+
+
 @pytest.mark.parametrize(("path", "body"), [
-    (COMPLETION, {"prompt": "a", "temperature": 0, "top_p": 1, "stop": ["a", "b"], "user": "x", "n": {"any": []}}),
+    (COMPLETION, {"prompt": "a", "temperature": 0, "top_p": 1, "stop": ["a", "b"], "user": {"any": []}, "n": 1}),
+    (CHAT, {"messages": [USER], "n": 1}),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}], "logit_bias": {"3": -100.0}}),
     (CHAT, {"messages": [USER], "tools": [{"type": "function", "function": {"name": "f", "default": None}}]}),
     (RESPONSE, {"input": [{"type": "input_text", "text": "a"}], "instructions": "b", "max_output_tokens": 50}),
@@ -145,6 +174,18 @@ def client(tmp_path_factory):
     return TestClient(app, raise_server_exceptions=False)
 
 
+@pytest.mark.parametrize(("path", "body"), [
+    (COMPLETION, {"prompt": "a", "foo": 1}),
+    (CHAT, {"messages": [USER], "foo": 1}),
+    (RESPONSE, {"input": "a", "foo": 1}),
+])  # fmt: skip
+def test_unknown_fields_are_refused_in_the_format_of_all_errors(client, path, body):
+    answer = client.post(path, json=body)
+    assert answer.status_code == 422
+    error = answer.json()["error"]
+    assert error["type"] == "invalid_request_error" and "foo" in error["message"]
+
+
 @pytest.mark.parametrize("path", FIELDS)
 def test_random_bodies_never_fail_the_server(client, path):
     dice, statuses = random.Random(f"bodies for {path}"), []
@@ -152,7 +193,7 @@ def test_random_bodies_never_fail_the_server(client, path):
         raw = random_body(dice, path)
         answer = client.post(path, content=raw, headers={"Content-Type": "application/json"})
         assert answer.status_code in (200, 400, 404, 422), (answer.status_code, raw)
-        assert answer.status_code == 200 or isinstance(answer.json(), dict)
+        assert answer.status_code == 200 or answer.json()["error"]["message"]
         assert '"error"' not in answer.text or answer.status_code != 200, (answer.text, raw)
         statuses.append(answer.status_code)
     assert 12 < statuses.count(200) < 108

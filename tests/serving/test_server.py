@@ -42,9 +42,11 @@ def test_completion_equals_generate(server):
     request = {"model": path, "prompt": PROMPT, "max_tokens": 12, "temperature": 0}
     whole = json.loads(post(f"{url}/v1/completions", **request))
     assert whole["choices"][0]["text"] == expected
+    assert whole["model"] == path
     streamed = post(f"{url}/v1/completions", **request, stream=True)
     events = [line.removeprefix("data: ") for line in streamed.splitlines() if line.startswith("data: {")]
     assert "".join(json.loads(event)["choices"][0]["text"] for event in events) == expected
+    assert {json.loads(event)["model"] for event in events} == {path}
 
 
 def test_request_without_model_name(server):
