@@ -18,8 +18,8 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha": (lambda value: 0 <= value <= 1e6, "between 0 and 1e6"),
     "beta": (lambda value: 0 <= value <= 1, "between 0 and 1"),
     "boundary_token_ids": (
-        lambda value: all(type(number) is int and 0 <= number <= MAX_COUNT for number in value),
-        "a list of token ids",
+        lambda value: all(type(number) is int and -1 <= number <= MAX_COUNT for number in value),
+        "a list of token ids, with -1 for none",
     ),
     "compression_ratio": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
     "dense_limit": (lambda value: 0 <= value <= MAX_COUNT, f"between 0 and {MAX_COUNT}"),

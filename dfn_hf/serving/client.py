@@ -22,11 +22,12 @@ class Client:
         body: the request body that the application receives.
         receive: the ASGI channel that reports the disconnect.
         send: the ASGI channel to the client.
+        on_end: called before the last part of the response is sent, so that the client's next request finds room.
     """
 
-    def __init__(self, body: bytes, receive: Receive, send: Send):
+    def __init__(self, body: bytes, receive: Receive, send: Send, *, on_end: Callable[[], object] = lambda: None):
         self._body: bytes | None = body
-        self._receive, self._send = receive, send
+        self._receive, self._send, self._on_end = receive, send, on_end
         self._callbacks: list[Callable[[], None]] = []
         self.gone = threading.Event()
 
@@ -59,6 +60,8 @@ class Client:
         """Send a part of the response. A client that reads nothing for `STALL_SECONDS` counts as gone."""
         if self.gone.is_set():
             return
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._on_end()
         try:
             async with asyncio.timeout(STALL_SECONDS):
                 await self._send(message)

@@ -56,7 +56,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, model: str, limits: ServerLimits, bounds: Bounds):
         self.app, self.model, self.limits, self.bounds = app, model, limits, bounds
-        self.running = 0
+        self.running: set[object] = set()
         # One thread: other clients are served while a large body is checked, and one body is checked at a time.
         self.checker = ThreadPoolExecutor(max_workers=1)
 
@@ -99,9 +99,9 @@ class Guard:
             return
         check_origin(scope, self.limits.origins)
         check_content_type(scope)
-        if self.running >= self.limits.max_requests:
+        if len(self.running) >= self.limits.max_requests:
             raise RequestError(
-                f"the server is busy with {self.running} requests (--max-requests): try again later",
+                f"the server is busy with {len(self.running)} requests (--max-requests): try again later",
                 status=429,
                 headers={"Retry-After": "1"},
             )
@@ -118,12 +118,13 @@ class Guard:
             RequestError: the body is refused.
             ClientDisconnect: the client has left before its body was read.
         """
-        self.running += 1
+        slot = object()
+        self.running.add(slot)
         try:
             raw = await read_body(scope, receive, self.limits.max_body_bytes)
             loop = asyncio.get_running_loop()
             body = await loop.run_in_executor(self.checker, self.prepare, scope["path"], raw)
-            client = Client(body, receive, send)
+            client = Client(body, receive, send, on_end=lambda: self.running.discard(slot))
             del raw, body
             CURRENT.set(client)
             watcher = asyncio.create_task(client.watch())
@@ -132,7 +133,7 @@ class Guard:
             finally:
                 watcher.cancel()
         finally:
-            self.running -= 1
+            self.running.discard(slot)
 
     def prepare(self, path: str, raw: bytes) -> bytes:
         """Return the body with checked fields.

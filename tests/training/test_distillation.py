@@ -15,6 +15,7 @@ from dfn_hf.conversion.llama import llama_to_dfn
 from dfn_hf.data.collators import PackedBlockCollator
 from dfn_hf.data.packing import pack, tokenize
 from dfn_hf.presets import new_causal_lm
+from dfn_hf.storage.manifest import MANIFEST, write_manifest
 from dfn_hf.training.checkpoints import newest_complete_checkpoint
 from dfn_hf.training.distillation import (
     DistillationSettings,
@@ -137,11 +138,12 @@ def test_resumed_run_equals_an_uninterrupted_run(teacher, tokenizer, blocks, tmp
 def test_failed_run_does_not_change_the_folder(teacher, tokenizer, blocks, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
-    (folder / "poem.txt").write_text("mine")
+    (folder / "config.json").write_text("{}")
+    write_manifest(folder)
     with pytest.raises(RuntimeError, match="power cut"):
         distill(teacher, tokenizer, blocks, folder, overwrite=True, callbacks=[FailAtStep(1)])
-    assert (folder / "poem.txt").read_text() == "mine"
-    assert [path.name for path in folder.iterdir() if path.name != "checkpoints"] == ["poem.txt"]
+    assert (folder / "config.json").read_text() == "{}"
+    assert {path.name for path in folder.iterdir()} == {"config.json", MANIFEST, "checkpoints"}
 
 
 def test_the_teacher_is_not_overwritten(teacher, tokenizer, blocks):
