@@ -39,6 +39,10 @@ def check_replaceable(folder: Path, *, ignored: Collection[Path] = ()) -> None:
     """
     shown = folder
     folder = folder.resolve()
+    if os.path.ismount(folder):
+        raise ValueError(f"{shown} is a mount point, which cannot be replaced: choose a folder in it")
+    if folder == Path.cwd() or folder in Path.cwd().parents:
+        raise ValueError(f"{shown} holds the current folder, which cannot be replaced: run the command from another folder")
     skipped = {path.resolve() for path in ignored}
     unknown = [str(path.relative_to(folder)) for path in unknown_files(folder) if skipped.isdisjoint(path.parents)]
     if unknown:
@@ -47,10 +51,6 @@ def check_replaceable(folder: Path, *, ignored: Collection[Path] = ()) -> None:
             f"{shown} holds {', '.join(sorted(unknown)[:SHOWN])}{others}, which dfn-hf did not write or which changed "
             "since: choose another folder, or move what you want to keep and delete the rest"
         )
-    if os.path.ismount(folder):
-        raise ValueError(f"{shown} is a mount point, which cannot be replaced: choose a folder in it")
-    if folder == Path.cwd() or folder in Path.cwd().parents:
-        raise ValueError(f"{shown} holds the current folder, which cannot be replaced: run the command elsewhere")
     if len(os.fsencode(folder.name)) + ADDED_BYTES > MAX_NAME_BYTES:
         raise ValueError(f"the name {folder.name[:40]}… is too long to replace the folder: choose a shorter one")
     if not os.access(folder.parent, os.W_OK | os.X_OK):

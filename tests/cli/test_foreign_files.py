@@ -35,7 +35,7 @@ def test_a_home_folder_behind_a_link_stays(tmp_path):
 def test_the_current_folder_stays(tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("mine")
     monkeypatch.chdir(tmp_path)
-    assert "holds notes.txt" in refusal("train", "lm", ".", "--overwrite")
+    assert "holds the current folder, which cannot be replaced" in refusal("train", "lm", ".", "--overwrite")
     assert "is not empty (it holds notes.txt): choose another folder\n" in refusal("train", "lm", ".")
     assert "exists already" in refusal("convert", __file__, ".")
     assert (tmp_path / "notes.txt").read_text() == "mine"
