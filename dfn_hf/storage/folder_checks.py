@@ -42,7 +42,7 @@ def check_replaceable(folder: Path, *, ignored: Collection[Path] = ()) -> None:
     if os.path.ismount(folder):
         raise ValueError(f"{shown} is a mount point, which cannot be replaced: choose a folder in it")
     if folder == Path.cwd() or folder in Path.cwd().parents:
-        raise ValueError(f"{shown} holds the current folder, which cannot be replaced: run the command from another folder")
+        raise ValueError(f"{shown} holds the current folder, which cannot be replaced: run the command from elsewhere")
     skipped = {path.resolve() for path in ignored}
     unknown = [str(path.relative_to(folder)) for path in unknown_files(folder) if skipped.isdisjoint(path.parents)]
     if unknown:
