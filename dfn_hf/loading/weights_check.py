@@ -43,9 +43,13 @@ def check_weights(path: str, config: PreTrainedConfig, auto_class: Any) -> None:
     if not files and Path(path).is_dir() and find_file(path, "adapter_config.json") is None:
         name = explicit or FILE_NAMES[0]
         raise ValueError(f"{path} holds no weights ({name}): save, copy or download the model again")
+    if files and getattr(config, "quantization_config", None) is None:
+        compare_headers(path, files, config, auto_class)
     warn_about_changes(path, files)
-    if not files or getattr(config, "quantization_config", None) is not None:
-        return
+
+
+def compare_headers(path: str, files: list[Path], config: PreTrainedConfig, auto_class: Any) -> None:
+    """Raise ValueError unless the headers of `files` fit a model of this configuration; see `check_weights`."""
     headers = read_headers(files)
     place = str(files[0]) if len(files) == 1 else f"the {len(files)} weight files in {path}"
     check_layer_counts(config, len(headers), place)

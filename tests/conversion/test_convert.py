@@ -232,7 +232,7 @@ def test_settings_are_checked(checkpoint, tmp_path):
         ("flownetwork-F1", "dense_limit", [-1, 10**12]),
         ("flownetwork-F4", "num_heads", [0, -8, 10**12, 2**70]),
         ("flownetwork-F4", "max_seq_len", [0, 10**12]),
-        ("flownetwork-F4", "boundary_token_ids", [[-1], [10**12], [1.5], ["a"], [[1]], [True], [[[[]]]]]),
+        ("flownetwork-F4", "boundary_token_ids", [[-2], [10**12], [1.5], ["a"], [[1]], [True], [[[[]]]]]),
         ("liquid-L6", "dropout", [-0.1, 1, float("nan")]),
         ("liquid-L6", "compression_ratio", [0, 2, float("nan"), -1e300]),
         ("liquid-L6", "top_k", [0, -1, 10**12]),
