@@ -221,7 +221,7 @@ def remove_old_checkpoints(checkpoints: Path, keep: set[str], *, limit: int) -> 
 def remove_interrupted_saves(checkpoints: Path) -> None:
     """Delete what a killed process or a full disk left of an incomplete save, and no file of another name."""
     for path in checkpoint_folders(checkpoints):
-        if (path / SAVING).exists():
+        if (path / SAVING).exists() or not files_below(path):
             for file in sorted(path.iterdir(), key=lambda file: file.name == SAVING):
                 if file.is_file() and not file.is_symlink() and is_trainer_file(file):
                     file.unlink()

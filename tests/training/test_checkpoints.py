@@ -281,6 +281,15 @@ def test_notes_in_an_interrupted_save_stay(stopped, whole, tmp_path, name):
     assert not list(folder.rglob(".tmpAbc"))
 
 
+def test_a_save_that_has_just_begun_is_removed(stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "model")
+    partial = tmp_path / "model" / "checkpoints" / "checkpoint-6"
+    partial.mkdir()
+    (partial / ".dfn-hf-.dfn-hf-saving.new").touch()
+    train(tmp_path / "model", resume=True)
+    assert not (tmp_path / "model" / "checkpoints").exists()
+
+
 def test_an_interrupted_save_is_not_in_the_way(stopped, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(stopped, folder)
