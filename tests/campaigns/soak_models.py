@@ -77,7 +77,9 @@ def stream(name: str, tokens: int) -> bool:
     """Stream tokens from a model; return whether the time per token stays flat."""
     model, ids = load(name)
     clock = Clock()
-    model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True, top_k=50, streamer=clock)
+    model.generate(
+        ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=True, top_k=50, num_beams=1, streamer=clock
+    )
     steps = np.diff(clock.times[1:])  # without the prompt
     pieces = [1e3 * float(np.median(piece)) for piece in np.array_split(steps, PIECES)]
     early, late = np.mean(pieces[PIECES // 4 : PIECES // 2]), np.mean(pieces[-PIECES // 4 :])
