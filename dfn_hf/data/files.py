@@ -114,7 +114,7 @@ def unreadable(path: Any, error: OSError) -> ValueError:
 
 @contextmanager
 def explain_read_errors(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
-    """Raise whatever a reader of damaged files raises as a ValueError that names the file.
+    """Raise any error of a reader of damaged files as a ValueError that names the file.
 
     Args:
         path: the file.

@@ -16,7 +16,7 @@ PICKLE_ADVICE = ("weights_only", "WeightsUnpickler", "Unsupported operand")
 
 @contextmanager
 def explain_damage(part: str | Callable[[], str]) -> Iterator[None]:
-    """Raise whatever a library raises about `part` as a ValueError, except an `OSError` and a lack of memory.
+    """Raise any error of a library about `part` as a ValueError, except an `OSError` and a lack of memory.
 
     Tokenizers and transformers raise exceptions of every class for damaged files. A panic of Rust does not derive from
     `Exception`.

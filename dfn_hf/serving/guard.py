@@ -93,7 +93,7 @@ class Guard:
             await self.generate(scope, receive, send)
 
     def check_head(self, scope: Scope) -> None:
-        """Raise RequestError if the request is refused whatever its body is."""
+        """Raise RequestError if the request is refused without reading its body."""
         check_route(scope)
         if scope["method"] != "POST":
             return

@@ -25,6 +25,7 @@ from pydantic import (
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from ..data.tokens import is_unicode
 from .request_errors import RequestError, explain_problems
 
 MAX_DEPTH = 64
@@ -121,15 +122,6 @@ def find_fault(value: Any, depth: int = 0) -> tuple[str, str] | None:
         if fault is not None:
             return step + fault[0], fault[1]
     return None
-
-
-def is_unicode(text: str) -> bool:
-    """Whether `text` has no lone surrogates."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def check_fields(schema: type[BaseModel], data: Any, bounds: Bounds, parent: str = "") -> dict[str, Any]:

@@ -259,7 +259,7 @@ def attempt_odd_array(folder: Path, random: random.Random) -> None:
 
 
 def check_field(folder: Path, path: Path, random: random.Random) -> None:
-    """Read a field file; what is read converts to finite values."""
+    """Read a field file and check that its values are finite."""
     arrays = allow_user_errors(folder, lambda: load_arrays(random.choice((path, folder))))
     views = allow_user_errors(folder, lambda: side_views([path.name], folder, None, 8))
     assert (arrays is None) == (views is None), "a pair reads other files than a field"

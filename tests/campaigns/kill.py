@@ -75,7 +75,7 @@ class Scenario:
         start: prepares the workplace.
         act: runs the command; `again` is True after a kill.
         result: what the command must have made in the end, to compare.
-        whole: raises AssertionError unless what is there after a kill is whole.
+        whole: raises AssertionError unless the output after a kill is whole.
     """
 
     start: Callable[[Workplace], None]
@@ -146,7 +146,7 @@ def weights(place: Workplace) -> bytes:
 
 
 def check_output(place: Workplace) -> None:
-    """Whatever loads the output folder finds the old model or the new one, whole."""
+    """The output folder holds the old model or the new one, whole."""
     if (place.output / "config.json").exists():
         AutoModelForCausalLM.from_pretrained(place.output)
 

@@ -244,7 +244,7 @@ def test_settings_out_of_range_are_refused(tmp_path, layout, setting, values, na
     source = random_checkpoint(tmp_path / "a.pt", layout)
     stored = tmp_path / "stored.pt"
     for value in values:
-        content = torch.load(source)
+        content = torch.load(source, weights_only=True)
         torch.save({**content, "config": {setting: value}}, stored)
         for path, settings in ((source, {setting: value}), (stored, {})):
             with pytest.raises(ValueError, match=f"{setting} is .*: it must be") as caught:
@@ -333,7 +333,7 @@ def test_advice_of_torch_to_run_code_is_not_passed_on(weights, tmp_path):
     ],
 )
 def test_bad_vocabularies_are_refused(tmp_path, entry, message):
-    content = torch.load(random_checkpoint(tmp_path / "a.pt", "flownetwork-F5"))
+    content = torch.load(random_checkpoint(tmp_path / "a.pt", "flownetwork-F5"), weights_only=True)
     torch.save({**content, "stoi": entry}, tmp_path / "a.pt")
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "a.pt", tmp_path / "out")

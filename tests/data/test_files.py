@@ -26,14 +26,14 @@ def names(folder):
     return [file.relative_to(folder).as_posix() for file in find_files(folder, (".txt", ".jsonl"), "text")]
 
 
-def test_files_are_found_by_suffix_whatever_its_case(tmp_path):
+def test_files_are_found_by_suffix_in_any_case(tmp_path):
     for name in ("b.TXT", "a.txt.GZ", "c.py", ".hidden.txt", "z.jsonl"):
         (tmp_path / name).touch()
     (tmp_path / "folder.txt").mkdir()
     assert names(tmp_path) == ["a.txt.GZ", "b.TXT", "z.jsonl"]
 
 
-def test_json_lines_are_recognized_whatever_the_case_of_the_suffix(tmp_path):
+def test_json_lines_are_recognized_with_a_suffix_in_any_case(tmp_path):
     (tmp_path / "a.JSONL").write_text('{"text": "one"}\n{"text": "two"}\n')
     assert load_text(tmp_path / "a.JSONL")["text"][:] == ["one", "two"]
 

@@ -1,4 +1,4 @@
-"""Tests that the OpenAI-compatible server returns the same text as `generate`, in a process of its own."""
+"""Tests that the OpenAI-compatible server returns the same text as `generate`, in a separate process."""
 
 import http.client
 import json
