@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from .options import MAX_COUNT
+from ..training.settings import MAX_COUNT
 
 
 def demo(

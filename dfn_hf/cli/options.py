@@ -5,11 +5,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ..training.settings import MAX_COUNT, MAX_SEED
+
 BUNDLED_TEXT = "the bundled corpus of Shakespeare and the King James Bible"
 BUNDLED_PAIRS = "the verses of the World English Bible and the Reina-Valera"
 
-MAX_COUNT = 2**31 - 1
-MAX_SEED = 2**32 - 1
 
 DATA, MODEL, TRAINING, OUTPUT = "Data", "Model", "Training", "Output"
 

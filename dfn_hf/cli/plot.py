@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
+from ..training.settings import MAX_COUNT
 from .errors import refuse
-from .options import MAX_COUNT, ModelSource
+from .options import ModelSource
 from .paths import check_data, check_models, check_picture
 
 

@@ -7,8 +7,9 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from ..training.settings import MAX_COUNT, MAX_SEED
 from .errors import refuse
-from .options import MAX_COUNT, MAX_SEED, ModelSource
+from .options import ModelSource
 from .paths import check_data, check_models, check_new_file
 from .rows import echo_rows
 

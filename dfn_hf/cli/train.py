@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from ..hub.private_paths import public_name
+from ..training.settings import MAX_COUNT
 from . import options
 from .errors import refuse
 from .options import parse_assignments
@@ -125,9 +126,7 @@ def seq2seq(
     target_field: options.TargetField = "target",
     max_length: Annotated[
         int,
-        options.panel(
-            options.DATA, min=1, max=options.MAX_COUNT, help="Maximum tokens per side; longer pairs are dropped."
-        ),
+        options.panel(options.DATA, min=1, max=MAX_COUNT, help="Maximum tokens per side; longer pairs are dropped."),
     ] = 256,
     model: options.Seq2SeqModel = None,
     size: options.Seq2SeqSize = None,
@@ -229,7 +228,7 @@ def field(
     ],
     num_samples: Annotated[
         int,
-        options.panel(options.DATA, min=1, max=options.MAX_COUNT, help="Maximum samples per crop of a field."),
+        options.panel(options.DATA, min=1, max=MAX_COUNT, help="Maximum samples per crop of a field."),
     ] = 256,
     mask_ratio: Annotated[
         float,
@@ -298,9 +297,7 @@ def contrastive(
     target_field: options.TargetField = "target",
     max_length: Annotated[
         int,
-        options.panel(
-            options.DATA, min=1, max=options.MAX_COUNT, help="Maximum tokens per text; longer texts are truncated."
-        ),
+        options.panel(options.DATA, min=1, max=MAX_COUNT, help="Maximum tokens per text; longer texts are truncated."),
     ] = 256,
     size: options.Size = None,
     config_override: options.ConfigOverride = None,
