@@ -1,6 +1,6 @@
 """Chooses the implementation of the neighbour search and of flow attention: C, Triton or torch.
 
-- C runs on CPUs, in float32, where a C compiler is installed.
+- C runs on CPUs where a C compiler is installed: the search, and attention in float32.
 - Triton runs on GPUs with compute capability 8.0 or higher and on AMD GPUs, for sizes that fit its registers.
 - torch runs everywhere else, and everywhere if the environment variable `DFN_HF_KERNELS` is 0.
 
@@ -12,67 +12,43 @@ from functools import cache
 import torch
 from transformers.utils import logging
 
-from .custom_ops import use_custom_ops
+from .box_tree import TreeIndex
+from .kernels.box_tree_cpu import tree_library
 from .kernels.c_compiler import SWITCH, kernels_enabled
 from .kernels.flow_attention_cpu import attention_library
-from .kernels.neighbor_search_cpu import MAX_CANDIDATES, MAX_NEIGHBORS, search_library
 
 logger = logging.get_logger(__name__)
 
 MIN_CAPABILITY = (8, 0)  # compute capability of an NVIDIA GPU
-MAX_TRITON_CANDIDATES = 512  # per query: their codes stay in registers
 MAX_TRITON_FEATURES = 256  # per entity: its vectors stay in registers
 MAX_TRITON_OFFSET = 2**31 - 1  # offsets within a row are int32
 BACKEND_NAMES = {"c": "C", "triton": "Triton", "torch": "torch operations"}
 
 
-def cells_backend(positions: torch.Tensor, on_grid: bool) -> str:
-    """Choose how `CellGrids.cells` computes cells.
+def search_backend(query: torch.Tensor, index: TreeIndex | None) -> str:
+    """Choose how `search_tree` searches.
 
     Args:
-        positions: `[..., M, P]`.
-        on_grid: whether all positions are multiples of the grid step. Only then do all backends give the same cells.
+        query: int16 `[G, M, P]`.
+        index: the trees, or None. Their layout decides on a CPU, where C and torch have different ones.
 
     Returns:
         "c", "triton" or "torch".
+
+    Raises:
+        RuntimeError: the index was filled in C, which no longer runs.
     """
-    if not on_grid or use_custom_ops():
-        return "torch"
-    if search_library(positions) is not None:
-        return _log_choice("cells", "c", positions)
-    if can_use_triton_search(positions):
-        return _log_choice("cells", "triton", positions)
-    return _log_choice("cells", "torch", positions)
-
-
-def search_backend(
-    query_positions: torch.Tensor,
-    query_index: torch.Tensor,
-    num_tables: int,
-    candidates_per_table: int,
-    num_neighbors: int,
-    *,
-    addressed: bool,
-    with_chains: bool,
-) -> str:
-    """Choose how `search_cells` searches.
-
-    Args:
-        query_positions: `[G, M, P]`.
-        query_index: int64 `[G, M]`, position of each query in its row.
-        addressed: whether cells are few enough to be numbered, positions lie on the grid and rows have no segments.
-        with_chains: whether chains are kept between calls. Triton then searches only calls that start all rows.
-
-    Returns:
-        "c", "triton" or "torch".
-    """
-    fits = addressed and num_neighbors <= MAX_NEIGHBORS and candidates_per_table <= MAX_CANDIDATES
-    if fits and search_library(query_positions) is not None:
-        return _log_choice("the neighbour search", "c", query_positions)
-    if addressed and can_use_triton_search(query_positions, num_tables, candidates_per_table):
-        if not with_chains or (query_positions.shape[1] > 1 and bool((query_index[:, 0] == 0).all())):
-            return _log_choice("the neighbour search", "triton", query_positions)
-    return _log_choice("the neighbour search", "torch", query_positions)
+    library = tree_library(query)
+    if index is not None and index.pages is not None and library is None:
+        raise RuntimeError(
+            f"The cache was filled by the C code, which does not run now ({SWITCH} is 0, or the device is "
+            f"{query.device}): start with an empty cache."
+        )
+    if library is not None and (index is None or index.pages is not None):
+        return _log_choice("the neighbour search", "c", query)
+    if can_use_triton_search(query):
+        return _log_choice("the neighbour search", "triton", query)
+    return _log_choice("the neighbour search", "torch", query)
 
 
 def attention_backend(
@@ -91,9 +67,9 @@ def attention_backend(
 
 
 def is_decode_step(state, x: torch.Tensor) -> bool:
-    """Return whether a call runs `search_step` and `attention_step`, torch operations of fixed shape for one query.
+    """Return whether a call runs `attention_step`, torch operations of fixed shape for one query.
 
-    They run where a step is compiled or on a GPU. An uncompiled step on a CPU runs the general form, in C if it can.
+    It runs where a step is compiled or on a GPU. An uncompiled step on a CPU runs the general form, in C if it can.
 
     Args:
         state: the layer's cache (`FlowCacheLayer`), or None.
@@ -103,12 +79,10 @@ def is_decode_step(state, x: torch.Tensor) -> bool:
     return in_fixed_shape and (torch.compiler.is_compiling() or x.device.type != "cpu")
 
 
-def can_use_triton_search(positions: torch.Tensor, num_tables: int = 1, candidates_per_table: int = 1) -> bool:
-    """Return whether the Triton kernels support a search of positions `[..., M, P]` that lie on the grid."""
-    length, position_dim = positions.shape[-2:]
-    fits = next_power_of_2(num_tables) * next_power_of_2(candidates_per_table) <= MAX_TRITON_CANDIDATES
-    fits = fits and positions.dtype == torch.float32 and 0 < length * position_dim <= MAX_TRITON_OFFSET
-    return fits and triton_available(positions.device)
+def can_use_triton_search(query: torch.Tensor) -> bool:
+    """Return whether the Triton kernels support a search of positions `[G, M, P]`."""
+    length, position_dim = query.shape[-2:]
+    return length * position_dim <= MAX_TRITON_OFFSET and triton_available(query.device)
 
 
 def can_use_triton_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, decay: torch.Tensor) -> bool:
@@ -140,7 +114,7 @@ def _obstacle(device: torch.device) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return f"Triton needs compute capability {'.'.join(map(str, MIN_CAPABILITY))}."
     try:
-        from .kernels.triton_launch import search_cells_triton  # noqa: F401 - tests whether the import works
+        from .kernels.triton_launch import search_tree_triton  # noqa: F401 - tests whether the import works
     except ImportError as error:
         return f"Triton cannot be imported ({error})."
     return None
@@ -166,7 +140,7 @@ def _torch_reason(device: torch.device) -> str:
         return ": no kernels exist for this device"
     if device.type == "cuda" and not triton_available(device):
         return ": Triton is not available"
-    if device.type == "cpu" and search_library(torch.empty(0, device=device, dtype=torch.float32)) is None:
+    if device.type == "cpu" and tree_library(torch.empty(0, device=device, dtype=torch.int16)) is None:
         return ": the C code could not be compiled"
     return ": the kernels do not support the dtype, the sizes or an option of this call"
 

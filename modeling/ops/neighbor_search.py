@@ -1,45 +1,30 @@
-"""Causal neighbour search: the K nearest predecessors of every entity, in O(n log n) time.
+"""Causal neighbour search: the K nearest predecessors of every entity.
 
 Two methods share one ranking, by (squared distance, most recent first):
 
-- `exact`: blockwise over all predecessors, O(n²) time and O(n) memory. The reference, and the choice for short rows.
-- `cells`: causal cell lists, a form of locality-sensitive hashing. Each of several tables partitions the positions by
-  a randomly rotated and shifted grid. One sort per table by (cell, time) makes the predecessors in an entity's cell a
-  contiguous run, and the last w of the run are candidates. A cache keeps the runs as chains (`CellChains`): the most
-  recent entity of each cell and, per entity, a link to the previous one.
+- `exact`: blockwise over all predecessors, O(n²) time and O(n) memory. It runs in torch.
+- `tree`: over the most recent predecessors and the nearest leaves of a tree of bounding boxes (`box_tree`).
+  `dispatch.search_backend` chooses between C, Triton and torch. All of them return the same lists, and one call over a
+  sequence returns the lists of any sequence of calls with an index.
 
-`search_cells` serves prefills, chunks and uncompiled single steps; `dispatch.search_backend` chooses between C, Triton
-and torch. A step of fixed shape runs `neighbor_search_decode.search_step`. All forms return the same lists.
-
-Shape letters: B batch, H heads, G = B * H rows, M queries of this call, N stored entities, P position_dim, L tables,
-A axes of a grid, w candidates per table, K neighbours.
+Shape letters: B batch, H heads, G = B * H rows, M queries of this call, N stored entities, P position_dim,
+K neighbours.
 """
 
 import math
-from typing import Any
 
 import torch
 
-from .cell_grid import MAX_CELLS_PER_AXIS, check_cell_sizes
-from .cell_lists import (
-    EMPTY_KEY_CELL,
-    EMPTY_QUERY_CELL,
-    SORT_CHUNK,
-    CellChains,
-    CellGrids,
-    CellLists,
-    fold_segments,
-    grid_constants,
-    sort_by_cell_and_time,
-    start_chains,
-)
+from .box_tree import GRID, TreeIndex, to_grid
+from .box_tree_torch import search_tree_torch
 from .custom_ops import custom_op, use_custom_ops
 from .dispatch import search_backend
-from .kernels.neighbor_search_cpu import search_cells_cpu, search_library
-from .neighbor_ranking import rank_nearest, squared_distances, sum_of_squares
+from .kernels.box_tree_cpu import search_tree_cpu, tree_library
+from .neighbor_ranking import NO_DISTANCE, rank_nearest, squared_distances
 
-QUERY_CHUNK = 2048  # queries whose candidates are ranked together
-KEY_CHUNK = 4096  # keys ranked together by the exact search
+EXACT_QUERIES = 2048  # queries that the exact search ranks together
+EXACT_KEYS = 4096  # keys that it ranks together
+MAX_POSITION = 255.0  # largest coordinate, in units of position
 
 
 def nearest_predecessors(
@@ -48,68 +33,63 @@ def nearest_predecessors(
     num_neighbors: int,
     *,
     window: int = 0,
-    method: str = "cells",
-    num_tables: int = 8,
-    candidates_per_table: int = 16,
-    cell_sizes: list[float] | None = None,
-    seed: int = 0,
+    method: str = "tree",
+    num_leaves: int = 8,
     segment_ids: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the nearest predecessors of every entity by Euclidean distance.
 
+    Positions are rounded to multiples of 1/64. A sequence of less than 1,024 entities is searched exactly by both
+    methods. In longer ones the tree search may miss distant neighbours.
+
     Args:
-        query_positions: float `[batch, heads, length, position_dim]`. Half precision is converted to float32.
+        query_positions: float `[batch, heads, length, position_dim]`.
         key_positions: float, same shape.
         num_neighbors: K ≥ 0.
         window: candidates of entity i are j ≤ i − window; 0 includes the entity itself.
-        method: "exact" ranks all candidates, "cells" those that share a cell with the query (module docstring).
-        num_tables: L, number of grids of the cell search.
-        candidates_per_table: w, number of most recent candidates from each table.
-        cell_sizes: one edge length per table, in units of position; None for `geometric_cell_sizes`. Positions more
-            than 511 edges from the origin belong to the outermost cells.
-        seed: determines the grids; the global random state is not used.
-        segment_ids: int `[batch, length]`; candidates come from the query's segment only; negative ids are padding.
+        method: "tree" ranks the candidates of the box tree (module docstring), "exact" all predecessors.
+        num_leaves: leaves that the tree search reads per query. More leaves find more of the nearest predecessors.
+        segment_ids: int `[batch, length]`; the entities with one id are a sequence of their own, as if they were alone
+            in a row; negative ids are padding.
 
     Returns:
-        (positions of the neighbours in their row, int64; squared distances), both `[batch, heads, length, K]`, by
-        distance, then most recent first; −1 and inf if there are fewer than K.
+        (positions of the neighbours in their row, int64; squared distances, float32), both
+        `[batch, heads, length, K]`, by distance, then most recent first; −1 and inf if there are fewer than K.
 
     Raises:
-        ValueError: an argument has a wrong shape, dtype or value, or positions are not finite.
+        ValueError: an argument has a wrong shape, dtype or value; positions are not finite, or so large that their
+            squared distances overflow.
 
     Example:
         >>> import torch
         >>> from dfn_hf.modeling.ops.neighbor_search import nearest_predecessors
-        >>> positions = torch.tensor([0.0, 5.0, 0.1, 5.1]).view(1, 1, 4, 1)  # batch 1, head 1, length 4, 1 axis
-        >>> indices, distances = nearest_predecessors(positions, positions, 1, window=1, method="exact")
+        >>> positions = torch.tensor([0.0, 5.0, 0.5, 5.5]).view(1, 1, 4, 1)  # batch 1, head 1, length 4, 1 axis
+        >>> indices, distances = nearest_predecessors(positions, positions, 1, window=1)
         >>> indices.flatten().tolist()
         [-1, 0, 0, 1]
+        >>> distances.flatten().tolist()
+        [inf, 25.0, 0.25, 0.25]
     """
-    _check_search_arguments(query_positions, key_positions, num_neighbors, window, method, segment_ids)
-    batch, heads, length, position_dim = query_positions.shape
-    cell_sizes = check_cell_sizes(cell_sizes, num_tables, candidates_per_table)
-
-    dtype = torch.float64 if query_positions.dtype == torch.float64 else torch.float32
-    if query_positions.numel() == 0:
-        shape, device = (batch, heads, length, num_neighbors), query_positions.device
-        return torch.full(shape, -1, device=device), torch.full(shape, math.inf, dtype=dtype, device=device)
+    _check_search_arguments(query_positions, key_positions, num_neighbors, window, method, num_leaves, segment_ids)
+    batch, heads, length, _ = query_positions.shape
     with torch.no_grad():
-        queries, keys = (x.detach().to(dtype).flatten(0, 1) for x in (query_positions, key_positions))
-        index = torch.arange(length, device=queries.device).expand(batch * heads, -1)
-        segments = None
+        query, key = (to_grid(x.detach()).flatten(0, 1) for x in (query_positions, key_positions))
+        positions = torch.arange(length, device=query.device).expand(batch * heads, -1)
+        reach, counts, order = positions, None, None
         if segment_ids is not None:
-            segments = segment_ids.long().repeat_interleave(heads, dim=0)
+            order, reach, counts = (x.repeat_interleave(heads, dim=0) for x in _sort_segments(segment_ids))
+            query, key = (x.gather(1, order[..., None].expand_as(x)) for x in (query, key))
         if method == "exact":
-            result = search_exact(queries, index, keys, num_neighbors, window, segments=segments)
+            indices, squared = search_exact(query, positions, key, num_neighbors, window, reach=reach)
         else:
-            rotation, shift = (x.to(queries.device) for x in grid_constants(position_dim, num_tables, seed))
-            grids = CellGrids(rotation, shift, cell_sizes, [MAX_CELLS_PER_AXIS] * num_tables)
-            sizes = (num_neighbors, window, candidates_per_table)
-            result = search_cells(
-                queries, grids.cells(queries), index, keys, grids.cells(keys), *sizes, segments=segments
+            indices, squared = search_tree(
+                query, positions, key, num_neighbors, window, num_leaves, reach=reach, counts=counts
             )
-    indices, distances = (x.view(batch, heads, length, num_neighbors) for x in result)
-    return indices, distances
+        if order is not None and counts is not None:
+            indices, squared = _unsort_segments(indices, squared, order, counts)
+        distances = (squared.double() / GRID**2).float().masked_fill(indices < 0, math.inf)
+    shape = (batch, heads, length, num_neighbors)
+    return indices.view(shape), distances.view(shape)
 
 
 def _check_search_arguments(
@@ -118,6 +98,7 @@ def _check_search_arguments(
     num_neighbors: int,
     window: int,
     method: str,
+    num_leaves: int,
     segment_ids: torch.Tensor | None,
 ) -> None:
     """Raise a ValueError if an argument of `nearest_predecessors` has a wrong shape, dtype or value."""
@@ -131,8 +112,10 @@ def _check_search_arguments(
         raise ValueError("query_positions has position_dim 0; positions need at least one dimension.")
     if num_neighbors < 0 or window < 0:
         raise ValueError(f"num_neighbors and window must be ≥ 0, got {num_neighbors} and {window}.")
-    if method not in ("cells", "exact"):
-        raise ValueError(f'method must be "cells" or "exact", got {method!r}.')
+    if method not in ("tree", "exact"):
+        raise ValueError(f'method must be "tree" or "exact", got {method!r}.')
+    if num_leaves < 1:
+        raise ValueError(f"num_leaves must be ≥ 1, got {num_leaves}.")
     if segment_ids is not None and segment_ids.shape != (batch, length):
         raise ValueError(f"segment_ids must be [batch, length] = {[batch, length]}, got {list(segment_ids.shape)}.")
     for name, positions in (("query_positions", query_positions), ("key_positions", key_positions)):
@@ -142,274 +125,185 @@ def _check_search_arguments(
             raise ValueError(
                 f"{name} contains values that are not finite: find their origin, for example a diverged model."
             )
+    if query_positions.numel():
+        _check_range(query_positions, key_positions)
 
 
-def nearest_predecessors_reference(query_positions, key_positions, num_neighbors, *, window=0, segment_ids=None):
-    """Reference for `nearest_predecessors(method="exact")`: a loop with one sort per entity, O(n² log n)."""
-    batch, heads, length, _ = query_positions.shape
-    indices = torch.full((batch, heads, length, num_neighbors), -1)
-    distances = torch.full((batch, heads, length, num_neighbors), math.inf, dtype=query_positions.dtype)
-    for row in range(batch):
-        for head in range(heads):
-            for i in range(length):
-                ranked = []
-                for j in range(i - window + 1):
-                    if segment_ids is not None and not 0 <= segment_ids[row, i] == segment_ids[row, j]:
-                        continue
-                    squared = squared_distances(query_positions[row, head, i], key_positions[row, head, j])
-                    ranked.append((squared.item(), i - j, j))
-                for rank, (squared, _, j) in enumerate(sorted(ranked)[:num_neighbors]):
-                    indices[row, head, i, rank], distances[row, head, i, rank] = j, squared
-    return indices, distances
+def _check_range(query_positions: torch.Tensor, key_positions: torch.Tensor) -> None:
+    """Raise a ValueError if positions do not fit in int16 or their squared distances do not fit in int32."""
+    for name, positions in (("query_positions", query_positions), ("key_positions", key_positions)):
+        largest = positions.abs().max().item()
+        if largest > MAX_POSITION:
+            raise ValueError(f"{name} must lie between −{MAX_POSITION} and {MAX_POSITION}, got ±{largest}: scale it.")
+    both = torch.cat([query_positions.flatten(0, 2), key_positions.flatten(0, 2)]).float()
+    diagonal = (both.amax(dim=0) - both.amin(dim=0) + 1 / GRID).square().sum().item()
+    limit = NO_DISTANCE / GRID**2
+    if diagonal >= limit:
+        raise ValueError(
+            "query_positions and key_positions span a box whose squared diagonal must be less than "
+            f"{limit:.0f}, got {diagonal:.0f}: scale them."
+        )
 
 
-def search_cells(
-    query_positions: torch.Tensor,
-    query_cells: torch.Tensor,
+def _sort_segments(segment_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Bring the entities of each segment together, and padding to the end.
+
+    Args:
+        segment_ids: int `[B, M]`.
+
+    Returns:
+        (order of the entities `[B, M]`; number of entities before each in its segment, in this order `[B, M]`;
+        entities of each row that are not padding `[B]`), int64.
+    """
+    segments = segment_ids.long()
+    is_padding = segments < 0
+    segments, order = segments.masked_fill(is_padding, torch.iinfo(torch.int64).max).sort(dim=-1, stable=True)
+    positions = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    return order, positions - torch.searchsorted(segments, segments), (~is_padding).sum(dim=-1)
+
+
+def _unsort_segments(
+    indices: torch.Tensor, squared: torch.Tensor, order: torch.Tensor, counts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return results `[G, M, K]` in the order and with the positions before `_sort_segments`; none for padding."""
+    rows, length, num_neighbors = indices.shape
+    is_missing = (indices < 0) | (torch.arange(length, device=order.device) >= counts[:, None])[..., None]
+    indices = order.gather(1, indices.clamp(min=0).flatten(1)).view_as(indices).masked_fill(is_missing, -1)
+    place = order[..., None].expand(-1, -1, num_neighbors)
+    return torch.empty_like(indices).scatter_(1, place, indices), torch.empty_like(squared).scatter_(1, place, squared)
+
+
+def search_tree(
+    query: torch.Tensor,
     query_index: torch.Tensor,
-    key_positions: torch.Tensor,
-    key_cells: torch.Tensor,
+    key: torch.Tensor,
     num_neighbors: int,
     window: int,
-    candidates_per_table: int,
+    num_leaves: int,
     *,
     reach: torch.Tensor | None = None,
     counts: torch.Tensor | None = None,
-    chains: CellChains | None = None,
-    segments: torch.Tensor | None = None,
-    table_offsets: list[int] | None = None,
+    index: TreeIndex | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the K nearest distinct candidates of each query, and update the chains.
+    """Find the K nearest of each query's candidates in the box tree, and bring the index up to date.
 
-    Query a of a row has position i = past + a. Its candidates are the entities up to i − window.
+    Query a of a row has position i = query_index[0] + a, and its candidates are among the entities up to i − window.
+    A row may consist of several sequences (segments); a query sees its own only.
 
     Args:
-        query_positions: `[G, M, P]`.
-        query_cells: int32 `[G, M, L]`.
-        query_index: int64 `[G, M]`, position i of each query.
-        key_positions: `[G, N, P]`, of past and new entities.
-        key_cells: int32 `[G, N, L]`.
+        query: positions on the grid (`box_tree.to_grid`), int16 `[G, M, P]`. Squared distances must be less than
+            2^31 − 1 grid points.
+        query_index: int64 `[G, M]`, position i of each query in its row.
+        key: int16 `[G, N, P]`, of past and new entities at their positions in the row.
         num_neighbors: K.
         window: W.
-        candidates_per_table: w.
-        reach: int64 `[G, M]`, number of entities directly before i that may be candidates; None for all.
-        counts: int64 `[G]`, number of real queries of each row; the rest, at its end, are padding. None if all are
-            real.
-        chains: the entities before position past − window; None for rows without a past and without a cache.
-        segments: int64 `[G, M]`; candidates come from the query's segment only, none if negative. Not with a past.
-        table_offsets: `CellGrids.table_offsets` if cells are few enough to be numbered and positions lie on the grid.
-            C and Triton can then run, and return the same lists.
+        num_leaves: B, number of leaves that each query reads.
+        reach: int64 `[G, M]`, number of entities directly before i in its segment. A segment begins where it is 0.
+            None, or an index: each row is one segment that begins at position 0.
+        counts: int64 `[G]`, number of real queries of each row; the rest, at its end, is padding. None: all are real.
+        index: the trees of the rows, updated in place. None for rows without a past, whose queries begin at position
+            0.
 
     Returns:
-        (positions int64 `[G, M, K]`, squared distances `[G, M, K]`); −1 and inf if there are fewer than K.
+        (positions int64 `[G, M, K]`, squared distances int32 `[G, M, K]`); −1 and `NO_DISTANCE` if there are fewer
+        than K.
     """
-    arguments: tuple[Any, ...] = (query_positions, query_cells, query_index, key_positions, key_cells)
-    arguments += (num_neighbors, window, candidates_per_table, reach, counts, segments, table_offsets)
-    if chains is not None:
-        arguments += (chains.newest, chains.links, chains.table_offsets)
-    return _search_operator(*arguments) if use_custom_ops() else _search_cells(*arguments)
+    arguments = (query, query_index, key, num_neighbors, window, num_leaves, reach, counts)
+    if index is not None:
+        arguments += (index.counters, index.leaf_ids, index.leaf_boxes, index.leaves, index.leaf_pages, index.pages)
+    return _tree_operator(*arguments) if use_custom_ops() else _search_tree(*arguments)
 
 
-def _search_cells(
-    query_positions: torch.Tensor,
-    query_cells: torch.Tensor,
+def _search_tree(
+    query: torch.Tensor,
     query_index: torch.Tensor,
-    key_positions: torch.Tensor,
-    key_cells: torch.Tensor,
+    key: torch.Tensor,
     num_neighbors: int,
     window: int,
-    candidates_per_table: int,
+    num_leaves: int,
     reach: torch.Tensor | None,
     counts: torch.Tensor | None,
-    segments: torch.Tensor | None,
-    table_offsets: list[int] | None,
-    newest: torch.Tensor | None = None,
-    links: torch.Tensor | None = None,
-    chain_offsets: list[int] | None = None,
+    counters: torch.Tensor | None = None,
+    leaf_ids: torch.Tensor | None = None,
+    leaf_boxes: torch.Tensor | None = None,
+    leaves: torch.Tensor | None = None,
+    leaf_pages: torch.Tensor | None = None,
+    pages: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`search_cells` with the chains as separate tensors, because an operator takes tensors only."""
-    rows, num_queries, num_tables = query_cells.shape
-    if num_queries == 0 or num_neighbors == 0:
-        shape = (rows, num_queries, num_neighbors)
-        return query_index.new_full(shape, -1), query_positions.new_full(shape, math.inf)
-    queries, keys = (query_positions, query_cells), (key_positions, key_cells)
-    sizes = (num_neighbors, window, candidates_per_table)
-    backend = search_backend(
-        query_positions,
-        query_index,
-        num_tables,
-        candidates_per_table,
-        num_neighbors,
-        addressed=table_offsets is not None and segments is None,
-        with_chains=newest is not None,
-    )
+    """`search_tree` with the index as separate tensors, because an operator takes tensors only."""
+    if query_index.numel() == 0 or num_neighbors == 0:
+        return _fake_tree_search(query, query_index, key, num_neighbors)
+    index = None if counters is None else TreeIndex(counters, leaf_ids, leaf_boxes, leaves, leaf_pages, pages)
+    arguments = (query, query_index, key, num_neighbors, window, num_leaves, reach, counts, index)
+    backend = search_backend(query, index)
     if backend == "c":
-        library, states = search_library(query_positions), (reach, counts, newest, links)
-        return search_cells_cpu(library, *queries, query_index, *keys, *sizes, table_offsets, *states)
-    chains = None if newest is None else CellChains(newest, links, chain_offsets)
+        return search_tree_cpu(tree_library(query), *arguments)
     if backend == "triton":
-        from .kernels.triton_launch import search_cells_triton
+        from .kernels.triton_launch import search_tree_triton
 
-        if chains is not None:
-            start_chains(chains, key_cells[:, :num_queries], window, counts)
-        return search_cells_triton(*queries, *keys, *sizes, table_offsets, reach, counts)
-    return _search_cells_torch(*queries, query_index, *keys, *sizes, reach, counts, segments, chains)
+        return search_tree_triton(*arguments)
+    return search_tree_torch(*arguments)
 
 
-def _search_cells_torch(
-    query_positions: torch.Tensor,
-    query_cells: torch.Tensor,
-    query_index: torch.Tensor,
-    key_positions: torch.Tensor,
-    key_cells: torch.Tensor,
-    num_neighbors: int,
-    window: int,
-    candidates_per_table: int,
-    reach: torch.Tensor | None,
-    counts: torch.Tensor | None,
-    segments: torch.Tensor | None,
-    chains: CellChains | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`search_cells` in torch operations."""
-    # One function: sorting, chaining and ranking share these tensors.
-    rows, num_queries, num_tables = query_cells.shape
-    device = query_cells.device
-    flat_keys = key_positions.reshape(-1, key_positions.shape[-1])
-    row_start = torch.arange(rows, device=device)[:, None, None] * key_positions.shape[1]
-
-    entering = query_index - window
-    absent_keys, absent_queries = entering < 0, None
-    if counts is not None:
-        absent_queries = torch.arange(num_queries, device=device) >= counts[:, None]
-        absent_keys = absent_keys | absent_queries
-    entering_cells = key_cells.gather(1, entering.clamp(min=0)[..., None].expand(-1, -1, num_tables)).transpose(1, 2)
-    sort_cells, entering_cells = query_cells.transpose(1, 2).long(), entering_cells.long()
-    if segments is not None:
-        sort_cells, entering_cells = fold_segments(sort_cells, entering_cells, segments, entering)
-        absent_queries = segments < 0
-        absent_keys = absent_keys | absent_queries.gather(1, entering.clamp(min=0))
-
-    lists = CellLists.empty(rows, num_tables, num_queries, candidates_per_table, device)
-    newest_parts = []
-    tables_per_sort = max(1, SORT_CHUNK // (rows * num_queries))
-    for tables in torch.arange(num_tables).split(tables_per_sort):
-        tables = slice(int(tables[0]), int(tables[-1]) + 1)
-        keys = entering_cells[:, tables].masked_fill(absent_keys[:, None], EMPTY_KEY_CELL)
-        queries = sort_cells[:, tables]
-        if absent_queries is not None:
-            queries = queries.masked_fill(absent_queries[:, None], EMPTY_QUERY_CELL)
-        run, ends = sort_by_cell_and_time(keys, queries)
-        lists.set(tables, run, ends, queries)
-        if chains is not None:
-            newest_parts.append(chains.newest_in(queries, tables))
-            chains.extend(run, entering[:, :1], tables)
-    if chains is None:
-        # In list order the entities of a cell are contiguous in memory.
-        entering_keys = flat_keys.index_select(0, (row_start[..., 0] + entering.clamp(min=0)).view(-1))
-        lists.lay_out(entering_keys.view(rows, num_queries, -1))
-    else:
-        newest = torch.cat(newest_parts, dim=1)
-        del newest_parts  # the memory of long rows
-
-    indices, distances = [], []
-    step = max(1, QUERY_CHUNK // rows)
-    for start in range(0, num_queries, step):
-        part = slice(start, min(start + step, num_queries))
-        index, positions = query_index[:, part, None].int(), query_positions[:, part]
-        times, visible = lists.read(part)
-        ids = times + entering[:, :1, None].int()
-        if chains is None:
-            squared = sum_of_squares(
-                positions[..., p, None] - keys for p, keys in enumerate(lists.read_positions(part))
-            )
-        else:
-            ids = ids.long().masked_fill_(~visible, -1).unflatten(-1, (num_tables, -1)).transpose(1, 2).contiguous()
-            chains.walk(ids, newest[..., part])
-            ids = ids.transpose(1, 2).flatten(2)
-            if absent_queries is not None:
-                ids = ids.masked_fill(absent_queries[:, part, None], -1)
-            visible = ids >= 0
-            keys = flat_keys.index_select(0, (row_start + ids.clamp(min=0)).reshape(-1)).view(*ids.shape, -1)
-            squared = squared_distances(positions.unsqueeze(2), keys)
-        if reach is not None:
-            visible &= ids >= index - reach[:, part, None].int()
-        nearest, squared = rank_nearest(squared, index - ids, visible, num_neighbors)
-        indices.append(torch.where(nearest < 0, -1, index - nearest))
-        distances.append(squared)
-    return torch.cat(indices, dim=1), torch.cat(distances, dim=1)
-
-
-def _fake_search(query_positions, query_cells, query_index, key_positions, key_cells, num_neighbors, *others):
+def _fake_tree_search(query, query_index, key, num_neighbors, *others):
     shape = (*query_index.shape, num_neighbors)
-    return query_index.new_empty(shape), query_positions.new_empty(shape)
+    return query_index.new_empty(shape), query.new_empty(shape, dtype=torch.int32)
 
 
-_search_operator = custom_op(_search_cells, _fake_search, mutates_args=("newest", "links"))
+_tree_operator = custom_op(
+    _search_tree,
+    _fake_tree_search,
+    mutates_args=("counters", "leaf_ids", "leaf_boxes", "leaves", "leaf_pages", "pages"),
+)
 
 
 def search_exact(
-    query_positions: torch.Tensor,
+    query: torch.Tensor,
     query_index: torch.Tensor,
-    key_positions: torch.Tensor,
+    key: torch.Tensor,
     num_neighbors: int,
     window: int,
     *,
     reach: torch.Tensor | None = None,
-    segments: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the K nearest of all predecessors, in O(N) memory. Arguments and results are those of `search_cells`."""
-    arguments = query_positions, query_index, key_positions, num_neighbors, window, reach, segments
+    """Find the K nearest of all predecessors, in O(N) memory. Arguments and results are those of `search_tree`."""
+    arguments = query, query_index, key, num_neighbors, window, reach
     return _exact_operator(*arguments) if use_custom_ops() else _search_exact(*arguments)
 
 
 def _search_exact(
-    query_positions: torch.Tensor,
+    query: torch.Tensor,
     query_index: torch.Tensor,
-    key_positions: torch.Tensor,
+    key: torch.Tensor,
     num_neighbors: int,
     window: int,
     reach: torch.Tensor | None,
-    segments: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`search_exact` without optional arguments."""
-    rows, num_queries, _ = query_positions.shape
-    num_keys = key_positions.shape[1]
-    device = query_positions.device
-    indices, distances = [], []
-    step = max(1, QUERY_CHUNK // rows)
-    for start in range(0, num_queries, step):
-        part = slice(start, min(start + step, num_queries))
-        index = query_index[:, part, None]
-        offsets = query_index.new_empty(rows, part.stop - part.start, 0)
-        squared = query_positions.new_empty(rows, part.stop - part.start, 0)
+    rows, num_queries, _ = query.shape
+    num_keys = key.shape[1] if num_neighbors else 0
+    results = []
+    for part in torch.arange(num_queries).split(max(1, EXACT_QUERIES // rows)):
+        part = slice(int(part[0]), int(part[-1]) + 1)
+        position = query_index[:, part, None]
+        ages = query_index.new_full((rows, part.stop - part.start, num_neighbors), -1)
+        squared = query.new_full(ages.shape, NO_DISTANCE, dtype=torch.int32)
         # Reading the last visible key is impossible while exporting and would stall a GPU at every decode step.
-        if torch.compiler.is_exporting() or (num_queries == 1 and device.type != "cpu"):
-            last_key = num_keys if num_neighbors else 0
-        else:
-            last_key = min(num_keys, int(index.max()) - window + 1) if num_neighbors else 0
-        for first in range(0, last_key, KEY_CHUNK):
-            ids = torch.arange(first, min(first + KEY_CHUNK, last_key), device=device)
-            visible = ids <= index - window
+        last_key = num_keys
+        if not torch.compiler.is_exporting() and (num_queries > 1 or query.device.type == "cpu"):
+            last_key = min(num_keys, int(position.max()) - window + 1)
+        for first in range(0, last_key, EXACT_KEYS):
+            ids = torch.arange(first, min(first + EXACT_KEYS, last_key), device=query.device)
+            visible = ids <= position - window
             if reach is not None:
-                visible &= ids >= index - reach[:, part, None].int()
-            if segments is not None:
-                query_segments = segments[:, part, None]
-                visible &= (segments[:, None, ids] == query_segments) & (query_segments >= 0)
-            block = squared_distances(query_positions[:, part, None], key_positions[:, None, ids])
-            offsets = torch.cat([offsets, (index - ids)], dim=-1)
-            squared = torch.cat([squared, block.masked_fill(~visible, math.inf)], dim=-1)
-            offsets, squared = rank_nearest(squared, offsets, squared.isfinite(), num_neighbors)
-        if offsets.shape[-1] < num_neighbors:
-            offsets, squared = rank_nearest(squared, offsets, squared.isfinite(), num_neighbors)
-        indices.append(torch.where(offsets < 0, -1, index - offsets))
-        distances.append(squared)
+                visible &= ids >= position - reach[:, part, None]
+            distances = squared_distances(query[:, part, None], key[:, None, ids])
+            squared = torch.cat([squared, distances.masked_fill(~visible, NO_DISTANCE)], dim=-1)
+            ages = torch.cat([ages, position - ids], dim=-1)
+            ages, squared = rank_nearest(squared, ages, squared < NO_DISTANCE, num_neighbors)
+        results.append((torch.where(ages < 0, -1, position - ages), squared))
+    indices, distances = zip(*results, strict=True)
     return torch.cat(indices, dim=1), torch.cat(distances, dim=1)
 
 
-_exact_operator = custom_op(
-    _search_exact,
-    lambda queries, index, keys, num_neighbors, *others: (
-        index.new_empty(*index.shape, num_neighbors),
-        queries.new_empty(*index.shape, num_neighbors),
-    ),
-)
+_exact_operator = custom_op(_search_exact, _fake_tree_search)
