@@ -84,16 +84,6 @@ WeightDecay = Annotated[float, panel(TRAINING, min=0, help="Weight decay of matr
 SaveSteps = Annotated[
     int, panel(TRAINING, min=1, max=MAX_COUNT, help="Steps between evaluations; each saves a checkpoint.")
 ]
-ExactSearchRatio = Annotated[
-    float,
-    panel(
-        TRAINING,
-        min=0,
-        max=1,
-        help="Fraction of the steps, from the first, with exact neighbour search. Helps a DFN with small cells "
-        "(--config-override cell_sizes=...) to learn recall from scratch.",
-    ),
-]
 Seed = Annotated[
     int, panel(TRAINING, min=0, max=MAX_SEED, help="Random seed of the weights and of the order of the data.")
 ]

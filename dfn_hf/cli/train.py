@@ -40,7 +40,6 @@ def lm(
     warmup_ratio: options.WarmupRatio = 0.1,
     weight_decay: options.WeightDecay = 0.1,
     save_steps: options.SaveSteps = 200,
-    exact_search_ratio: options.ExactSearchRatio = 0.0,
     seed: options.Seed = 0,
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
@@ -74,7 +73,6 @@ def lm(
         warmup_ratio=warmup_ratio,
         weight_decay=weight_decay,
         save_steps=save_steps,
-        exact_search_ratio=exact_search_ratio,
         seed=seed,
     )
     check_output(output, resume=resume, overwrite=overwrite, push_to_hub=push_to_hub)
@@ -243,7 +241,6 @@ def field(
     warmup_ratio: options.WarmupRatio = 0.1,
     weight_decay: options.WeightDecay = 0.1,
     save_steps: options.SaveSteps = 200,
-    exact_search_ratio: options.ExactSearchRatio = 0.0,
     seed: options.Seed = 0,
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
@@ -268,7 +265,6 @@ def field(
         warmup_ratio=warmup_ratio,
         weight_decay=weight_decay,
         save_steps=save_steps,
-        exact_search_ratio=exact_search_ratio,
         seed=seed,
     )
     check_output(output, resume=resume, overwrite=overwrite, push_to_hub=push_to_hub)
@@ -309,7 +305,6 @@ def contrastive(
     warmup_ratio: options.WarmupRatio = 0.1,
     weight_decay: options.WeightDecay = 0.1,
     save_steps: options.SaveSteps = 200,
-    exact_search_ratio: options.ExactSearchRatio = 0.0,
     seed: options.Seed = 0,
     resume: options.Resume = False,
     overwrite: options.Overwrite = False,
@@ -336,7 +331,6 @@ def contrastive(
         warmup_ratio=warmup_ratio,
         weight_decay=weight_decay,
         save_steps=save_steps,
-        exact_search_ratio=exact_search_ratio,
         seed=seed,
     )
     check_output(output, resume=resume, overwrite=overwrite, push_to_hub=push_to_hub)

@@ -23,8 +23,6 @@ class TrainingSettings:
         warmup_ratio: fraction of the steps in which the learning rate rises linearly from 0.
         weight_decay: weight decay of parameters with two or more dimensions; biases, norms and other vectors have 0.
         save_steps: steps between evaluations; each evaluation saves a checkpoint.
-        exact_search_ratio: fraction of the steps, from the first, with exact neighbour search; DFN only, see
-            `SearchSwitchCallback`.
         seed: seed of the order of blocks and of dropout.
     """
 
@@ -35,14 +33,13 @@ class TrainingSettings:
     warmup_ratio: float = 0.1
     weight_decay: float = 0.1
     save_steps: int = 200
-    exact_search_ratio: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "save_steps"):
             check_integer(name, getattr(self, name), 1, MAX_COUNT)
         check_integer("seed", self.seed, 0, MAX_SEED)
-        for name in ("learning_rate", "weight_decay", "warmup_ratio", "exact_search_ratio"):
+        for name in ("learning_rate", "weight_decay", "warmup_ratio"):
             check_number(name, getattr(self, name), MAX_FACTOR)
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
@@ -50,8 +47,6 @@ class TrainingSettings:
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio must be at least 0 and below 1, got {self.warmup_ratio}")
-        if not 0 <= self.exact_search_ratio <= 1:
-            raise ValueError(f"exact_search_ratio must be between 0 and 1, got {self.exact_search_ratio}")
 
 
 def check_integer(name: str, value: Any, least: int, most: int) -> None:

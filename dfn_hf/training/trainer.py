@@ -34,7 +34,6 @@ from ..storage.disk_errors import explain_disk_errors
 from .callbacks.complete_checkpoints import CompleteCheckpointsCallback
 from .callbacks.flow_memory import FlowMemoryCallback
 from .callbacks.progress_bar import ProgressBarCallback
-from .callbacks.search_switch import SearchSwitchCallback
 from .checkpoints import CHECKPOINTS, remove_interrupted_saves
 from .run import TrainingResult, begin_run, describe_run, save_trained_model
 from .settings import TrainingSettings
@@ -105,7 +104,7 @@ def train_model(
     settings = settings or TrainingSettings()
     output_folder = Path(output_folder)
     base_model = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
-    check_model(base_model, tokenizer, settings)
+    check_model(base_model, tokenizer)
     run = describe_run(base_model, settings, provenance, train_blocks)
     checkpoints = output_folder / CHECKPOINTS
     arguments = training_arguments(checkpoints, settings, group_by_length=data_collator is not None)
@@ -127,8 +126,6 @@ def train_model(
             ],
         )
         trainer.remove_callback(PrinterCallback)
-        if settings.exact_search_ratio > 0:
-            trainer.add_callback(SearchSwitchCallback(settings.exact_search_ratio))
         try:
             run_trainer(trainer, checkpoints, last)
         finally:
@@ -151,15 +148,10 @@ def train_model(
     return result
 
 
-def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, settings: TrainingSettings) -> None:
-    """Raise ValueError if the tokenizer or the settings do not fit the model."""
+def check_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raise ValueError if the tokenizer does not fit the model."""
     if tokenizer is not None:
         check_vocabulary(model, tokenizer)
-    if settings.exact_search_ratio and model.config.model_type != "dfn":
-        raise ValueError(
-            f"exact_search_ratio is {settings.exact_search_ratio:g} but a {model.config.model_type} has no neighbour "
-            "search: remove exact_search_ratio (--exact-search-ratio)"
-        )
 
 
 def run_trainer(trainer: Trainer, checkpoints: Path, last: Path | None) -> None:

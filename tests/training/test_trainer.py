@@ -214,27 +214,6 @@ def test_two_processes_equal_one(tokenizer, blocks, tmp_path):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-def test_search_switches_from_exact_to_cells_at_exact_search_ratio(tokenizer, blocks, tmp_path):
-    seen = []
-
-    class Watch(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            seen.append(kwargs["model"].config.search_implementation)
-
-    settings = replace(SETTINGS, exact_search_ratio=0.5)
-    model = new_causal_lm(tokenizer, **TINY)
-    result = train(model, tokenizer, blocks, tmp_path / "model", settings, callbacks=[Watch()])
-    assert seen == ["exact"] * 3 + ["cells"] * 3
-    assert json.loads((result.folder / "config.json").read_text())["search_implementation"] == "cells"
-
-
-def test_exact_search_ratio_is_rejected_for_a_llama(tokenizer, blocks, tmp_path):
-    model = new_causal_lm(tokenizer, architecture="llama", **TINY)
-    with pytest.raises(ValueError, match="a llama has no neighbour search"):
-        train(model, tokenizer, blocks, tmp_path / "model", replace(SETTINGS, exact_search_ratio=0.5))
-    assert not (tmp_path / "model").exists()
-
-
 def test_llama_does_not_attend_across_packed_documents():
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_attention_heads=2, use_cache=False)
@@ -271,12 +250,10 @@ def test_baseline_has_equally_many_parameters(tokenizer):
         ({"learning_rate": float("inf")}, "learning_rate must be a finite number of at most 1000000.0, got inf"),
         ({"learning_rate": "1"}, "learning_rate must be a number, got '1'"),
         ({"weight_decay": float("nan")}, "weight_decay must be a finite number"),
-        ({"exact_search_ratio": float("nan")}, "exact_search_ratio must be a finite number"),
         ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0"),
         ({"warmup_ratio": 1.0}, "warmup_ratio must"),
-        ({"exact_search_ratio": 1.5}, "exact_search_ratio must"),
     ],
 )
 def test_error_names_the_setting_out_of_range(settings, words):
