@@ -56,7 +56,6 @@ __getattr__, __dir__, __all__ = lazy_exports(
         "modeling.native.modeling_dfn_native": ["DFNNativeModel"],
         "modeling.native.modeling_flownetwork_native": ["FlowNetworkNativeModel"],
         "modeling.native.modeling_liquid_native": ["LiquidNativeModel"],
-        "modeling.ops.cell_grid": ["geometric_cell_sizes"],
         "modeling.ops.neighbor_search": ["nearest_predecessors"],
         "training.callbacks.flow_memory": ["FlowMemoryCallback"],
         "training.callbacks.module_norms": ["ModuleNormsCallback"],

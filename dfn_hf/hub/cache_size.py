@@ -7,6 +7,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..modeling.flownetwork.routing import CONTEXT_SIZE
+from ..modeling.ops.box_tree import index_layout, index_shapes
+
+MANY_ENTITIES = 5 * 2**17  # parts of a constant size do not count
 
 
 def cache_bytes_per_token(config: PreTrainedConfig) -> int | None:
@@ -24,16 +27,28 @@ def cache_bytes_per_token(config: PreTrainedConfig) -> int | None:
 
 
 def dfn_layer(config: Any, dtype: torch.dtype) -> float:
-    """Positions, cells, links, keys and values of all heads, and the sums of running norms."""
+    """Positions, the search tree, keys and values of all heads, and the sums of running norms."""
     heads, wide = config.num_attention_heads, torch.promote_types(dtype, torch.float32).itemsize
     growth = 2 * torch.float64.itemsize if config.flow_norm == "running" else 0
     growth += config.memory_slots * config.hidden_size * dtype.itemsize / config.memory_chunk
     if not config.num_neighbors:
         return growth
-    with_cells = config.search_implementation == "cells"
-    cells_and_links = 2 * config.num_tables * torch.int32.itemsize if with_cells else 0
-    positions_and_keys = config.position_dim * wide + (config.position_dim + 1) * wide
-    return growth + heads * (positions_and_keys + cells_and_links) + config.hidden_size * dtype.itemsize
+    positions_and_keys = config.position_dim * torch.int16.itemsize + (config.position_dim + 1) * wide
+    tree = tree_bytes_per_entity(config.position_dim) if config.search_implementation == "tree" else 0
+    return growth + heads * (positions_and_keys + tree) + config.hidden_size * dtype.itemsize
+
+
+def tree_bytes_per_entity(position_dim: int) -> float:
+    """Growth of the search tree of one row and head on a CPU, where its layout depends on the C kernels."""
+    layout = index_layout(torch.device("cpu"), position_dim)
+    small, large = (
+        sum(
+            math.prod(shape) * (torch.int16 if name == "leaf_boxes" else torch.int32).itemsize
+            for name, shape in index_shapes(layout, size, position_dim).items()
+        )
+        for size in (MANY_ENTITIES, 2 * MANY_ENTITIES)
+    )
+    return (large - small) / MANY_ENTITIES
 
 
 def flownetwork_layer(config: Any, dtype: torch.dtype) -> float:
