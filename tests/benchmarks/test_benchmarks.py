@@ -240,7 +240,7 @@ LONGER = [
 ]
 
 
-@pytest.mark.parametrize("name", ["recall", "lm", "long-lm", "reversal", *LONGER])
+@pytest.mark.parametrize("name", ["recall", "lm", "long-lm", "reversal", "search", *LONGER])
 def test_every_benchmark_prints_its_table_and_resumes(name, tmp_path, monkeypatch):
     arguments = SMALLEST[name].split()
     if name == "ablations":

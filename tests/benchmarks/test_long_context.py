@@ -16,7 +16,6 @@ from dfn_hf.benchmarks.harness.results import ResultsFile
 from dfn_hf.benchmarks.quality import long_lm
 from dfn_hf.benchmarks.recall import retrieval
 from dfn_hf.data.tokens import token_ids
-from dfn_hf.modeling.ops.cell_grid import geometric_cell_sizes
 
 DEPTHS, PAIRS = retrieval.DEPTHS, retrieval.PAIRS_PER_DEPTH
 
@@ -78,45 +77,24 @@ class TestRetrieval:
         assert answers[0][:3].tolist() == [answer.item() for answer in expected]
         assert len(set(answers[0].tolist())) > 1
 
-    def test_with_tables_keeps_the_weights(self, tmp_path):
-        model = small_dfn().eval()
-        cell_sizes = geometric_cell_sizes(24, 2.0, 1.0)
-        other = retrieval.with_tables(model, cell_sizes)
-        assert other.config.num_tables == 24 and other.config.cell_sizes == cell_sizes
-        weights, others = dict(model.named_parameters()), dict(other.named_parameters())
-        assert weights.keys() == others.keys()
-        assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
-        tokens = torch.randint(64, (1, 300))
-        with torch.no_grad():
-            before, after = (one(input_ids=tokens).logits for one in (model, other))
-        assert torch.equal(before[:, :32], after[:, :32]) and not torch.equal(before, after)
-        model.save_pretrained(tmp_path)
-        loaded = DFNForCausalLM.from_pretrained(
-            tmp_path, num_tables=24, cell_sizes=cell_sizes, ignore_mismatched_sizes=True
-        )
-        with torch.no_grad():
-            assert torch.equal(loaded.eval()(input_ids=tokens).logits, after)
+    def test_the_model_is_fine_tuned_on_longer_rows(self, monkeypatch):
+        lengths = []
 
-    def test_a_stage_uses_its_search_settings_and_restores_the_defaults(self, monkeypatch):
-        read = []
-        stage = retrieval.FineTuningStage(
-            steps=2, batch_size=1, length=80, num_pairs=3, candidates_per_table=2, num_neighbors=5
-        )
-
-        def noted(model, *arguments, **options):
-            read.append((model.config.candidates_per_table, model.config.num_neighbors))
-            return fit(model, *arguments, **options)
+        def noted(model, batches, **options):
+            batch = next(batches)["input_ids"]
+            lengths.append((tuple(batch.shape), options["steps"]))
+            return fit(model, batches, **options)
 
         fit = retrieval.fit
         monkeypatch.setattr(retrieval, "fit", noted)
-        monkeypatch.setattr(retrieval, "FINE_TUNING_STAGES", (stage,))
-        settings = retrieval.RetrievalSettings(0, steps=1, stages=1)
-        taught = retrieval.trained_model(settings, lambda line: None)
-        untaught = retrieval.trained_model(replace(settings, stages=0), lambda line: None)
-        assert read == [(2, 5)]
-        searches = [(one.config.candidates_per_table, one.config.num_neighbors) for one in (taught, untaught)]
-        assert searches == [(8, 16), (8, 16)]
-        assert not torch.equal(taught.model.embed_tokens.weight, untaught.model.embed_tokens.weight)
+        settings = retrieval.RetrievalSettings(
+            0, steps=1, tuning_steps=2, tuning_batch_size=1, tuning_length=80, tuning_num_pairs=3
+        )
+        tuned = retrieval.trained_model(settings, lambda line: None)
+        untuned = retrieval.trained_model(replace(settings, tuning_steps=0), lambda line: None)
+        assert lengths == [((1, 80), 2)]
+        assert all(one.config.num_leaves == settings.num_leaves for one in (tuned, untuned))
+        assert not torch.equal(tuned.model.embed_tokens.weight, untuned.model.embed_tokens.weight)
 
     def test_cache_mib_is_the_size_of_the_tensors(self):
         state = DynamicCache(config=small_dfn().config)

@@ -5,24 +5,18 @@ import torch
 
 from dfn_hf import DFNConfig, DFNForCausalLM
 from dfn_hf.benchmarks.harness.environment import peak_memory_mib, run_isolated
-from dfn_hf.modeling.ops.cell_grid import geometric_cell_sizes
+from dfn_hf.hub.cache_size import cache_bytes_per_token
 
 LENGTH = 2**20
 SHORT = 2**12
+SIZES = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 1}
 
 
 def generate_after(length, chunk_length):
     """Generate five tokens after random ones; return them and the peak memory of the process in MiB."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    config = DFNConfig(
-        vocab_size=64,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=1,
-        cell_sizes=geometric_cell_sizes(16, coarsest=2.0, finest=1.0),
-    )
-    model = DFNForCausalLM(config).eval()
+    model = DFNForCausalLM(DFNConfig(**SIZES)).eval()
     context = torch.randint(64, (1, length))
     continued = model.generate(context, prefill_chunk_size=chunk_length, max_new_tokens=5, do_sample=False)
     return continued[0, length:].tolist(), peak_memory_mib("cpu")
@@ -34,6 +28,4 @@ def test_generation_continues_a_million_tokens_read_in_chunks():
     _, idle = run_isolated(generate_after, SHORT, SHORT)
     others, _ = run_isolated(generate_after, LENGTH, 100_000)
     assert tokens == others and len(tokens) == 5
-    # Per entity, a layer with one head and 16 tables stores 36 bytes of position and key, 8 per table, 4 per value.
-    state = 2 * (36 + 8 * 16 + 4 * 16) * LENGTH
-    assert peak - idle < 3 * state / 2**20
+    assert peak - idle < 3 * cache_bytes_per_token(DFNConfig(**SIZES)) * LENGTH / 2**20

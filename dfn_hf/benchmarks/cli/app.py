@@ -29,6 +29,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "seq2seq-speed": speed.seq2seq_speed,
     "peers": peer_speed.peers,
     "single-head": peer_speed.single_head,
+    "search": speed.search,
 }
 
 app = typer.Typer(

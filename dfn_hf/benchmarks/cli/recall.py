@@ -53,9 +53,7 @@ def retrieval(
     contexts: Annotated[int, typer.Option(min=1, help="Contexts per length, with five pairs at each depth.")] = 10,
     control_contexts: Annotated[int, typer.Option(min=0, help="Contexts read without far neighbours too.")] = 2,
     max_steps: Annotated[int, typer.Option("--max-steps", min=1, help="Training steps on 64 tokens.")] = 600,
-    stages: Annotated[
-        int, typer.Option(min=0, max=4, help="Fine-tuning stages: 1,024, 8,192, 16,384 and again 16,384 tokens.")
-    ] = 4,
+    tuning_steps: Annotated[int, typer.Option(min=0, help="Fine-tuning steps of 8 rows of 1,024 tokens.")] = 250,
     chunk_length: Annotated[int, typer.Option(min=1, help="Tokens per forward pass.")] = 2**16,
     results: Results = None,
     threads: Threads = 1,
@@ -76,7 +74,7 @@ def retrieval(
             num_neighbors=num_neighbors,
             chunk_length=chunk_length,
             steps=max_steps,
-            stages=stages,
+            tuning_steps=tuning_steps,
             threads=threads,
             device=device,
         )

@@ -15,6 +15,7 @@ from ..speed.peers import WORKLOADS as PEER_WORKLOADS
 from ..speed.seq2seq_speed import WORKLOADS as SEQ2SEQ_WORKLOADS
 from ..speed.single_head import WORKLOADS as SINGLE_HEAD_WORKLOADS
 from ..speed.throughput import WORKLOADS
+from ..speed.tree_search import SHAPES
 from .output import Command, captured_output
 
 
@@ -49,7 +50,7 @@ TABLES = (
         [("one pass",), ("chunks of 500",)],
     ),
     SmokeTable(
-        "retrieval --length 8192 --contexts 1 --control-contexts 1 --max-steps 1 --stages 0 --chunk-length 5000",
+        "retrieval --length 8192 --contexts 1 --control-contexts 1 --max-steps 1 --tuning-steps 0 --chunk-length 5000",
         [("8,192", "16", "5"), ("8,192", "0", "5")],
     ),
     SmokeTable(
@@ -78,6 +79,10 @@ TABLES = (
         [(work, "64") for work in PEER_WORKLOADS],
     ),
     SmokeTable("single-head --length 64 --repeats 1", [(work, "64") for work in SINGLE_HEAD_WORKLOADS]),
+    SmokeTable(
+        "search --position-dim 4 --length 512 --timed-queries 64 --repeats 1",
+        [(shape, "4", "512") for shape in SHAPES],
+    ),
     SmokeTable("paper-lengths --length 32 --length 512 --hidden-size 32 --num-hidden-layers 1", [("32",), ("512",)]),
     SmokeTable(
         "translation --max-steps 1 --search-steps 1 --learning-rate 1e-3 --batch-size 2 --pairs 4 --no-scores",

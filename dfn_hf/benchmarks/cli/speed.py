@@ -200,3 +200,44 @@ def seq2seq_speed(
     path = results_path(results, "seq2seq-speed.csv")
     finished = run_seq2seq_speed(runs, path, report_progress)
     print_table(speed_table(finished), finished, path)
+
+
+def search(
+    shapes: Annotated[
+        list[str] | None, typer.Option("--shape", help="Distribution of the positions; repeatable. Default: all.")
+    ] = None,
+    position_dims: Annotated[
+        list[int], typer.Option("--position-dim", min=1, help="Dimensions of the positions; repeatable.")
+    ] = [4, 8],  # noqa: B006
+    lengths: Annotated[list[int], typer.Option("--length", min=1, help="Entities of the row; repeatable.")] = [  # noqa: B006
+        2**12,
+        2**14,
+        2**17,
+        2**20,
+    ],
+    num_leaves: Annotated[
+        int | None, typer.Option(min=1, help="Leaves of the tree that a query reads. Default: that of a DFN.")
+    ] = None,
+    timed_queries: Annotated[int, typer.Option(min=1, help="Last entities of the row, whose search is timed.")] = 2048,
+    repeats: Repeats = 3,
+    results: Results = None,
+    threads: Threads = 1,
+    device: Device = "cpu",
+) -> None:
+    """Neighbour search of one head: recall against the exact search, time per query, bytes of the index per entity.
+
+    Example: dfn-hf bench search --shape clusters --position-dim 4 --length 131072
+    """
+    from ..speed.tree_search import SHAPES, SearchSettings, run_search, search_runs, search_table
+
+    settings = SearchSettings(
+        num_leaves=num_leaves or SearchSettings.num_leaves,
+        timed_queries=timed_queries,
+        repeats=repeats,
+        threads=threads,
+        device=device,
+    )
+    runs = search_runs(settings, shapes=shapes or list(SHAPES), position_dims=position_dims, lengths=lengths)
+    path = results_path(results, "search.csv")
+    finished = run_search(runs, path, report_progress)
+    print_table(search_table(finished), finished, path)

@@ -5,11 +5,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from dfn_hf.modeling.dfn.attention import DynamicFlowAttention
-from dfn_hf.modeling.ops.cell_grid import grid_axes
+from dfn_hf.modeling.ops.box_tree import BLOCK, LEAF_SIZE, RECENT
 
 
 @torch.no_grad()
@@ -17,8 +17,9 @@ def operations_per_token(model: PreTrainedModel, input_ids: torch.Tensor) -> flo
     """Return the floating-point operations of a forward pass per input token.
 
     Counts linear maps, convolutions, attention (a Llama's over all preceding tokens, a DFN's over the entities it
-    attends to) and the distances of DFN's neighbour search. A layer that runs on entities counts entities, not bytes.
-    Norms, activations, sorting and memory movement are not counted for any model.
+    attends to) and the distances from queries to candidates in DFN's neighbour search. A layer that runs on entities
+    counts entities, not bytes. Norms, activations, sorting, the choice of leaves in the search tree and memory
+    movement are not counted for any model.
 
     Args:
         model: a Llama or a DFN.
@@ -67,14 +68,21 @@ def attention_operations(module, args, kwargs, output) -> int:
 def flow_attention_operations(module, args, kwargs, output) -> int:
     config, states = module.config, args[0]
     sides = 1 if config.is_causal else 2
-    places = states.shape[0] * states.shape[1] * config.num_attention_heads * sides
+    batch, length, width = states.shape
     read = config.local_window + config.num_neighbors
-    operations = read * 2 * (config.position_dim + 1 + states.shape[-1] // config.num_attention_heads)
+    operations = length * read * 2 * (config.position_dim + 1 + width // config.num_attention_heads)
     if config.num_neighbors:
-        cells = 2 * grid_axes(config.position_dim) * config.position_dim
-        distances = 3 * config.position_dim * config.candidates_per_table
-        operations += config.num_tables * (cells + distances)
-    return places * operations
+        operations += 3 * config.position_dim * num_candidates(config, length)
+    return batch * config.num_attention_heads * sides * operations
+
+
+def num_candidates(config: PreTrainedConfig, length: int) -> int:
+    """Return the number of candidates that the neighbour search of one head compares with its queries in a row."""
+    seen = (torch.arange(length) - config.local_window + 1).clamp(min=0)
+    if config.search_implementation == "exact":
+        return int(seen.sum())
+    in_tree = (seen - RECENT).clamp(min=0) // BLOCK * BLOCK
+    return int((seen - in_tree + in_tree.clamp(max=LEAF_SIZE * config.num_leaves)).sum())
 
 
 COUNTS = {

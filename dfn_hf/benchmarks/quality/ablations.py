@@ -18,7 +18,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "carried positions": {"carry_positions": True},
     "no far neighbours (K = 0)": {"num_neighbors": 0},
     "8 memory slots": {"memory_slots": 8},
-    "8 tables of 16 candidates": {"num_tables": 8, "candidates_per_table": 16},
     "FlowNorm none": {"flow_norm": "none"},
     "FlowNorm rms": {"flow_norm": "rms"},
     "FlowNorm running": {"flow_norm": "running"},

@@ -296,7 +296,6 @@ def _config(settings: ContrastiveSettings, vocab_size: int, **fields: Any) -> DF
         num_hidden_layers=settings.num_hidden_layers,
         intermediate_size=2 * settings.hidden_size,
         projection_dim=settings.hidden_size,
-        search_implementation="exact",  # faster than the cell search on short texts
         **fields,
     )
 

@@ -5,11 +5,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel, set_seed
 
-from dfn_hf import DFNConfig, DFNForCausalLM
-from dfn_hf.modeling.ops.cell_grid import geometric_cell_sizes
+from dfn_hf import DFNConfig
 
 from ..baselines.models import ModelSize, build_model, count_parameters
 from ..datasets.mqar import recall_accuracy, recall_batches
@@ -27,8 +25,7 @@ class RecallSettings:
     """One run: the model, its short training task, the long evaluation tasks, and the fine-tuning between them.
 
     Attributes:
-        tuning_coarsest_cell: largest cell edge of DFN's search from the fine-tuning on; before, it spans the ball.
-        tuning_finest_cell: smallest cell edge from the fine-tuning on.
+        num_leaves: leaves of the tree that DFN's search reads.
         evaluation_seed: seed of the evaluation sequences.
     """
 
@@ -45,8 +42,7 @@ class RecallSettings:
     steps: int = 1000
     learning_rate: float = 3e-3
     weight_decay: float = 0.01
-    num_tables: int = 16
-    candidates_per_table: int = 8
+    num_leaves: int = DFNConfig.num_leaves
     long_length: int = 2048
     long_num_pairs: int = 120
     tuning_length: int = 512
@@ -54,8 +50,6 @@ class RecallSettings:
     tuning_batch_size: int = 8
     tuning_steps: int = 400
     tuning_learning_rate: float = 1e-3
-    tuning_coarsest_cell: float = 2.0
-    tuning_finest_cell: float = 1.0
     longest_length: int = 8192
     longest_num_pairs: int = 120
     long_batches: int = 16
@@ -111,8 +105,7 @@ def train_recall(
         intermediate_size=settings.intermediate_size,
     )
     if settings.model == "dfn":
-        search = {"num_tables": settings.num_tables, "candidates_per_table": settings.candidates_per_table}
-        dfn_options = search | dfn_options
+        dfn_options = {"num_leaves": settings.num_leaves} | dfn_options
     model = build_model(settings.model, size, device=settings.device, **dfn_options)
     task = {"length": settings.length, "num_pairs": settings.num_pairs, "vocab_size": settings.vocab_size}
     accuracies: dict[int, float] = {}
@@ -163,11 +156,6 @@ def measure_recall(settings: RecallSettings, report: Callable[[str], None] = lam
         f"{settings.model}, seed {settings.seed}: {settings.long_length} tokens {long:.3f}, "
         f"{settings.longest_length} tokens {longest_before_tuning:.3f}; fine-tuning"
     )
-    if isinstance(model, DFNForCausalLM):
-        model = with_cell_sizes(
-            model,
-            geometric_cell_sizes(settings.num_tables, settings.tuning_coarsest_cell, settings.tuning_finest_cell),
-        )
     _fine_tune(model, settings)
     return RecallResult(
         parameters=count_parameters(model),
@@ -202,7 +190,7 @@ def recall_table(results: list[tuple[RecallSettings, RecallResult]]) -> str:
         f"{settings.long_length} / {settings.long_num_pairs}, K = 0",
         f"{settings.longest_length} / {settings.longest_num_pairs}, zero-shot",
         f"{settings.longest_length} / {settings.longest_num_pairs}, {settings.tuning_steps} steps at "
-        f"{settings.tuning_length}, cell edges {settings.tuning_coarsest_cell:g} to {settings.tuning_finest_cell:g}",
+        f"{settings.tuning_length}",
         "minutes",
     )
     lines = []
@@ -222,17 +210,6 @@ def recall_table(results: list[tuple[RecallSettings, RecallResult]]) -> str:
             )
         )
     return markdown_table(header, lines)
-
-
-def with_cell_sizes(model: DFNForCausalLM, cell_sizes: list[float]) -> DFNForCausalLM:
-    """Return a model with the same weights and grids, and other cell sizes.
-
-    `from_pretrained(folder, cell_sizes=…)` does the same for a saved model.
-    """
-    config = DFNConfig.from_dict({**model.config.to_dict(), "cell_sizes": cell_sizes})
-    resized = torch.nn.Module.to(DFNForCausalLM(config), model.device)
-    resized.load_state_dict(model.state_dict())
-    return resized
 
 
 def _long_recall_without_far(model: PreTrainedModel, settings: RecallSettings) -> float | None:

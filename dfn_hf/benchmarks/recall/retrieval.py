@@ -1,6 +1,5 @@
 """Retrieval of key-value pairs planted in contexts of up to a million random tokens, with a small DFN."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -9,15 +8,14 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache
 
-from dfn_hf import DFNConfig, DFNForCausalLM
+from dfn_hf import DFNForCausalLM
 from dfn_hf.modeling.modules.cache import state_layers
-from dfn_hf.modeling.ops.cell_grid import geometric_cell_sizes
 
 from ..datasets.mqar import IGNORED
 from ..harness.environment import clock, describe_machine, peak_memory_mib, run_isolated, set_up_device
 from ..harness.results import ResultsFile, markdown_table
 from ..harness.training_loop import fit
-from .associative_recall import DECAY_RATIO, FINE_TUNING_SEED, RecallSettings, train_recall, with_cell_sizes
+from .associative_recall import DECAY_RATIO, FINE_TUNING_SEED, RecallSettings, train_recall
 
 DEPTHS = (0.01, 0.5, 0.99)
 PAIRS_PER_DEPTH = 5
@@ -27,68 +25,31 @@ CONTEXT_SEED = 70_000
 
 
 @dataclass(frozen=True)
-class FineTuningStage:
-    """One stage of the fine-tuning on batches of `planted_batch`.
-
-    A stage limits candidates or neighbours per token, which makes a context of thousands of tokens as hard for the
-    neighbour search as a longer one.
-
-    Attributes:
-        gamma_factor: factor of γ, applied before the stage.
-    """
-
-    steps: int
-    batch_size: int
-    length: int
-    num_pairs: int
-    candidates_per_table: int
-    num_neighbors: int
-    gamma_factor: float = 1.0
-
-
-FINE_TUNING_STAGES = (
-    FineTuningStage(steps=250, batch_size=8, length=1024, num_pairs=8, candidates_per_table=4, num_neighbors=16),
-    FineTuningStage(steps=400, batch_size=1, length=8192, num_pairs=24, candidates_per_table=8, num_neighbors=4),
-    FineTuningStage(steps=600, batch_size=1, length=16_384, num_pairs=30, candidates_per_table=8, num_neighbors=4),
-    FineTuningStage(
-        steps=400,
-        batch_size=1,
-        length=16_384,
-        num_pairs=30,
-        candidates_per_table=8,
-        num_neighbors=16,
-        gamma_factor=4.0,
-    ),
-)
-
-
-@dataclass(frozen=True)
 class RetrievalSettings:
     """One context and the model that reads it. `PAIRS_PER_DEPTH` pairs are planted at each of `DEPTHS`.
 
     Attributes:
         context: seed offset of the context's tokens.
         num_neighbors: 0 is the control, the same weights without far neighbours.
-        num_tables: tables of the search during reading.
+        num_leaves: leaves of the tree that the search reads, in training and reading.
         steps: training steps of `train_recall`.
-        stages: number of fine-tuning stages of `FINE_TUNING_STAGES`.
-        coarsest_cell: largest cell edge during fine-tuning and reading.
-        finest_cell: smallest cell edge during fine-tuning and reading.
+        tuning_steps: steps of fine-tuning on `planted_batch`; likewise the other fields with this prefix.
     """
 
     length: int
     context: int = 0
     num_neighbors: int = 16
-    num_tables: int = 64
+    num_leaves: int = RecallSettings.num_leaves
     position_dim: int = 8
     chunk_length: int = 2**16
     seed: int = 0
     vocab_size: int = 64
     steps: int = 600
-    stages: int = len(FINE_TUNING_STAGES)
+    tuning_steps: int = 250
+    tuning_batch_size: int = 8
+    tuning_length: int = 1024
+    tuning_num_pairs: int = 8
     tuning_learning_rate: float = 1e-3
-    coarsest_cell: float = 2.0
-    finest_cell: float = 1.0
     threads: int = 1
     device: str = "cpu"
 
@@ -216,52 +177,38 @@ def measure_retrieval(settings: RetrievalSettings, report: Callable[[str], None]
 def trained_model(settings: RetrievalSettings, report: Callable[[str], None]) -> DFNForCausalLM:
     """Train the model of these settings; fields of the context have no effect."""
     recall = RecallSettings(
-        seed=settings.seed, vocab_size=settings.vocab_size, steps=settings.steps, device=settings.device
+        seed=settings.seed,
+        vocab_size=settings.vocab_size,
+        steps=settings.steps,
+        num_leaves=settings.num_leaves,
+        device=settings.device,
     )
-    model = train_recall(recall, report, position_dim=settings.position_dim).model
-    model = with_cell_sizes(
-        model, geometric_cell_sizes(recall.num_tables, settings.coarsest_cell, settings.finest_cell)
-    )
-    for number, stage in enumerate(FINE_TUNING_STAGES[: settings.stages], start=1):
-        report(f"fine-tuning: stage {number}, {stage.steps} steps of {stage.batch_size} x {stage.length:,} tokens")
-        fine_tune(model, stage, settings)
-    model.config.candidates_per_table, model.config.num_neighbors = recall.candidates_per_table, settings.num_neighbors
-    return with_tables(model, geometric_cell_sizes(settings.num_tables, settings.coarsest_cell, settings.finest_cell))
+    dfn_options = {"position_dim": settings.position_dim, "num_neighbors": settings.num_neighbors}
+    model = train_recall(recall, report, **dfn_options).model
+    report(f"fine-tuning: {settings.tuning_steps} steps of {settings.tuning_batch_size} x {settings.tuning_length:,}")
+    fine_tune(model, settings)
+    return model
 
 
-def fine_tune(model: DFNForCausalLM, stage: FineTuningStage, settings: RetrievalSettings) -> None:
-    """Fine-tune `model` on one stage; its configuration keeps the search settings of the stage."""
-    model.config.candidates_per_table, model.config.num_neighbors = stage.candidates_per_table, stage.num_neighbors
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.attention.log_sharpness += math.log(stage.gamma_factor)
+def fine_tune(model: DFNForCausalLM, settings: RetrievalSettings) -> None:
+    """Train `model` on batches of `planted_batch`, whose pairs lie anywhere in a longer row."""
+    if settings.tuning_steps == 0:
+        return
     batches = planted_batches(
         FINE_TUNING_SEED + settings.seed,
-        batch_size=stage.batch_size,
-        length=stage.length,
-        num_pairs=stage.num_pairs,
+        batch_size=settings.tuning_batch_size,
+        length=settings.tuning_length,
+        num_pairs=settings.tuning_num_pairs,
         vocab_size=settings.vocab_size,
     )
     fit(
         model,
         batches,
-        steps=stage.steps,
+        steps=settings.tuning_steps,
         learning_rate=settings.tuning_learning_rate,
         weight_decay=RecallSettings.weight_decay,
         decay_ratio=DECAY_RATIO,
     )
-
-
-def with_tables(model: DFNForCausalLM, cell_sizes: list[float]) -> DFNForCausalLM:
-    """Return a model with the same weights and one new table per element of `cell_sizes`.
-
-    For a saved model, use `from_pretrained(folder, num_tables=…, cell_sizes=…, ignore_mismatched_sizes=True)`.
-    """
-    changes = {"num_tables": len(cell_sizes), "cell_sizes": cell_sizes}
-    other = torch.nn.Module.to(DFNForCausalLM(DFNConfig.from_dict(model.config.to_dict() | changes)), model.device)
-    grids = {name for name, _ in other.named_buffers()}
-    other.load_state_dict({name: held for name, held in model.state_dict().items() if name not in grids}, strict=False)
-    return other.eval()
 
 
 def run_retrieval(

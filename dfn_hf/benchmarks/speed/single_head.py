@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from dfn_hf import DFNConfig
 from dfn_hf.modeling.dfn.entities import squash_to_ball
-from dfn_hf.modeling.ops.cell_grid import GRID, ball_cells_per_axis, geometric_cell_sizes
-from dfn_hf.modeling.ops.cell_lists import CellGrids, grid_constants
+from dfn_hf.modeling.ops.box_tree import GRID, index_layout, to_grid
 from dfn_hf.modeling.ops.dispatch import triton_available
 from dfn_hf.modeling.ops.flow_attention import flow_attention
 from dfn_hf.modeling.ops.kernels.c_compiler import SWITCH
-from dfn_hf.modeling.ops.kernels.neighbor_search_cpu import search_library
-from dfn_hf.modeling.ops.neighbor_search import search_cells
+from dfn_hf.modeling.ops.neighbor_search import search_exact, search_tree
 
 from ..harness.environment import describe_machine, dtype_named, peak_memory_mib, set_up_device
 from ..harness.interleaving import Timing, run_over_lengths
@@ -25,6 +24,7 @@ from .throughput import timed
 
 WORKLOADS = ("forward", "forward and backward")
 COMPILED = {"cpu": "flow attention (C)", "cuda": "flow attention (Triton)"}
+EXACT = "flow attention, exact search"
 TORCH = "flow attention (torch)"
 SDPA = "causal attention"
 NUM_CLUSTERS = 2000
@@ -34,9 +34,10 @@ NUM_CLUSTERS = 2000
 class SingleHeadSettings:
     """One operation on one row.
 
-    The defaults are those of a DFN, except for 8 tables of 16 candidates instead of 16 tables of 8.
+    The defaults are those of a DFN.
 
     Attributes:
+        num_leaves: leaves of the tree that the search reads; `EXACT` and `SDPA` have none.
         dtype: of the values of flow attention, and of queries, keys and values of `SDPA`.
     """
 
@@ -48,8 +49,7 @@ class SingleHeadSettings:
     position_dim: int = 4
     num_neighbors: int = 16
     window: int = 32
-    num_tables: int = 8
-    candidates_per_table: int = 16
+    num_leaves: int = DFNConfig.num_leaves
     dtype: str = "float32"
     repeats: int = 3
     threads: int = 1
@@ -66,7 +66,7 @@ class SingleHeadSettings:
 
 def operations(device: str) -> tuple[str, ...]:
     """Return the operations of a device, the compiled flow attention first."""
-    return (COMPILED[torch.device(device).type], TORCH, SDPA)
+    return (COMPILED[torch.device(device).type], EXACT, TORCH, SDPA)
 
 
 def run_single_head(
@@ -131,16 +131,14 @@ def _flow_attention(
     settings: SingleHeadSettings, generator: torch.Generator
 ) -> tuple[Callable[[], torch.Tensor], Sequence[torch.Tensor]]:
     heads, length, device = settings.heads, settings.length, settings.device
-    moved, rest = clustered_positions(settings, generator)
-    if settings.operation != TORCH and search_library(rest) is None and not triton_available(rest.device):
+    where = torch.device(device)
+    compiled = index_layout(where, settings.position_dim) == "paged" or triton_available(where)
+    if settings.operation in COMPILED.values() and not compiled:
         raise ValueError(
             f"operation is {settings.operation!r}, which needs a C compiler (on a GPU: Triton) and {SWITCH} not 0"
         )
-    rotation, shift = (
-        constant.to(device) for constant in grid_constants(settings.position_dim, settings.num_tables, 0)
-    )
-    sizes = geometric_cell_sizes(settings.num_tables)
-    grids = CellGrids(rotation, shift, sizes, ball_cells_per_axis(settings.position_dim, sizes))
+    moved_on_grid, rest_on_grid = clustered_positions(settings, generator)
+    moved, rest = moved_on_grid / GRID, rest_on_grid / GRID
     index = torch.arange(length, device=device)[None]
     rows = index.expand(heads, -1)
     # The affinity −γ‖q − k‖² with γ = 0.3 as a dot product; see `augment_key`.
@@ -150,19 +148,11 @@ def _flow_attention(
     decay = torch.rand(heads, generator=generator).to(device)
 
     def operate() -> torch.Tensor:
-        with torch.no_grad():
-            cells, key_cells = (grids.cells(positions, on_grid=True) for positions in (moved, rest))
-            neighbors, _ = search_cells(
-                moved,
-                cells,
-                rows,
-                rest,
-                key_cells,
-                settings.num_neighbors,
-                settings.window,
-                settings.candidates_per_table,
-                table_offsets=grids.table_offsets,
-            )
+        searched = moved_on_grid, rows, rest_on_grid, settings.num_neighbors, settings.window
+        if settings.operation == EXACT:
+            neighbors, _ = search_exact(*searched)
+        else:
+            neighbors, _ = search_tree(*searched, settings.num_leaves)
         return flow_attention(query, key, value, decay, index, index, neighbors[None], settings.window)[0]
 
     return operate, (query, key, value, decay)
@@ -179,7 +169,7 @@ def _attention(
 
 
 def clustered_positions(settings: SingleHeadSettings, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw moved and rest positions, float32 `[heads, length, position_dim]` on the ball and the grid of the search.
+    """Draw moved and rest positions, int16 `[heads, length, position_dim]` in grid points of the ball.
 
     The positions are noisy copies of cluster centres with a skewed frequency, as those of tokens.
     """
@@ -189,6 +179,6 @@ def clustered_positions(settings: SingleHeadSettings, generator: torch.Generator
     def positions() -> torch.Tensor:
         blur = torch.randn(settings.heads, settings.length, settings.position_dim, generator=generator)
         drawn = squash_to_ball(1.2 * places[:, kinds] + 0.15 * blur)
-        return ((drawn * GRID).round() / GRID).to(settings.device)
+        return to_grid(drawn).to(settings.device)
 
     return positions(), positions()
