@@ -19,6 +19,7 @@ from dfn_hf import (
     LiquidConfig,
     LiquidForSeq2SeqLM,
 )
+from dfn_hf.benchmarks.speed.single_head import torch_operations_only
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -58,10 +59,12 @@ def test_tables_state_the_defaults(family):
 
 def dfn_states():
     ids = torch.randint(0, 32, (1, 40))
-    sizes = {**SIZES, "num_neighbors": 2, "local_window": 4, "num_tables": 4, "max_entity_length": 8}
+    sizes = {**SIZES, "num_neighbors": 2, "local_window": 4, "max_entity_length": 8}
     switches = {"flow_norm": "running", "memory_slots": 2, "memory_chunk": 4}
     yield DFNForCausalLM(DFNConfig(**sizes, **switches, readout_window=3))(ids).past_key_values
     yield DFNForCausalLM(DFNConfig(**sizes, **switches, entity_sampling="adaptive"))(ids).past_key_values
+    with torch_operations_only():  # the search keeps other tensors than in C
+        yield DFNForCausalLM(DFNConfig(**sizes))(ids).past_key_values
 
 
 def flownetwork_states():

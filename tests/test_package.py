@@ -105,8 +105,8 @@ import shutil
 shutil.which = lambda *args, **kwargs: None
 import torch
 from dfn_hf.modeling.ops.kernels.flow_attention_cpu import attention_library
-from dfn_hf.modeling.ops.kernels.neighbor_search_cpu import search_library
-print(attention_library(torch.ones(1)) is not None, search_library(torch.ones(1)) is not None)
+from dfn_hf.modeling.ops.kernels.box_tree_cpu import tree_library
+print(attention_library(torch.ones(1)) is not None, tree_library(torch.ones(1)) is not None)
 """
 
 

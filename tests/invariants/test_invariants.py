@@ -498,7 +498,7 @@ def test_save_and_load_are_exact(family, seed, options, tmp_path):
 
 
 @cases
-def test_bf16_loading_keeps_scales_and_grids(family, seed, tmp_path):
+def test_bf16_loading_keeps_scales(family, seed, tmp_path):
     model = draw_model(family, seed, torch.float32)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
