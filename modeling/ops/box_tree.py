@@ -41,6 +41,8 @@ RECENT = 896  # entities that are candidates without the tree, besides an incomp
 ENTITIES_PER_LEAF = 8  # one leaf per so many entities is within the budget
 SPARE_LEAVES = 256  # leaves of the budget of a sequence without entities
 
+INDEX_DTYPES = {"leaf_boxes": torch.int16}  # the other tensors of a `TreeIndex` are int32
+
 Count = TypeVar("Count", int, torch.Tensor)
 
 
@@ -69,7 +71,7 @@ class TreeIndex:
     """The trees of G rows, updated in place by a search. All tensors zero: empty trees.
 
     The "flat" layout (torch, Triton) has `leaf_ids` and `leaf_boxes`, the "paged" layout (C) has `leaves`,
-    `leaf_pages` and `pages`. The tensors of the other layout are None.
+    `leaf_pages`, `cuts` and `pages`. The tensors of the other layout are None.
 
     Attributes:
         counters: int32 `[G, 4]`: entities in the tree, leaves, pages, root page. A row of zeros is an empty tree,
@@ -78,6 +80,7 @@ class TreeIndex:
         leaf_boxes: int16 `[G, L, 4, P]`: lowest and highest coordinates of the members, then of the cell, inclusive.
         leaves: int32 `[G, L, words]`, members and their positions, written and read by C.
         leaf_pages: int32 `[G, L]`, page of each leaf.
+        cuts: int32 `[G, L, 3]`, the cuts of space, a binary tree.
         pages: int32 `[G, Q, words]`, hierarchy of boxes over the leaves, written and read by C.
     """
 
@@ -86,6 +89,7 @@ class TreeIndex:
     leaf_boxes: torch.Tensor | None = None
     leaves: torch.Tensor | None = None
     leaf_pages: torch.Tensor | None = None
+    cuts: torch.Tensor | None = None
     pages: torch.Tensor | None = None
 
 
@@ -99,7 +103,7 @@ def index_layout(device: torch.device, position_dim: int) -> str:
 
 
 def index_shapes(layout: str, capacity: int, position_dim: int) -> dict[str, tuple[int, ...]]:
-    """Return the shape per row of each tensor of a `TreeIndex`; `leaf_boxes` is int16, the others are int32.
+    """Return the shape per row of each tensor of a `TreeIndex`; their dtypes are in `INDEX_DTYPES`.
 
     Args:
         layout: "flat" or "paged".
@@ -114,5 +118,17 @@ def index_shapes(layout: str, capacity: int, position_dim: int) -> dict[str, tup
     return counters | {
         "leaves": (num_leaves, LEAF_SIZE * (1 + axis_pairs)),
         "leaf_pages": (num_leaves,),
-        "pages": (num_leaves // 5 + 16, 32 * axis_pairs + 80),  # the struct `Page` of the C code
+        "cuts": (num_leaves, 3),
+        "pages": (num_leaves // 5 + 16, 32 * axis_pairs + 64),  # boxes and the struct `Page` of the C code
     }
+
+
+def empty_tree_index(layout: str, rows: int, capacity: int, position_dim: int, device: torch.device) -> TreeIndex:
+    """Return empty trees for G rows; the arguments are those of `index_shapes`."""
+    shapes = index_shapes(layout, capacity, position_dim)
+    return TreeIndex(
+        **{
+            name: torch.zeros(rows, *shape, dtype=INDEX_DTYPES.get(name, torch.int32), device=device)
+            for name, shape in shapes.items()
+        }
+    )

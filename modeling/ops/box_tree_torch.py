@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .box_tree import BLOCK, LEAF_SIZE, RECENT, TreeIndex, index_shapes, leaf_budget, tree_base
-from .neighbor_ranking import NO_CODE, NO_DISTANCE, rank_nearest, squared_distances
+from .box_tree import BLOCK, LEAF_SIZE, RECENT, TreeIndex, empty_tree_index, leaf_budget, tree_base
+from .neighbor_ranking import NO_CODE, NO_DISTANCE, rank_nearest, squared_distances, sum_of_squares
 
-QUERY_CHUNK = 2**22  # distances computed together
+QUERY_CHUNK = 2**19  # distances computed together
 LOWEST, HIGHEST = -(2**15), 2**15 - 1  # coordinates of the cell that contains all of space
 FAR = 2**16  # larger than every coordinate
 
@@ -88,7 +88,7 @@ def _search_rows(
     rows, length, position_dim = query.shape
     if index is None:
         last_seen = int((past + counts).max()) - window
-        index = _empty_index(rows, tree_base(last_seen), position_dim, query.device)
+        index = empty_tree_index("flat", rows, tree_base(last_seen), position_dim, query.device)
     search = _RowSearch(query, past, key, num_neighbors, window, num_leaves, index)
     indices = past.new_full((rows, length, num_neighbors), -1)
     squared = past.new_full((rows, length, num_neighbors), NO_DISTANCE, dtype=torch.int32)
@@ -102,18 +102,6 @@ def _search_rows(
         if len(behind) == 0:
             return indices, squared
         enter_block(index, key, behind)
-
-
-def _empty_index(rows: int, capacity: int, position_dim: int, device: torch.device) -> TreeIndex:
-    """Return empty trees for sequences of `capacity` entities."""
-    shapes = index_shapes("flat", capacity, position_dim)
-    dtypes = {"leaf_boxes": torch.int16}
-    return TreeIndex(
-        **{
-            name: torch.zeros(rows, *shape, dtype=dtypes.get(name, torch.int32), device=device)
-            for name, shape in shapes.items()
-        }
-    )
 
 
 @dataclass
@@ -181,13 +169,12 @@ class _RowSearch:
 
 def _box_distances(points: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
     """Return the squared distances of points `[T, m, P]` to boxes `[T, n, 2, P]`, int32 `[T, m, n]`."""
-    low, high = boxes.int().unbind(dim=2)
-    total = torch.zeros((), dtype=torch.int32, device=points.device)
-    for axis, point in enumerate(points.int().unbind(dim=-1)):
-        below, above = low[:, None, :, axis] - point[..., None], point[..., None] - high[:, None, :, axis]
-        outside = torch.maximum(below, above).clamp_(min=0)
-        total = total + outside * outside
-    return total
+    low, high = boxes.int().transpose(1, 3).contiguous().unbind(dim=2)  # [T, P, n]
+    axes = zip(points.int().unbind(dim=-1), low.unbind(dim=1), high.unbind(dim=1), strict=True)
+    return sum_of_squares(
+        torch.maximum(low[:, None] - point[..., None], point[..., None] - high[:, None]).clamp_(min=0)
+        for point, low, high in axes
+    )
 
 
 def enter_block(index: TreeIndex, key: torch.Tensor, rows: torch.Tensor) -> None:

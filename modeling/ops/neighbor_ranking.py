@@ -1,5 +1,7 @@
 """Ranking of candidate neighbours by squared distance, ties by recency. Positions are integers, so both are exact."""
 
+from collections.abc import Iterable
+
 import torch
 
 NO_DISTANCE = 2**31 - 1  # squared distance of a missing neighbour, larger than every other
@@ -8,9 +10,17 @@ NO_CODE = 2**63 - 1  # sorts after every code
 
 def squared_distances(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Return Σ_p (q_p − k_p)² over the last dimension, int32."""
-    total = torch.zeros((), dtype=torch.int32, device=queries.device)
-    for query, key in zip(queries.int().unbind(dim=-1), keys.int().unbind(dim=-1), strict=True):
-        total = total + (query - key).square()
+    queries, keys = (x.movedim(-1, 0).int(memory_format=torch.contiguous_format) for x in (queries, keys))
+    return sum_of_squares(query - key for query, key in zip(queries, keys, strict=True))
+
+
+def sum_of_squares(differences: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Return Σ_p x_p² of one or more tensors."""
+    differences = iter(differences)
+    total = next(differences)
+    total = total * total
+    for difference in differences:
+        total.addcmul_(difference, difference)
     return total
 
 
@@ -28,9 +38,11 @@ def rank_nearest(
     Returns:
         (ages int64 `[..., K]`, squared distances int32 `[..., K]`); −1 and `NO_DISTANCE` if fewer than K are visible.
     """
-    codes = (squared.long() << 32 | ages).masked_fill(~visible, NO_CODE)
+    squared = torch.where(visible, squared, NO_DISTANCE)
+    codes = squared.long() << 32 | ages.clamp(min=0)
     missing = num_neighbors - codes.shape[-1]
     if missing > 0:  # `pad` converts its value to a float
         codes = torch.cat([codes, codes.new_full((*codes.shape[:-1], missing), NO_CODE)], dim=-1)
     codes = codes.topk(num_neighbors, dim=-1, largest=False).values
-    return (codes & 0xFFFFFFFF).masked_fill(codes == NO_CODE, -1), (codes >> 32).int()
+    squared = (codes >> 32).int()
+    return (codes & 0xFFFFFFFF).masked_fill(squared == NO_DISTANCE, -1), squared

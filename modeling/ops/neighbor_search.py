@@ -210,7 +210,15 @@ def search_tree(
     """
     arguments = (query, query_index, key, num_neighbors, window, num_leaves, reach, counts)
     if index is not None:
-        arguments += (index.counters, index.leaf_ids, index.leaf_boxes, index.leaves, index.leaf_pages, index.pages)
+        arguments += (
+            index.counters,
+            index.leaf_ids,
+            index.leaf_boxes,
+            index.leaves,
+            index.leaf_pages,
+            index.cuts,
+            index.pages,
+        )
     return _tree_operator(*arguments) if use_custom_ops() else _search_tree(*arguments)
 
 
@@ -228,12 +236,13 @@ def _search_tree(
     leaf_boxes: torch.Tensor | None = None,
     leaves: torch.Tensor | None = None,
     leaf_pages: torch.Tensor | None = None,
+    cuts: torch.Tensor | None = None,
     pages: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`search_tree` with the index as separate tensors, because an operator takes tensors only."""
     if query_index.numel() == 0 or num_neighbors == 0:
-        return _fake_tree_search(query, query_index, key, num_neighbors)
-    index = None if counters is None else TreeIndex(counters, leaf_ids, leaf_boxes, leaves, leaf_pages, pages)
+        return _empty_results(query, query_index, key, num_neighbors)
+    index = None if counters is None else TreeIndex(counters, leaf_ids, leaf_boxes, leaves, leaf_pages, cuts, pages)
     arguments = (query, query_index, key, num_neighbors, window, num_leaves, reach, counts, index)
     backend = search_backend(query, index)
     if backend == "c":
@@ -245,15 +254,15 @@ def _search_tree(
     return search_tree_torch(*arguments)
 
 
-def _fake_tree_search(query, query_index, key, num_neighbors, *others):
+def _empty_results(query, query_index, key, num_neighbors, *others):
     shape = (*query_index.shape, num_neighbors)
     return query_index.new_empty(shape), query.new_empty(shape, dtype=torch.int32)
 
 
 _tree_operator = custom_op(
     _search_tree,
-    _fake_tree_search,
-    mutates_args=("counters", "leaf_ids", "leaf_boxes", "leaves", "leaf_pages", "pages"),
+    _empty_results,
+    mutates_args=("counters", "leaf_ids", "leaf_boxes", "leaves", "leaf_pages", "cuts", "pages"),
 )
 
 
@@ -280,18 +289,20 @@ def _search_exact(
     reach: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`search_exact` without optional arguments."""
+    if query_index.numel() == 0 or num_neighbors == 0:
+        return _empty_results(query, query_index, key, num_neighbors)
     rows, num_queries, _ = query.shape
-    num_keys = key.shape[1] if num_neighbors else 0
     results = []
-    for part in torch.arange(num_queries).split(max(1, EXACT_QUERIES // rows)):
-        part = slice(int(part[0]), int(part[-1]) + 1)
+    step = max(1, EXACT_QUERIES // rows)
+    for start in range(0, num_queries, step):
+        part = slice(start, min(start + step, num_queries))
         position = query_index[:, part, None]
         ages = query_index.new_full((rows, part.stop - part.start, num_neighbors), -1)
         squared = query.new_full(ages.shape, NO_DISTANCE, dtype=torch.int32)
         # Reading the last visible key is impossible while exporting and would stall a GPU at every decode step.
-        last_key = num_keys
+        last_key = key.shape[1]
         if not torch.compiler.is_exporting() and (num_queries > 1 or query.device.type == "cpu"):
-            last_key = min(num_keys, int(position.max()) - window + 1)
+            last_key = min(last_key, int(position.max()) - window + 1)
         for first in range(0, last_key, EXACT_KEYS):
             ids = torch.arange(first, min(first + EXACT_KEYS, last_key), device=query.device)
             visible = ids <= position - window
@@ -306,4 +317,4 @@ def _search_exact(
     return torch.cat(indices, dim=1), torch.cat(distances, dim=1)
 
 
-_exact_operator = custom_op(_search_exact, _fake_tree_search)
+_exact_operator = custom_op(_search_exact, _empty_results)

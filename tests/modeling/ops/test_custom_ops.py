@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from dfn_hf.modeling.ops import custom_ops, flow_attention, neighbor_search
-from dfn_hf.modeling.ops.cell_grid import ball_cells_per_axis, geometric_cell_sizes
-from dfn_hf.modeling.ops.cell_lists import CellGrids, grid_constants
+from dfn_hf.modeling.ops.box_tree import BLOCK, RECENT, empty_tree_index, index_layout
 from tests.modeling.ops.test_flow_attention import draw_inputs
 from tests.support.small_models import make_small_model
 
@@ -27,19 +26,45 @@ def test_attention_operator_passes_opcheck(dropout, dtype):
     torch.library.opcheck(flow_attention._forward_operator, arguments)
 
 
-@pytest.mark.parametrize("with_past", [False, True])
-def test_search_operator_passes_opcheck(with_past):
-    generator = torch.Generator().manual_seed(0)
-    queries, keys = (torch.randn(2, 30, 3, generator=generator).mul(8).round() / 8 for _ in range(2))
-    sizes = geometric_cell_sizes(4)
-    grids = CellGrids(*grid_constants(3, 4, 0), sizes, ball_cells_per_axis(3, sizes))
-    index = torch.arange(30).expand(2, -1).contiguous()
-    arguments = [queries, grids.cells(queries), index, keys, grids.cells(keys), 5, 3, 2, None, None, None]
-    arguments.append(grids.table_offsets)
-    if with_past:
-        newest = torch.full((2, grids.table_offsets[-1]), -1, dtype=torch.int32)
-        arguments += [newest, torch.full((2, 30, 4), -1, dtype=torch.int32), grids.table_offsets]
-    torch.library.opcheck(neighbor_search._search_operator, tuple(arguments))
+def draw_search(length, layout=None):
+    """Return the arguments of the search operator for rows of `length` entities, with an index in the given layout."""
+    query, key = torch.randint(-50, 50, (2, 2, length, 3), generator=torch.Generator().manual_seed(0)).short()
+    arguments = [query, torch.arange(length).expand(2, -1).contiguous(), key, 5, 3, 2, None, None]
+    if layout is None:
+        return arguments
+    index = empty_tree_index(layout, 2, length, 3, query.device)
+    return arguments + list(vars(index).values())
+
+
+@pytest.mark.parametrize("switch", ["0", "1"])
+@pytest.mark.parametrize("with_index", [False, True])
+def test_search_operator_passes_opcheck(with_index, switch, monkeypatch):
+    monkeypatch.setenv("DFN_HF_KERNELS", switch)
+    layout = index_layout(torch.device("cpu"), 3) if with_index else None
+    arguments = draw_search(RECENT + 2 * BLOCK, layout)
+    torch.library.opcheck(neighbor_search._tree_operator, tuple(arguments))
+
+
+def test_exact_search_operator_passes_opcheck():
+    torch.library.opcheck(neighbor_search._exact_operator, tuple(draw_search(40)[:5] + [None]))
+
+
+@pytest.mark.parametrize("switch", ["0", "1"])
+def test_a_compiled_search_makes_its_index_and_fills_it(switch, monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setenv("DFN_HF_KERNELS", switch)
+    query, positions, key, *sizes, _, _ = draw_search(RECENT + 3 * BLOCK)
+
+    def search():
+        index = empty_tree_index(index_layout(query.device, 3), 2, query.shape[1], 3, query.device)
+        indices, squared = neighbor_search.search_tree(query, positions, key, *sizes, index=index)
+        return indices, squared, index.counters
+
+    expected = search()
+    compiled = torch.compile(search, fullgraph=True, backend="aot_eager")()
+    for x, y in zip(compiled, expected, strict=True):
+        assert torch.equal(x, y)
+    assert compiled[2][:, 0].tolist() == [2 * BLOCK] * 2
 
 
 def test_a_model_compiles_into_one_graph():

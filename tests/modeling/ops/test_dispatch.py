@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from dfn_hf.modeling.ops import dispatch
+from dfn_hf.modeling.ops.box_tree import TreeIndex, index_layout
 
-INDEX = torch.arange(5).expand(2, -1)
+COUNTERS = torch.zeros(2, 4, dtype=torch.int32)
+FLAT = TreeIndex(COUNTERS, leaf_ids=COUNTERS, leaf_boxes=COUNTERS)
+PAGED = TreeIndex(COUNTERS, leaves=COUNTERS, leaf_pages=COUNTERS, cuts=COUNTERS, pages=COUNTERS)
 
 
-def search_backend(dtype=torch.float32, num_neighbors=3, candidates_per_table=4, **options):
-    options = {"addressed": True, "with_chains": False, **options}
-    return dispatch.search_backend(
-        torch.zeros(2, 5, 3, dtype=dtype), INDEX, 2, candidates_per_table, num_neighbors, **options
-    )
+def search_backend(index=None):
+    return dispatch.search_backend(torch.zeros(2, 5, 3, dtype=torch.int16), index)
 
 
 def attention_backend(dtype=torch.float32, value_dtype=torch.float32, dropout=0.0):
@@ -23,23 +23,22 @@ def attention_backend(dtype=torch.float32, value_dtype=torch.float32, dropout=0.
 
 def test_c_runs_on_a_cpu(monkeypatch):
     monkeypatch.setenv("DFN_HF_KERNELS", "1")
-    positions = torch.zeros(2, 5, 3)
-    assert dispatch.cells_backend(positions, on_grid=True) == search_backend() == attention_backend() == "c"
-    assert dispatch.cells_backend(positions, on_grid=False) == "torch"
-    assert search_backend(with_chains=True) == "c"
+    assert search_backend() == search_backend(PAGED) == attention_backend() == "c"
+    assert index_layout(torch.device("cpu"), 3) == "paged"
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"dtype": torch.float64},
-        {"addressed": False},
-        {"num_neighbors": 2**14 + 1},
-        {"candidates_per_table": 2**14 + 1},
-    ],
-)
-def test_unsupported_searches_run_in_torch(options):
-    assert search_backend(**options) == "torch"
+def test_torch_reads_an_index_that_it_filled(monkeypatch):
+    monkeypatch.setenv("DFN_HF_KERNELS", "0")
+    assert index_layout(torch.device("cpu"), 3) == "flat"
+    for switch in ("0", "1"):
+        monkeypatch.setenv("DFN_HF_KERNELS", switch)
+        assert search_backend(FLAT) == "torch"
+
+
+def test_an_index_of_the_c_code_needs_it(monkeypatch):
+    monkeypatch.setenv("DFN_HF_KERNELS", "0")
+    with pytest.raises(RuntimeError, match="DFN_HF_KERNELS is 0.*start with an empty cache"):
+        search_backend(PAGED)
 
 
 @pytest.mark.parametrize("options", [{"dtype": torch.float64}, {"value_dtype": torch.bfloat16}, {"dropout": 0.1}])
@@ -50,12 +49,11 @@ def test_unsupported_attention_runs_in_torch(options):
 def test_triton_runs_if_available(monkeypatch):
     monkeypatch.setenv("DFN_HF_KERNELS", "0")
     monkeypatch.setattr(dispatch, "triton_available", lambda device: True)
-    assert dispatch.cells_backend(torch.zeros(2, 5, 3), on_grid=True) == "triton"
-    assert search_backend() == search_backend(with_chains=True) == attention_backend() == "triton"
+    assert search_backend() == search_backend(FLAT) == attention_backend() == "triton"
     assert attention_backend(value_dtype=torch.bfloat16) == "triton"
-    assert search_backend(candidates_per_table=512) == attention_backend(dropout=0.1) == "torch"
-    monkeypatch.setattr(f"{__name__}.INDEX", INDEX + 7)  # a call with a past
-    assert search_backend() == "triton" and search_backend(with_chains=True) == "torch"
+    assert attention_backend(dropout=0.1) == "torch"
+    monkeypatch.setattr(dispatch, "MAX_TRITON_OFFSET", 14)  # a row has 15 numbers
+    assert search_backend() == "torch"
 
 
 def test_each_choice_is_logged_once_with_its_reason(monkeypatch):
