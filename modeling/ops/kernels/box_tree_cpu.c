@@ -96,7 +96,7 @@ typedef struct {
     const int64_t *counts;                /* [G] or NULL */
     int32_t *counters, *leaves, *leaf_pages, *cuts, *pages; /* see box_tree.index_shapes; NULL without an index */
     int64_t *indices;                     /* [G, M, K] */
-    int32_t *distances;
+    int32_t *distances;                   /* [G, M, K] or NULL */
 } Search;
 
 /* A cut of a cell: entities with x[axis] <= thr are below. `below` and `above` are cuts, or ~leaf. Cut k was made with
@@ -495,11 +495,11 @@ typedef struct {
     const int32_t *pairs;  /* the query's position, two axes each */
     int64_t *best;         /* [room] codes distance << 32 | age of the nearest entities */
     int64_t *near, *leaves; /* [leaf_room] codes distance << 32 | (LARGEST - newest) and numbers of the nearest leaves */
-    int64_t *pending;      /* the same codes of pages to visit */
+    int64_t *pending;       /* the same codes of pages to visit, and their numbers */
     int32_t *pages;
-    int64_t index, oldest;
-    int waiting;
-    int32_t bound;         /* distance of the last of `best` */
+    int64_t index;
+    int32_t waiting, next;
+    int32_t bound; /* distance of the last of `best` */
 } Query;
 
 static inline Ints splat(int32_t x) { return x - (Ints){0}; }
@@ -551,44 +551,83 @@ static inline void read_leaf(Query *s, const int32_t *leaf, int64_t num_pairs, i
     }
 }
 
-/* Visits the nearest pending page. Returns 0 when the nearest leaves are known. */
-static inline int visit(const Tree *t, Query *s, int64_t leaf_room, int64_t leaves_read) {
-    int64_t bound = s->near[leaves_read - 1], least = NONE;
-    int at = 0;
+/* Drops pending pages with codes from `bound` on. Returns the least code of the others and where it is. */
+static inline int64_t drop_pending(Query *s, int64_t bound, int32_t *at) {
+    int32_t waiting = 0;
+    *at = 0;
 #if WIDTH == 64
-    __m512i all = _mm512_set1_epi64(NONE);
-    for (int i = 0; i < s->waiting; i += 8) all = _mm512_min_epi64(all, _mm512_load_si512(s->pending + i));
-    least = _mm512_reduce_min_epi64(all);
-    for (all = _mm512_set1_epi64(least);; at += 8) {
-        __mmask8 found = _mm512_cmpeq_epi64_mask(_mm512_load_si512(s->pending + at), all);
-        if (found) { at += __builtin_ctz(found); break; }
-        if (at >= s->waiting) break;
+    __m512i least = _mm512_set1_epi64(NONE), end = _mm512_set1_epi64(bound);
+    for (int32_t i = 0; i < s->waiting; i += 8) {
+        __mmask8 real = s->waiting - i < 8 ? (1 << (s->waiting - i)) - 1 : 0xFF;
+        __m512i codes = _mm512_loadu_si512(s->pending + i);
+        __mmask8 kept = _mm512_mask_cmplt_epi64_mask(real, codes, end);
+        __m512i pages = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(s->pages + i)));
+        codes = _mm512_maskz_compress_epi64(kept, codes);
+        pages = _mm512_maskz_compress_epi32(kept, pages);
+        __m512i less = _mm512_min_epi64(least, codes);
+        int count = __builtin_popcount(kept);
+        less = _mm512_mask_mov_epi64(least, (1 << count) - 1, less);
+        _mm512_storeu_si512(s->pending + waiting, codes);
+        _mm256_storeu_si256((__m256i *)(s->pages + waiting), _mm512_castsi512_si256(pages));
+        least = less;
+        waiting += count;
     }
+    s->waiting = waiting;
+    int64_t code = _mm512_reduce_min_epi64(least);
+    if (!waiting) return NONE;
+    least = _mm512_set1_epi64(code);
+    for (__mmask8 found = 0; !found; *at += found ? __builtin_ctz(found) : 8)
+        found = _mm512_cmpeq_epi64_mask(_mm512_loadu_si512(s->pending + *at), least);
+    return code;
 #else
-    for (int i = 0; i < s->waiting; i++) if (s->pending[i] < least) least = s->pending[i], at = i;
+    for (int32_t i = 0; i < s->waiting; i++) {
+        s->pending[waiting] = s->pending[i];
+        s->pages[waiting] = s->pages[i];
+        if (s->pending[waiting] < s->pending[*at]) *at = waiting;
+        waiting += s->pending[waiting] < bound;
+    }
+    s->waiting = waiting;
+    return waiting ? s->pending[*at] : NONE;
 #endif
-    if (least >= bound || (int32_t)(least >> 32) > s->bound) return 0;
-    int32_t number = s->pages[at];
-    s->waiting--;
-    s->pending[at] = s->pending[s->waiting];
-    s->pages[at] = s->pages[s->waiting];
-    s->pending[s->waiting] = NONE;
+}
 
+/* Visits the page `s->next` and chooses the next one. Returns 0 when the nearest leaves are known. */
+static inline int visit(const Tree *t, Query *s, int64_t pairs, int64_t leaf_room, int64_t leaves_read) {
+    int64_t bound = s->near[leaves_read - 1], codes[FAN], least = NONE;
     Ints distances[FAN / LANES];
-    distances_to_boxes(boxes_of(t, number), s->pairs, t->pairs, distances);
-    const Page *page = page_of(t, number);
-    int32_t furthest = (int32_t)(bound >> 32) < s->bound ? (int32_t)(bound >> 32) : s->bound;
-    uint32_t near = at_most(distances, furthest) & ((1u << page->count) - 1);
+    distances_to_boxes(boxes_of(t, s->next), s->pairs, pairs, distances);
+    const Page *page = page_of(t, s->next);
+    uint32_t near = at_most(distances, bound >> 32) & ((1u << page->count) - 1), nearest = 0, pages = 0;
     for (; near; near &= near - 1) {
         int slot = __builtin_ctz(near);
-        int64_t code = (int64_t)((int32_t *)distances)[slot] << 32 | (LARGEST - page->newest[slot]);
-        if (page->level == 0) {
-            if (code < s->near[leaves_read - 1]) insert(s->near, s->leaves, leaf_room, code, page->child[slot]);
-        } else if (code < bound) {
-            s->pending[s->waiting] = code;
-            s->pages[s->waiting++] = page->child[slot];
-            if ((s->waiting & 7) == 0) for (int i = 0; i < 8; i++) s->pending[s->waiting + i] = NONE;
+        codes[slot] = (int64_t)((int32_t *)distances)[slot] << 32 | (LARGEST - page->newest[slot]);
+        if (codes[slot] >= bound) continue;
+        if (page->level) {
+            pages |= 1u << slot;
+            if (codes[slot] < least) least = codes[slot], nearest = slot;
+        } else {
+            insert(s->near, s->leaves, leaf_room, codes[slot], page->child[slot]);
+            bound = s->near[leaves_read - 1];
         }
+    }
+    int32_t at;
+    int64_t pending = drop_pending(s, bound, &at);
+    if (pending >= bound && !pages) return 0;
+    if (least < pending) {
+        s->next = page->child[nearest];
+        pages &= ~(1u << nearest);
+    } else {
+        s->next = s->pages[at];
+        s->waiting--;
+        s->pending[at] = s->pending[s->waiting];
+        s->pages[at] = s->pages[s->waiting];
+    }
+    const char *next = (const char *)boxes_of(t, s->next);
+    for (int64_t line = 0; line < 2 * pairs + 3 && line < 16; line++) __builtin_prefetch(next + 64 * line);
+    for (; pages; pages &= pages - 1) {
+        int slot = __builtin_ctz(pages);
+        s->pending[s->waiting] = codes[slot];
+        s->pages[s->waiting++] = page->child[slot];
     }
     return 1;
 }
@@ -600,8 +639,10 @@ typedef struct {
 } Memory;
 
 /* Searches queries first .. last - 1 of a row, which belong to one sequence that starts at position `start`. */
-static void search_sequence(const Search *s, Tree *t, Memory *m, int64_t g, int64_t first, int64_t last, int64_t start) {
-    int64_t room = (s->wanted + 7) / 8 * 8, leaf_room = (s->leaves_read + 7) / 8 * 8, group = 32 * t->pairs;
+static inline __attribute__((always_inline)) void search_sequence(const Search *s, Tree *t, Memory *m, int64_t g,
+                                                                  int64_t first, int64_t last, int64_t start,
+                                                                  int64_t num_pairs) {
+    int64_t room = (s->wanted + 7) / 8 * 8, leaf_room = (s->leaves_read + 7) / 8 * 8, group = 32 * num_pairs;
     int64_t filled = -1, past = s->query_index[g * s->length] - start; /* index in the sequence of query 0 */
     for (int64_t a = first, end; a < last; a = end) {
         int64_t seen = past + a - s->window + 1;
@@ -614,12 +655,12 @@ static void search_sequence(const Search *s, Tree *t, Memory *m, int64_t g, int6
         if (filled < base) filled = base;
         for (; filled <= past + end - 1 - s->window; filled++)
             put(t, m->recents + filled / LEAF % RINGS * group, filled % LEAF, t->keys + filled * t->dims);
-        int32_t pairs[FLIGHT][t->pairs];
-        uint32_t active = 0;
+        int32_t pairs[FLIGHT][num_pairs];
+        uint32_t searching = 0;
         for (int64_t b = a; b < end; b++) {
             Query *query = m->flight + (b - a);
             const int16_t *x = s->queries + (g * s->length + b) * t->dims;
-            for (int64_t p = 0; p < t->pairs; p++) {
+            for (int64_t p = 0; p < num_pairs; p++) {
                 int32_t odd = 2 * p + 1 < t->dims ? x[2 * p + 1] : 0;
                 pairs[b - a][p] = (int32_t)((uint32_t)odd << 16 | (uint16_t)x[2 * p]);
             }
@@ -627,39 +668,43 @@ static void search_sequence(const Search *s, Tree *t, Memory *m, int64_t g, int6
             query->index = past + b;
             query->bound = LARGEST;
             for (int64_t k = 0; k < room; k++) query->best[k] = NONE;
-            int64_t until = past + b - s->window + 1;
-            for (int64_t j = base; j < until; j += LEAF) {
-                int count = until - j < LEAF ? until - j : LEAF;
-                read_group(query, m->recents + j / LEAF % RINGS * group, j, count, t->pairs, room, s->wanted);
-            }
-            if (t->ENTERED && base) {
+            if (base) {
                 for (int64_t k = 0; k < leaf_room; k++) query->near[k] = NONE;
-                for (int64_t k = 0; k < 8; k++) query->pending[k] = NONE;
-                query->pending[0] = 0;
-                query->pages[0] = t->ROOT;
-                query->waiting = 1;
-                active |= 1u << (b - a);
+                query->next = t->ROOT;
+                query->waiting = 0;
+                searching |= 1u << (b - a);
             }
         }
-        uint32_t searching = active;
         while (searching)
             for (uint32_t left = searching; left; left &= left - 1) {
                 int b = __builtin_ctz(left);
-                if (!visit(t, m->flight + b, leaf_room, s->leaves_read)) searching &= ~(1u << b);
+                Query *query = m->flight + b;
+                if (visit(t, query, num_pairs, leaf_room, s->leaves_read)) continue;
+                searching &= ~(1u << b);
+                for (int64_t k = 0; k < s->leaves_read && query->near[k] != NONE; k++) {
+                    const char *leaf = (const char *)leaf_of(t, (int32_t)query->leaves[k]);
+                    for (int64_t line = 0; line <= num_pairs && line < 8; line++) __builtin_prefetch(leaf + 64 * line);
+                }
             }
         for (int64_t b = a; b < end; b++) {
             Query *query = m->flight + (b - a);
-            if (active >> (b - a) & 1)
+            if (base)
                 for (int64_t k = 0; k < s->leaves_read && query->near[k] != NONE; k++) {
                     if ((int32_t)(query->near[k] >> 32) > query->bound) break;
-                    read_leaf(query, leaf_of(t, (int32_t)query->leaves[k]), t->pairs, room, s->wanted);
+                    read_leaf(query, leaf_of(t, (int32_t)query->leaves[k]), num_pairs, room, s->wanted);
                 }
+            int64_t until = past + b - s->window + 1; /* the newest first: they win ties */
+            for (int64_t j = (until - 1) / LEAF * LEAF; j >= base && until > base; j -= LEAF) {
+                int count = until - j < LEAF ? until - j : LEAF;
+                read_group(query, m->recents + j / LEAF % RINGS * group, j, count, num_pairs, room, s->wanted);
+            }
             int64_t to = (g * s->length + b) * s->wanted;
             for (int64_t k = 0; k < s->wanted; k++) {
                 int found = query->best[k] != NONE;
                 s->indices[to + k] = found ? start + query->index - (int64_t)(uint32_t)query->best[k] : -1;
-                s->distances[to + k] = query->best[k] >> 32;
             }
+            if (s->distances)
+                for (int64_t k = 0; k < s->wanted; k++) s->distances[to + k] = query->best[k] >> 32;
         }
     }
 }
@@ -688,7 +733,7 @@ int search_tree(int64_t first, int64_t last, const Search *s) {
         }
         t.counters = own_counters;
     }
-    int64_t pending = (page_capacity + 8) / 8 * 8 + 8;
+    int64_t pending = (page_capacity + 8) / 8 * 8 + 16; /* `push` writes up to 16 entries beyond the last */
     int64_t group_bytes = 64 * pairs, per_query = (room + 2 * leaf_room + pending) * 8 + pending * 4;
     int64_t entry_bytes = (WORK * t.entry_size + 63) / 64 * 64, box_bytes = ((4 + 2 * BLOCK) * s->dims + 63) / 64 * 64;
     per_query = (per_query + 63) / 64 * 64;
@@ -728,11 +773,13 @@ int search_tree(int64_t first, int64_t last, const Search *s) {
             for (end = a + 1; end < length && (!reach || index[end] - reach[end] == start);) end++;
             t.keys = keys + start * s->dims;
             if (!s->counters) memset(own_counters, 0, sizeof own_counters);
-            search_sequence(s, &t, &m, g, a, end, start);
+            if (pairs == 2) search_sequence(s, &t, &m, g, a, end, start, 2);
+            else if (pairs == 4) search_sequence(s, &t, &m, g, a, end, start, 4);
+            else search_sequence(s, &t, &m, g, a, end, start, pairs);
         }
         for (int64_t k = length * s->wanted; k < s->length * s->wanted; k++) {
             s->indices[g * s->length * s->wanted + k] = -1;
-            s->distances[g * s->length * s->wanted + k] = LARGEST;
+            if (s->distances) s->distances[g * s->length * s->wanted + k] = LARGEST;
         }
     }
     free(memory);
