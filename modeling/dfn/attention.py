@@ -1,30 +1,29 @@
 """Flow attention of a DFN layer: neighbour search, softmax over window and neighbours, persistent field memory.
 
-The search is a causal neighbour search (today: cell lists, a form of locality-sensitive hashing).
+The neighbours are found by a causal box tree: a kd-tree over the predecessors whose leaves are read by the distance of
+the query to their bounding boxes (`ops.box_tree`), or by an exact search over all predecessors.
 
 Shape letters: B batch, M entities of this call, N stored entities, H heads, P position_dim, D value features per head,
-K neighbours, C memory chunks, S memory slots, L tables.
+K neighbours, C memory chunks, S memory slots.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import initialization as init
 
 from ..modules.cache import FlowCacheLayer
 from ..modules.chunk_memory import ChunkMemory, mix_slots
 from ..modules.row_layout import RowLayout, pad_attention_with_grad
-from ..ops.cell_grid import GRID, ball_cells_per_axis, geometric_cell_sizes, grid_axes
-from ..ops.cell_lists import CellChains, CellGrids, grid_constants
+from ..ops.box_tree import TreeIndex, index_layout, index_shapes, to_grid, tree_base
 from ..ops.dispatch import is_decode_step
 from ..ops.flow_attention import flow_attention, flow_weights
 from ..ops.flow_attention_decode import attention_step
-from ..ops.neighbor_search import search_cells, search_exact
-from ..ops.neighbor_search_decode import search_step
+from ..ops.neighbor_search import search_exact, search_tree
 from .configuration_dfn import DFNConfig
 from .entities import ContinuousEntities, Entities, squash_to_ball
+
+TREE = "tree_"  # start of the names of the box tree's tensors in the cache
 
 
 def augment_key(positions: torch.Tensor, influence: torch.Tensor, sharpness: torch.Tensor) -> torch.Tensor:
@@ -127,7 +126,6 @@ class DynamicFlowAttention(nn.Module):
     Dynamic Flow Networks (Stürtz), §2.2. The equations are in the docstring of `layers.py`.
 
     Args:
-        layer_idx: added to `search_seed`, so that layers have different grids.
         coordinate_features: F, as for `ContinuousEntities`.
 
     Example:
@@ -143,33 +141,15 @@ class DynamicFlowAttention(nn.Module):
         (torch.Size([1, 50, 16]), torch.Size([1, 2, 50, 16]), torch.Size([1, 2, 50, 50]))
     """
 
-    grid_rotation: torch.Tensor
-    grid_shift: torch.Tensor
-
-    def __init__(self, config: DFNConfig, layer_idx: int, coordinate_features: int = 0):
+    def __init__(self, config: DFNConfig, coordinate_features: int = 0):
         super().__init__()
         self.config = config
-        self.layer_idx = layer_idx
         self.num_heads = config.num_attention_heads
         self.entities = ContinuousEntities(config, coordinate_features)
         self.value_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.memory = PersistentFieldMemory(config) if config.memory_slots else None
         self.log_sharpness = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
         self.log_fading = nn.Parameter(torch.empty(self.num_heads, dtype=torch.float32))
-        self.cell_sizes = config.cell_sizes or geometric_cell_sizes(config.num_tables)
-        axes = grid_axes(config.position_dim)
-        rotation = torch.empty(config.num_tables, axes, config.position_dim, dtype=torch.int32)
-        self.register_buffer("grid_rotation", rotation)
-        self.register_buffer("grid_shift", torch.empty(config.num_tables, axes, dtype=torch.int32))
-        self.reset_grids()
-
-    @torch.no_grad()
-    def reset_grids(self) -> None:
-        """Draw the grids of the neighbour search from `search_seed` and the layer's number."""
-        config = self.config
-        rotation, shift = grid_constants(config.position_dim, config.num_tables, config.search_seed + self.layer_idx)
-        init.copy_(self.grid_rotation, rotation)
-        init.copy_(self.grid_shift, shift)
 
     def forward(
         self,
@@ -330,88 +310,64 @@ class DynamicFlowAttention(nn.Module):
         Returns:
             int64 `[B, H, M, K]`, positions of the neighbours in their row; −1 if there are fewer than K.
         """
-        batch, heads, length, _ = query.shape
-        if self.config.num_neighbors == 0:
+        config = self.config
+        batch, heads, length, position_dim = query.shape
+        if config.num_neighbors == 0:
             return torch.empty(batch, heads, length, 0, dtype=torch.int64, device=query.device)
-        search = self._search_exact if self.config.search_implementation == "exact" else self._search_cells
-        return search(round_to_grid(query), round_to_grid(key), rows, state).view(batch, heads, length, -1)
-
-    def _search_exact(self, query, key, rows: RowLayout, state: FlowCacheLayer | None) -> torch.Tensor:
-        """Compare every query with all predecessors; arguments as for `search_neighbors`, on the grid."""
+        # Rounded positions: a product over one entity and one over many differ in their last bits. Without rounding,
+        # equal contexts would tie in one and not in the other.
+        query, key = to_grid(query), to_grid(key)
         if state is not None:
             key = state.append("position", key)
-        positions, segment_positions = self._per_head(rows.positions), self._per_head(rows.segment_positions)
-        sizes = self.config.num_neighbors, self.config.local_window
-        return search_exact(query.flatten(0, 1), positions, key.flatten(0, 1), *sizes, reach=segment_positions)[0]
-
-    def _search_cells(self, query, key, rows: RowLayout, state: FlowCacheLayer | None) -> torch.Tensor:
-        """Compare every query with the candidates of its cells; arguments as for `search_neighbors`, on the grid."""
-        config, grids, chains = self.config, self._grids(state), None
-        query_cells, key_cells = (grids.cells(x, on_grid=True) for x in (query, key))
-        if state is not None:
-            key, key_cells = state.append("position", key), state.append("cell", key_cells)
-            chains = self._chains(state, grids, *query.shape[::2])
-        positions, segment_positions = self._per_head(rows.positions), self._per_head(rows.segment_positions)
-        lengths = None if rows.lengths is None else self._per_head(rows.lengths)
-        flat = (query.flatten(0, 1), query_cells.flatten(0, 1), positions, key.flatten(0, 1), key_cells.flatten(0, 1))
-        sizes = (config.num_neighbors, config.local_window, config.candidates_per_table)
-        limits: dict[str, Any] = {"reach": segment_positions, "counts": lengths}
-        if is_decode_step(state, query):
-            first_slots = grids.constants[-1]
-            neighbors, _ = search_step(*flat, *sizes, chains.newest, chains.links, first_slots, **limits)
+        queries, keys, positions = query.flatten(0, 1), key.flatten(0, 1), self._per_head(rows.positions)
+        # A cache holds rows of one segment.
+        in_segments = state is None and rows.segment_positions is not rows.positions
+        reach = self._per_head(rows.segment_positions) if in_segments else None
+        arguments = queries, positions, keys, config.num_neighbors, config.local_window
+        if config.search_implementation == "exact":
+            neighbors, _ = search_exact(*arguments, reach=reach)
         else:
-            neighbors, _ = search_cells(*flat, *sizes, **limits, chains=chains, table_offsets=grids.table_offsets)
-        return neighbors
+            counts = None if rows.lengths is None else self._per_head(rows.lengths)
+            index = None if state is None else self._tree(state, batch, key.shape[2], position_dim)
+            neighbors, _ = search_tree(*arguments, config.num_leaves, reach=reach, counts=counts, index=index)
+        return neighbors.view(batch, heads, length, -1)
+
+    def _tree(self, state: FlowCacheLayer, batch: int, capacity: int, position_dim: int) -> TreeIndex:
+        """Return the cached box trees of all rows and heads, for `capacity` entities in each row."""
+
+        def shapes():
+            entered = tree_base(capacity - self.config.local_window)
+            parts = index_shapes(index_layout(state.device, position_dim), entered, position_dim)
+            if entered == 0:  # short rows have empty trees
+                parts = {name: shape if name == "counters" else (0, *shape[1:]) for name, shape in parts.items()}
+            dtypes = {"leaf_boxes": torch.int16}
+            return {
+                f"{TREE}{name}": ((batch, self.num_heads, *shape), dtypes.get(name, torch.int32))
+                for name, shape in parts.items()
+            }
+
+        tensors = state.index(shapes, CropTree(self.config.local_window))
+        return TreeIndex(**{name.removeprefix(TREE): tensor.flatten(0, 1) for name, tensor in tensors.items()})
 
     def _per_head(self, x: torch.Tensor) -> torch.Tensor:
         """Repeat each row for every head: `[B, ...]` → `[B * H, ...]`."""
         return x.repeat_interleave(self.num_heads, dim=0)
 
-    def _grids(self, state: FlowCacheLayer | None) -> CellGrids:
-        """Return the grids; a cache keeps their constants, which a captured graph cannot compute."""
-        if state is not None:
-            return state.constant("grids", lambda: self._grids(None).with_constants())
-        cells_per_axis = ball_cells_per_axis(self.config.position_dim, self.cell_sizes)
-        return CellGrids(self.grid_rotation, self.grid_shift, self.cell_sizes, cells_per_axis)
-
-    def _chains(self, state: FlowCacheLayer, grids: CellGrids, batch: int, length: int) -> CellChains:
-        """Return the cached chains: the newest entity of each cell, and each entity's predecessor in its cell."""
-        offsets = grids.table_offsets
-        device = self.grid_rotation.device
-        newest = state.index_state(
-            "newest",
-            lambda: torch.full((batch, self.num_heads, offsets[-1]), -1, dtype=torch.int32, device=device),
-            CropChains(offsets, self.config.local_window),
-        )
-        new_links = torch.empty(batch, self.num_heads, length, len(offsets) - 1, dtype=torch.int32, device=device)
-        links = state.reserve("link", new_links)
-        return CellChains(newest.flatten(0, 1), links.flatten(0, 1), offsets)
-
-
-def round_to_grid(positions: torch.Tensor) -> torch.Tensor:
-    """Round positions to multiples of 1/64, in float32; NaN becomes 0.
-
-    A product over one entity and a product over many differ in their last bits. Without rounding, equal contexts would
-    tie in one and not in the other. NaN would give arbitrary integers as cells.
-    """
-    return (positions * GRID).round().nan_to_num().float() / GRID
-
 
 @dataclass
-class CropChains:
-    """Removes from the chains the entities that a crop deletes or moves back into the local window.
+class CropTree:
+    """Empties the box trees that hold entities which a crop deletes or returns to the recent ones.
+
+    The next search makes such a tree again from the cached positions.
 
     Attributes:
-        table_offsets: first slot of each table, and the total number of slots.
         window: `local_window`.
     """
 
-    table_offsets: list[int]
     window: int
 
     def __call__(self, state: FlowCacheLayer, old: torch.Tensor, new: torch.Tensor) -> None:
         """Crop rows of `old` entities to `new`, int64 `[B]` each."""
-        newest, links, cells = (state.data(name).flatten(0, 1) for name in ("newest", "link", "cell"))
-        old, new = (length.repeat_interleave(newest.shape[0] // length.shape[0]) for length in (old, new))
-        chained = ((length - self.window).clamp(min=0) for length in (new, old))
-        CellChains(newest, links, self.table_offsets).undo(cells, *chained)
+        counters = state.data(f"{TREE}counters")
+        base = tree_base(new.to(counters.device) - self.window + 1)
+        counters.masked_fill_((counters[..., 0] > base[:, None])[..., None], 0)

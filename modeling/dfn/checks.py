@@ -2,31 +2,19 @@
 
 import torch
 
-from ..modules.cache import FlowCacheLayer
 from .configuration_dfn import SEARCHES, DFNConfig
 
 
-def check_search(config: DFNConfig, state: FlowCacheLayer | None) -> None:
-    """Check that `search_implementation`, which may change between calls, fits the cache and the export.
-
-    Args:
-        state: the last layer's cache, or None.
+def check_search(config: DFNConfig) -> None:
+    """Check that `search_implementation`, which may change between calls, is known and fits an export.
 
     Raises:
-        ValueError: the value is unknown, or the cache was filled with the other one.
+        ValueError: the value is unknown, or the model cannot be exported.
     """
     if config.search_implementation not in SEARCHES:
         raise ValueError(f"`search_implementation` must be one of {SEARCHES}, got {config.search_implementation!r}.")
     if torch.compiler.is_exporting():
         check_export(config)
-    if state is None or state.data("position") is None:
-        return
-    # Exact search keeps no cells, so a cache filled with it has no index for the cell search, and the reverse.
-    if (state.data("cell") is None) != (config.search_implementation == "exact") and state.seq_length > 0:
-        raise ValueError(
-            f"`search_implementation` changed to {config.search_implementation!r} while past_key_values was in use: "
-            "start with an empty cache."
-        )
 
 
 def check_export(config: DFNConfig) -> None:

@@ -1,9 +1,11 @@
 """DFN configuration."""
 
 import copy
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
 
 from ..hub_code import HubCodeMixin
 from ..modules.config_bounds import (
@@ -16,7 +18,8 @@ from ..modules.config_bounds import (
     check_bounds,
     number_text,
 )
-from ..ops.cell_grid import ball_cells_per_axis, check_cell_sizes, grid_axes
+
+logger = logging.get_logger(__name__)
 
 AUTO_MAP = {
     "AutoConfig": "configuration_dfn.DFNConfig",
@@ -29,20 +32,18 @@ AUTO_MAP = {
 
 ENTITY_SAMPLINGS = ("token", "adaptive", "uniform")
 FLOW_NORMS = ("entity", "running", "rms", "none")
-SEARCHES = ("cells", "exact")
-MAX_CELLS = 2**20  # per table: a cache stores one entity index per cell, row and head
+SEARCHES = ("tree", "exact")
+REMOVED_OPTIONS = ("num_tables", "candidates_per_table", "cell_sizes", "search_seed")  # of "cells", an earlier search
 DFN_BOUNDS = {
     "vocab_size": (1, MAX_VOCABULARY),
     "hidden_size": (1, MAX_WIDTH),
     "num_hidden_layers": (1, MAX_LAYERS),
     "num_attention_heads": (1, MAX_WIDTH),
     "intermediate_size": (1, MAX_WIDTH),
-    "position_dim": (1, 2**10),
+    "position_dim": (1, 2**10),  # squared distances on the grid are at most 2**16 * position_dim and must fit int32
     "num_neighbors": (0, 2**12),
     "local_window": (1, MAX_WINDOW),
-    "num_tables": (1, 2**10),
-    "candidates_per_table": (1, 2**10),
-    "search_seed": (-(2**63), 2**63 - 1),
+    "num_leaves": (1, 2**10),
     "conv_kernel": (1, 2**10),
     "memory_slots": (0, MAX_WINDOW),
     "memory_chunk": (2, MAX_WINDOW),
@@ -77,11 +78,9 @@ class DFNConfig(HubCodeMixin, PreTrainedConfig):
         num_neighbors (`int`, defaults to 16): K, nearest neighbours beyond the local window. 0 disables the search.
         local_window (`int`, defaults to 32): W, number of most recent entities that are always attended to, the entity
             itself included.
-        num_tables (`int`, defaults to 16): Number of grids (hash tables) of the neighbour search.
-        candidates_per_table (`int`, defaults to 8): Most recent entities of a cell that are compared with the query.
-            At equal cost, many tables with few candidates find more neighbours than few tables with many candidates.
-        cell_sizes (`list[float]`, *optional*): Edge length of each table's cells; by default a geometric series from 8
-            to 0.35.
+        num_leaves (`int`, defaults to 8): Leaves of the box tree that each query reads, at most 16 entities each. More
+            leaves find more of the nearest neighbours, at a slower search. It is read at every call and may be changed
+            on a built model.
         flow_step (`float`, defaults to 1.0): α, factor of the flow in the moved position; 0 disables the flow.
         moved_query (`bool`, defaults to `True`): Use moved positions for queries and rest positions for keys. With
             `False` both use the moved position, the paper's single position p'.
@@ -91,10 +90,8 @@ class DFNConfig(HubCodeMixin, PreTrainedConfig):
         output_gate (`bool`, defaults to `True`): Gate the output of the flow attention.
         gated_mlp (`bool`, defaults to `False`): Use SwiGLU instead of GELU in the Dynamic Field MLP. With
             `output_gate=False` and `flow_norm="rms"`, the rest of the layer equals a Llama's.
-        search_implementation (`str`, defaults to `"cells"`): `"cells"`, O(n log n), or `"exact"`, O(n²). It is read
-            at every call and may be changed on a built model.
-        search_seed (`int`, defaults to 0): Seed of the grids, used when a model is initialised. Grids are saved with
-            the weights.
+        search_implementation (`str`, defaults to `"tree"`): `"tree"`, a causal box tree, O(n log n), or `"exact"`,
+            O(n²). It is read at every call and may be changed on a built model.
         carry_positions (`bool`, defaults to `False`): Add the previous layer's moved positions to the positions.
         memory_slots (`int`, defaults to 0): Slots of the persistent field memory. 0 disables it.
         memory_chunk (`int`, defaults to 64): Number of entities that are pooled into the memory together.
@@ -158,17 +155,14 @@ class DFNConfig(HubCodeMixin, PreTrainedConfig):
     position_dim: int = 4
     num_neighbors: int = 16
     local_window: int = 32
-    num_tables: int = 16
-    candidates_per_table: int = 8
-    cell_sizes: list[float] | list[int] | list[float | int] | None = None
+    num_leaves: int = 8
     flow_step: float | int = 1.0
     moved_query: bool = True
     flow_norm: str = "entity"
     conv_kernel: int = 4
     output_gate: bool = True
     gated_mlp: bool = False
-    search_implementation: str = "cells"
-    search_seed: int = 0
+    search_implementation: str = "tree"
     carry_positions: bool = False
     memory_slots: int = 0
     memory_chunk: int = 64
@@ -198,12 +192,25 @@ class DFNConfig(HubCodeMixin, PreTrainedConfig):
     auto_map: dict[str, str] | None = None
 
     def __post_init__(self, **kwargs):
+        kwargs = self._without_removed_options(kwargs)
         check_bounds(self, DFN_BOUNDS)
         if self.initializer_range is None:
             self.initializer_range = self.hidden_size**-0.5
         self.auto_map = {**AUTO_MAP, **(self.auto_map or {})}
         self.validate_architecture()  # here too: a validator's ValueError reaches the user wrapped in another error
         super().__post_init__(**kwargs)
+
+    def _without_removed_options(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """Return the additional fields without those of an earlier version, whose search is replaced by the tree."""
+        removed = [name for name in REMOVED_OPTIONS if name in fields]
+        if removed or self.search_implementation == "cells":
+            logger.warning_once(
+                "The DFN configuration is of an earlier version, whose neighbour search used cells: "
+                f"`search_implementation='cells'` is read as 'tree', and {', '.join(REMOVED_OPTIONS)} are ignored."
+            )
+        if self.search_implementation == "cells":
+            self.search_implementation = "tree"
+        return {name: value for name, value in fields.items() if name not in removed}
 
     @property
     def layer_types(self) -> list[str]:
@@ -265,13 +272,6 @@ class DFNConfig(HubCodeMixin, PreTrainedConfig):
         self._validate_sampling()
         if not 0 < self.memory_decay < 1:
             raise ValueError(f"`memory_decay` must lie in (0, 1), got {self.memory_decay}.")
-        sizes = check_cell_sizes(self.cell_sizes, self.num_tables, self.candidates_per_table)
-        cells = max(ball_cells_per_axis(self.position_dim, sizes)) ** grid_axes(self.position_dim)
-        if cells > MAX_CELLS:
-            raise ValueError(
-                f"`cell_sizes` with minimum {min(sizes):g} and `position_dim` {self.position_dim} give {cells} cells "
-                f"per table, more than {MAX_CELLS}: use larger cells."
-            )
 
     def _validate_sampling(self):
         """The part of `validate_architecture` about `entity_sampling` and `is_causal`."""

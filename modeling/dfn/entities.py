@@ -35,7 +35,7 @@ class Entities:
 def squash_to_ball(x: torch.Tensor) -> torch.Tensor:
     """Map `[..., P]` into the ball of radius 2 sqrt(P): 2 x / sqrt(mean(x²) + 1), smooth at 0.
 
-    The bounded range allows cells of fixed size in the neighbour search.
+    The neighbour search rounds positions to a grid of int16; the bounded range fits it.
     """
     return 2 * x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1)
 

@@ -134,7 +134,6 @@ class DFNLayer(GradientCheckpointingLayer):
     """Flow attention, gated if `output_gate`, and Dynamic Field MLP, each with a residual connection.
 
     Args:
-        layer_idx: number of the layer, which selects the grids of its neighbour search.
         coordinate_features: F, size of the features of the entities' own coordinates; 0 for entities without them.
 
     Example:
@@ -148,13 +147,13 @@ class DFNLayer(GradientCheckpointingLayer):
         (torch.Size([2, 50, 16]), torch.Size([2, 4, 50]), torch.Size([2, 4, 50, 4]))
     """
 
-    def __init__(self, config: DFNConfig, layer_idx: int, coordinate_features: int = 0):
+    def __init__(self, config: DFNConfig, coordinate_features: int = 0):
         super().__init__()
         self.carry_positions = config.carry_positions
         self.flow_norm = make_norm(config, "flow_norm")
         ahead = 0 if config.is_causal else config.conv_kernel - 1
         self.conv = CausalConv(config.hidden_size, config.conv_kernel, ahead)
-        self.attention = DynamicFlowAttention(config, layer_idx, coordinate_features)
+        self.attention = DynamicFlowAttention(config, coordinate_features)
         self.gate_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False) if config.output_gate else None
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.mlp_norm = make_norm(config, "mlp_norm")

@@ -112,6 +112,8 @@ class DFNPreTrainedModel(PreTrainedModel):
     _supports_context_parallel = False
     _keep_in_fp32_modules = ["flow_map", "position_proj", "flow_proj", "influence_proj"]
     _keep_in_fp32_modules_strict = ["log_sharpness", "log_fading", "decay_logit"]
+    # Buffers of the cell search of earlier versions.
+    _keys_to_ignore_on_load_unexpected = [r"attention\.grid_(rotation|shift)$"]
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -148,7 +150,6 @@ class DFNPreTrainedModel(PreTrainedModel):
             # ‖q − k‖² grows with the dimension P; 1.2 / P keeps the initial logits within a few units.
             init.constant_(module.log_sharpness, math.log(1.2 / config.position_dim))
             init.copy_(module.log_fading, torch.linspace(0.7, -3.0, module.num_heads))
-            module.reset_grids()
 
 
 class DFNModel(DFNPreTrainedModel):
@@ -172,17 +173,15 @@ class DFNModel(DFNPreTrainedModel):
         self.sampling = None
         if config.entity_sampling != "token":
             sample_config, sides = config.of_sample_layers(), range(config.num_sample_layers)
-            self.sample_encoder = nn.ModuleList([DFNLayer(sample_config, layer_idx) for layer_idx in sides])
+            self.sample_encoder = nn.ModuleList([DFNLayer(sample_config) for _ in sides])
             self.sampling = EntitySampling(config)
             self._keep_in_fp32_modules = [*self._keep_in_fp32_modules, "coordinate_proj"]
             self._keep_in_fp32_modules_strict = [*self._keep_in_fp32_modules_strict, *EntitySampling.scales]
             self.entity_norm = RMSNorm(config.hidden_size, config.norm_eps)
             self.dechunking = Dechunking()
-            self.sample_decoder = nn.ModuleList([DFNLayer(sample_config, layer_idx) for layer_idx in sides])
+            self.sample_decoder = nn.ModuleList([DFNLayer(sample_config) for _ in sides])
         features = 0 if self.sampling is None else COORDINATE_FEATURES
-        self.layers = nn.ModuleList(
-            [DFNLayer(config, layer_idx, features) for layer_idx in range(config.num_hidden_layers)]
-        )
+        self.layers = nn.ModuleList([DFNLayer(config, features) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
@@ -238,7 +237,7 @@ class DFNModel(DFNPreTrainedModel):
         rows, states, past_key_values = prepare_forward(
             self, inputs_embeds, attention_mask, position_ids, segment_ids, past_key_values, use_cache
         )
-        check_search(config, states[-1])
+        check_search(config)
         hidden_states = rows.unpad(inputs_embeds)
         del inputs_embeds  # frees 1 GB for a million tokens
         outputs = OutputCollector(

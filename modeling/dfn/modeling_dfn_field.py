@@ -112,9 +112,7 @@ class DFNFieldModel(DFNFieldPreTrainedModel):
         bidirectional.memory_slots, bidirectional.readout_window = 0, 1
         sample_config = bidirectional.of_sample_layers()
         self.value_proj = unit_variance_linear(config.value_dim + 1, config.hidden_size)
-        self.sample_layers = nn.ModuleList(
-            [DFNLayer(sample_config, layer_idx, c) for layer_idx in range(config.num_sample_layers)]
-        )
+        self.sample_layers = nn.ModuleList([DFNLayer(sample_config, c) for _ in range(config.num_sample_layers)])
         self.density = FlowDensity(config) if config.entity_sampling == "adaptive" else None
         self.waves = self.moment_proj = None  # with one sample per entity all moments are 0
         if config.entity_sampling != "token":
@@ -122,12 +120,7 @@ class DFNFieldModel(DFNFieldPreTrainedModel):
             self.moment_proj = nn.Linear(2 * NUM_WAVES * config.value_dim, config.hidden_size, bias=False)
             self.moment_proj.init_std = 1.0  # type: ignore[assignment]  # see FlowDensity
         self.place_proj = unit_variance_linear(2 * c * NUM_OCTAVES, config.hidden_size)
-        self.layers = nn.ModuleList(
-            [
-                DFNLayer(bidirectional, config.num_sample_layers + layer_idx, c)
-                for layer_idx in range(config.num_hidden_layers)
-            ]
-        )
+        self.layers = nn.ModuleList([DFNLayer(bidirectional, c) for _ in range(config.num_hidden_layers)])
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.gradient_checkpointing = False
         self.post_init()

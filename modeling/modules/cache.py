@@ -4,7 +4,7 @@
 |---|---|---|
 | append | `GrowingState` | one entry per entity of a row, in preallocated storage |
 | roll | `RollingState` | the last n inputs of a module that looks back n steps |
-| index | `IndexState` | an index over appended entities; its `undo` removes the newest ones |
+| index | `IndexState` | a tensor of an index over appended entities; `undo` removes the newest ones |
 | replace | `ReplaceState` | a tensor that is replaced whole |
 
 Reorder, repeat, select, offload, reset and crop are implemented once per kind (`cache_states`). Rows are left-aligned
@@ -14,17 +14,21 @@ cropping n columns removes the right number of entities from each row.
 There are three cache layers: `FlowCacheLayer` grows (`DynamicCache`), `static_cache.StaticFlowCacheLayer` has a fixed
 shape (`StaticCache`), and `chunked_forward.ChunkCarry` carries state with gradients between the chunks of one pass.
 
-States of the families. B batch, H attention heads, N entities, D features, P position_dim, L tables:
+States of the families. B batch, H attention heads, N entities, D features, P position_dim, L leaves, Q pages:
 
 | name | kind | shape | written by |
 |---|---|---|---|
 | conv | roll | `[B, conv_kernel − 1, D]` | `CausalConv` |
 | key, value | append | `[B, H, N, features]` | `DynamicFlowAttention`; `SelfAttention` without window |
 | key, value | roll | `[B, window − 1, H · features]` | the same without neighbours, or with window |
-| position | append | `[B, H, N, P]` | `DynamicFlowAttention`: rest positions on the grid |
-| cell | append | int32 `[B, H, N, L]` | `DynamicFlowAttention`: cell of each entity in each table |
-| newest | index | int32 `[B, H, slots]` | `search_cells`, `search_step`: newest entity of each cell |
-| link | append | int32 `[B, H, N, L]` | `search_cells`, `search_step`: previous entity in the cell |
+| position | append | int16 `[B, H, N, P]` | `DynamicFlowAttention`: rest positions on the grid |
+| tree_counters | index | int32 `[B, H, 4]` | `search_tree`: entities, leaves, pages, root page of each box tree |
+| tree_leaf_ids | index | int32 `[B, H, L, 16]` | `search_tree`: members of each leaf |
+| tree_leaf_boxes | index | int16 `[B, H, L, 4, P]` | `search_tree`: bounding box and cell of each leaf |
+| tree_leaves | index | int32 `[B, H, L, words]` | `search_tree` in C: leaves, instead of the last two |
+| tree_leaf_pages | index | int32 `[B, H, L]` | `search_tree` in C: page of each leaf |
+| tree_cuts | index | int32 `[B, H, L, 3]` | `search_tree` in C: the cuts of space |
+| tree_pages | index | int32 `[B, H, Q, words]` | `search_tree` in C: pages of the hierarchy over the leaves |
 | flow_norm, mlp_norm | append | float64 `[B, 1, N, 1]` | `FlowNorm` with `flow_norm="running"`: sum of energies |
 | readout | roll | `[B, readout_window − 1, D + 1]` | `DFNModel`: states and influence of entities |
 | sampled | append | float64 `[B, 1, N, 2]` | `EntitySampling`: summed probability, last boundary |
@@ -47,7 +51,15 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .cache_states import GrowingState, IndexState, ReplaceState, RollingState, roll_inputs
+from .cache_states import (
+    GrowingState,
+    IndexShapes,
+    IndexState,
+    ReplaceState,
+    RollingState,
+    empty_index,
+    roll_inputs,
+)
 from .row_layout import RowLayout
 
 # Name of the cache in outputs and in `generate()`: `cache` from transformers 5.24 on.
@@ -91,7 +103,6 @@ class FlowCacheLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Delete all states and counts."""
         self.states: dict[str, Any] = {}  # subclasses of ReplaceState
-        self.constants: dict[str, Any] = {}
         self.lengths: torch.Tensor | None = None
         self.aligned: int | None = 0
         self.mask: torch.Tensor | None = None
@@ -179,20 +190,6 @@ class FlowCacheLayer(CacheLayerMixin):
         state.reserve(self.longest + new.shape[2])
         return state.write(new, self.lengths)
 
-    def reserve(self, name: str, new: torch.Tensor) -> torch.Tensor:
-        """Return the storage like `append`, for the caller to write to; `new` gives the shape and dtype of entries."""
-        state = self.states.get(name)
-        if state is None:
-            state = self.states[name] = GrowingState(new.new_zeros(*new.shape[:2], 0, new.shape[3]))
-        state.reserve(self.longest + new.shape[2])
-        return state.data
-
-    def constant(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return the result of `make()` at first use, for values that do not depend on rows and calls."""
-        if name not in self.constants:
-            self.constants[name] = make()
-        return self.constants[name]
-
     def write_entries(self, name: str, new: torch.Tensor, at: torch.Tensor, every: int) -> None:
         """Write `new` `[B, groups, length, features]` from entry `at` int64 `[B]` on, one per `every` entities."""
         state = self.states.get(name)
@@ -227,11 +224,24 @@ class FlowCacheLayer(CacheLayerMixin):
         state.data = roll_inputs(everything, keep, new.shape[1], self._rows.lengths)
         return history
 
-    def index_state(self, name: str, make: Callable[[], torch.Tensor], undo) -> torch.Tensor:
-        """Return an index for its owner to update in place. `make()` creates it; `undo` as for `IndexState`."""
-        if name not in self.states:
-            self.states[name] = IndexState(make(), undo)
-        return self.states[name].data
+    def index(self, shapes: Callable[[], IndexShapes], undo: Callable) -> dict[str, torch.Tensor]:
+        """Return the tensors of the layer's index, for its owner to update in place.
+
+        Tensors grow to the shapes of the call. An index with other names is replaced by an empty one: its tensors have
+        another layout, for example that of the device on which the cache was before.
+
+        Args:
+            shapes: returns shape `[B, ...]` and dtype of each tensor by its name.
+            undo: as for `IndexState`.
+        """
+        wanted = shapes()
+        held = {name: state for name, state in self.states.items() if isinstance(state, IndexState)}
+        if held.keys() != wanted.keys():
+            self.states = {name: state for name, state in self.states.items() if name not in held}
+            self.states |= empty_index(wanted, self.device, undo)
+        for name, (shape, _) in wanted.items():
+            self.states[name].reserve(shape)
+        return {name: self.states[name].data for name in wanted}
 
     def replace(self, name: str, data: torch.Tensor) -> None:
         """Store `data` `[B, ...]` under a name. A layer with such a state cannot be cropped."""

@@ -5,6 +5,9 @@ from collections.abc import Callable
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
+# Shape and dtype of each tensor of an index by its name in the cache.
+IndexShapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
 
 class ReplaceState:
     """A tensor `[B, ...]` that is replaced whole. It cannot be cropped."""
@@ -127,19 +130,39 @@ def roll_inputs(inputs: torch.Tensor, keep: int, length: int, lengths: torch.Ten
 
 
 class IndexState(ReplaceState):
-    """An index `[B, ...]` over appended entities.
+    """One tensor `[B, ...]` of an index over appended entities. Zeros are an index without entities.
 
     Args:
-        data: the index; its owner updates it in place.
-        undo: `undo(layer, old, new)` removes the newest entities when rows of `old` entities are cropped to `new`.
+        data: the tensor; the owner of the index updates it in place.
+        undo: `undo(layer, old, new)` removes the newest entities from the whole index when rows of `old` entities are
+            cropped to `new`; None if another tensor of the index has it.
     """
 
-    def __init__(self, data: torch.Tensor, undo: Callable[[CacheLayerMixin, torch.Tensor, torch.Tensor], None]):
+    def __init__(self, data: torch.Tensor, undo: Callable[[CacheLayerMixin, torch.Tensor, torch.Tensor], None] | None):
         super().__init__(data)
         self.undo = undo
+
+    def reserve(self, shape: tuple[int, ...]) -> None:
+        """Grow to at least `shape`; new entries are zero."""
+        old = self.data.shape
+        if all(least <= size for least, size in zip(shape, old, strict=True)):
+            return
+        grown = self.data.new_zeros([max(sizes) for sizes in zip(shape, old, strict=True)])
+        grown[tuple(slice(size) for size in old)] = self.data
+        self.data = grown
 
     def check_crop(self, old: torch.Tensor, new: torch.Tensor) -> None:
         """Do nothing: `undo` removes any number of entities."""
 
     def crop(self, layer: CacheLayerMixin, old: torch.Tensor, new: torch.Tensor) -> None:
-        self.undo(layer, old, new)
+        if self.undo is not None:
+            self.undo(layer, old, new)
+
+
+def empty_index(shapes: IndexShapes, device: torch.device, undo: Callable) -> dict[str, IndexState]:
+    """Return the states of an index without entities, by name; the first one has `undo` (see `IndexState`)."""
+    first = next(iter(shapes))
+    return {
+        name: IndexState(torch.zeros(shape, dtype=dtype, device=device), undo if name == first else None)
+        for name, (shape, dtype) in shapes.items()
+    }

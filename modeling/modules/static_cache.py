@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 from transformers.utils import is_torchdynamo_compiling
 
 from .cache import FlowCacheLayer
-from .cache_states import GrowingState, IndexState, RollingState, roll_inputs
+from .cache_states import GrowingState, IndexShapes, IndexState, RollingState, empty_index, roll_inputs
 from .row_layout import RowLayout
 
 
@@ -35,8 +35,6 @@ class StaticFlowCacheLayer(FlowCacheLayer, StaticLayer):  # type: ignore[overrid
         CacheLayerMixin.__init__(self)
         self.max_cache_len = self.longest = max_cache_len
         self.states: dict[str, Any] = {}  # GrowingState, RollingState or IndexState
-        self.constants: dict[str, Any] = {}
-        self.makers: dict[str, Callable[[], torch.Tensor]] = {}
         self.lengths: torch.Tensor | None = None
         self.seen: torch.Tensor | None = None
         self.real: torch.Tensor | None = None
@@ -83,10 +81,7 @@ class StaticFlowCacheLayer(FlowCacheLayer, StaticLayer):  # type: ignore[overrid
         self.seen.add_(length)
 
     def append(self, name: str, new: torch.Tensor) -> torch.Tensor:
-        return write_in_place(self.reserve(name, new), new, self.lengths)
-
-    def reserve(self, name: str, new: torch.Tensor) -> torch.Tensor:
-        return self._storage(name, new, self.max_cache_len)
+        return write_in_place(self._storage(name, new, self.max_cache_len), new, self.lengths)
 
     def write_entries(self, name: str, new: torch.Tensor, at: torch.Tensor, every: int) -> None:
         # A call writes equally many entries in all rows; 3 spare entries hold those beyond the row's own chunks.
@@ -107,10 +102,15 @@ class StaticFlowCacheLayer(FlowCacheLayer, StaticLayer):  # type: ignore[overrid
         kept.copy_(roll_inputs(history.detach(), size, new.shape[1], self._rows.lengths))
         return history
 
-    def index_state(self, name: str, make: Callable[[], torch.Tensor], undo) -> torch.Tensor:
-        if name not in self.states:
-            self.states[name], self.makers[name] = IndexState(mark_static(make()), undo), make
-        return self.states[name].data
+    def index(self, shapes: Callable[[], IndexShapes], undo: Callable) -> dict[str, torch.Tensor]:
+        """As `FlowCacheLayer.index`; the first call determines names and shapes, for `max_cache_len` entities."""
+        held = {name: state for name, state in self.states.items() if isinstance(state, IndexState)}
+        if not held:
+            held = empty_index(shapes(), self.device, undo)
+            for state in held.values():
+                mark_static(state.data)
+            self.states |= held
+        return {name: state.data for name, state in held.items()}
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.max_cache_len, 0
@@ -124,8 +124,8 @@ class StaticFlowCacheLayer(FlowCacheLayer, StaticLayer):  # type: ignore[overrid
     def reset(self) -> None:
         if self.lengths is None:
             return
-        for name, state in self.states.items():
-            state.data.copy_(self.makers[name]()) if name in self.makers else state.data.zero_()
+        for state in self.states.values():
+            state.data.zero_()
         self.lengths.zero_()
         self.seen.zero_()
         if self.real is not None:

@@ -20,11 +20,11 @@ def fresh_compiler():
 
 @pytest.mark.parametrize("backend", first_quickly(["aot_eager", "inductor"]))
 @pytest.mark.parametrize("mask", ["none", "left"])
-@pytest.mark.parametrize("search", first_quickly(["cells", "exact"]))
+@pytest.mark.parametrize("search", first_quickly(["tree", "exact"]))
 def test_decode_steps_compile_to_one_graph(search, mask, backend):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     config = DFNConfig(
-        vocab_size=40, **sizes, local_window=4, num_neighbors=5, num_tables=3, memory_slots=2, memory_chunk=4,
+        vocab_size=40, **sizes, local_window=4, num_neighbors=5, memory_slots=2, memory_chunk=4,
         flow_norm="running", readout_window=2, search_implementation=search, initializer_range=0.5,
     )  # fmt: skip
     torch.manual_seed(0)

@@ -43,7 +43,7 @@ def test_onnx_has_the_same_logits(family, tmp_path):
     assert torch.allclose(torch.from_numpy(logits), expected, rtol=0, atol=1e-4)
 
 
-def test_error_for_cell_lists_names_the_remedy():
+def test_error_for_the_tree_search_names_the_remedy():
     with pytest.raises(ValueError, match="model.config.search_implementation = 'exact'"):
         torch.export.export(make_small_model("dfn"), (), draw_inputs("dfn", 0), strict=False)
 

@@ -28,7 +28,6 @@ PUBLIC = {
     "modules.rms_norm": ["RMSNorm"],
     "modules.row_layout": ["RowLayout", "make_row_layout"],
     "modules.windowed_attention": ["GroupedQueryAttention", "SelfAttention"],
-    "ops.cell_grid": ["geometric_cell_sizes"],
     "ops.chunking": ["apply_chunked"],
     "ops.flow_attention": ["flow_attention"],
     "ops.hilbert_curve": ["Box", "hilbert_keys"],

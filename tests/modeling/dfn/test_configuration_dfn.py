@@ -1,12 +1,14 @@
 """DFNConfig: defaults, validation and serialisation."""
 
 import json
+import logging
 from ast import literal_eval
 
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
+from transformers.utils import logging as transformers_logging
 
 from dfn_hf import DFNConfig, DFNForCausalLM, DFNForContrastive, DFNForSequenceClassification, DFNModel
 from dfn_hf.modeling.dfn.configuration_dfn import AUTO_MAP
@@ -20,9 +22,7 @@ CHANGED = {
     "position_dim": 2,
     "num_neighbors": 0,
     "local_window": 1,
-    "num_tables": 2,
-    "candidates_per_table": 3,
-    "cell_sizes": [2.0, 1],
+    "num_leaves": 3,
     "flow_step": 0,
     "moved_query": False,
     "flow_norm": "running",
@@ -30,7 +30,6 @@ CHANGED = {
     "output_gate": False,
     "gated_mlp": True,
     "search_implementation": "exact",
-    "search_seed": 7,
     "carry_positions": True,
     "memory_slots": 2,
     "memory_chunk": 2,
@@ -133,7 +132,7 @@ def test_unknown_fields_are_kept():
             ({name: 0}, [name, "at least 1", "0"])
             for name in (
                 "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-                "position_dim", "local_window", "num_tables", "candidates_per_table", "conv_kernel", "readout_window",
+                "position_dim", "local_window", "num_leaves", "conv_kernel", "readout_window",
             )
         ),
         *(({name: -1}, [name, "not negative", "-1"]) for name in ("num_neighbors", "memory_slots")),
@@ -152,12 +151,9 @@ def test_unknown_fields_are_kept():
         ({"memory_chunk": 1}, ["memory_chunk", "at least 2", "1"]),
         ({"hidden_size": 10, "num_attention_heads": 4}, ["hidden_size", "10", "num_attention_heads", "4"]),
         ({"flow_norm": "layer"}, ["flow_norm", "'layer'", "'entity'"]),
-        ({"search_implementation": "fast"}, ["search_implementation", "'fast'", "'cells'"]),
-        ({"cell_sizes": [1.0, 2.0]}, ["cell_sizes", "num_tables=16", "2"]),
-        ({"num_tables": 1, "cell_sizes": [0.0]}, ["cell_sizes", "1/64", "0.0"]),
-        ({"num_tables": 1, "cell_sizes": [float("nan")]}, ["cell_sizes", "nan"]),
-        ({"num_tables": 1, "cell_sizes": [0.02]}, ["cell_sizes", "0.02", "position_dim", "larger"]),
-        ({"position_dim": 300}, ["position_dim", "300", "cell_sizes"]),
+        ({"search_implementation": "fast"}, ["search_implementation", "'fast'", "'tree'", "'exact'"]),
+        ({"num_leaves": 1025}, ["num_leaves", "at most 1024", "1025"]),
+        ({"position_dim": 1025}, ["position_dim", "at most 1024", "1025"]),
         ({"vocab_size": 9, "pad_token_id": 9}, ["pad_token_id", "9", "vocab_size"]),
         ({"pad_token_id": -1}, ["pad_token_id", "-1"]),
     ],
@@ -175,7 +171,7 @@ def test_messages_name_field_and_value(fields, expected_parts):
         ({"hidden_size": "wide"}, ["hidden_size", "int", "wide"]),
         ({"hidden_size": 16.0}, ["hidden_size", "int", "16.0"]),
         ({"num_neighbors": None}, ["num_neighbors", "int", "None"]),
-        ({"cell_sizes": 1.0}, ["cell_sizes", "1.0"]),
+        ({"num_leaves": 1.0}, ["num_leaves", "int", "1.0"]),
     ],
 )
 def test_messages_name_wrong_types(fields, expected_parts):
@@ -183,6 +179,25 @@ def test_messages_name_wrong_types(fields, expected_parts):
         DFNConfig(**fields)
     for part in expected_parts:
         assert part in str(error.value)
+
+
+CELL_OPTIONS = {"num_tables": 16, "candidates_per_table": 8, "cell_sizes": [2.0, 1], "search_seed": 3}
+
+
+@pytest.mark.parametrize("search", ["cells", "exact"])
+def test_configuration_of_an_earlier_version_loads(search, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    transformers_logging.warning_once.cache_clear()
+    DFNConfig(num_neighbors=5).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | CELL_OPTIONS | {"search_implementation": search}))
+    for _ in range(2):
+        config = AutoConfig.from_pretrained(tmp_path)
+    assert config.search_implementation == ("tree" if search == "cells" else "exact") and config.num_neighbors == 5
+    (message,) = (record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)
+    assert all(name in message for name in ("search_implementation", "'cells'", "'tree'", *CELL_OPTIONS))
+    config.save_pretrained(tmp_path)
+    assert not CELL_OPTIONS.keys() & json.loads(path.read_text()).keys()
 
 
 def test_saving_validates_changed_fields(tmp_path):

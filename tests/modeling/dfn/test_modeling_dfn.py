@@ -185,11 +185,8 @@ def test_carried_positions_change_later_layers_only():
     assert not torch.allclose(before[1].rest_positions, after[1].rest_positions)
 
 
-def test_exact_and_cell_search_agree_with_one_large_cell():
-    everything = {"num_tables": 1, "cell_sizes": [100], "candidates_per_table": 60, "local_window": 2}
-    model = make_model(**everything)
-    for layer in model.model.layers:
-        layer.attention.grid_shift.fill_(512)  # moves cell borders away from the origin
+def test_short_rows_are_searched_exactly():
+    model = make_model(local_window=2, num_leaves=1)
     ids = draw_ids(2, 60, 2)
     with torch.no_grad():
         logits = model(ids).logits
@@ -234,18 +231,11 @@ def test_flow_norm_starts_with_unit_output(fresh):
             assert normed.square().mean() == pytest.approx(1.0, rel=0.2)
 
 
-def test_scales_and_grids_start_as_configured(fresh):
-    for index, layer in enumerate(fresh.model.layers):
+def test_scales_start_as_configured(fresh):
+    for layer in fresh.model.layers:
         attention = layer.attention
         assert torch.allclose(attention.log_sharpness.exp(), torch.full((4,), 1.2 / 4))
         assert (attention.log_fading.diff() < 0).all()
-        assert attention.grid_rotation.dtype == attention.grid_shift.dtype == torch.int32
-        axes = attention.grid_rotation.double() / 1024
-        products = axes @ axes.transpose(1, 2)
-        assert torch.allclose(products, torch.eye(3).double().expand_as(products), atol=5e-3)
-        assert ((attention.grid_shift >= 0) & (attention.grid_shift < 1024)).all()
-        if index:
-            assert not torch.equal(attention.grid_rotation, fresh.model.layers[0].attention.grid_rotation)
         assert torch.allclose(attention.memory.slots.decay_logit.sigmoid(), torch.full((4,), 0.9))
 
 
@@ -390,7 +380,7 @@ def test_fully_padded_row_leaves_others_unchanged(model):
     assert torch.allclose(logits[1:], model(ids[1:]).logits, **STRICT)
 
 
-@pytest.mark.parametrize("search", ["cells", "exact"])
+@pytest.mark.parametrize("search", ["tree", "exact"])
 def test_diverged_model_gives_nan_without_crash(search):
     model = make_model(search_implementation=search)
     with torch.no_grad():
@@ -496,20 +486,23 @@ def test_refused_call_leaves_cache_unchanged(model, inputs, expected_parts):
         assert torch.allclose(logits, model(torch.cat([IDS, IDS], dim=1)).logits[:, 8:], **STRICT)
 
 
-def test_search_cannot_change_with_a_filled_cache():
+def test_an_unknown_search_is_refused():
     model = make_model()
-    cache = with_cache(model)
-    model.config.search_implementation = "exact"
-    with pytest.raises(ValueError, match=r"search_implementation.*empty cache"):
-        model(IDS, past_key_values=cache)
-    assert model(IDS).logits.isfinite().all()
-    model.config.search_implementation = "cells"
-    with torch.no_grad():
-        logits = model(IDS, past_key_values=cache).logits
-        assert torch.allclose(logits, model(torch.cat([IDS, IDS], dim=1)).logits[:, 8:], **STRICT)
     model.config.search_implementation = "fast"
-    with pytest.raises(ValueError, match=r"search_implementation.*'cells'.*'fast'"):
+    with pytest.raises(ValueError, match=r"search_implementation.*'tree'.*'fast'"):
         model(IDS)
+
+
+def test_buffers_of_an_earlier_version_are_ignored(tmp_path):
+    model = make_model()
+    grids = {"grid_rotation": torch.zeros(16, 3, 4, dtype=torch.int32), "grid_shift": torch.zeros(16, 3).int()}
+    weights = model.state_dict() | {
+        f"model.layers.{layer}.attention.{name}": grid.clone() for layer in range(2) for name, grid in grids.items()
+    }
+    model.save_pretrained(tmp_path, state_dict=weights)
+    loaded, report = DFNForCausalLM.from_pretrained(tmp_path, dtype=torch.float64, output_loading_info=True)
+    assert not any(report.values())
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
 def test_quantized_cache_is_refused(model):
@@ -531,7 +524,7 @@ def test_cache_is_accepted_under_both_names(model):
 def test_refused_crop_leaves_cache_unchanged():
     config = DFNConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20,
-        num_neighbors=4, local_window=4, num_tables=3, candidates_per_table=3, conv_kernel=1, readout_window=3,
+        num_neighbors=4, local_window=4, conv_kernel=1, readout_window=3,
     )  # fmt: skip
     torch.manual_seed(0)
     model = DFNForCausalLM(config).double().eval()
@@ -548,7 +541,7 @@ def test_refused_crop_leaves_cache_unchanged():
 def test_chunk_size_does_not_change_results(flow_norm, monkeypatch):
     config = DFNConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20,
-        num_neighbors=4, local_window=4, num_tables=3, candidates_per_table=3, flow_norm=flow_norm,
+        num_neighbors=4, local_window=4, flow_norm=flow_norm,
     )  # fmt: skip
     torch.manual_seed(0)
     model = DFNForCausalLM(config).double()

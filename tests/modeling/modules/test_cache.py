@@ -35,10 +35,17 @@ class Recorder:
             for step in range(int(mask[row].sum())):
                 new[row, step] = 100.0 * (row + 1) + len(entities)
                 entities.append(100.0 * (row + 1) + len(entities))
-        layer.index_state("index", lambda: torch.zeros(batch, 4), self.undo).add_(1)
+        counters, entries = layer.index(self.index_shapes, self.undo).values()
+        counters.add_(1)
+        entries[:, counters[0, 0].long() - 1] = counters[:, :1]
         appended, tail = layer.append("entities", new[:, None]), layer.roll("tail", new, TAIL)
         layer.finish_forward()
         return appended, tail
+
+    def index_shapes(self):
+        calls = int(self.layer.data("index")[0, 0]) + 1 if "index" in self.layer.states else 1
+        batch = len(self.rows)
+        return {"index": ((batch, 4), torch.float32), "index_entries": ((batch, calls, 1), torch.float32)}
 
     def undo(self, layer, old, new):
         assert layer is self.layer
@@ -89,9 +96,36 @@ def test_every_row_holds_its_own_entities(name, record):
             assert tail[row, :TAIL, 0].tolist() == ([0.0] * TAIL + entities)[-TAIL:]
             new = recorder.rows[row][len(entities) :]
             assert tail[row, TAIL : TAIL + len(new), 0].tolist() == new
-    assert recorder.layer.data("index")[0, 0] == len(CALLS[name])
+    calls = len(CALLS[name])
+    assert recorder.layer.data("index").tolist() == [[calls] * 4] * 2
+    assert recorder.layer.data("index_entries")[..., 0].tolist() == [[*range(1, calls + 1)]] * 2
     entities = recorder.layer.data("tail").shape[1]
     assert entities == (TAIL + recorder.layer.seq_length if record else TAIL)
+
+
+def test_an_index_of_another_layout_starts_empty():
+    layer = FlowCacheLayer()
+    layer.start_forward(2, 1, CPU)
+    counters = ((2, 1), torch.int32)
+    flat = {"counters": counters, "flat": ((2, 3), torch.int16)}
+    for tensor in layer.index(lambda: flat, None).values():
+        tensor.fill_(1)
+    assert layer.index(lambda: flat, None)["flat"].sum() == 6
+    paged = layer.index(lambda: {"counters": counters, "paged": ((2, 2, 2), torch.int32)}, None)
+    assert list(paged) == list(layer.states) == ["counters", "paged"]
+    assert all(not tensor.any() for tensor in paged.values())
+    assert paged["paged"].dtype == torch.int32 and paged["paged"].shape == (2, 2, 2)
+
+
+def test_an_index_grows_and_does_not_shrink():
+    layer = FlowCacheLayer()
+    layer.start_forward(2, 1, CPU)
+    layer.index(lambda: {"leaves": ((2, 0, 3), torch.int32)}, None)
+    for leaves, kept in ((2, 2), (5, 5), (1, 5)):
+        data = layer.index(lambda leaves=leaves: {"leaves": ((2, leaves, 3), torch.int32)}, None)["leaves"]
+        assert data.shape == (2, kept, 3) and not data[:, 2:].any()
+        data[:, :2] += 1
+    assert (data[:, :2] == 3).all()
 
 
 def test_get_mask_sizes_counts_columns():
@@ -259,12 +293,15 @@ def ragged():
 )
 def test_rows_move_with_all_their_state(change, rows):
     recorder = ragged()
-    recorder.layer.data("index").copy_(torch.tensor([[1.0], [2.0]]).expand(2, 4))
+    for name in ("index", "index_entries"):
+        data = recorder.layer.data(name)
+        data.copy_(torch.tensor([1.0, 2.0]).view(2, *[1] * (data.dim() - 1)).expand_as(data))
     mask = recorder.layer.mask
     change(recorder.layer)
     recorder.rows = [list(recorder.rows[row]) for row in rows]
     recorder.check()
-    assert recorder.layer.data("index")[:, 0].tolist() == [row + 1 for row in rows]
+    for name in ("index", "index_entries"):
+        assert recorder.layer.data(name).flatten(1)[:, 0].tolist() == [row + 1 for row in rows]
     assert torch.equal(recorder.layer.mask, mask[rows])
     assert recorder.layer.batch_size == len(rows)
 
