@@ -60,8 +60,9 @@ def test_timed_queries_are_searched_in_the_tree_of_the_whole_row():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"timed_queries": 50}, "timed_queries is 50: choose at least 60"),
         ({"shape": "ring"}, "shape is 'ring': choose one of uniform"),
-        ({"length": 100}, "length is 100: choose at least 101"),
+        ({"length": 100}, "length is 100: choose more than timed_queries .100."),
     ],
 )
 def test_impossible_settings_are_rejected_before_the_first_run(changes, words, tmp_path, monkeypatch):

@@ -80,7 +80,7 @@ TABLES = (
     ),
     SmokeTable("single-head --length 64 --repeats 1", [(work, "64") for work in SINGLE_HEAD_WORKLOADS]),
     SmokeTable(
-        "search --position-dim 4 --length 512 --timed-queries 64 --repeats 1",
+        "search --position-dim 4 --length 512 --timed-queries 300 --repeats 1",
         [(shape, "4", "512") for shape in SHAPES],
     ),
     SmokeTable("paper-lengths --length 32 --length 512 --hidden-size 32 --num-hidden-layers 1", [("32",), ("512",)]),

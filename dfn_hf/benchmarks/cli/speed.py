@@ -218,7 +218,9 @@ def search(
     num_leaves: Annotated[
         int | None, typer.Option(min=1, help="Leaves of the tree that a query reads. Default: that of a DFN.")
     ] = None,
-    timed_queries: Annotated[int, typer.Option(min=1, help="Last entities of the row, whose search is timed.")] = 2048,
+    timed_queries: Annotated[
+        int, typer.Option(min=300, help="Last entities of the row, whose search is timed.")
+    ] = 2048,
     repeats: Repeats = 3,
     results: Results = None,
     threads: Threads = 1,

@@ -31,7 +31,7 @@ class SearchSettings:
         shape: distribution of the positions, one of `SHAPES`.
         length: entities of the row.
         timed_queries: last entities of the row, whose search is timed; the tree holds the entities before.
-        compared_queries: last entities of the row, whose neighbours are compared with those of the exact search.
+        compared_queries: last of the timed entities, whose neighbours are compared with those of the exact search.
         repeats: timed calls after a warm-up; the result is their median.
     """
 
@@ -131,8 +131,7 @@ def run_search(
     """Measure the runs, each in a fresh process; finished ones are read from the CSV at `path`.
 
     Raises:
-        ValueError: a shape is unknown, or a row is shorter than its timed or compared queries; raised before the first
-            measurement.
+        ValueError: as for `check_search_settings`; raised before the first measurement.
     """
     runs = list(runs)
     for run in runs:
@@ -150,12 +149,13 @@ def run_search(
 
 
 def check_search_settings(settings: SearchSettings) -> None:
-    """Raise a ValueError if the shape is unknown or the row is too short."""
+    """Raise a ValueError if the shape is unknown, or the row or its timed part is too short."""
     if settings.shape not in SHAPES:
         raise ValueError(f"shape is {settings.shape!r}: choose one of {', '.join(SHAPES)}")
-    shortest = max(settings.timed_queries, settings.compared_queries) + 1
-    if settings.length < shortest:
-        raise ValueError(f"length is {settings.length}: choose at least {shortest}")
+    if settings.timed_queries < settings.compared_queries:
+        raise ValueError(f"timed_queries is {settings.timed_queries}: choose at least {settings.compared_queries}")
+    if settings.length <= settings.timed_queries:
+        raise ValueError(f"length is {settings.length}: choose more than timed_queries ({settings.timed_queries})")
 
 
 @torch.no_grad()
