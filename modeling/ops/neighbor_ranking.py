@@ -10,7 +10,7 @@ NO_CODE = 2**63 - 1  # sorts after every code
 
 def squared_distances(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Return Σ_p (q_p − k_p)² over the last dimension, int32."""
-    queries, keys = (x.movedim(-1, 0).int(memory_format=torch.contiguous_format) for x in (queries, keys))
+    queries, keys = (x.int().movedim(-1, 0).contiguous() for x in (queries, keys))
     return sum_of_squares(query - key for query, key in zip(queries, keys, strict=True))
 
 

@@ -12,6 +12,7 @@ K neighbours.
 """
 
 import math
+from typing import Any
 
 import torch
 
@@ -208,7 +209,7 @@ def search_tree(
         (positions int64 `[G, M, K]`, squared distances int32 `[G, M, K]`); −1 and `NO_DISTANCE` if there are fewer
         than K.
     """
-    arguments = (query, query_index, key, num_neighbors, window, num_leaves, reach, counts)
+    arguments: tuple[Any, ...] = (query, query_index, key, num_neighbors, window, num_leaves, reach, counts)
     if index is not None:
         arguments += (
             index.counters,
@@ -292,7 +293,7 @@ def _search_exact(
     if query_index.numel() == 0 or num_neighbors == 0:
         return _empty_results(query, query_index, key, num_neighbors)
     rows, num_queries, _ = query.shape
-    results = []
+    indices, distances = [], []
     step = max(1, EXACT_QUERIES // rows)
     for start in range(0, num_queries, step):
         part = slice(start, min(start + step, num_queries))
@@ -308,12 +309,12 @@ def _search_exact(
             visible = ids <= position - window
             if reach is not None:
                 visible &= ids >= position - reach[:, part, None]
-            distances = squared_distances(query[:, part, None], key[:, None, ids])
-            squared = torch.cat([squared, distances.masked_fill(~visible, NO_DISTANCE)], dim=-1)
+            block = squared_distances(query[:, part, None], key[:, None, ids])
+            squared = torch.cat([squared, block.masked_fill(~visible, NO_DISTANCE)], dim=-1)
             ages = torch.cat([ages, position - ids], dim=-1)
             ages, squared = rank_nearest(squared, ages, squared < NO_DISTANCE, num_neighbors)
-        results.append((torch.where(ages < 0, -1, position - ages), squared))
-    indices, distances = zip(*results, strict=True)
+        indices.append(torch.where(ages < 0, -1, position - ages))
+        distances.append(squared)
     return torch.cat(indices, dim=1), torch.cat(distances, dim=1)
 
 
