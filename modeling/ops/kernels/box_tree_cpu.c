@@ -36,9 +36,8 @@
 #define WIDTH 16
 #endif
 #define LANES (WIDTH / 4)
-typedef int16_t Shorts __attribute__((vector_size(WIDTH), may_alias));
+typedef int16_t Shorts __attribute__((vector_size(WIDTH), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(WIDTH), may_alias));
-typedef int64_t Longs __attribute__((vector_size(64), may_alias));
 
 static inline Shorts positive(Shorts x) {
 #if WIDTH == 64
@@ -551,84 +550,110 @@ static inline void read_leaf(Query *s, const int32_t *leaf, int64_t num_pairs, i
     }
 }
 
-/* Drops pending pages with codes from `bound` on. Returns the least code of the others and where it is. */
-static inline int64_t drop_pending(Query *s, int64_t bound, int32_t *at) {
-    int32_t waiting = 0;
-    *at = 0;
+/* Codes of the entries of a page; returns the bits of those below `bound`. */
+static inline uint32_t codes_of(const Page *page, const Ints *distances, int64_t bound, int64_t *codes) {
+    uint32_t real = (1u << page->count) - 1;
 #if WIDTH == 64
-    __m512i least = _mm512_set1_epi64(NONE), end = _mm512_set1_epi64(bound);
+    __m512i far = (__m512i)distances[0], end = _mm512_set1_epi64(bound);
+    __m512i ties = _mm512_sub_epi32(_mm512_set1_epi32(LARGEST), _mm512_loadu_si512(page->newest));
+    __m512i low = _mm512_or_si512(_mm512_slli_epi64(_mm512_cvtepu32_epi64(_mm512_castsi512_si256(far)), 32),
+                                  _mm512_cvtepu32_epi64(_mm512_castsi512_si256(ties)));
+    __m512i high = _mm512_or_si512(_mm512_slli_epi64(_mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64(far, 1)), 32),
+                                   _mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64(ties, 1)));
+    _mm512_store_si512(codes, low);
+    _mm512_store_si512(codes + 8, high);
+    return real & (_mm512_cmplt_epi64_mask(low, end) | (uint32_t)_mm512_cmplt_epi64_mask(high, end) << 8);
+#else
+    uint32_t below = 0;
+    for (int f = 0; f < FAN; f++) {
+        codes[f] = (int64_t)((int32_t *)distances)[f] << 32 | (LARGEST - page->newest[f]);
+        below |= (uint32_t)(codes[f] < bound) << f;
+    }
+    return real & below;
+#endif
+}
+
+/* Takes the least pending code below `bound` out and returns it, and its page; drops codes from `bound` on. Returns NONE
+   if no code is left. The code `other` competes: if it is less, no page is taken out, and it is returned. */
+static inline int64_t take_least(Query *s, int64_t bound, int64_t other, int32_t *number) {
+    int32_t waiting = 0, at = 0;
+    int64_t least = NONE;
+#if WIDTH == 64
+    __m512i all = _mm512_set1_epi64(NONE), end = _mm512_set1_epi64(bound), places = _mm512_setzero_si512();
+    __m512i lanes = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
     for (int32_t i = 0; i < s->waiting; i += 8) {
         __mmask8 real = s->waiting - i < 8 ? (1 << (s->waiting - i)) - 1 : 0xFF;
         __m512i codes = _mm512_loadu_si512(s->pending + i);
         __mmask8 kept = _mm512_mask_cmplt_epi64_mask(real, codes, end);
+        int count = __builtin_popcount(kept);
         __m512i pages = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(s->pages + i)));
         codes = _mm512_maskz_compress_epi64(kept, codes);
         pages = _mm512_maskz_compress_epi32(kept, pages);
-        __m512i less = _mm512_min_epi64(least, codes);
-        int count = __builtin_popcount(kept);
-        less = _mm512_mask_mov_epi64(least, (1 << count) - 1, less);
         _mm512_storeu_si512(s->pending + waiting, codes);
         _mm256_storeu_si256((__m256i *)(s->pages + waiting), _mm512_castsi512_si256(pages));
-        least = less;
+        __mmask8 less = _mm512_mask_cmplt_epi64_mask((1 << count) - 1, codes, all);
+        all = _mm512_mask_mov_epi64(all, less, codes);
+        places = _mm512_mask_add_epi64(places, less, lanes, _mm512_set1_epi64(waiting));
         waiting += count;
     }
-    s->waiting = waiting;
-    int64_t code = _mm512_reduce_min_epi64(least);
-    if (!waiting) return NONE;
-    least = _mm512_set1_epi64(code);
-    for (__mmask8 found = 0; !found; *at += found ? __builtin_ctz(found) : 8)
-        found = _mm512_cmpeq_epi64_mask(_mm512_loadu_si512(s->pending + *at), least);
-    return code;
+    if (waiting) {
+        least = _mm512_reduce_min_epi64(all);
+        __mmask8 found = _mm512_cmpeq_epi64_mask(all, _mm512_set1_epi64(least));
+        at = _mm512_cvtsi512_si32(_mm512_maskz_compress_epi64(found, places));
+    }
 #else
     for (int32_t i = 0; i < s->waiting; i++) {
         s->pending[waiting] = s->pending[i];
         s->pages[waiting] = s->pages[i];
-        if (s->pending[waiting] < s->pending[*at]) *at = waiting;
+        if (s->pending[waiting] < s->pending[at]) at = waiting;
         waiting += s->pending[waiting] < bound;
     }
-    s->waiting = waiting;
-    return waiting ? s->pending[*at] : NONE;
+    if (waiting) least = s->pending[at];
 #endif
+    if (other < least) {
+        s->waiting = waiting;
+        return other;
+    }
+    if (waiting) {
+        *number = s->pages[at];
+        s->waiting = waiting - 1;
+        s->pending[at] = s->pending[waiting - 1];
+        s->pages[at] = s->pages[waiting - 1];
+    }
+    return least;
 }
 
 /* Visits the page `s->next` and chooses the next one. Returns 0 when the nearest leaves are known. */
 static inline int visit(const Tree *t, Query *s, int64_t pairs, int64_t leaf_room, int64_t leaves_read) {
-    int64_t bound = s->near[leaves_read - 1], codes[FAN], least = NONE;
+    _Alignas(64) int64_t codes[FAN];
+    int64_t bound = s->near[leaves_read - 1], least = NONE;
     Ints distances[FAN / LANES];
     distances_to_boxes(boxes_of(t, s->next), s->pairs, pairs, distances);
     const Page *page = page_of(t, s->next);
-    uint32_t near = at_most(distances, bound >> 32) & ((1u << page->count) - 1), nearest = 0, pages = 0;
-    for (; near; near &= near - 1) {
-        int slot = __builtin_ctz(near);
-        codes[slot] = (int64_t)((int32_t *)distances)[slot] << 32 | (LARGEST - page->newest[slot]);
-        if (codes[slot] >= bound) continue;
-        if (page->level) {
-            pages |= 1u << slot;
-            if (codes[slot] < least) least = codes[slot], nearest = slot;
-        } else {
+    uint32_t near = codes_of(page, distances, bound, codes);
+    if (page->level)
+        for (uint32_t left = near; left; left &= left - 1) {
+            int64_t code = codes[__builtin_ctz(left)];
+            least = code < least ? code : least;
+        }
+    else
+        for (; near; near &= near - 1) {
+            int slot = __builtin_ctz(near);
+            if (codes[slot] >= bound) continue;
             insert(s->near, s->leaves, leaf_room, codes[slot], page->child[slot]);
             bound = s->near[leaves_read - 1];
         }
-    }
-    int32_t at;
-    int64_t pending = drop_pending(s, bound, &at);
-    if (pending >= bound && !pages) return 0;
-    if (least < pending) {
-        s->next = page->child[nearest];
-        pages &= ~(1u << nearest);
-    } else {
-        s->next = s->pages[at];
-        s->waiting--;
-        s->pending[at] = s->pending[s->waiting];
-        s->pages[at] = s->pages[s->waiting];
+    int64_t chosen = take_least(s, bound, least, &s->next);
+    if (chosen == NONE) return 0;
+    for (; near; near &= near - 1) {
+        int slot = __builtin_ctz(near);
+        if (codes[slot] == chosen) s->next = page->child[slot];
+        s->pending[s->waiting] = codes[slot];
+        s->pages[s->waiting] = page->child[slot];
+        s->waiting += codes[slot] != chosen;
     }
     const char *next = (const char *)boxes_of(t, s->next);
     for (int64_t line = 0; line < 2 * pairs + 3 && line < 16; line++) __builtin_prefetch(next + 64 * line);
-    for (; pages; pages &= pages - 1) {
-        int slot = __builtin_ctz(pages);
-        s->pending[s->waiting] = codes[slot];
-        s->pages[s->waiting++] = page->child[slot];
-    }
     return 1;
 }
 
