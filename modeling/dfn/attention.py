@@ -19,7 +19,7 @@ from ..ops.box_tree import TreeIndex, index_layout, index_shapes, to_grid, tree_
 from ..ops.dispatch import is_decode_step
 from ..ops.flow_attention import flow_attention, flow_weights
 from ..ops.flow_attention_decode import attention_step
-from ..ops.neighbor_search import search_exact, search_tree
+from ..ops.neighbor_search import crop_tree, search_exact, search_tree
 from .configuration_dfn import DFNConfig
 from .entities import ContinuousEntities, Entities, squash_to_ball
 
@@ -346,8 +346,7 @@ class DynamicFlowAttention(nn.Module):
                 for name, shape in parts.items()
             }
 
-        tensors = state.index(shapes, CropTree(self.config.local_window))
-        return TreeIndex(**{name.removeprefix(TREE): tensor.flatten(0, 1) for name, tensor in tensors.items()})
+        return tree_index(state.index(shapes, CropTree(self.config.local_window)))
 
     def _per_head(self, x: torch.Tensor) -> torch.Tensor:
         """Repeat each row for every head: `[B, ...]` → `[B * H, ...]`."""
@@ -356,9 +355,7 @@ class DynamicFlowAttention(nn.Module):
 
 @dataclass
 class CropTree:
-    """Empties the box trees that hold entities which a crop deletes or returns to the recent ones.
-
-    The next search makes such a tree again from the cached positions.
+    """Takes the entities that a crop deletes or returns to the recent ones out of the box trees.
 
     Attributes:
         window: `local_window`.
@@ -368,6 +365,11 @@ class CropTree:
 
     def __call__(self, state: FlowCacheLayer, old: torch.Tensor, new: torch.Tensor) -> None:
         """Crop rows of `old` entities to `new`, int64 `[B]` each."""
-        counters = state.data(f"{TREE}counters")
-        base = tree_base(new.to(counters.device) - self.window + 1)
-        counters.masked_fill_((counters[..., 0] > base[:, None])[..., None], 0)
+        index = tree_index({name: held.data for name, held in state.states.items() if name.startswith(TREE)})
+        base = tree_base(new.to(index.counters.device) - self.window + 1)
+        crop_tree(index, base.repeat_interleave(len(index.counters) // len(base)))
+
+
+def tree_index(tensors: dict[str, torch.Tensor]) -> TreeIndex:
+    """Return the trees of all rows and heads from the states `[B, H, ...]` of a cache."""
+    return TreeIndex(**{name.removeprefix(TREE): tensor.flatten(0, 1) for name, tensor in tensors.items()})

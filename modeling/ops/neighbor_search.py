@@ -20,7 +20,7 @@ from .box_tree import GRID, TreeIndex, to_grid
 from .box_tree_torch import search_tree_torch
 from .custom_ops import custom_op, use_custom_ops
 from .dispatch import search_backend
-from .kernels.box_tree_cpu import search_tree_cpu, tree_library
+from .kernels.box_tree_cpu import crop_tree_cpu, search_tree_cpu, tree_library
 from .neighbor_ranking import NO_DISTANCE, rank_nearest, squared_distances
 
 EXACT_QUERIES = 2048  # queries that the exact search ranks together
@@ -265,6 +265,18 @@ _tree_operator = custom_op(
     _empty_results,
     mutates_args=("counters", "leaf_ids", "leaf_boxes", "leaves", "leaf_pages", "cuts", "pages"),
 )
+
+
+def crop_tree(index: TreeIndex, base: torch.Tensor) -> None:
+    """Take the latest entities out of trees that hold more than `base` int64 `[G]` entities (see `tree_base`).
+
+    A tree that cannot be cropped is emptied. The next search builds it again.
+    """
+    library = None if index.pages is None else tree_library(base)
+    if library is not None:
+        crop_tree_cpu(library, index, base)
+    else:
+        index.counters.masked_fill_((index.counters[:, 0] > base)[:, None], 0)
 
 
 def search_exact(

@@ -459,6 +459,116 @@ static void enter(Tree *t) {
     t->ENTERED += BLOCK;
 }
 
+static inline void get_position(const Tree *t, const int32_t *leaf, int slot, int16_t *x) {
+    const int16_t *group = (const int16_t *)(leaf + LEAF);
+    for (int64_t p = 0; p < t->dims; p++) x[p] = group[(p >> 1) * 32 + 2 * slot + (p & 1)];
+}
+
+/* Removes entry `slot` from a page. */
+static void remove_entry(Tree *t, int32_t number, int slot) {
+    Page *page = page_of(t, number);
+    if (slot > 0) page->depth[slot - 1] = page->depth[slot];
+    for (int f = slot; f + 1 < page->count; f++) {
+        page->child[f] = page->child[f + 1];
+        page->newest[f] = page->newest[f + 1];
+        page->depth[f] = page->depth[f + 1];
+        get_bounds(t, number, f + 1, t->box);
+        put_bounds(t, number, f, t->box);
+    }
+    page->count--;
+}
+
+/* Writes the box and the newest member of a leaf to its page. */
+static void renew_leaf(Tree *t, int32_t leaf) {
+    const int32_t *ids = leaf_of(t, leaf);
+    int32_t number = t->leaf_pages[leaf];
+    int held = held_in(ids), slot = slot_of(page_of(t, number), leaf);
+    int16_t x[t->dims];
+    for (int i = 0; i < held; i++) {
+        get_position(t, ids, i, x);
+        if (i == 0) {
+            memcpy(t->box, x, sizeof x);
+            memcpy(t->box + t->dims, x, sizeof x);
+        } else widen(t->dims, t->box, x, x);
+    }
+    put_bounds(t, number, slot, t->box);
+    page_of(t, number)->newest[slot] = ids[held - 1] - 1;
+}
+
+/* Writes the boxes and newest members of the pages below a page to it. */
+static void renew_page(Tree *t, int32_t number) {
+    Page *page = page_of(t, number);
+    if (page->level == 0) return;
+    int16_t box[2 * t->dims];
+    for (int f = 0; f < page->count; f++) {
+        int32_t child = page->child[f];
+        renew_page(t, child);
+        const Page *below = page_of(t, child);
+        get_bounds(t, child, 0, t->box);
+        page->newest[f] = below->newest[0];
+        for (int i = 1; i < below->count; i++) {
+            get_bounds(t, child, i, box);
+            widen(t->dims, t->box, box, box + t->dims);
+            if (below->newest[i] > page->newest[f]) page->newest[f] = below->newest[i];
+        }
+        put_bounds(t, number, f, t->box);
+    }
+}
+
+/* Adds the members of the leaf `from` to those of `to`; both together have at most LEAF. */
+static void merge(Tree *t, int32_t to, int32_t from) {
+    int32_t *ids = leaf_of(t, to), *others = leaf_of(t, from);
+    int held = held_in(ids), more = held_in(others);
+    int16_t x[t->dims];
+    for (int i = held + more; more > 0;) { /* from the newest on */
+        int moves = held == 0 || others[more - 1] > ids[held - 1];
+        int32_t *source = moves ? others : ids;
+        int slot = moves ? --more : --held;
+        ids[--i] = source[slot];
+        get_position(t, source, slot, x);
+        put(t, (int16_t *)(ids + LEAF), i, x);
+    }
+}
+
+/* Takes the entities from `base` on out of the tree again. Returns 0 if the tree does not tell what it was: entities
+   have left it, or its pages are sparse. */
+static int crop(Tree *t, int32_t base, int32_t *parents) {
+    if (t->LEAVES > base / 8 + 256 || t->PAGES > t->LEAVES / 5 + 16) return 0;
+    for (int32_t leaf = 0; leaf < t->LEAVES; leaf++) {
+        int32_t *ids = leaf_of(t, leaf);
+        int held = held_in(ids), kept = held;
+        while (kept && ids[kept - 1] > base) kept--;
+        if (kept == held) continue;
+        int32_t number = t->leaf_pages[leaf];
+        get_bounds(t, number, slot_of(page_of(t, number), leaf), t->box);
+        if (held == LEAF && !memcmp(t->box, t->box + t->dims, t->dims * sizeof(int16_t))) return 0;
+        memset(ids + kept, 0, (LEAF - kept) * sizeof *ids);
+    }
+    for (int32_t k = 0; k < t->LEAVES - 1; k++) { /* parents: 2 (cut + 1), and 1 more if above */
+        if (t->cuts[k].below >= 0) parents[t->cuts[k].below] = 2 * k + 2;
+        if (t->cuts[k].above >= 0) parents[t->cuts[k].above] = 2 * k + 3;
+    }
+    /* The cuts since then were the last ones. A cut is made where more than LEAF entities are. */
+    while (t->LEAVES > 1) {
+        int32_t k = t->LEAVES - 2, last = k + 1, leaf = ~t->cuts[k].below;
+        if (leaf < 0 || ~t->cuts[k].above != last) break;
+        if (held_in(leaf_of(t, leaf)) + held_in(leaf_of(t, last)) > LEAF) break;
+        merge(t, leaf, last);
+        for (int32_t child = last, number = t->leaf_pages[last];;) { /* and the pages that become empty */
+            remove_entry(t, number, slot_of(page_of(t, number), child));
+            if (page_of(t, number)->count) break;
+            child = number;
+            number = page_of(t, number)->parent;
+        }
+        if (k > 0) *(parents[k] & 1 ? &t->cuts[parents[k] / 2 - 1].above : &t->cuts[parents[k] / 2 - 1].below) = ~leaf;
+        t->LEAVES--;
+    }
+    for (int32_t leaf = 0; leaf < t->LEAVES; leaf++) renew_leaf(t, leaf);
+    renew_page(t, t->ROOT);
+    t->ENTERED = base;
+    return 1;
+}
+
 /* Adds a code to an ascending list of `room` codes, a multiple of 8; the largest leaves it. `ids` go along. */
 static inline void insert(int64_t *codes, int64_t *ids, int64_t room, int64_t code, int64_t id) {
 #if WIDTH == 64
@@ -734,14 +844,30 @@ static inline __attribute__((always_inline)) void search_sequence(const Search *
     }
 }
 
+static void set_sizes(Tree *t, int64_t dims) {
+    t->dims = dims;
+    t->pairs = (dims + 1) / 2;
+    t->leaf_size = LEAF + LEAF * t->pairs;
+    t->page_size = BOXES(t->pairs) + sizeof(Page) / sizeof(int32_t);
+    t->entry_size = (sizeof(Entry) + 2 * dims * sizeof(int16_t) + 7) / 8 * 8;
+}
+
+/* Makes `t` the tree of a row of the index. */
+static void set_row(Tree *t, const Search *s, int64_t g) {
+    t->counters = s->counters + 4 * g;
+    t->leaves = s->leaves + g * s->leaf_capacity * t->leaf_size;
+    t->leaf_pages = s->leaf_pages + g * s->leaf_capacity;
+    t->cuts = (Cut *)s->cuts + g * s->leaf_capacity;
+    t->pages = s->pages + g * s->page_capacity * t->page_size;
+}
+
 static void *allocate(int64_t bytes) { return aligned_alloc(64, (bytes + 63) / 64 * 64); }
 
 /* Searches rows first .. last - 1. Returns 1 if out of memory. */
 int search_tree(int64_t first, int64_t last, const Search *s) {
     int64_t pairs = (s->dims + 1) / 2, room = (s->wanted + 7) / 8 * 8, leaf_room = (s->leaves_read + 7) / 8 * 8;
-    Tree t = {.dims = s->dims, .pairs = pairs, .leaf_size = LEAF + LEAF * pairs};
-    t.page_size = BOXES(pairs) + sizeof(Page) / sizeof(int32_t);
-    t.entry_size = (sizeof(Entry) + 2 * s->dims * sizeof(int16_t) + 7) / 8 * 8;
+    Tree t = {0};
+    set_sizes(&t, s->dims);
     int64_t leaf_capacity = s->leaf_capacity, page_capacity = s->page_capacity;
     int32_t own_counters[4] = {0}, *own = NULL;
     if (!s->counters) {
@@ -783,13 +909,7 @@ int search_tree(int64_t first, int64_t last, const Search *s) {
     t.block = t.box + 2 * s->dims;
 
     for (int64_t g = first; g < last; g++) {
-        if (s->counters) {
-            t.counters = s->counters + 4 * g;
-            t.leaves = s->leaves + g * leaf_capacity * t.leaf_size;
-            t.leaf_pages = s->leaf_pages + g * leaf_capacity;
-            t.cuts = (Cut *)s->cuts + g * leaf_capacity;
-            t.pages = s->pages + g * page_capacity * t.page_size;
-        }
+        if (s->counters) set_row(&t, s, g);
         const int16_t *keys = s->keys + g * s->stored * s->dims;
         const int64_t *index = s->query_index + g * s->length, *reach = s->reach ? s->reach + g * s->length : NULL;
         int64_t length = s->counts && s->counts[g] < s->length ? s->counts[g] : s->length;
@@ -809,5 +929,22 @@ int search_tree(int64_t first, int64_t last, const Search *s) {
     }
     free(memory);
     free(own);
+    return 0;
+}
+
+/* Crops the trees of rows first .. last - 1 to `bases` [G] entities. A tree that cannot be cropped becomes empty. Returns
+   1 if out of memory. */
+int crop_tree(int64_t first, int64_t last, const Search *s, const int64_t *bases) {
+    Tree t = {0};
+    set_sizes(&t, s->dims);
+    int16_t box[2 * s->dims];
+    int32_t *parents = malloc(s->leaf_capacity * sizeof *parents);
+    if (!parents) return 1;
+    t.box = box;
+    for (int64_t g = first; g < last; g++) {
+        set_row(&t, s, g);
+        if (t.ENTERED > bases[g] && (bases[g] == 0 || !crop(&t, bases[g], parents))) memset(t.counters, 0, 16);
+    }
+    free(parents);
     return 0;
 }

@@ -8,27 +8,15 @@ import ctypes
 
 import torch
 
-from ..box_tree import TreeIndex
+from ..box_tree import LEAF_SIZE, TreeIndex
 from .c_compiler import compiled_library, in_threads, kernels_enabled, pointer
 from .c_source import c_source
 
 TREE_FLAGS = ("-fno-math-errno",)
 TREE_SOURCE = c_source("box_tree_cpu.c")
 TREE_SIZES = ("length", "dims", "wanted", "window", "leaves_read", "stored", "leaf_capacity", "page_capacity")
-TREE_TENSORS = (
-    "queries",
-    "keys",
-    "query_index",
-    "reach",
-    "counts",
-    "counters",
-    "leaves",
-    "leaf_pages",
-    "cuts",
-    "pages",
-    "indices",
-    "distances",
-)
+INDEX_TENSORS = ("counters", "leaves", "leaf_pages", "cuts", "pages")
+TREE_TENSORS = ("queries", "keys", "query_index", "reach", "counts", *INDEX_TENSORS, "indices", "distances")
 
 
 class _TreeSearch(ctypes.Structure):
@@ -44,7 +32,8 @@ def tree_library(positions: torch.Tensor) -> ctypes.CDLL | None:
     """Return the compiled library if positions are on a CPU and kernels are enabled, else None."""
     if positions.device.type != "cpu" or not kernels_enabled():
         return None
-    return compiled_library(TREE_SOURCE, *TREE_FLAGS, functions=("search_tree",), carried="libbox_tree")
+    functions = ("search_tree", "crop_tree")
+    return compiled_library(TREE_SOURCE, *TREE_FLAGS, functions=functions, carried="libbox_tree")
 
 
 def search_tree_cpu(
@@ -70,16 +59,10 @@ def search_tree_cpu(
     )
     indices = query_index.new_empty(rows, length, num_neighbors)
     distances = query.new_empty(rows, length, num_neighbors, dtype=torch.int32)
-    state: tuple[torch.Tensor | None, ...] = (None,) * 5
-    leaf_capacity = page_capacity = 0
-    if index is not None:
-        state = (index.counters, index.leaves, index.leaf_pages, index.cuts, index.pages)
-        assert all(tensor.is_contiguous() for tensor in state)
-        leaf_capacity, page_capacity = index.leaves.shape[1], index.pages.shape[1]
-    sizes = (length, dims, num_neighbors, window, num_leaves, key.shape[1], leaf_capacity, page_capacity)
-    call = _TreeSearch(*sizes)
-    tensors = (query, key, query_index, reach, counts, *state, indices, distances)
-    for name, tensor in zip(TREE_TENSORS, tensors, strict=True):
+    sizes = (length, dims, num_neighbors, window, num_leaves, key.shape[1])
+    call = _tree_search(index, dict(zip(TREE_SIZES, sizes, strict=False)))
+    tensors = {"queries": query, "keys": key, "query_index": query_index, "reach": reach, "counts": counts}
+    for name, tensor in (tensors | {"indices": indices, "distances": distances}).items():
         setattr(call, name, pointer(tensor))
 
     def work(first: int, last: int) -> None:
@@ -88,3 +71,32 @@ def search_tree_cpu(
 
     in_threads(work, rows, length)
     return indices, distances
+
+
+def crop_tree_cpu(library: ctypes.CDLL, index: TreeIndex, base: torch.Tensor) -> None:
+    """`neighbor_search.crop_tree` of a "paged" index.
+
+    Raises:
+        MemoryError: the working memory cannot be allocated.
+    """
+    base = base.contiguous()
+    axis_pairs = index.leaves.shape[2] // LEAF_SIZE - 1
+    call = _tree_search(index, {"dims": 2 * axis_pairs})  # the last axis of an odd number is 0
+
+    def work(first: int, last: int) -> None:
+        if library.crop_tree(ctypes.c_int64(first), ctypes.c_int64(last), ctypes.byref(call), pointer(base)):
+            raise MemoryError("The neighbour search could not allocate memory to crop its trees.")
+
+    in_threads(work, len(base), index.leaves.shape[1])
+
+
+def _tree_search(index: TreeIndex | None, sizes: dict[str, int]) -> _TreeSearch:
+    """Return the arguments of the C code with these sizes and the tensors of an index."""
+    call = _TreeSearch(**sizes)
+    if index is not None:
+        call.leaf_capacity, call.page_capacity = index.leaves.shape[1], index.pages.shape[1]
+        for name in INDEX_TENSORS:
+            tensor = getattr(index, name)
+            assert tensor.is_contiguous()
+            setattr(call, name, pointer(tensor))
+    return call
