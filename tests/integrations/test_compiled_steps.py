@@ -6,6 +6,7 @@ from torch._dynamo.backends.common import aot_autograd
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 from dfn_hf import DFNConfig, DFNForCausalLM
+from dfn_hf.modeling.ops.box_tree import BLOCK, RECENT
 from tests.modeling.modules.test_static_cache import MASKS, STRICT, logits_of, run
 from tests.support.families import draw_ids
 from tests.support.marks import first_quickly
@@ -38,6 +39,22 @@ def test_decode_steps_compile_to_one_graph(search, mask, backend):
     with torch._dynamo.config.patch(error_on_recompile=True):
         steps += run(step, cache, ids[:, 21:], None if mask is None else mask[:, 21:], [1] * 19)
     assert torch.allclose(logits_of(first + steps), logits_of(expected), **STRICT)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_block_enters_the_tree_in_a_compiled_step():
+    model = make_small_model("dfn", num_leaves=1)
+    window, place = model.config.local_window, RECENT + 2 * BLOCK - 3
+    ids, calls = draw_ids(2, place + window + 6, 0), (place + window, *[1] * 6)
+    expected = run(model, DynamicCache(config=model.config), ids, None, calls)
+    cache = StaticCache(config=model.config, max_cache_len=ids.shape[1])
+    first = run(model, cache, ids, None, calls[:1])
+    counters = cache.layers[0].data("tree_counters")
+    assert (counters[..., 0] == BLOCK).all()
+    step = torch.compile(model, fullgraph=True, backend="aot_eager")
+    steps = run(step, cache, ids[:, calls[0] :], None, calls[1:])
+    assert (counters[..., 0] == 2 * BLOCK).all()
+    assert torch.allclose(logits_of(first + steps), logits_of(expected), rtol=0, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 

@@ -8,7 +8,7 @@ from dfn_hf.modeling.dfn import attention as dfn_attention
 from tests.support.families import draw_ids, draw_model
 from tests.support.small_models import make_small_model
 
-SEEDS = (0, 1, 4, 5, 7, 10)  # every norm, both searches, memory and none
+SEEDS = (0, 1, 3, 4, 5, 11)  # every norm, both searches, memory and none
 STRICT = {"atol": 1e-9, "rtol": 0}
 PROMPT_MASK = torch.tensor([[0] * 5 + [1] * 15, [1] * 20])
 MASKS = {
@@ -88,7 +88,7 @@ def test_generated_tokens(seed, prompt):
 
 
 def test_tensors_keep_shape_and_address():
-    model, ids = draw_model("dfn", 5), draw_ids(2, 40, 5)
+    model, ids = draw_model("dfn", 11), draw_ids(2, 40, 5)
     cache = StaticCache(config=model.config, max_cache_len=50)
     run(model, cache, ids, calls=(3,))
     names = list(cache.layers[0].states)
@@ -127,7 +127,7 @@ def test_rows_move_with_all_their_state(seed):
 
 @pytest.mark.parametrize("overrides", [{"num_neighbors": 0}, {"conv_kernel": 1}, {"local_window": 1}])
 def test_disabled_mechanisms(overrides):
-    model, ids = draw_model("dfn", 5, **overrides), draw_ids(2, 40, 5)
+    model, ids = draw_model("dfn", 11, **overrides), draw_ids(2, 40, 5)
     expected = run(model, DynamicCache(config=model.config), ids, MASKS["holes"])
     fixed = run(model, StaticCache(config=model.config, max_cache_len=40), ids, MASKS["holes"])
     assert torch.allclose(logits_of(fixed), logits_of(expected), **STRICT)
@@ -148,7 +148,7 @@ def test_gradients(seed):
 
 
 def test_too_many_tokens_are_refused():
-    model, ids = draw_model("dfn", 5), draw_ids(2, 40, 5)
+    model, ids = draw_model("dfn", 11), draw_ids(2, 40, 5)
     cache = StaticCache(config=model.config, max_cache_len=20)
     with pytest.raises(ValueError, match=r"max_cache_len is 20.*0 tokens and 21 more"):
         run(model, cache, ids, calls=(21,))
@@ -160,7 +160,7 @@ def test_too_many_tokens_are_refused():
 
 
 def test_unsupported_operations_are_refused():
-    model = draw_model("dfn", 5)
+    model = draw_model("dfn", 11)
     cache = StaticCache(config=model.config, max_cache_len=20)
     run(model, cache, draw_ids(2, 8, 5), calls=(8,))
     for change in (
