@@ -26,6 +26,12 @@ searches = pytest.mark.parametrize("search", first_quickly(["tree", "exact"]))
 samplings = pytest.mark.parametrize("sampling", ["token", "adaptive"])
 
 
+@pytest.fixture(params=["1", "0"], ids=["C", "torch"])
+def kernels(request, monkeypatch):
+    """Search in C, and in torch operations."""
+    monkeypatch.setenv("DFN_HF_KERNELS", request.param)
+
+
 def make(sampling, search):
     if sampling == "token":
         return draw_model("dfn", 3, search_implementation=search, **SMALL)
@@ -96,7 +102,7 @@ def test_chunks_and_steps_equal_one_call(sampling, search):
 
 @searches
 @samplings
-def test_crops_leave_no_trace(sampling, search):
+def test_crops_leave_no_trace(sampling, search, kernels):
     model, ids, other = make(sampling, search), draw_row_ids(sampling, 2), draw_row_ids(sampling, 2, seed=1)
     whole = logits_of(model, ids)
     cache = DynamicCache(config=model.config)
@@ -111,10 +117,11 @@ def test_crops_leave_no_trace(sampling, search):
 
 
 @pytest.mark.parametrize("removed", [1, 60, BLOCK + 50, LENGTH - 1])
-def test_a_crop_changes_only_trees_with_removed_entities(removed):
+def test_a_crop_changes_only_trees_with_removed_entities(removed, kernels):
     model, ids = make("token", "tree"), draw_row_ids("token", 2)
     mask = torch.ones_like(ids)
     mask[0, :200] = 0
+    expected = logits_of(model, ids, attention_mask=mask)[:, -removed:]
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
     run(model, cache, ids, mask)
@@ -122,11 +129,13 @@ def test_a_crop_changes_only_trees_with_removed_entities(removed):
     cache.crop(-removed)
     seen = cache.layers[0].lengths[:, None] - WINDOW + 1  # of the next query
     base = (seen - RECENT).clamp(min=0) // BLOCK * BLOCK
-    in_c = cache.layers[0].data("tree_pages") is not None
-    cropped = base.expand_as(before) if in_c else torch.zeros_like(before)  # other trees are built again
-    assert torch.equal(entered(cache), torch.where(before <= base, before, cropped))
-    changed = {1: [False, False], 60: [True, False], BLOCK + 50: [True, True], LENGTH - 1: [True, True]}
-    assert (before[0] > base).any(dim=-1).tolist() == changed[removed]
+    after, kept = entered(cache), before <= base
+    assert torch.equal(after[kept], before[kept]) and (after <= base).all()
+    assert kept[0].any(dim=-1).tolist() == {1: [True, True], 60: [False, True]}.get(removed, [False, False])
+    logits = run(model, cache, ids[:, -removed:], mask, LENGTH - removed)
+    real = mask[:, -removed:].bool()
+    assert torch.allclose(logits[real], expected[real], **STRICT)
+    assert torch.equal(entered(cache), before)
 
 
 @searches
