@@ -7,6 +7,7 @@ Shape letters: G rows, M queries of this call, N stored entities, P position_dim
 of storage; T rows, m queries and n leaves of one step; E members of the leaves that a block enters, S segments.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ import torch
 from .box_tree import BLOCK, LEAF_SIZE, RECENT, TreeIndex, empty_tree_index, leaf_budget, tree_base
 from .neighbor_ranking import NO_CODE, NO_DISTANCE, rank_nearest, squared_distances, sum_of_squares
 
-QUERY_CHUNK = 2**19  # distances computed together
+QUERY_CHUNK = 2**19  # candidates and leaves whose distances are computed together
 LOWEST, HIGHEST = -(2**15), 2**15 - 1  # coordinates of the cell that contains all of space
 FAR = 2**16  # larger than every coordinate
 
@@ -37,10 +38,11 @@ def search_tree_torch(
     if index is not None or reach is None:
         past = query_index[:, 0]
         return _search_rows(query, past, key, num_neighbors, window, num_leaves, counts, index)
-    return _search_segments(query, key[:, :length], num_neighbors, window, num_leaves, reach, counts)
+    return search_segments(_search_rows, query, key[:, :length], num_neighbors, window, num_leaves, reach, counts)
 
 
-def _search_segments(
+def search_segments(
+    search_rows: Callable,
     query: torch.Tensor,
     key: torch.Tensor,
     num_neighbors: int,
@@ -49,7 +51,10 @@ def _search_segments(
     reach: torch.Tensor,
     counts: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Search each segment as a row of its own. Segments of similar length share a call, which bounds the padding."""
+    """Search each segment as a row of its own. Segments of similar length share a call, which bounds the padding.
+
+    `search_rows` has the arguments and results of `_search_rows`; `counts` is int64 `[G]`.
+    """
     rows, length, position_dim = query.shape
     is_start = (reach == 0) & (torch.arange(length, device=query.device) < counts[:, None])
     row, first = is_start.nonzero().unbind(dim=-1)
@@ -66,7 +71,7 @@ def _search_segments(
         offsets = torch.arange(int(lengths.max()), device=query.device)
         is_real = offsets < lengths[:, None]
         place = start[members, None] + offsets * is_real
-        found, distances = _search_rows(
+        found, distances = search_rows(
             query[place], torch.zeros_like(lengths), key[place], num_neighbors, window, num_leaves, lengths, None
         )
         found = torch.where(found < 0, -1, found + first[members, None, None])
@@ -122,7 +127,8 @@ class _RowSearch:
         if len(rows) == 0:
             return
         width = int((end - first).max())
-        candidates = RECENT + BLOCK + LEAF_SIZE * self.num_leaves + int(self.index.counters[:, 1].max())
+        leaves = int(self.index.counters[:, 1].max())
+        candidates = min(RECENT + BLOCK, self.key.shape[1]) + leaves + LEAF_SIZE * min(self.num_leaves, leaves)
         step = min(width, max(1, QUERY_CHUNK // candidates))
         for part in rows.split(max(1, QUERY_CHUNK // candidates // width)):
             for start in range(0, width, step):

@@ -1,11 +1,13 @@
-"""Compiles the Triton kernels for an H100 or H200 without a GPU; prints one line of JSON per kernel.
+"""Compiles the Triton kernels for a GPU that is not there; prints one line of JSON per kernel.
 
-It calls the real launch functions with small tensors on the CPU, and replaces the launch itself by a compilation.
+Arguments: the compute capability, for example 80 (A100) or 90 (H100, H200). The script calls the real launch functions
+with small tensors on the CPU, and replaces the launch itself by a compilation.
 """
 
 import json
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -14,15 +16,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
-from dfn_hf.modeling.ops.cell_grid import GRID, ball_cells_per_axis, geometric_cell_sizes
-from dfn_hf.modeling.ops.cell_lists import CellGrids, grid_constants
+from dfn_hf.modeling.ops.box_tree import BLOCK, RECENT, empty_tree_index
 from dfn_hf.modeling.ops.kernels import triton_launch
 
-LENGTH, HEADS, POSITION_DIM, NUM_NEIGHBORS, WINDOW, TABLES, CANDIDATES, VALUE_FEATURES = 256, 2, 4, 16, 32, 16, 8, 64
+LENGTH, HEADS, POSITION_DIM, NUM_NEIGHBORS, WINDOW, NUM_LEAVES, VALUE_FEATURES = 256, 2, 4, 16, 32, 8, 64
 
 
-class H200:
+class AbsentGPU:
     """The part of a Triton driver that compilation needs."""
+
+    def __init__(self, capability):
+        self.capability = capability
 
     def get_current_device(self):
         return 0
@@ -31,7 +35,7 @@ class H200:
         return 0
 
     def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
 
 def compile_only(self, *arguments, run=JITFunction.run, **options):
@@ -52,16 +56,17 @@ def compile_only(self, *arguments, run=JITFunction.run, **options):
 
 
 def search():
-    queries, keys = torch.zeros(2, HEADS, LENGTH, POSITION_DIM)
-    sizes = geometric_cell_sizes(TABLES)
-    grids = CellGrids(*grid_constants(POSITION_DIM, TABLES, 0), sizes, ball_cells_per_axis(POSITION_DIM, sizes))
-    constants = grids.rotation, torch.zeros(grids.shift.shape), torch.ones(TABLES), grids.cells_per_axis
-    triton_launch.cells_triton(queries, GRID, *constants)
-    cells = grids.cells(keys)
-    reach, counts = torch.zeros(HEADS, LENGTH, dtype=torch.int64), torch.zeros(HEADS, dtype=torch.int64)
-    triton_launch.search_cells_triton(
-        queries, cells, keys, cells, NUM_NEIGHBORS, WINDOW, CANDIDATES, grids.table_offsets, reach, counts
-    )
+    """Compile the search of a whole row, and of a step with an index."""
+    length = RECENT + 3 * BLOCK
+    for queries in (length, 1):
+        query, key = (
+            torch.zeros(HEADS, queries, POSITION_DIM).short(),
+            torch.zeros(HEADS, length, POSITION_DIM).short(),
+        )
+        index = empty_tree_index("flat", HEADS, length, POSITION_DIM, query.device) if queries == 1 else None
+        positions = torch.arange(length - queries, length).expand(HEADS, -1)
+        counts = torch.full((HEADS,), queries)
+        triton_launch.search_tree_triton(query, positions, key, NUM_NEIGHBORS, WINDOW, NUM_LEAVES, None, counts, index)
 
 
 def attend(value_dtype, deterministic):
@@ -76,7 +81,7 @@ def attend(value_dtype, deterministic):
 
 
 if __name__ == "__main__":
-    driver.set_active(H200())
+    driver.set_active(AbsentGPU(int(sys.argv[1])))
     JITFunction.run = compile_only
     search()
     attend(torch.bfloat16, deterministic=False)

@@ -3,10 +3,10 @@
 Block sizes are estimates for an H200, not measurements.
 
 Shape letters: B batch, H heads, G = B * H rows, M queries, N stored entities, E query/key features, D value features,
-P position_dim, L tables, w candidates per table, K neighbours.
+P position_dim, K neighbours.
 """
 
-from itertools import pairwise
+from dataclasses import dataclass
 
 import torch
 
@@ -15,6 +15,26 @@ try:  # transformers requires every package imported outside a `try` on each mac
 except ImportError:
     raise
 
+from ..box_tree import (
+    BLOCK,
+    ENTITIES_PER_LEAF,
+    LEAF_SIZE,
+    RECENT,
+    SPARE_LEAVES,
+    TreeIndex,
+    empty_tree_index,
+    tree_base,
+)
+from ..box_tree_torch import search_segments
+from ..neighbor_ranking import NO_DISTANCE
+from .box_tree_query_triton import nearest_leaves_kernel, search_kernel
+from .box_tree_triton import (
+    TreeSearch,
+    catch_up_kernel,
+    constexpr,
+    enter_kernel,
+    locate_kernel,
+)
 from .flow_attention_triton import (
     Attention,
     StridedRows,
@@ -23,97 +43,181 @@ from .flow_attention_triton import (
     backward_queries_kernel,
     forward_kernel,
 )
-from .neighbor_search_triton import Search, cells_kernel, constexpr, ends_kernel, search_kernel
 
-PLACES = 256  # entities per program of cells_kernel and ends_kernel
-CODES_PER_WARP = 512  # candidate codes per program of search_kernel
+CODES = 1024  # candidate codes that a program of the search holds
+LOCATED_LEAVES = 32  # leaves that a program compares with a block at once
+ENTITIES = 8  # entities of a block per program of enter_kernel
+PROGRAMS = 2048  # programs that fill a GPU
 QUERIES = 16  # queries per program of the attention kernels, the minimum of a matrix product
 KEYS = 16  # entities per program of backward_keys_kernel
 PAIRS = 16  # queries per iteration of backward_neighbors_kernel
 TILE = 32  # entities of the local window, or queries of an entity, per iteration
 
 
-def cells_triton(
-    positions: torch.Tensor,
-    grid: float,
-    rotation: torch.Tensor,
-    shift: torch.Tensor,
-    edges: torch.Tensor,
-    cells_per_axis: list[int],
-) -> torch.Tensor:
-    """`cell_lists.CellGrids.cells` for positions on the grid; returns int32 `[..., M, L]`, stored by table.
-
-    Args:
-        positions: float32 `[..., M, P]`.
-        grid: grid points per unit.
-        rotation: int32 `[L, A, P]`.
-        shift: `[L, A]`, integers in units of rotated positions.
-        edges: `[L]`, likewise.
-        cells_per_axis: one per table.
-    """
-    *leading, length, dims = positions.shape
-    tables, axes, _ = rotation.shape
-    cells = torch.empty(*leading, tables, length, dtype=torch.int32, device=positions.device)
-    counts = torch.tensor(cells_per_axis, dtype=torch.int32, device=positions.device)
-    constants = (positions.contiguous(), rotation.int().contiguous(), shift.double(), edges.double(), counts)
-    blocks, rows = -(-length // PLACES), cells[..., 0, 0].numel()
-    with torch.cuda.device_of(positions):
-        cells_kernel[(rows * blocks,)](
-            *constants, cells, length, blocks, grid, tables, axes, dims, triton.next_power_of_2(dims), PLACES
-        )
-    return cells.transpose(-1, -2)
-
-
-def search_cells_triton(
-    query_positions: torch.Tensor,
-    query_cells: torch.Tensor,
-    key_positions: torch.Tensor,
-    key_cells: torch.Tensor,
+def search_tree_triton(
+    query: torch.Tensor,
+    query_index: torch.Tensor,
+    key: torch.Tensor,
     num_neighbors: int,
     window: int,
-    candidates_per_table: int,
-    table_offsets: list[int],
+    num_leaves: int,
     reach: torch.Tensor | None,
     counts: torch.Tensor | None,
+    index: TreeIndex | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`neighbor_search.search_cells` for rows without a past."""
-    rows, length, tables = query_cells.shape
-    num_cells = max(end - start for start, end in pairwise(table_offsets))
-    # A stable sort keeps the time order. Shorter keys need fewer radix passes.
-    cells = key_cells.transpose(1, 2).to(torch.int16 if num_cells < 2**15 else torch.int32)
-    cells, times = cells.contiguous().sort(dim=-1, stable=True)
-    bounds = torch.arange(num_cells + 1, device=cells.device).to(cells.dtype).expand(rows, tables, -1)
-    padded_tables, padded_candidates = triton.next_power_of_2(tables), triton.next_power_of_2(candidates_per_table)
-    search = Search(
-        queries=query_positions.contiguous(),
-        keys=key_positions.contiguous(),
-        cells=query_cells.transpose(1, 2).contiguous(),
-        times=times.int(),
-        starts=torch.searchsorted(cells, bounds.contiguous(), out_int32=True),
-        ends=torch.empty(rows, tables, length, dtype=torch.int32, device=cells.device),
-        reach=None if reach is None else reach.contiguous(),
-        counts=counts,
-        length=length,
-        num_cells=num_cells,
-        window=constexpr(window),
-        dims=constexpr(query_positions.shape[-1]),
-        tables=constexpr(tables),
-        padded_tables=constexpr(padded_tables),
-        candidates=constexpr(candidates_per_table),
-        padded_candidates=constexpr(padded_candidates),
-    )
-    indices = query_positions.new_empty(rows, length, num_neighbors, dtype=torch.int64)
-    distances = query_positions.new_empty(rows, length, num_neighbors)
-    blocks = -(-length // PLACES)
-    queries = max(1, CODES_PER_WARP // (padded_tables * padded_candidates))
-    search_blocks = -(-length // queries)
-    with torch.cuda.device_of(indices):
-        ends_kernel[(rows * tables * blocks,)](search, blocks, length.bit_length(), PLACES)
-        # One warp per program keeps each reduction within the warp.
-        search_kernel[(rows * search_blocks,)](
-            search, indices, distances, search_blocks, num_neighbors, queries, num_warps=1
+    """`neighbor_search.search_tree` with at least one query and one neighbour; updates a "flat" `index` in place.
+
+    A call with one query per row or without an index and segments never waits for the GPU, so that a CUDA graph can
+    hold it.
+    """
+    if index is None and reach is not None:
+        length = query.shape[1]
+        counts = query_index.new_full((len(query),), length) if counts is None else counts
+        return search_segments(
+            _search_rows_triton, query, key[:, :length], num_neighbors, window, num_leaves, reach, counts
         )
-    return indices, distances
+    return _search_rows_triton(query, query_index[:, 0], key, num_neighbors, window, num_leaves, counts, index)
+
+
+def _search_rows_triton(
+    query: torch.Tensor,
+    past: torch.Tensor,
+    key: torch.Tensor,
+    num_neighbors: int,
+    window: int,
+    num_leaves: int,
+    counts: torch.Tensor | None,
+    index: TreeIndex | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`box_tree_torch._search_rows`. Without an index, the rows start at position 0."""
+    rows, length, position_dim = query.shape
+    is_new = index is None
+    if index is None:
+        index = empty_tree_index("flat", rows, tree_base(length - window), position_dim, query.device)
+    has_leaves = index.leaf_ids.shape[1] > 0
+    rounds, first_width = 0, length
+    started = index.counters[:, 0].clone() if has_leaves and length > 1 else None
+    if started is not None and is_new:
+        rounds, first_width = tree_base(length - window) // BLOCK, min(length, RECENT + BLOCK + window - 1)
+    elif started is not None:
+        rounds, first_width = _rounds(past, counts, started, length, window)
+    call = _TreeCall.prepare(query, past, key, num_neighbors, window, num_leaves, counts, index, started)
+    with torch.cuda.device_of(query):
+        if has_leaves and length == 1:
+            catch_up_kernel[(rows,)](call.search, LOCATED_LEAVES)
+            call.enter(0)
+        call.answer(0, first_width, in_trees=has_leaves and not is_new)
+        for number in range(1, rounds + 1):
+            call.enter(number)
+            call.answer(number, min(length, BLOCK), in_trees=True)
+    return call.indices, call.distances
+
+
+def _rounds(
+    past: torch.Tensor, counts: torch.Tensor | None, started: torch.Tensor, length: int, window: int
+) -> tuple[int, int]:
+    """Return (blocks that enter the row with the most, most queries of a row that see the trees as they are)."""
+    counts = torch.full_like(past, length) if counts is None else counts
+    ends = started + (RECENT + BLOCK + window - 1) - past
+    width = torch.minimum(ends, counts) - (ends - BLOCK).clamp(min=0) * (started > 0)
+    blocks = (tree_base(past + counts - window) - started) // BLOCK * (counts > 0)
+    rounds, first_width = torch.stack([blocks, width]).amax(dim=1).tolist()
+    return max(rounds, 0), max(first_width, 0)
+
+
+def _num_parts(programs: int, num_leaves: int, leaf_tile: int) -> int:
+    """Return among how many programs to divide the leaves of storage, so that the GPU is full."""
+    return max(1, min(PROGRAMS // programs, -(-num_leaves // leaf_tile)))
+
+
+@dataclass
+class _TreeCall:
+    """The launches of one `search_tree_triton`.
+
+    Attributes:
+        search: the inputs of the kernels.
+        indices, distances: the results.
+        query_tile, leaf_tile: queries per program, and leaves per iteration.
+    """
+
+    search: TreeSearch
+    indices: torch.Tensor
+    distances: torch.Tensor
+    query_tile: int
+    leaf_tile: int
+
+    @classmethod
+    def prepare(cls, query, past, key, num_neighbors, window, num_leaves, counts, index, started):
+        """Allocate the results and the working memory; the arguments are those of `_search_rows_triton`."""
+        rows, length, dims = query.shape
+        stored_leaves = index.leaf_ids.shape[1]
+        num_leaves = min(num_leaves, max(stored_leaves, 1))
+        padded_leaves = triton.next_power_of_2(num_leaves)
+        query_tile = min(16, triton.next_power_of_2(length), max(1, CODES // (LEAF_SIZE * padded_leaves)))
+        leaf_tile = max(1, CODES // query_tile)
+        width = -(-min(length, BLOCK) // query_tile) * query_tile
+        parts = _num_parts(rows * width // query_tile, stored_leaves, leaf_tile)
+
+        def memory(*shape, dtype=torch.int32):
+            return torch.empty(rows, *shape, dtype=dtype, device=query.device) if stored_leaves else None
+
+        search = TreeSearch(
+            queries=query.contiguous(),
+            keys=key.contiguous(),
+            past=past.contiguous(),
+            counts=None if counts is None else counts.contiguous(),
+            counters=index.counters,
+            leaf_ids=index.leaf_ids,
+            leaf_boxes=index.leaf_boxes,
+            started=started,
+            located=memory(BLOCK),
+            created=memory(BLOCK + 2),
+            near_codes=memory(width, parts, num_leaves, dtype=torch.int64),
+            near_leaves=memory(width, parts, num_leaves),
+            length=length,
+            stored=key.shape[1],
+            num_leaves=stored_leaves,
+            width=width,
+            parts=parts,
+            dims=constexpr(dims),
+            window=constexpr(window),
+            neighbors=constexpr(num_neighbors),
+            leaves_read=constexpr(num_leaves),
+            padded_dims=constexpr(triton.next_power_of_2(dims)),
+            padded_neighbors=constexpr(triton.next_power_of_2(num_neighbors)),
+            padded_leaves=constexpr(padded_leaves),
+            leaf_size=constexpr(LEAF_SIZE),
+            block=constexpr(BLOCK),
+            recent=constexpr(RECENT),
+            entities_per_leaf=constexpr(ENTITIES_PER_LEAF),
+            spare_leaves=constexpr(SPARE_LEAVES),
+            lanes=constexpr(triton.next_power_of_2(LEAF_SIZE + BLOCK)),
+        )
+        indices = past.new_full((rows, length, num_neighbors), -1)
+        distances = torch.full_like(indices, NO_DISTANCE, dtype=torch.int32)
+        return cls(search, indices, distances, query_tile, leaf_tile)
+
+    def enter(self, number: int) -> None:
+        """Enter one block in each row that needs one more in this round."""
+        rows, groups = len(self.indices), -(-BLOCK // ENTITIES)
+        parts = _num_parts(rows, self.search.num_leaves, LOCATED_LEAVES)
+        locate_kernel[(rows * parts,)](self.search, number, parts, LOCATED_LEAVES)
+        for write in (False, True):
+            enter_kernel[(rows * groups,)](self.search, number, groups, write, ENTITIES)
+
+    def answer(self, number: int, width: int, in_trees: bool) -> None:
+        """Search for at most `width` queries per row, those that see the present trees."""
+        if width == 0:
+            return
+        rows, tiles = len(self.indices), -(-width // self.query_tile)
+        if in_trees:
+            near_tiles = min(tiles, self.search.width // self.query_tile)
+            nearest_leaves_kernel[(rows * near_tiles * self.search.parts,)](
+                self.search, number, near_tiles, self.query_tile, self.leaf_tile
+            )
+        search_kernel[(rows * tiles,)](
+            self.search, self.indices, self.distances, number, tiles, self.query_tile, self.leaf_tile
+        )
 
 
 def flow_attention_forward_triton(
