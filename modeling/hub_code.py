@@ -4,7 +4,7 @@ transformers loads remote code from the files of one folder; their relative impo
 This module therefore merges the modules that a family imports, in dependency order, into at most three files:
 
 - `configuration_<family>.py`: the configuration and what it imports;
-- `<family>_kernels.py`: the modules of `ops/kernels`, with their C code as strings;
+- `<family>_kernels.py`: the modules of `ops/kernels` and what they import, with their C code as strings;
 - `modeling_<family>.py`: everything else.
 
 A merged file holds the imports of its modules and then their bodies, each below a comment with its source path.
@@ -65,8 +65,10 @@ def merged_files(configuration: Path) -> dict[str, str]:
     """Return the merged files, {file name: text}, of the family with this configuration module."""
     family = configuration.stem.removeprefix("configuration_")
     names = dict.fromkeys(closure([configuration]), configuration.name)
-    for path in closure(sorted(configuration.parent.glob(f"modeling_{family}*.py"))):
-        names.setdefault(path, f"{family}_kernels.py" if path.parent == KERNELS else f"modeling_{family}.py")
+    paths = closure(sorted(configuration.parent.glob(f"modeling_{family}*.py")))
+    kernels = closure(path for path in paths if path.parent == KERNELS)
+    for path in paths:
+        names.setdefault(path, f"{family}_kernels.py" if path in kernels else f"modeling_{family}.py")
     return {
         name: merge([path for path in names if names[path] == name], names) for name in sorted(set(names.values()))
     }
