@@ -3,29 +3,79 @@
 import pytest
 import torch
 
-from dfn_hf.modeling.ops.cell_grid import ball_cells_per_axis, geometric_cell_sizes
-from dfn_hf.modeling.ops.cell_lists import CellGrids, grid_constants
+from dfn_hf.modeling.ops.box_tree import BLOCK, RECENT, empty_tree_index
 from dfn_hf.modeling.ops.flow_attention import flow_attention
-from dfn_hf.modeling.ops.neighbor_search import search_cells
-from tests.modeling.ops.test_neighbor_search import assert_same, draw_positions
+from dfn_hf.modeling.ops.neighbor_search import search_tree
+from tests.modeling.ops.test_box_tree import draw_positions
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="requires a GPU: the interpreter would take hours"
 )
 
-LENGTH, HEADS, POSITION_DIM, NUM_NEIGHBORS, WINDOW, NUM_TABLES, CANDIDATES = 50_001, 4, 4, 16, 32, 16, 8
+LENGTH, HEADS, POSITION_DIM, NUM_NEIGHBORS, WINDOW = 50_001, 4, 4, 16, 32
+SEARCH = (NUM_NEIGHBORS, WINDOW, 8)
 
 
 def search(queries, keys, **options):
-    sizes = geometric_cell_sizes(NUM_TABLES)
-    constants = (x.to(queries.device) for x in grid_constants(POSITION_DIM, NUM_TABLES, 0))
-    grids = CellGrids(*constants, sizes, ball_cells_per_axis(POSITION_DIM, sizes))
-    query_cells, key_cells = (grids.cells(x, on_grid=True) for x in (queries, keys))
-    index = torch.arange(LENGTH, device=queries.device).expand(HEADS, -1)
-    return search_cells(
-        queries, query_cells, index, keys, key_cells, NUM_NEIGHBORS, WINDOW, CANDIDATES, reach=index % 9_999,
-        table_offsets=grids.table_offsets,
-    )  # fmt: skip
+    index = torch.arange(queries.shape[1], device=queries.device).expand(len(queries), -1)
+    return search_tree(queries, index, keys, *SEARCH, **options)
+
+
+def assert_same(found, expected):
+    assert all(map(torch.equal, (x.cpu() for x in found), (x.cpu() for x in expected)))
+
+
+@pytest.mark.parametrize("kind", ["uniform", "clusters", "one place", "drift on one axis", "walk"])
+def test_neighbours_are_those_of_the_cpu(kind):
+    queries, keys = draw_positions(kind, (HEADS, 15_001, POSITION_DIM), seed=0)
+    assert_same(search(queries.cuda(), keys.cuda()), search(queries, keys))
+
+
+@pytest.mark.parametrize("position_dim", [1, 4, 9])
+def test_a_long_row_and_its_segments(position_dim):
+    queries, keys = draw_positions("clusters", (1, LENGTH, position_dim), seed=1)
+    reach = torch.arange(LENGTH)[None] % 9_999
+    assert_same(search(queries.cuda(), keys.cuda()), search(queries, keys))
+    assert_same(search(queries.cuda(), keys.cuda(), reach=reach.cuda()), search(queries, keys, reach=reach))
+
+
+def test_chunks_of_ragged_rows():
+    queries, keys = (x.cuda() for x in draw_positions("walk", (3, 6_000, POSITION_DIM), seed=2))
+    expected = search(queries, keys)
+    index = empty_tree_index("flat", 3, 6_000, POSITION_DIM, queries.device)
+    past = torch.zeros(3, dtype=torch.int64, device=queries.device)
+    for counts in ([1_500, 900, 10], [1, 1, 1], [700, 0, 3_000], [3_799, 5_099, 2_989]):
+        counts = torch.tensor(counts, device=queries.device)
+        place = past[:, None] + torch.arange(int(counts.max()), device=queries.device)
+        part = queries.gather(1, place.clamp(max=5_999)[..., None].expand(-1, -1, POSITION_DIM))
+        found = search_tree(part, place, keys, *SEARCH, counts=counts, index=index)
+        for row, (first, count) in enumerate(zip(past.tolist(), counts.tolist(), strict=True)):
+            assert_same([x[row, :count] for x in found], [x[row, first : first + count] for x in expected])
+        past = past + counts
+    assert past.tolist() == [6_000] * 3
+
+
+def test_steps_in_a_cuda_graph():
+    length, first = RECENT + 6 * BLOCK, RECENT + 2 * BLOCK
+    queries, keys = (x.cuda() for x in draw_positions("clusters", (HEADS, length, POSITION_DIM), seed=3))
+    expected = search(queries, keys)
+    index = empty_tree_index("flat", HEADS, length, POSITION_DIM, queries.device)
+    query, position = queries[:, first : first + 1].clone(), torch.full((HEADS, 1), first, device=queries.device)
+
+    def step():
+        return search_tree(query, position, keys, *SEARCH, index=index)
+
+    step()  # compiles the kernels
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    for i in range(first, length):
+        if i == length - 100:
+            index.counters.zero_()  # as after a crop: the next step builds the trees again
+        query.copy_(queries[:, i : i + 1])
+        position.fill_(i)
+        graph.replay()
+        assert_same(found, [x[:, i : i + 1] for x in expected])
 
 
 def on_gpu_and_without(monkeypatch, function, *tensors):
@@ -33,12 +83,6 @@ def on_gpu_and_without(monkeypatch, function, *tensors):
     found = function(*(x.cuda() for x in tensors))
     monkeypatch.setenv("DFN_HF_KERNELS", "0")
     return [x.cpu() for x in found], function(*tensors)
-
-
-@pytest.mark.parametrize("kind", ["spread", "few"])
-def test_neighbours_are_those_of_torch(kind, monkeypatch):
-    positions = draw_positions((HEADS, LENGTH, POSITION_DIM), 0, kind=kind)
-    assert_same(*on_gpu_and_without(monkeypatch, search, *positions))
 
 
 def draw_attention(value_dtype):

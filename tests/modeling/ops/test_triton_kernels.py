@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -10,21 +11,20 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from dfn_hf.modeling.ops import dispatch
-from dfn_hf.modeling.ops.cell_grid import GRID, ball_cells_per_axis, geometric_cell_sizes
-from dfn_hf.modeling.ops.cell_lists import CellGrids, grid_constants
+from dfn_hf import DFNConfig, DFNForCausalLM
+from dfn_hf.modeling.ops import box_tree, dispatch
+from dfn_hf.modeling.ops.box_tree import BLOCK, RECENT, empty_tree_index
+from dfn_hf.modeling.ops.box_tree_torch import search_tree_torch
 from dfn_hf.modeling.ops.flow_attention import flow_attention, flow_attention_reference
-from dfn_hf.modeling.ops.neighbor_search import search_cells
-from tests.modeling.ops.test_c_compiler import draw_model
+from dfn_hf.modeling.ops.neighbor_search import search_tree
+from tests.modeling.ops.test_box_tree import KINDS, WHOLE, draw_positions, random_splits, search_in_loops, set_sizes
 from tests.modeling.ops.test_flow_attention import DIFFERENTIABLE, TOLERANCE, draw_inputs, outputs_and_gradients
-from tests.modeling.ops.test_neighbor_search import assert_same, draw_positions
 
 triton_launch = pytest.importorskip(
     "dfn_hf.modeling.ops.kernels.triton_launch", reason="Triton supports Linux only", exc_type=ImportError
 )
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SEARCH = ("cells_triton", "search_cells_triton")
 ATTENTION = ("flow_attention_forward_triton", "flow_attention_backward_triton")
 
 
@@ -42,67 +42,139 @@ def launched(monkeypatch):
 
         return call
 
-    for name in SEARCH + ATTENTION:
+    for name in ("search_tree_triton", *ATTENTION):
         monkeypatch.setattr(triton_launch, name, observed(name, getattr(triton_launch, name)))
     return names
-
-
-def draw_grids(position_dim, num_tables, cell_sizes=None):
-    sizes = cell_sizes or geometric_cell_sizes(num_tables)
-    constants = (x.to(DEVICE) for x in grid_constants(position_dim, num_tables, 1))
-    return CellGrids(*constants, sizes, ball_cells_per_axis(position_dim, sizes))
 
 
 # Search
 
 
-@pytest.mark.parametrize(("shape", "num_tables"), [((2, 1, 37, 4), 3), ((1, 300, 1), 1), ((3, 5, 16), 6)])
-def test_cells_are_those_of_torch(shape, num_tables, launched):
-    grids = draw_grids(shape[-1], num_tables)
-    positions = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    positions = (positions * GRID).round() / GRID
-    positions[..., 0, 0], positions[..., 1, 0] = 1e30, -1e30  # beyond the outermost cells
-    positions = positions.to(DEVICE, torch.float32)
-    expected = grids.cells(positions)
-    assert launched == [] and torch.equal(grids.cells(positions, on_grid=True), expected)
-    assert launched == ["cells_triton"]
+def set_all_sizes(monkeypatch, **sizes):
+    """Change constants of the box tree and of the launch."""
+    set_sizes(monkeypatch, **{name: size for name, size in sizes.items() if hasattr(box_tree, name)})
+    for name, size in sizes.items():
+        if hasattr(triton_launch, name):
+            monkeypatch.setattr(triton_launch, name, size)
 
 
-SEARCHES = {
-    "spread": {},
-    "duplicates": {"kind": "few", "num_tables": 5},
-    "all the same": {"kind": "same", "shape": (3, 29, 2)},
-    "no window": {"window": 0},
-    "more neighbours than candidates": {"num_neighbors": 11, "num_tables": 1},
-    "one entity": {"shape": (2, 1, 2), "window": 0},
-    "window longer than the row": {"shape": (1, 7, 2), "window": 9},
-    "more cells than 16 bits number": {"shape": (1, 40, 3), "cell_sizes": [8.0, 0.1], "num_tables": 2},
-    "many dimensions": {"shape": (1, 35, 16)},
-    "reach": {"reach": True, "kind": "few"},
-    "padding": {"counts": (33, 0), "reach": True},
-}
+@pytest.fixture
+def small_trees(monkeypatch):
+    set_all_sizes(monkeypatch, LEAF_SIZE=4, BLOCK=8, RECENT=12)
 
 
-@pytest.mark.parametrize("case", SEARCHES)
-def test_neighbours_are_those_of_torch(case, launched):
-    options = {
-        "shape": (2, 45, 4), "kind": "spread", "num_tables": 3, "cell_sizes": None, "candidates_per_table": 3,
-        "num_neighbors": 5, "window": 2, "reach": None, "counts": None, **SEARCHES[case],
-    }  # fmt: skip
-    rows, length, position_dim = options["shape"]
-    queries, keys = (x.to(DEVICE) for x in draw_positions(options["shape"], 0, kind=options["kind"]))
-    grids = draw_grids(position_dim, options["num_tables"], options["cell_sizes"])
-    index = torch.arange(length, device=DEVICE).expand(rows, -1)
-    reach = None if options["reach"] is None else index % 17
-    counts = None if options["counts"] is None else torch.tensor(options["counts"], device=DEVICE)
-    sizes = (options["num_neighbors"], options["window"], options["candidates_per_table"])
-    arguments = (queries, grids.cells(queries), index, keys, grids.cells(keys), *sizes)
-    expected = search_cells(*arguments, reach=reach, counts=counts)
-    assert launched == []
-    found = search_cells(*arguments, reach=reach, counts=counts, table_offsets=grids.table_offsets)
-    assert launched == ["search_cells_triton"]
+def assert_same(found, expected):
+    assert [x.dtype for x in found] == [torch.int64, torch.int32]
+    assert all(map(torch.equal, (x.cpu() for x in found), (x.cpu() for x in expected)))
+
+
+def search_in_both(queries, keys, *sizes, reach=None, counts=None):
+    """Return `search_tree` of whole rows in Triton, and in torch."""
+    index = torch.arange(queries.shape[1]).expand(len(queries), -1)
+    queries, keys, index, reach, counts = (
+        None if x is None else x.to(DEVICE) for x in (queries, keys, index, reach, counts)
+    )
+    found = search_tree(queries, index, keys, *sizes, reach=reach, counts=counts)
+    return found, search_tree_torch(queries, index, keys, *sizes, reach, counts, None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_triton_equals_torch_and_the_loop(kind, launched, monkeypatch):
+    choose = random.Random(kind).choice
+    for case in range(3):
+        sizes = {"LEAF_SIZE": choose([2, 4, 16]), "BLOCK": choose([4, 8, 16]), "RECENT": choose([4, 12, 20])}
+        launch = {"CODES": choose([64, 1024]), "LOCATED_LEAVES": choose([4, 32]), "ENTITIES": choose([1, 8])}
+        launch["PROGRAMS"] = choose([1, 4, 2048])
+        set_all_sizes(monkeypatch, **sizes, **launch, SPARE_LEAVES=choose([0, 2, 256]))
+        queries, keys = draw_positions(kind, (choose([1, 2]), choose([1, 9, 30, 45]), choose(range(1, 10))), seed=case)
+        sizes = choose(range(1, 21)), choose(range(10)), choose(range(1, 13))
+        found, expected = search_in_both(queries, keys, *sizes)
+        assert_same(found, expected)
+        assert_same(found, search_in_loops(queries, keys, *sizes))
+    assert launched == ["search_tree_triton"] * 3
+
+
+@pytest.mark.parametrize("num_queries", [5, 1])
+def test_the_sizes_of_the_model(num_queries, launched):
+    """The last queries of a row search, with an index that is three blocks behind."""
+    length = RECENT + 3 * BLOCK
+    queries, keys = (x.to(DEVICE) for x in draw_positions("clusters", (1, length, 4), seed=1))
+    position, index = torch.arange(length, device=DEVICE)[None], empty_tree_index("flat", 1, length, 4, DEVICE)
+    last = slice(length - num_queries, None)
+    found = search_tree(queries[:, last], position[:, last], keys, 16, 0, 8, index=index)
+    assert launched == ["search_tree_triton"] and index.counters[0, 0] == 3 * BLOCK
+    assert_same(found, [x[:, last] for x in search_tree_torch(queries, position, keys, 16, 0, 8, *WHOLE)])
+
+
+def test_segments_and_padding(small_trees, launched):
+    lengths, counts = [[50, 1, 9], [3, 37]], torch.tensor([60, 40])
+    queries, keys = draw_positions("clusters", (2, 64, 2), seed=2)
+    reach = torch.stack([torch.cat([torch.arange(length) for length in (*row, 64 - sum(row))]) for row in lengths])
+    found, expected = search_in_both(queries, keys, 5, 3, 2, reach=reach, counts=counts)
     assert_same(found, expected)
-    assert (expected[0] >= 0).any() == (options["window"] < length and length > 1 or options["window"] == 0)
+    found, expected = search_in_both(queries, keys, 5, 3, 2, counts=counts - 20)
+    assert_same(found, expected)
+    assert (found[0][1, 20:] == -1).all() and (found[0][1, 10:20] >= 0).any()
+    assert launched[0] == "search_tree_triton"
+
+
+class CallsInBoth:
+    """Searches ragged rows call by call in Triton and in torch, each with its own trees."""
+
+    def __init__(self, queries, keys, *sizes):
+        self.queries, self.keys, self.sizes = queries.to(DEVICE), keys.to(DEVICE), sizes
+        rows, length, position_dim = keys.shape
+        self.indices = [empty_tree_index("flat", rows, length, position_dim, DEVICE) for _ in range(2)]
+        self.past = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
+
+    def append(self, counts):
+        counts = counts.to(DEVICE)
+        index = self.past[:, None] + torch.arange(int(counts.max()), device=DEVICE)
+        place = index.clamp(max=self.queries.shape[1] - 1)[..., None].expand(-1, -1, self.queries.shape[-1])
+        arguments = self.queries.gather(1, place), index, self.keys, *self.sizes
+        in_triton, in_torch = self.indices
+        found = search_tree(*arguments, reach=index, counts=counts, index=in_triton)
+        assert_same(found, search_tree_torch(*arguments, None, counts, in_torch))
+        assert torch.equal(in_triton.counters, in_torch.counters)
+        self.past = self.past + counts
+
+    def crop(self, lengths):
+        self.past = torch.minimum(self.past, lengths.to(DEVICE))
+        base = box_tree.tree_base(self.past - self.sizes[1] + 1)
+        for index in self.indices:
+            index.counters[index.counters[:, 0] > base] = 0
+
+
+@pytest.mark.parametrize("kind", ["clusters", "walk"])
+def test_steps_and_chunks_equal_torch(kind, small_trees, launched):
+    calls = CallsInBoth(*draw_positions(kind, (2, 60, 2), seed=3), 5, 3, 2)
+    for counts in random_splits([60, 45], random.Random(kind).choice):
+        calls.append(counts)
+    assert calls.past.tolist() == [60, 45]
+    assert (calls.indices[0].counters[:, 1] > 1).all()
+
+
+def test_steps_after_a_crop_build_the_trees_again(small_trees, launched):
+    calls = CallsInBoth(*draw_positions("clusters", (3, 60, 3), seed=4), 6, 1, 3)
+    calls.append(torch.tensor([50, 60, 10]))
+    calls.crop(torch.tensor([40, 30, 10]))
+    assert calls.indices[0].counters[:, 0].tolist() == [0, 0, 0]
+    for _ in range(3):
+        calls.append(torch.tensor([1, 1, 0]))
+    assert calls.indices[0].counters[:, 0].tolist() == [24, 16, 0]
+    calls.append(torch.tensor([3, 20, 30]))
+
+
+def test_steps_do_not_wait_for_the_device(small_trees, launched, monkeypatch):
+    calls = CallsInBoth(*draw_positions("uniform", (2, 40, 2), seed=5), 4, 0, 2)
+    query, keys, index = calls.queries[:, 39:], calls.keys, torch.full((2, 1), 39, device=DEVICE)
+
+    def refuse(*arguments):
+        raise AssertionError("the host read a tensor of the device")
+
+    for name in ("item", "tolist", "nonzero", "__bool__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, refuse)
+    triton_launch.search_tree_triton(query, index, keys, 4, 0, 2, None, None, calls.indices[0])
 
 
 # Attention
@@ -183,9 +255,12 @@ def test_large_logits_stay_finite():
 # Dispatch
 
 
-def test_model_gives_the_same_in_triton(launched, monkeypatch):
-    model, ids = draw_model(num_hidden_layers=1)
-    model, ids = model.to(DEVICE), ids[:, :21].to(DEVICE)
+def test_model_gives_the_same_in_triton(launched, small_trees, monkeypatch):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 20}
+    search = {"num_neighbors": 4, "local_window": 4, "num_leaves": 2}
+    model = DFNForCausalLM(DFNConfig(**sizes, **search, num_hidden_layers=1, initializer_range=0.5)).to(DEVICE)
+    ids = torch.randint(0, 40, (2, 29), device=DEVICE)
 
     def run():
         model.zero_grad()
@@ -193,22 +268,13 @@ def test_model_gives_the_same_in_triton(launched, monkeypatch):
         outputs.loss.backward()
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            continued = [model(ids[:, part], past_key_values=cache).logits for part in (slice(17), slice(17, 21))]
+            continued = [model(ids[:, part], past_key_values=cache).logits for part in (slice(25), slice(25, 29))]
         gradients = [parameter.grad for parameter in model.parameters()]
         return outputs.entities[0].neighbors, [outputs.logits, *continued, *gradients]
 
     neighbors, found = run()
-    cells, first_search = ["cells_triton", "cells_triton"], ["search_cells_triton"]
-    assert launched == [
-        *cells,
-        *first_search,
-        *ATTENTION,
-        *cells,
-        *first_search,
-        "flow_attention_forward_triton",
-        *cells,
-        "flow_attention_forward_triton",
-    ]
+    cached_call = ["search_tree_triton", "flow_attention_forward_triton"]
+    assert launched == ["search_tree_triton", *ATTENTION, *cached_call, *cached_call]
     monkeypatch.setattr(dispatch, "triton_available", lambda device: False)
     expected_neighbors, expected = run()
     assert torch.equal(neighbors, expected_neighbors) and (neighbors >= 0).any()
@@ -251,16 +317,17 @@ def test_triton_is_available_on_a_gpu(monkeypatch):
 # Compiled
 
 
-def test_kernels_compile_for_a_gpu():
+@pytest.mark.parametrize("capability", ["80", "90"])
+def test_kernels_compile_for_a_gpu(capability):
     """Sizes are those of the default model. A new process compiles them: this one interprets them."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).parents[2] / "support" / "compiled_kernels.py"
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(script), capability], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     assert {kernel["name"] for kernel in kernels} == {
-        "cells_kernel", "ends_kernel", "search_kernel", "forward_kernel", "backward_queries_kernel",
-        "backward_neighbors_kernel", "backward_keys_kernel",
+        "catch_up_kernel", "locate_kernel", "enter_kernel", "nearest_leaves_kernel", "search_kernel",
+        "forward_kernel", "backward_queries_kernel", "backward_neighbors_kernel", "backward_keys_kernel",
     }  # fmt: skip
     for kernel in kernels:
         # Registers spill to the stack, by hundreds of bytes if blocks are too large.
