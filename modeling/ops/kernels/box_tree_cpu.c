@@ -608,7 +608,6 @@ typedef struct {
     int32_t *pages;
     int64_t index;
     int32_t waiting, next;
-    int32_t bound; /* distance of the last of `best` */
 } Query;
 
 static inline Ints splat(int32_t x) { return x - (Ints){0}; }
@@ -632,55 +631,103 @@ static inline void distances_to_boxes(const int16_t *boxes, const int32_t *pairs
     }
 }
 
-static inline void take(Query *s, int64_t room, int64_t wanted, int64_t code) {
-    if (code >= s->best[wanted - 1]) return;
-    insert(s->best, NULL, room, code, 0);
-    s->bound = s->best[wanted - 1] >> 32;
-}
-
-/* Takes the entities with ids first .. first + count - 1, a group of 16. */
-static inline void read_group(Query *s, const int16_t *group, int64_t first, int count, int64_t num_pairs, int64_t room,
-                              int64_t wanted) {
-    Ints distances[FAN / LANES];
-    distances_to(group, s->pairs, num_pairs, distances);
-    uint32_t near = at_most(distances, s->bound) & ((1u << count) - 1);
-    for (; near; near &= near - 1) {
-        int slot = __builtin_ctz(near);
-        take(s, room, wanted, (int64_t)((int32_t *)distances)[slot] << 32 | (s->index - first - slot));
-    }
-}
-
-static inline void read_leaf(Query *s, const int32_t *leaf, int64_t num_pairs, int64_t room, int64_t wanted) {
-    Ints distances[FAN / LANES];
-    distances_to((const int16_t *)(leaf + LEAF), s->pairs, num_pairs, distances);
-    uint32_t near = at_most(distances, s->bound);
-    for (; near; near &= near - 1) {
-        int slot = __builtin_ctz(near);
-        if (leaf[slot]) take(s, room, wanted, (int64_t)((int32_t *)distances)[slot] << 32 | (s->index + 1 - leaf[slot]));
-    }
-}
-
-/* Codes of the entries of a page; returns the bits of those below `bound`. */
-static inline uint32_t codes_of(const Page *page, const Ints *distances, int64_t bound, int64_t *codes) {
-    uint32_t real = (1u << page->count) - 1;
 #if WIDTH == 64
-    __m512i far = (__m512i)distances[0], end = _mm512_set1_epi64(bound);
-    __m512i ties = _mm512_sub_epi32(_mm512_set1_epi32(LARGEST), _mm512_loadu_si512(page->newest));
+/* One step of a sorting network: `swapped` has the lanes of x exchanged in pairs, `larger` takes the larger of each. */
+#define COMPARE(x, swapped, larger) _mm512_mask_max_epi64(_mm512_min_epi64(x, swapped), larger, x, swapped)
+#define SWAP1(x) _mm512_permutex_epi64(x, 0xB1)
+#define SWAP2(x) _mm512_permutex_epi64(x, 0x4E)
+#define SWAP4(x) _mm512_shuffle_i64x2(x, x, 0x4E)
+
+/* Sorts 8 codes that first rise and then fall. */
+static inline __m512i sort_bitonic(__m512i x) {
+    x = COMPARE(x, SWAP4(x), 0xF0);
+    x = COMPARE(x, SWAP2(x), 0xCC);
+    return COMPARE(x, SWAP1(x), 0xAA);
+}
+
+static inline __m512i sort_codes(__m512i x) {
+    x = COMPARE(x, SWAP1(x), 0x66);
+    x = COMPARE(x, SWAP2(x), 0x3C);
+    x = COMPARE(x, SWAP1(x), 0x5A);
+    return sort_bitonic(x);
+}
+
+static inline __m512i reversed(__m512i x) { return SWAP4(_mm512_permutex_epi64(x, 0x1B)); }
+#endif
+
+/* Adds the codes of `chosen` entries to `best`, an ascending list of `room` codes; the largest leave it. */
+static inline void insert_all(int64_t *best, int64_t room, const int64_t *codes, uint32_t chosen) {
+#if WIDTH == 64
+    if (room == 16) {
+        __m512i low = _mm512_load_si512(best), high = _mm512_load_si512(best + 8);
+        for (int half = 0; half < 2; half++) {
+            __mmask8 mask = chosen >> 8 * half;
+            __m512i lines = _mm512_mask_load_epi64(_mm512_set1_epi64(NONE), mask, codes + 8 * half);
+            if (__builtin_popcount(mask) > 2) {
+                high = sort_bitonic(_mm512_min_epi64(high, reversed(sort_codes(lines))));
+                __m512i other = reversed(high);
+                high = sort_bitonic(_mm512_max_epi64(low, other));
+                low = sort_bitonic(_mm512_min_epi64(low, other));
+                continue;
+            }
+            for (uint32_t left = mask; left; left &= left - 1) {
+                __m512i all = _mm512_set1_epi64(codes[8 * half + __builtin_ctz(left)]);
+                __m512i next = _mm512_alignr_epi64(high, low, 7);
+                low = _mm512_min_epi64(low, _mm512_max_epi64(_mm512_alignr_epi64(low, _mm512_set1_epi64(-1), 7), all));
+                high = _mm512_min_epi64(high, _mm512_max_epi64(next, all));
+            }
+        }
+        _mm512_store_si512(best, low);
+        _mm512_store_si512(best + 8, high);
+        return;
+    }
+#endif
+    for (; chosen; chosen &= chosen - 1) {
+        int64_t code = codes[__builtin_ctz(chosen)];
+        if (code < best[room - 1]) insert(best, NULL, room, code, 0);
+    }
+}
+
+/* Codes distance << 32 | tie of 16 entries; returns the bits of those below `bound`. */
+static inline uint32_t join_codes(const Ints *distances, const int32_t *ties, int64_t bound, int64_t *codes) {
+#if WIDTH == 64
+    __m512i far = (__m512i)distances[0], near = _mm512_loadu_si512(ties), end = _mm512_set1_epi64(bound);
     __m512i low = _mm512_or_si512(_mm512_slli_epi64(_mm512_cvtepu32_epi64(_mm512_castsi512_si256(far)), 32),
-                                  _mm512_cvtepu32_epi64(_mm512_castsi512_si256(ties)));
+                                  _mm512_cvtepu32_epi64(_mm512_castsi512_si256(near)));
     __m512i high = _mm512_or_si512(_mm512_slli_epi64(_mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64(far, 1)), 32),
-                                   _mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64(ties, 1)));
+                                   _mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64(near, 1)));
     _mm512_store_si512(codes, low);
     _mm512_store_si512(codes + 8, high);
-    return real & (_mm512_cmplt_epi64_mask(low, end) | (uint32_t)_mm512_cmplt_epi64_mask(high, end) << 8);
+    return _mm512_cmplt_epi64_mask(low, end) | (uint32_t)_mm512_cmplt_epi64_mask(high, end) << 8;
 #else
     uint32_t below = 0;
     for (int f = 0; f < FAN; f++) {
-        codes[f] = (int64_t)((int32_t *)distances)[f] << 32 | (LARGEST - page->newest[f]);
+        codes[f] = (int64_t)((int32_t *)distances)[f] << 32 | (uint32_t)ties[f];
         below |= (uint32_t)(codes[f] < bound) << f;
     }
-    return real & below;
+    return below;
 #endif
+}
+
+/* Takes entities: 16 positions, of which those in `real` exist, and their ages. */
+static inline void read_group(Query *s, const int16_t *group, const int32_t *ages, uint32_t real, int64_t num_pairs,
+                              int64_t room, int64_t wanted) {
+    _Alignas(64) int64_t codes[FAN];
+    Ints distances[FAN / LANES];
+    distances_to(group, s->pairs, num_pairs, distances);
+    if (!(at_most(distances, s->best[wanted - 1] >> 32) & real)) return;
+    uint32_t near = join_codes(distances, ages, s->best[wanted - 1], codes) & real;
+    insert_all(s->best, room, codes, near);
+}
+
+static inline void read_leaf(Query *s, const int32_t *leaf, int64_t num_pairs, int64_t room, int64_t wanted) {
+    int32_t ages[LEAF];
+    uint32_t real = 0;
+    for (int i = 0; i < LEAF; i++) {
+        ages[i] = s->index + 1 - leaf[i];
+        real |= (uint32_t)(leaf[i] != 0) << i;
+    }
+    read_group(s, (const int16_t *)(leaf + LEAF), ages, real, num_pairs, room, wanted);
 }
 
 /* Takes the least pending code below `bound` out and returns it, and its page; drops codes from `bound` on. Returns NONE
@@ -740,7 +787,9 @@ static inline int visit(const Tree *t, Query *s, int64_t pairs, int64_t leaf_roo
     Ints distances[FAN / LANES];
     distances_to_boxes(boxes_of(t, s->next), s->pairs, pairs, distances);
     const Page *page = page_of(t, s->next);
-    uint32_t near = codes_of(page, distances, bound, codes);
+    int32_t ties[FAN];
+    for (int f = 0; f < FAN; f++) ties[f] = LARGEST - page->newest[f];
+    uint32_t near = join_codes(distances, ties, bound, codes) & ((1u << page->count) - 1);
     if (page->level)
         for (uint32_t left = near; left; left &= left - 1) {
             int64_t code = codes[__builtin_ctz(left)];
@@ -801,7 +850,6 @@ static inline __attribute__((always_inline)) void search_sequence(const Search *
             }
             query->pairs = pairs[b - a];
             query->index = past + b;
-            query->bound = LARGEST;
             for (int64_t k = 0; k < room; k++) query->best[k] = NONE;
             if (base) {
                 for (int64_t k = 0; k < leaf_room; k++) query->near[k] = NONE;
@@ -821,18 +869,25 @@ static inline __attribute__((always_inline)) void search_sequence(const Search *
                     for (int64_t line = 0; line <= num_pairs && line < 8; line++) __builtin_prefetch(leaf + 64 * line);
                 }
             }
+        /* Turns over queries: what one of them waits for is independent of the others. */
+        for (int64_t k = 0; base && k < s->leaves_read; k++)
+            for (Query *query = m->flight; query < m->flight + (end - a); query++)
+                if (query->near[k] != NONE && query->near[k] >> 32 <= query->best[s->wanted - 1] >> 32)
+                    read_leaf(query, leaf_of(t, (int32_t)query->leaves[k]), num_pairs, room, s->wanted);
+        /* The newest first: they win ties. */
+        for (int64_t j = (past + end - 1 - s->window) / LEAF * LEAF; j >= base; j -= LEAF) {
+            const int16_t *positions = m->recents + j / LEAF % RINGS * group;
+            for (Query *query = m->flight; query < m->flight + (end - a); query++) {
+                int64_t until = query->index - s->window + 1;
+                if (until <= j) continue;
+                int32_t ages[LEAF];
+                for (int i = 0; i < LEAF; i++) ages[i] = query->index - j - i;
+                uint32_t real = until - j < LEAF ? (1u << (until - j)) - 1 : 0xFFFF;
+                read_group(query, positions, ages, real, num_pairs, room, s->wanted);
+            }
+        }
         for (int64_t b = a; b < end; b++) {
             Query *query = m->flight + (b - a);
-            if (base)
-                for (int64_t k = 0; k < s->leaves_read && query->near[k] != NONE; k++) {
-                    if ((int32_t)(query->near[k] >> 32) > query->bound) break;
-                    read_leaf(query, leaf_of(t, (int32_t)query->leaves[k]), num_pairs, room, s->wanted);
-                }
-            int64_t until = past + b - s->window + 1; /* the newest first: they win ties */
-            for (int64_t j = (until - 1) / LEAF * LEAF; j >= base && until > base; j -= LEAF) {
-                int count = until - j < LEAF ? until - j : LEAF;
-                read_group(query, m->recents + j / LEAF % RINGS * group, j, count, num_pairs, room, s->wanted);
-            }
             int64_t to = (g * s->length + b) * s->wanted;
             for (int64_t k = 0; k < s->wanted; k++) {
                 int found = query->best[k] != NONE;
