@@ -631,51 +631,16 @@ static inline void distances_to_boxes(const int16_t *boxes, const int32_t *pairs
     }
 }
 
-#if WIDTH == 64
-/* One step of a sorting network: `swapped` has the lanes of x exchanged in pairs, `larger` takes the larger of each. */
-#define COMPARE(x, swapped, larger) _mm512_mask_max_epi64(_mm512_min_epi64(x, swapped), larger, x, swapped)
-#define SWAP1(x) _mm512_permutex_epi64(x, 0xB1)
-#define SWAP2(x) _mm512_permutex_epi64(x, 0x4E)
-#define SWAP4(x) _mm512_shuffle_i64x2(x, x, 0x4E)
-
-/* Sorts 8 codes that first rise and then fall. */
-static inline __m512i sort_bitonic(__m512i x) {
-    x = COMPARE(x, SWAP4(x), 0xF0);
-    x = COMPARE(x, SWAP2(x), 0xCC);
-    return COMPARE(x, SWAP1(x), 0xAA);
-}
-
-static inline __m512i sort_codes(__m512i x) {
-    x = COMPARE(x, SWAP1(x), 0x66);
-    x = COMPARE(x, SWAP2(x), 0x3C);
-    x = COMPARE(x, SWAP1(x), 0x5A);
-    return sort_bitonic(x);
-}
-
-static inline __m512i reversed(__m512i x) { return SWAP4(_mm512_permutex_epi64(x, 0x1B)); }
-#endif
-
 /* Adds the codes of `chosen` entries to `best`, an ascending list of `room` codes; the largest leave it. */
 static inline void insert_all(int64_t *best, int64_t room, const int64_t *codes, uint32_t chosen) {
 #if WIDTH == 64
     if (room == 16) {
         __m512i low = _mm512_load_si512(best), high = _mm512_load_si512(best + 8);
-        for (int half = 0; half < 2; half++) {
-            __mmask8 mask = chosen >> 8 * half;
-            __m512i lines = _mm512_mask_load_epi64(_mm512_set1_epi64(NONE), mask, codes + 8 * half);
-            if (__builtin_popcount(mask) > 2) {
-                high = sort_bitonic(_mm512_min_epi64(high, reversed(sort_codes(lines))));
-                __m512i other = reversed(high);
-                high = sort_bitonic(_mm512_max_epi64(low, other));
-                low = sort_bitonic(_mm512_min_epi64(low, other));
-                continue;
-            }
-            for (uint32_t left = mask; left; left &= left - 1) {
-                __m512i all = _mm512_set1_epi64(codes[8 * half + __builtin_ctz(left)]);
-                __m512i next = _mm512_alignr_epi64(high, low, 7);
-                low = _mm512_min_epi64(low, _mm512_max_epi64(_mm512_alignr_epi64(low, _mm512_set1_epi64(-1), 7), all));
-                high = _mm512_min_epi64(high, _mm512_max_epi64(next, all));
-            }
+        for (; chosen; chosen &= chosen - 1) { /* an entry becomes the median of the one before, itself and the code */
+            __m512i all = _mm512_set1_epi64(codes[__builtin_ctz(chosen)]);
+            __m512i moved = _mm512_alignr_epi64(low, _mm512_set1_epi64(-1), 7), next = _mm512_alignr_epi64(high, low, 7);
+            low = _mm512_min_epi64(low, _mm512_max_epi64(moved, all));
+            high = _mm512_min_epi64(high, _mm512_max_epi64(next, all));
         }
         _mm512_store_si512(best, low);
         _mm512_store_si512(best + 8, high);
