@@ -17,10 +17,13 @@
 #define LEAF 16
 #define FAN 16                   /* entries of a page */
 #define LEAST 6                  /* entries of a page after it was split */
+/* As in box_tree.py; tests compile other sizes. */
 #ifndef BLOCK
-#define BLOCK 128                /* entities that enter together */
-#define RECENT 896               /* least number of newest entities outside the tree */
+#define BLOCK 128
+#define RECENT 896
+#define SPARE_LEAVES 256
 #endif
+#define BUDGET(entered) ((entered) / 8 + SPARE_LEAVES)
 #define RINGS ((RECENT + BLOCK) / LEAF + 1)
 #define FLIGHT 8                 /* queries searched in turns: while one waits for memory the others go on */
 #define NONE INT64_MAX
@@ -86,6 +89,8 @@ static inline uint32_t at_most(const Ints *distances, int32_t bound) {
     }
     return near;
 }
+
+_Static_assert(BLOCK % LEAF == 0 && BLOCK <= 256, "recent entities are read in groups, and counted in uint8_t");
 
 typedef struct {
     int64_t length, dims, wanted, window, leaves_read, stored;
@@ -432,7 +437,7 @@ static void enter(Tree *t) {
         memset(leaf_of(t, 0), 0, t->leaf_size * sizeof(int32_t));
         t->leaf_pages[0] = t->ROOT;
     }
-    int over_budget = t->LEAVES > first / 8 + 256;
+    int over_budget = t->LEAVES > BUDGET(first);
     int32_t root = t->LEAVES > 1 ? 0 : ~0, *from[BLOCK];
     locate(t, &root, from);
     /* The entities of each leaf as a list, found by a small hash table. */
@@ -533,7 +538,7 @@ static void merge(Tree *t, int32_t to, int32_t from) {
 /* Takes the entities from `base` on out of the tree again. Returns 0 if the tree does not tell what it was: entities
    have left it, or its pages are sparse. */
 static int crop(Tree *t, int32_t base, int32_t *parents) {
-    if (t->LEAVES > base / 8 + 256 || t->PAGES > t->LEAVES / 5 + 16) return 0;
+    if (t->LEAVES > BUDGET(base) || t->PAGES > t->LEAVES / 5 + 16) return 0;
     for (int32_t leaf = 0; leaf < t->LEAVES; leaf++) {
         int32_t *ids = leaf_of(t, leaf);
         int held = held_in(ids), kept = held;
@@ -891,7 +896,7 @@ int search_tree(int64_t first, int64_t last, const Search *s) {
     int64_t leaf_capacity = s->leaf_capacity, page_capacity = s->page_capacity;
     int32_t own_counters[4] = {0}, *own = NULL;
     if (!s->counters) {
-        leaf_capacity = s->length / 8 + 512;
+        leaf_capacity = BUDGET(s->length) + 2 * BLOCK;
         page_capacity = leaf_capacity / 5 + 16;
         int64_t leaf_words = leaf_capacity * t.leaf_size, page_words = page_capacity * t.page_size;
         if (s->length >= RECENT + BLOCK) {
