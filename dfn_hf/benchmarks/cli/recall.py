@@ -52,6 +52,7 @@ def retrieval(
     lengths: Lengths = [2**14, 2**17, 2**20],  # noqa: B006
     contexts: Annotated[int, typer.Option(min=1, help="Contexts per length, with five pairs at each depth.")] = 10,
     control_contexts: Annotated[int, typer.Option(min=0, help="Contexts read without far neighbours too.")] = 2,
+    seeds: Seeds = 3,
     max_steps: Annotated[int, typer.Option("--max-steps", min=1, help="Training steps on 64 tokens.")] = 600,
     tuning_steps: Annotated[int, typer.Option(min=0, help="Fine-tuning steps of 8 rows of 1,024 tokens.")] = 250,
     chunk_length: Annotated[int, typer.Option(min=1, help="Tokens per forward pass.")] = 2**16,
@@ -72,12 +73,14 @@ def retrieval(
             length=length,
             context=context,
             num_neighbors=num_neighbors,
+            seed=seed,
             chunk_length=chunk_length,
             steps=max_steps,
             tuning_steps=tuning_steps,
             threads=threads,
             device=device,
         )
+        for seed in range(seeds)
         for length in lengths
         for num_neighbors, count in ((RetrievalSettings.num_neighbors, contexts), (0, control_contexts))
         for context in range(count)

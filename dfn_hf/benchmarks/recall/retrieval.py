@@ -240,6 +240,7 @@ def retrieval_table(results: list[tuple[RetrievalSettings, RetrievalResult]]) ->
     header = (
         "tokens",
         "K",
+        "trainings",
         "trials per depth",
         *(f"depth {depth:.0%}" for depth in DEPTHS),
         "s per context",
@@ -248,13 +249,15 @@ def retrieval_table(results: list[tuple[RetrievalSettings, RetrievalResult]]) ->
     )
     lines = []
     for length, num_neighbors in dict.fromkeys((run.length, run.num_neighbors) for run, _ in results):
-        found = [one for run, one in results if (run.length, run.num_neighbors) == (length, num_neighbors)]
+        chosen = [(run, one) for run, one in results if (run.length, run.num_neighbors) == (length, num_neighbors)]
+        found = [one for _, one in chosen]
         trials = PAIRS_PER_DEPTH * len(found)
         accuracies = [sum(one.found[depth] for one in found) / trials for depth in range(len(DEPTHS))]
         lines.append(
             (
                 f"{length:,}",
                 str(num_neighbors),
+                str(len({run.seed for run, _ in chosen})),
                 str(trials),
                 *(f"{accuracy:.2f}" for accuracy in accuracies),
                 f"{sum(one.seconds for one in found) / len(found):.1f}",
