@@ -107,10 +107,11 @@ def index_shapes(layout: str, capacity: int, position_dim: int) -> dict[str, tup
 
     Args:
         layout: "flat" or "paged".
-        capacity: entities that the sequence may have.
+        capacity: entities that the tree may hold, for example `tree_base` of the longest sequence.
         position_dim: P.
     """
-    num_leaves = leaf_budget(capacity) + 2 * BLOCK  # a block adds at most BLOCK leaves to a full budget
+    # A block adds at most BLOCK leaves to a full budget.
+    num_leaves = leaf_budget(capacity) + 2 * BLOCK if capacity else 0
     counters = {"counters": (4,)}
     if layout == "flat":
         return counters | {"leaf_ids": (num_leaves, LEAF_SIZE), "leaf_boxes": (num_leaves, 4, position_dim)}

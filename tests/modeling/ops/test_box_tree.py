@@ -11,7 +11,6 @@ from dfn_hf.modeling.ops.box_tree import (
     GRID_LIMIT,
     LEAF_SIZE,
     RECENT,
-    TreeIndex,
     empty_tree_index,
     index_shapes,
     leaf_budget,
@@ -302,8 +301,8 @@ def test_an_index_behind_the_row_catches_up(small_trees):
 
 def test_short_rows_need_no_leaves():
     queries, keys = draw_positions("uniform", (2, 50, 2), seed=8)
-    counters, ids = torch.zeros(2, 4, dtype=torch.int32), torch.zeros(2, 0, LEAF_SIZE, dtype=torch.int32)
-    index = TreeIndex(counters, ids, torch.zeros(2, 0, 4, 2, dtype=torch.int16))
+    index = make_index(2, 0, 2)
+    assert index.leaf_ids.shape == (2, 0, LEAF_SIZE) and index.leaf_boxes.shape == (2, 0, 4, 2)
     found = search_at_once(queries, keys, 4, 1, 2, limits=(None, None, index))
     assert_same(found, search_at_once(queries, keys, 4, 1, 2))
 
