@@ -150,6 +150,7 @@ class _TreeCall:
     def prepare(cls, query, past, key, num_neighbors, window, num_leaves, counts, index, started):
         """Allocate the results and the working memory; the arguments are those of `_search_rows_triton`."""
         rows, length, dims = query.shape
+        assert all(x.is_contiguous() for x in (index.counters, index.leaf_ids, index.leaf_boxes))
         stored_leaves = index.leaf_ids.shape[1]
         num_leaves = min(num_leaves, max(stored_leaves, 1))
         padded_leaves = triton.next_power_of_2(num_leaves)
