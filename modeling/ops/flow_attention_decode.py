@@ -1,7 +1,6 @@
 """Flow attention of one decode step: `flow_attention.flow_attention` of a single query per row, in fixed shapes.
 
-No operation waits for data on the device, so a step can be compiled whole and captured in a CUDA graph, as in
-`neighbor_search_decode`.
+No operation waits for data on the device, so a step can be compiled whole and captured in a CUDA graph.
 
 Shape letters: B batch, H heads, N stored entities, E query/key features, D value features, W local window,
 K neighbours.

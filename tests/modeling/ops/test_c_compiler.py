@@ -7,11 +7,9 @@ import torch
 from transformers import DynamicCache
 
 from dfn_hf import DFNConfig, DFNForCausalLM
-from dfn_hf.modeling.ops.cell_grid import ball_cells_per_axis
-from dfn_hf.modeling.ops.cell_lists import CellGrids, grid_constants
 from dfn_hf.modeling.ops.kernels import c_compiler
+from dfn_hf.modeling.ops.kernels.box_tree_cpu import search_tree_cpu, tree_library
 from dfn_hf.modeling.ops.kernels.c_compiler import compiled_library, in_threads, processor
-from dfn_hf.modeling.ops.kernels.neighbor_search_cpu import search_cells_cpu, search_library
 
 SOURCE = "int answer(void) { return %d; }"
 
@@ -80,14 +78,14 @@ def test_compiles_without_march_native_if_unsupported(folder, monkeypatch):
     assert compiled_library(SOURCE % 1).answer() == 1
 
 
-def draw_model(**options):
+def draw_model(length=50, **options):
     config = DFNConfig(**{
         "vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 20,
-        "num_neighbors": 4, "local_window": 4, "num_tables": 3, "candidates_per_table": 3, "initializer_range": 0.5,
+        "num_neighbors": 4, "local_window": 4, "initializer_range": 0.5,
         **options,
     })  # fmt: skip
     torch.manual_seed(0)
-    return DFNForCausalLM(config), torch.randint(0, 40, (2, 50))
+    return DFNForCausalLM(config), torch.randint(0, 40, (2, length))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -103,13 +101,11 @@ def test_a_default_dtype_for_new_tensors_changes_nothing(dtype):
 
 
 def test_a_default_device_for_new_tensors_changes_nothing():
-    grids = CellGrids(*grid_constants(2, 2, 0), [2.0, 1.0], ball_cells_per_axis(2, [2.0, 1.0]))
-    positions, index = torch.zeros(1, 5, 2), torch.arange(5)[None]
-    cells = grids.cells(positions, on_grid=True)
-    arguments = (search_library(positions), positions, cells, index, positions, cells, 2, 1, 3)
-    expected = search_cells_cpu(*arguments, grids.table_offsets, None, None, None, None)
+    positions, index = torch.zeros(1, 5, 2, dtype=torch.int16), torch.arange(5)[None]
+    arguments = tree_library(positions), positions, index, positions, 2, 1, 8, None, None, None
+    expected = search_tree_cpu(*arguments)
     with torch.device("meta"):
-        found = search_cells_cpu(*arguments, grids.table_offsets, None, None, None, None)
+        found = search_tree_cpu(*arguments)
     assert all(map(torch.equal, found, expected)) and found[0][0, -1].tolist() == [3, 2]
 
 
@@ -127,13 +123,13 @@ def test_storages_of_different_capacity(monkeypatch):
     with torch.no_grad():
         model(ids, past_key_values=cache)
         cache.crop(-50)
-        model.config.search_implementation = "cells"
+        model.config.search_implementation = "tree"
         found = model(ids[:, :20], past_key_values=cache).logits
         assert torch.allclose(found, model(ids[:, :20]).logits, atol=1e-5, rtol=0)
 
 
 def test_model_gives_the_same_without_kernels(folder, monkeypatch):
-    model, ids = draw_model(memory_slots=2)
+    model, ids = draw_model(1200, memory_slots=2)  # long enough for a search tree
 
     def run():
         model.zero_grad()
