@@ -789,7 +789,6 @@ static inline int visit(const Tree *t, Query *s, int64_t pairs, int64_t leaf_roo
 typedef struct {
     int16_t *recents;           /* [RINGS] groups of 16 */
     Query flight[FLIGHT];
-    int64_t pending_capacity;
 } Memory;
 
 /* Searches queries first .. last - 1 of a row, which belong to one sequence that starts at position `start`. */
@@ -909,7 +908,7 @@ int search_tree(int64_t first, int64_t last, const Search *s) {
         }
         t.counters = own_counters;
     }
-    int64_t pending = (page_capacity + 8) / 8 * 8 + 16; /* `push` writes up to 16 entries beyond the last */
+    int64_t pending = (page_capacity + 8) / 8 * 8 + 8; /* vectors of 8 are written at the end */
     int64_t group_bytes = 64 * pairs, per_query = (room + 2 * leaf_room + pending) * 8 + pending * 4;
     int64_t entry_bytes = (WORK * t.entry_size + 63) / 64 * 64, box_bytes = ((4 + 2 * BLOCK) * s->dims + 63) / 64 * 64;
     per_query = (per_query + 63) / 64 * 64;
