@@ -6,6 +6,7 @@ All other settings are in pyproject.toml.
 import ast
 import hashlib
 import os
+import runpy
 import subprocess
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 KERNELS = Path("modeling", "ops", "kernels")
+C_SOURCE = runpy.run_path(str(KERNELS / "c_source.py"))["c_source"]
 CARRIES_KERNELS = os.environ.get("DFN_HF_BUILD_KERNELS") == "1"
 
 
@@ -55,7 +57,7 @@ def compile_kernel(source: Path, folder: Path) -> None:
     built = folder / "library.so"
     command = [os.environ.get("CC", "cc"), *flags, "-O3", "-std=gnu11", "-fPIC", "-shared"]
     subprocess.run([*command, "-o", str(built), str(source), "-lm"], check=True)
-    code, library = source.read_text(encoding="utf-8").encode(), built.read_bytes()
+    code, library = C_SOURCE(source.name).encode(), built.read_bytes()
     name = f"lib{source.stem.removesuffix('_cpu')}-{hashlib.sha256(code).hexdigest()[:16]}"
     built.replace(folder / f"{name}-{len(library)}-{hashlib.sha256(library).hexdigest()[:32]}.so")
 

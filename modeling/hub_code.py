@@ -20,6 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import ClassVar, TypeGuard
 
+from .ops.kernels.c_source import c_source
+
 ROOT = Path(__file__).parent
 KERNELS = ROOT / "ops" / "kernels"
 C_SOURCE = KERNELS / "c_source.py"
@@ -185,8 +187,7 @@ def body_of(path: Path, names: dict[Path, str]) -> str:
         if isinstance(node, ast.Import | ast.ImportFrom) or is_guarded_import(node) or is_export_list(node):
             edits.append((node, ""))
         elif isinstance(node, ast.Assign) and (source := named_c_source(node)) is not None:
-            code = (KERNELS / source).read_text(encoding="utf-8")
-            edits.append((node, f'{ast.unparse(node.targets[0])} = r"""\n{code}"""'))
+            edits.append((node, f'{ast.unparse(node.targets[0])} = r"""\n{c_source(source)}"""'))
         elif isinstance(node, ast.ClassDef):
             lines[node.lineno - 1] = lines[node.lineno - 1].replace(f"{HubCodeMixin.__name__}, ", "")
     for node, text in sorted(edits, key=lambda edit: edit[0].lineno, reverse=True):

@@ -43,7 +43,7 @@ def custom_op(
 def code_digest() -> str:
     """Return a hash of the Python and C files in this file's folder and its sub-folders."""
     digest = hashlib.sha256()
-    for path in sorted(path for path in Path(__file__).parent.rglob("*") if path.suffix in (".py", ".c")):
+    for path in sorted(path for path in Path(__file__).parent.rglob("*") if path.suffix in (".py", ".c", ".h")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
