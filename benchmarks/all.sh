@@ -19,7 +19,7 @@ dfn-hf bench lm --model flownetwork --model flownetwork-1-pattern --model flowne
 dfn-hf bench long-lm --max-steps 400 --results benchmarks/results/long-lm.csv
 dfn-hf bench quantization --results benchmarks/results/quantization.csv
 dfn-hf bench recall --model dfn --results benchmarks/results/recall.csv
-dfn-hf bench retrieval --contexts 10 --control-contexts 1 --results benchmarks/results/retrieval.csv
+dfn-hf bench retrieval --contexts 5 --control-contexts 1 --results benchmarks/results/retrieval.csv
 dfn-hf bench search --results benchmarks/results/search.csv
 dfn-hf bench memory --results benchmarks/results/memory.csv
 dfn-hf bench scaling --results benchmarks/results/scaling.csv
