@@ -112,8 +112,8 @@ class TestRetrieval:
         runs.append(retrieval.RetrievalSettings(2**14, num_neighbors=0))
         lines = retrieval.retrieval_table(list(zip(runs, result, strict=True))).splitlines()
         cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-        assert cells[2][:6] == ["16,384", "16", "10", "0.80", "0.90", "1.00"]
-        assert cells[3][:6] == ["16,384", "0", "5", "0.00", "0.00", "0.20"]
+        assert cells[2][:7] == ["16,384", "16", "1", "10", "0.80", "0.90", "1.00"]
+        assert cells[3][:7] == ["16,384", "0", "1", "5", "0.00", "0.00", "0.20"]
 
 
 class TestTokenWindows:
