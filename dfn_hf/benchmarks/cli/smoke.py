@@ -50,8 +50,9 @@ TABLES = (
         [("one pass",), ("chunks of 500",)],
     ),
     SmokeTable(
-        "retrieval --length 8192 --contexts 1 --control-contexts 1 --max-steps 1 --tuning-steps 0 --chunk-length 5000",
-        [("8,192", "16", "5"), ("8,192", "0", "5")],
+        "retrieval --length 8192 --contexts 1 --control-contexts 1 --seeds 1 --max-steps 1 --tuning-steps 0 "
+        "--chunk-length 5000",
+        [("8,192", "16", "1", "5"), ("8,192", "0", "1", "5")],
     ),
     SmokeTable(
         "long-lm --max-steps 2 --search-steps 1 --length 300 --hidden-size 32 --intermediate-size 256 "
