@@ -15,7 +15,7 @@ from torch import nn
 from ..modules.cache import FlowCacheLayer
 from ..modules.chunk_memory import ChunkMemory, mix_slots
 from ..modules.row_layout import RowLayout, pad_attention_with_grad
-from ..ops.box_tree import TreeIndex, index_layout, index_shapes, to_grid, tree_base
+from ..ops.box_tree import INDEX_DTYPES, TreeIndex, index_layout, index_shapes, to_grid, tree_base
 from ..ops.dispatch import is_decode_step
 from ..ops.flow_attention import flow_attention, flow_weights
 from ..ops.flow_attention_decode import attention_step
@@ -338,11 +338,8 @@ class DynamicFlowAttention(nn.Module):
         def shapes():
             entered = tree_base(capacity - self.config.local_window)
             parts = index_shapes(index_layout(state.device, position_dim), entered, position_dim)
-            if entered == 0:  # short rows have empty trees
-                parts = {name: shape if name == "counters" else (0, *shape[1:]) for name, shape in parts.items()}
-            dtypes = {"leaf_boxes": torch.int16}
             return {
-                f"{TREE}{name}": ((batch, self.num_heads, *shape), dtypes.get(name, torch.int32))
+                f"{TREE}{name}": ((batch, self.num_heads, *shape), INDEX_DTYPES.get(name, torch.int32))
                 for name, shape in parts.items()
             }
 

@@ -38,7 +38,7 @@ GRID_LIMIT = 2**14 - 1  # largest coordinate in grid points
 LEAF_SIZE = 16  # members of a leaf
 BLOCK = 128  # entities that enter the tree together
 RECENT = 896  # entities that are candidates without the tree, besides an incomplete block
-ENTITIES_PER_LEAF = 8  # one leaf per so many entities is within the budget
+ENTITIES_PER_LEAF = 8  # the budget has one leaf for this number of entities
 SPARE_LEAVES = 256  # leaves of the budget of a sequence without entities
 
 INDEX_DTYPES = {"leaf_boxes": torch.int16}  # the other tensors of a `TreeIndex` are int32
@@ -75,7 +75,7 @@ class TreeIndex:
 
     Attributes:
         counters: int32 `[G, 4]`: entities in the tree, leaves, pages, root page. A row of zeros is an empty tree,
-            whatever the other tensors hold; the next search builds it again from the keys.
+            and the other tensors are not read; the next search builds the tree again from the keys.
         leaf_ids: int32 `[G, L, LEAF_SIZE]`, member ids + 1, ascending; 0 where there are fewer members.
         leaf_boxes: int16 `[G, L, 4, P]`: lowest and highest coordinates of the members, then of the cell, inclusive.
         leaves: int32 `[G, L, words]`, members and their positions, written and read by C.
@@ -120,7 +120,10 @@ def index_shapes(layout: str, capacity: int, position_dim: int) -> dict[str, tup
         "leaves": (num_leaves, LEAF_SIZE * (1 + axis_pairs)),
         "leaf_pages": (num_leaves,),
         "cuts": (num_leaves, 3),
-        "pages": (num_leaves // 5 + 16, 32 * axis_pairs + 64),  # boxes and the struct `Page` of the C code
+        "pages": (
+            num_leaves // 5 + 16 * (num_leaves > 0),
+            32 * axis_pairs + 64,
+        ),  # boxes and the struct `Page` of the C code
     }
 
 

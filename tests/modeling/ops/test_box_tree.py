@@ -215,6 +215,8 @@ def make_index(rows, capacity, position_dim):
 class CachedSearch:
     """Searches ragged rows call by call, with an index and storage as in a cache."""
 
+    search = staticmethod(search_tree_torch)
+
     def __init__(self, rows, capacity, position_dim, *sizes):
         self.sizes, self.window = sizes, sizes[1]
         self.index = make_index(rows, capacity, position_dim)
@@ -228,9 +230,8 @@ class CachedSearch:
         place = index.clamp(max=queries.shape[1] - 1)[..., None].expand(-1, -1, queries.shape[-1])
         for row, (first, count) in enumerate(zip(self.past.tolist(), counts.tolist(), strict=True)):
             self.stored[row, first : first + count] = keys[row, first : first + count]
-        found = search_tree_torch(
-            queries.gather(1, place), index, self.stored, *self.sizes, index.clone(), counts, self.index
-        )
+        arguments = queries.gather(1, place), index, self.stored, *self.sizes, index.clone(), counts, self.index
+        found = self.search(*arguments)
         self.past = self.past + counts
         return [[x[row, :count] for x in found] for row, count in enumerate(counts.tolist())]
 

@@ -17,7 +17,16 @@ from dfn_hf.modeling.ops.kernels.box_tree_cpu import (
 )
 from dfn_hf.modeling.ops.kernels.c_compiler import compiled_library
 from dfn_hf.modeling.ops.neighbor_search import search_exact
-from tests.modeling.ops.test_box_tree import KINDS, WHOLE, draw_positions, random_splits, search_in_loops, set_sizes
+from tests.modeling.ops.test_box_tree import (
+    KINDS,
+    WHOLE,
+    CachedSearch,
+    assert_same,
+    draw_positions,
+    random_splits,
+    search_in_loops,
+    set_sizes,
+)
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(tree_library(torch.empty(0)) is None, reason="the C code needs a C compiler")
@@ -44,12 +53,6 @@ def library(monkeypatch):
 def search_in_c(library, queries, keys, *sizes, limits=WHOLE):
     index = torch.arange(queries.shape[1]).expand(len(queries), -1)
     return search_tree_cpu(library, queries, index, keys, *sizes, *limits)
-
-
-def assert_same(found, expected):
-    assert [x.dtype for x in found] == [torch.int64, torch.int32]
-    assert torch.equal(found[0], expected[0])
-    assert torch.equal(found[1], expected[1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -106,25 +109,14 @@ def test_all_leaves_give_the_exact_neighbors(kind, library):
     assert_same(found, search_exact(queries, index, keys, 16, 3))
 
 
-class CachedSearch:
-    """Searches ragged rows call by call, with an index and storage as in a cache."""
-
+class CachedSearchInC(CachedSearch):
     def __init__(self, library, rows, capacity, position_dim, *sizes):
-        self.library, self.sizes, self.window = library, sizes, sizes[1]
+        super().__init__(rows, capacity, position_dim, *sizes)
+        self.library = library
         self.index = empty_tree_index("paged", rows, capacity, position_dim, CPU)
-        self.stored = torch.zeros(rows, capacity, position_dim, dtype=torch.int16)
-        self.past = torch.zeros(rows, dtype=torch.int64)
 
-    def append(self, queries, keys, counts):
-        """Append the next `counts` entities of each row of `queries` and `keys`, which hold whole rows."""
-        index = self.past[:, None] + torch.arange(int(counts.max()))
-        place = index.clamp(max=queries.shape[1] - 1)[..., None].expand(-1, -1, queries.shape[-1])
-        for row, (first, count) in enumerate(zip(self.past.tolist(), counts.tolist(), strict=True)):
-            self.stored[row, first : first + count] = keys[row, first : first + count]
-        arguments = queries.gather(1, place), index, self.stored, *self.sizes, index.clone(), counts, self.index
-        found = search_tree_cpu(self.library, *arguments)
-        self.past = self.past + counts
-        return [[x[row, :count] for x in found] for row, count in enumerate(counts.tolist())]
+    def search(self, *arguments):
+        return search_tree_cpu(self.library, *arguments)
 
     def crop(self, lengths):
         self.past = torch.minimum(self.past, lengths)
@@ -143,7 +135,7 @@ class CachedSearch:
 def test_calls_with_an_index_equal_one_call(kind, split, library):
     lengths = [330, 400, 90]
     queries, keys = draw_positions(kind, (3, 400, 3), seed=5)
-    search = CachedSearch(library, 3, 410, 3, 5, 3, 2)
+    search = CachedSearchInC(library, 3, 410, 3, 5, 3, 2)
     counts_per_call = {
         "steps": [(torch.tensor(lengths) > step).long() for step in range(400)],
         "random": list(random_splits(lengths, random.Random(kind).choice)),
@@ -160,7 +152,7 @@ def test_calls_with_an_index_equal_one_call(kind, split, library):
 @pytest.mark.parametrize("kind", KINDS)
 def test_calls_after_crops_equal_one_call(kind, library):
     choose = random.Random(kind).choice
-    search = CachedSearch(library, 2, 700, 3, 6, 2, 3)
+    search = CachedSearchInC(library, 2, 700, 3, 6, 2, 3)
     _, keys = draw_positions(kind, (2, 700, 3), seed=6)
     cropped = rebuilt = False
     for round_number in range(20):
@@ -178,7 +170,7 @@ def test_calls_after_crops_equal_one_call(kind, library):
 
 def test_repeated_crops_do_not_fill_the_index(library):
     queries, keys = draw_positions("clusters", (1, 500, 4), seed=8)
-    search = CachedSearch(library, 1, 500, 4, 4, 0, 2)
+    search = CachedSearchInC(library, 1, 500, 4, 4, 0, 2)
     search.append(queries, keys, torch.tensor([400]))
     for seed in range(300):
         _, new_keys = draw_positions("clusters", (1, 500, 4), seed)
