@@ -7,7 +7,7 @@
 #include <arm_neon.h>
 #endif
 
-#define RINGS ((RECENT + BLOCK) / LEAF + 1)
+#define RINGS ((RECENT + BLOCK) / LEAF + 1) /* groups of recent entities */
 #define FLIGHT 8 /* queries searched in turns: while one waits for memory the others go on */
 #define NONE INT64_MAX
 #define LARGEST INT32_MAX
@@ -21,8 +21,12 @@
 #define WIDTH 16
 #endif
 #define LANES (WIDTH / 4)
+#define VECTORS (FAN / LANES)
 typedef int16_t Shorts __attribute__((vector_size(WIDTH), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(WIDTH), may_alias));
+typedef int32_t LooseInts __attribute__((vector_size(WIDTH), aligned(4), may_alias));
+typedef int32_t Quad __attribute__((vector_size(16), may_alias));
+typedef int64_t Longs __attribute__((vector_size(32), aligned(8), may_alias));
 
 static inline Shorts positive(Shorts x) {
 #if WIDTH == 64
@@ -53,10 +57,31 @@ static inline Ints squares(Shorts x) {
 #endif
 }
 
+static inline Ints lesser(Ints a, Ints b) {
+#if WIDTH == 64
+    return (Ints)_mm512_min_epi32((__m512i)a, (__m512i)b);
+#elif WIDTH == 32
+    return (Ints)_mm256_min_epi32((__m256i)a, (__m256i)b);
+#else
+    Ints less = a < b;
+    return (a & less) | (b & ~less);
+#endif
+}
+
+static inline Quad lesser_quad(Quad a, Quad b) {
+    Quad less = a < b;
+    return (a & less) | (b & ~less);
+}
+
+static inline Quad greater_quad(Quad a, Quad b) {
+    Quad less = a < b;
+    return (b & less) | (a & ~less);
+}
+
 /* Bits of the entries with distance <= bound. */
 static inline uint32_t at_most(const Ints *distances, int32_t bound) {
     uint32_t near = 0;
-    for (int v = 0; v < FAN / LANES; v++) {
+    for (int v = 0; v < VECTORS; v++) {
 #if WIDTH == 64
         near |= _mm512_cmple_epi32_mask((__m512i)distances[v], _mm512_set1_epi32(bound));
 #elif WIDTH == 32
@@ -83,40 +108,36 @@ typedef struct {
     int32_t *distances;                   /* [G, M, K] or NULL */
 } Search;
 
-/* Adds a code to an ascending list of `room` codes, a multiple of 8; the largest leaves it. `ids` go along. */
+/* Adds a code and what it belongs to, `id`, to an ascending list of `room` codes, a multiple of 8; the largest leaves it. */
 static inline void insert(int64_t *codes, int64_t *ids, int64_t room, int64_t code, int64_t id) {
-#if WIDTH == 64
-    __m512i all = _mm512_set1_epi64(code), all_ids = _mm512_set1_epi64(id);
-    __m512i before = _mm512_set1_epi64(-1), before_ids = all_ids;
-    for (int64_t i = 0; i < room; i += 8) {
-        __m512i here = _mm512_load_si512(codes + i);
-        __mmask8 later = _mm512_cmpgt_epi64_mask(here, all);
-        __m512i moved = _mm512_alignr_epi64(here, before, 7);
-        __mmask8 moves = _mm512_mask_cmpgt_epi64_mask(later, moved, all);
-        _mm512_store_si512(codes + i, _mm512_mask_mov_epi64(_mm512_mask_mov_epi64(here, later, all), moves, moved));
-        if (ids) {
-            __m512i here_ids = _mm512_load_si512(ids + i);
-            __m512i moved_ids = _mm512_alignr_epi64(here_ids, before_ids, 7);
-            __m512i with_id = _mm512_mask_mov_epi64(here_ids, later, all_ids);
-            _mm512_store_si512(ids + i, _mm512_mask_mov_epi64(with_id, moves, moved_ids));
-            before_ids = here_ids;
-        }
+#if WIDTH >= 32
+    __m256i all = _mm256_set1_epi64x(code), all_ids = _mm256_set1_epi64x(id);
+    __m256i before = _mm256_set1_epi64x(-1), before_ids = all_ids;
+    for (int64_t i = 0; i < room; i += 4) {
+        __m256i here = _mm256_load_si256((__m256i *)(codes + i)), here_ids = _mm256_load_si256((__m256i *)(ids + i));
+        __m256i moved = _mm256_permute4x64_epi64(_mm256_blend_epi32(here, before, 0xC0), 0x93);
+        __m256i moved_ids = _mm256_permute4x64_epi64(_mm256_blend_epi32(here_ids, before_ids, 0xC0), 0x93);
+        __m256i later = _mm256_cmpgt_epi64(here, all), moves = _mm256_cmpgt_epi64(moved, all);
         before = here;
+        before_ids = here_ids;
+        here = _mm256_blendv_epi8(_mm256_blendv_epi8(here, all, later), moved, moves);
+        here_ids = _mm256_blendv_epi8(_mm256_blendv_epi8(here_ids, all_ids, later), moved_ids, moves);
+        _mm256_store_si256((__m256i *)(codes + i), here);
+        _mm256_store_si256((__m256i *)(ids + i), here_ids);
     }
 #else
     int64_t place = room - 1;
     for (; place > 0 && codes[place - 1] > code; place--) {
         codes[place] = codes[place - 1];
-        if (ids) ids[place] = ids[place - 1];
+        ids[place] = ids[place - 1];
     }
     codes[place] = code;
-    if (ids) ids[place] = id;
+    ids[place] = id;
 #endif
 }
 
 typedef struct {
-    const int32_t *pairs;  /* the query's position, two axes each */
-    int64_t *best;         /* [room] codes distance << 32 | age of the nearest entities */
+    const int32_t *pairs;   /* the query's position, two axes each */
     int64_t *near, *leaves; /* [leaf_room] codes distance << 32 | (LARGEST - newest) and numbers of the nearest leaves */
     int64_t *pending;       /* the same codes of pages to visit, and their numbers */
     int32_t *pages;
@@ -124,60 +145,50 @@ typedef struct {
     int32_t waiting, next;
 } Query;
 
+/* What the nearest entities of a query are chosen from, in groups of 16. */
+typedef struct {
+    Ints *distances;           /* [groups][VECTORS] */
+    Ints minima[4 * VECTORS];  /* the least distances of groups g, g + 4, g + 8, ... */
+    const int32_t **ids;       /* [groups] ids + 1 of the members of leaves; NULL: entities that follow each other */
+    int64_t *ages;             /* [groups] to subtract ids + 1, or the place in the group, from */
+    int64_t *codes, *sorted;   /* [room] */
+    int64_t room;
+} Candidates;
+
 static inline Ints splat(int32_t x) { return x - (Ints){0}; }
 
 /* Squared distances to 16 positions, [pairs][16][2]. */
 static inline void distances_to(const int16_t *group, const int32_t *pairs, int64_t num_pairs, Ints *out) {
-    for (int v = 0; v < FAN / LANES; v++) out[v] = (Ints){0};
+    for (int v = 0; v < VECTORS; v++) out[v] = (Ints){0};
     for (int64_t p = 0; p < num_pairs; p++) {
         Shorts q = (Shorts)splat(pairs[p]);
-        for (int v = 0; v < FAN / LANES; v++) out[v] += squares(((const Shorts *)(group + 32 * p))[v] - q);
+        for (int v = 0; v < VECTORS; v++) out[v] += squares(((const Shorts *)(group + 32 * p))[v] - q);
     }
 }
 
 /* Squared distances to the 16 boxes of a page. */
 static inline void distances_to_boxes(const int16_t *boxes, const int32_t *pairs, int64_t num_pairs, Ints *out) {
-    for (int v = 0; v < FAN / LANES; v++) out[v] = (Ints){0};
+    for (int v = 0; v < VECTORS; v++) out[v] = (Ints){0};
     for (int64_t p = 0; p < num_pairs; p++) {
         Shorts q = (Shorts)splat(pairs[p]);
         const Shorts *low = (const Shorts *)(boxes + 64 * p), *high = (const Shorts *)(boxes + 64 * p + 32);
-        for (int v = 0; v < FAN / LANES; v++) out[v] += squares(positive(low[v] - q) + positive(q - high[v]));
-    }
-}
-
-/* Adds the codes of `chosen` entries to `best`, an ascending list of `room` codes; the largest leave it. */
-static inline void insert_all(int64_t *best, int64_t room, const int64_t *codes, uint32_t chosen) {
-#if WIDTH == 64
-    if (room == 16) {
-        __m512i low = _mm512_load_si512(best), high = _mm512_load_si512(best + 8);
-        for (; chosen; chosen &= chosen - 1) { /* an entry becomes the median of the one before, itself and the code */
-            __m512i all = _mm512_set1_epi64(codes[__builtin_ctz(chosen)]);
-            __m512i moved = _mm512_alignr_epi64(low, _mm512_set1_epi64(-1), 7), next = _mm512_alignr_epi64(high, low, 7);
-            low = _mm512_min_epi64(low, _mm512_max_epi64(moved, all));
-            high = _mm512_min_epi64(high, _mm512_max_epi64(next, all));
-        }
-        _mm512_store_si512(best, low);
-        _mm512_store_si512(best + 8, high);
-        return;
-    }
-#endif
-    for (; chosen; chosen &= chosen - 1) {
-        int64_t code = codes[__builtin_ctz(chosen)];
-        if (code < best[room - 1]) insert(best, NULL, room, code, 0);
+        for (int v = 0; v < VECTORS; v++) out[v] += squares(positive(low[v] - q) + positive(q - high[v]));
     }
 }
 
 /* Codes distance << 32 | tie of 16 entries; returns the bits of those below `bound`. */
 static inline uint32_t join_codes(const Ints *distances, const int32_t *ties, int64_t bound, int64_t *codes) {
-#if WIDTH == 64
-    __m512i far = (__m512i)distances[0], near = _mm512_loadu_si512(ties), end = _mm512_set1_epi64(bound);
-    __m512i low = _mm512_or_si512(_mm512_slli_epi64(_mm512_cvtepu32_epi64(_mm512_castsi512_si256(far)), 32),
-                                  _mm512_cvtepu32_epi64(_mm512_castsi512_si256(near)));
-    __m512i high = _mm512_or_si512(_mm512_slli_epi64(_mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64(far, 1)), 32),
-                                   _mm512_cvtepu32_epi64(_mm512_extracti64x4_epi64(near, 1)));
-    _mm512_store_si512(codes, low);
-    _mm512_store_si512(codes + 8, high);
-    return _mm512_cmplt_epi64_mask(low, end) | (uint32_t)_mm512_cmplt_epi64_mask(high, end) << 8;
+#if WIDTH >= 32
+    uint32_t below = 0;
+    for (int f = 0; f < FAN; f += 4) {
+        __m256i far = _mm256_cvtepu32_epi64(_mm_loadu_si128((__m128i *)((int32_t *)distances + f)));
+        __m256i tie = _mm256_cvtepu32_epi64(_mm_loadu_si128((__m128i *)(ties + f)));
+        __m256i code = _mm256_or_si256(_mm256_slli_epi64(far, 32), tie);
+        _mm256_store_si256((__m256i *)(codes + f), code);
+        __m256i less = _mm256_cmpgt_epi64(_mm256_set1_epi64x(bound), code);
+        below |= (uint32_t)_mm256_movemask_pd((__m256d)less) << f;
+    }
+    return below;
 #else
     uint32_t below = 0;
     for (int f = 0; f < FAN; f++) {
@@ -188,74 +199,108 @@ static inline uint32_t join_codes(const Ints *distances, const int32_t *ties, in
 #endif
 }
 
-/* Takes entities: 16 positions, of which those in `real` exist, and their ages. */
-static inline void read_group(Query *s, const int16_t *group, const int32_t *ages, uint32_t real, int64_t num_pairs,
-                              int64_t room, int64_t wanted) {
-    _Alignas(64) int64_t codes[FAN];
-    Ints distances[FAN / LANES];
-    distances_to(group, s->pairs, num_pairs, distances);
-    if (!(at_most(distances, s->best[wanted - 1] >> 32) & real)) return;
-    uint32_t near = join_codes(distances, ages, s->best[wanted - 1], codes) & real;
-    insert_all(s->best, room, codes, near);
-}
-
-static inline void read_leaf(Query *s, const int32_t *leaf, int64_t num_pairs, int64_t room, int64_t wanted) {
-    int32_t ages[LEAF];
-    uint32_t real = 0;
-    for (int i = 0; i < LEAF; i++) {
-        ages[i] = s->index + 1 - leaf[i];
-        real |= (uint32_t)(leaf[i] != 0) << i;
+/* Measures the distances from a query to the candidates in group `g`, of which those with a nonzero `real` exist. */
+static inline void measure(Candidates *c, int64_t g, const int16_t *group, const int32_t *real, const int32_t *pairs,
+                           int64_t num_pairs) {
+    Ints *distances = c->distances + g * VECTORS, *minima = c->minima + g % 4 * VECTORS;
+    distances_to(group, pairs, num_pairs, distances);
+    for (int v = 0; v < VECTORS; v++) {
+        if (real) distances[v] |= (((const LooseInts *)real)[v] == 0) & LARGEST;
+        minima[v] = lesser(minima[v], distances[v]);
     }
-    read_group(s, (const int16_t *)(leaf + LEAF), ages, real, num_pairs, room, wanted);
 }
 
-/* Takes the least pending code below `bound` out and returns it, and its page; drops codes from `bound` on. Returns NONE
-   if no code is left. The code `other` competes: if it is less, no page is taken out, and it is returned. */
+/* Returns an upper bound of the 16th least of all distances: the largest of the 4th least minima of 4 columns. */
+static inline int32_t bound_of(Candidates *c) {
+#define ORDER(i, j) { Quad less = lesser_quad(q[i], q[j]); q[j] = greater_quad(q[i], q[j]); q[i] = less; }
+    Quad *minima = (Quad *)c->minima;
+    for (Quad *q = minima; q < minima + 16; q += 4) {
+        ORDER(0, 1) ORDER(2, 3) ORDER(0, 2) ORDER(1, 3) ORDER(1, 2)
+    }
+    for (Quad *q = minima; q < minima + 16; q += 8) {
+        for (int i = 0; i < 4; i++) q[i] = lesser_quad(q[i], q[7 - i]);
+        ORDER(0, 2) ORDER(1, 3) ORDER(0, 1) ORDER(2, 3)
+    }
+#undef ORDER
+    int32_t bound = 0;
+    for (int i = 0; i < 4; i++) {
+        Quad q = lesser_quad(minima[i], minima[11 - i]);
+        for (int l = 0; l < 4; l++) bound = q[l] > bound ? q[l] : bound;
+    }
+    return bound;
+}
+
+/* Writes the least `wanted` of `count` different codes to `best`, ascending; NONE if there are fewer. */
+static inline void sort_least(Candidates *c, int64_t count, int64_t *best, int64_t wanted) {
+    for (int64_t i = count; i < (count + 3) / 4 * 4; i++) c->codes[i] = NONE;
+    for (int64_t i = 0; i < count; i += 4) {
+        Longs here = *(Longs *)(c->codes + i), rank = {0};
+        for (int64_t j = 0; j < count; j++) rank -= (c->codes[j] - (Longs){0}) < here;
+        for (int l = 0; l < 4; l++) c->sorted[rank[l]] = here[l];
+    }
+    for (int64_t k = 0; k < wanted; k++) best[k] = k < count ? c->sorted[k] : NONE;
+}
+
+/* Writes the codes distance << 32 | age of the nearest candidates to `best`, ascending. Few candidates are at most the bound
+   away, so that little is left to sort. */
+static inline void choose(Candidates *c, int64_t groups, int64_t *best, int64_t wanted) {
+    int32_t bound = wanted <= 16 ? bound_of(c) : LARGEST;
+    int64_t limit = NONE, count = 0;
+    bound -= bound == LARGEST;
+    for (int64_t word = 0; word < groups; word += 4) {
+        uint64_t near = 0;
+        for (int64_t g = word; g < word + 4 && g < groups; g++)
+            near |= (uint64_t)at_most(c->distances + g * VECTORS, bound) << 16 * (g - word);
+        for (; near; near &= near - 1) {
+            int64_t at = 16 * word + __builtin_ctzll(near);
+            const int32_t *ids = c->ids[at / 16];
+            int64_t age = c->ages[at / 16] - (ids ? ids[at % 16] : at % 16);
+            int64_t code = (int64_t)((int32_t *)c->distances)[at] << 32 | age;
+            if (code >= limit) continue;
+            c->codes[count++] = code;
+            if (count < c->room) continue;
+            sort_least(c, count, best, wanted);
+            memcpy(c->codes, best, wanted * sizeof *best);
+            count = wanted;
+            limit = best[wanted - 1];
+            bound = limit >> 32;
+        }
+    }
+    sort_least(c, count, best, wanted);
+}
+
+/* Takes the least pending code out, if it is below `bound` and `other`, and writes its page to `number`. Returns the lesser
+   of it and `other`; NONE if no code is below `bound`. */
 static inline int64_t take_least(Query *s, int64_t bound, int64_t other, int32_t *number) {
-    int32_t waiting = 0, at = 0;
+    int32_t waiting = s->waiting, at = 0;
     int64_t least = NONE;
-#if WIDTH == 64
-    __m512i all = _mm512_set1_epi64(NONE), end = _mm512_set1_epi64(bound), places = _mm512_setzero_si512();
-    __m512i lanes = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
-    for (int32_t i = 0; i < s->waiting; i += 8) {
-        __mmask8 real = s->waiting - i < 8 ? (1 << (s->waiting - i)) - 1 : 0xFF;
-        __m512i codes = _mm512_loadu_si512(s->pending + i);
-        __mmask8 kept = _mm512_mask_cmplt_epi64_mask(real, codes, end);
-        int count = __builtin_popcount(kept);
-        __m512i pages = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *)(s->pages + i)));
-        codes = _mm512_maskz_compress_epi64(kept, codes);
-        pages = _mm512_maskz_compress_epi32(kept, pages);
-        _mm512_storeu_si512(s->pending + waiting, codes);
-        _mm256_storeu_si256((__m256i *)(s->pages + waiting), _mm512_castsi512_si256(pages));
-        __mmask8 less = _mm512_mask_cmplt_epi64_mask((1 << count) - 1, codes, all);
-        all = _mm512_mask_mov_epi64(all, less, codes);
-        places = _mm512_mask_add_epi64(places, less, lanes, _mm512_set1_epi64(waiting));
-        waiting += count;
+#if WIDTH >= 32
+    Longs all = NONE - (Longs){0}, places = {0}, here = {0, 1, 2, 3};
+    for (int32_t i = 0; i < waiting; i += 4, here += 4) {
+        Longs codes = *(Longs *)(s->pending + i);
+        __m256i less = (__m256i)((codes < all) & (here < waiting));
+        all = (Longs)_mm256_blendv_epi8((__m256i)all, (__m256i)codes, less);
+        places = (Longs)_mm256_blendv_epi8((__m256i)places, (__m256i)here, less);
     }
-    if (waiting) {
-        least = _mm512_reduce_min_epi64(all);
-        __mmask8 found = _mm512_cmpeq_epi64_mask(all, _mm512_set1_epi64(least));
-        at = _mm512_cvtsi512_si32(_mm512_maskz_compress_epi64(found, places));
+    for (int l = 0; l < 4; l++) {
+        at = all[l] < least ? places[l] : at;
+        least = all[l] < least ? all[l] : least;
     }
 #else
-    for (int32_t i = 0; i < s->waiting; i++) {
-        s->pending[waiting] = s->pending[i];
-        s->pages[waiting] = s->pages[i];
-        if (s->pending[waiting] < s->pending[at]) at = waiting;
-        waiting += s->pending[waiting] < bound;
+    for (int32_t i = 0; i < waiting; i++) {
+        at = s->pending[i] < least ? i : at;
+        least = s->pending[i] < least ? s->pending[i] : least;
     }
-    if (waiting) least = s->pending[at];
 #endif
-    if (other < least) {
-        s->waiting = waiting;
+    if (least >= bound) {
+        s->waiting = 0;
         return other;
     }
-    if (waiting) {
-        *number = s->pages[at];
-        s->waiting = waiting - 1;
-        s->pending[at] = s->pending[waiting - 1];
-        s->pages[at] = s->pages[waiting - 1];
-    }
+    if (other < least) return other;
+    *number = s->pages[at];
+    s->waiting = waiting - 1;
+    s->pending[at] = s->pending[waiting - 1];
+    s->pages[at] = s->pages[waiting - 1];
     return least;
 }
 
@@ -263,7 +308,7 @@ static inline int64_t take_least(Query *s, int64_t bound, int64_t other, int32_t
 static inline int visit(const Tree *t, Query *s, int64_t pairs, int64_t leaf_room, int64_t leaves_read) {
     _Alignas(64) int64_t codes[FAN];
     int64_t bound = s->near[leaves_read - 1], least = NONE;
-    Ints distances[FAN / LANES];
+    Ints distances[VECTORS];
     distances_to_boxes(boxes_of(t, s->next), s->pairs, pairs, distances);
     const Page *page = page_of(t, s->next);
     int32_t ties[FAN];
@@ -296,15 +341,42 @@ static inline int visit(const Tree *t, Query *s, int64_t pairs, int64_t leaf_roo
 }
 
 typedef struct {
-    int16_t *recents;           /* [RINGS] groups of 16 */
+    int16_t *recents; /* [RINGS] groups of 16 */
+    int64_t *best;    /* [wanted] codes distance << 32 | age of the nearest entities */
+    Candidates candidates;
     Query flight[FLIGHT];
 } Memory;
+
+/* Finds the nearest of the recent entities from `base` on and of the members of the leaves that were chosen. */
+static inline void read_candidates(const Search *s, const Tree *t, Memory *m, const Query *query, int64_t base,
+                                   int64_t num_pairs) {
+    Candidates *c = &m->candidates;
+    static const int32_t places[2 * LEAF] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+    int64_t seen = query->index - s->window + 1, groups = 0;
+    seen = seen > 0 ? seen : 0;
+    int64_t newest = seen ? (seen - 1) / LEAF : 0, ring = newest % RINGS;
+    const int32_t *real = places + LEAF - (seen - LEAF * newest);
+    for (int v = 0; v < 4 * VECTORS; v++) c->minima[v] = splat(LARGEST);
+    for (int64_t j = LEAF * newest; j >= base; j -= LEAF, groups++) {
+        c->ids[groups] = NULL;
+        c->ages[groups] = query->index - j;
+        measure(c, groups, m->recents + ring * 32 * num_pairs, groups ? NULL : real, query->pairs, num_pairs);
+        ring = ring ? ring - 1 : RINGS - 1;
+    }
+    for (int64_t k = 0; base && k < s->leaves_read && query->near[k] != NONE; k++, groups++) {
+        const int32_t *leaf = leaf_of(t, (int32_t)query->leaves[k]);
+        c->ids[groups] = leaf;
+        c->ages[groups] = query->index + 1;
+        measure(c, groups, (const int16_t *)(leaf + LEAF), leaf, query->pairs, num_pairs);
+    }
+    choose(c, groups, m->best, s->wanted);
+}
 
 /* Searches queries first .. last - 1 of a row, which belong to one sequence that starts at position `start`. */
 static inline __attribute__((always_inline)) void search_sequence(const Search *s, Tree *t, Memory *m, int64_t g,
                                                                   int64_t first, int64_t last, int64_t start,
                                                                   int64_t num_pairs) {
-    int64_t room = (s->wanted + 7) / 8 * 8, leaf_room = (s->leaves_read + 7) / 8 * 8, group = 32 * num_pairs;
+    int64_t leaf_room = (s->leaves_read + 7) / 8 * 8, group = 32 * num_pairs;
     int64_t filled = -1, past = s->query_index[g * s->length] - start; /* index in the sequence of query 0 */
     for (int64_t a = first, end; a < last; a = end) {
         int64_t seen = past + a - s->window + 1;
@@ -328,7 +400,6 @@ static inline __attribute__((always_inline)) void search_sequence(const Search *
             }
             query->pairs = pairs[b - a];
             query->index = past + b;
-            for (int64_t k = 0; k < room; k++) query->best[k] = NONE;
             if (base) {
                 for (int64_t k = 0; k < leaf_room; k++) query->near[k] = NONE;
                 query->next = t->ROOT;
@@ -347,32 +418,16 @@ static inline __attribute__((always_inline)) void search_sequence(const Search *
                     for (int64_t line = 0; line <= num_pairs && line < 8; line++) __builtin_prefetch(leaf + 64 * line);
                 }
             }
-        /* Turns over queries: what one of them waits for is independent of the others. */
-        for (int64_t k = 0; base && k < s->leaves_read; k++)
-            for (Query *query = m->flight; query < m->flight + (end - a); query++)
-                if (query->near[k] != NONE && query->near[k] >> 32 <= query->best[s->wanted - 1] >> 32)
-                    read_leaf(query, leaf_of(t, (int32_t)query->leaves[k]), num_pairs, room, s->wanted);
-        /* The newest first: they win ties. */
-        for (int64_t j = (past + end - 1 - s->window) / LEAF * LEAF; j >= base; j -= LEAF) {
-            const int16_t *positions = m->recents + j / LEAF % RINGS * group;
-            for (Query *query = m->flight; query < m->flight + (end - a); query++) {
-                int64_t until = query->index - s->window + 1;
-                if (until <= j) continue;
-                int32_t ages[LEAF];
-                for (int i = 0; i < LEAF; i++) ages[i] = query->index - j - i;
-                uint32_t real = until - j < LEAF ? (1u << (until - j)) - 1 : 0xFFFF;
-                read_group(query, positions, ages, real, num_pairs, room, s->wanted);
-            }
-        }
         for (int64_t b = a; b < end; b++) {
-            Query *query = m->flight + (b - a);
+            const Query *query = m->flight + (b - a);
             int64_t to = (g * s->length + b) * s->wanted;
+            read_candidates(s, t, m, query, base, num_pairs);
             for (int64_t k = 0; k < s->wanted; k++) {
-                int found = query->best[k] != NONE;
-                s->indices[to + k] = found ? start + query->index - (int64_t)(uint32_t)query->best[k] : -1;
+                int found = m->best[k] != NONE;
+                s->indices[to + k] = found ? start + query->index - (int64_t)(uint32_t)m->best[k] : -1;
             }
             if (s->distances)
-                for (int64_t k = 0; k < s->wanted; k++) s->distances[to + k] = query->best[k] >> 32;
+                for (int64_t k = 0; k < s->wanted; k++) s->distances[to + k] = m->best[k] >> 32;
         }
     }
 }
@@ -390,7 +445,8 @@ static void *allocate(int64_t bytes) { return aligned_alloc(64, (bytes + 63) / 6
 
 /* Searches rows first .. last - 1. Returns 1 if out of memory. */
 int search_tree(int64_t first, int64_t last, const Search *s) {
-    int64_t pairs = (s->dims + 1) / 2, room = (s->wanted + 7) / 8 * 8, leaf_room = (s->leaves_read + 7) / 8 * 8;
+    int64_t pairs = (s->dims + 1) / 2, leaf_room = (s->leaves_read + 7) / 8 * 8;
+    int64_t groups = RINGS + s->leaves_read, room = 2 * s->wanted > 64 ? (2 * s->wanted + 7) / 8 * 8 : 64;
     Tree t = {0};
     set_sizes(&t, s->dims);
     int64_t leaf_capacity = s->leaf_capacity, page_capacity = s->page_capacity;
@@ -410,25 +466,34 @@ int search_tree(int64_t first, int64_t last, const Search *s) {
         t.counters = own_counters;
     }
     int64_t pending = (page_capacity + 8) / 8 * 8 + 8; /* vectors of 8 are written at the end */
-    int64_t group_bytes = 64 * pairs, per_query = (room + 2 * leaf_room + pending) * 8 + pending * 4;
+    int64_t group_bytes = 64 * pairs, per_query = (2 * leaf_room + pending) * 8 + pending * 4;
+    int64_t candidate_bytes = (groups * (64 + 8 + 8) + (2 * room + 8 + s->wanted) * 8 + 63) / 64 * 64;
     int64_t entry_bytes = (WORK * t.entry_size + 63) / 64 * 64, box_bytes = ((4 + 2 * BLOCK) * s->dims + 63) / 64 * 64;
     per_query = (per_query + 63) / 64 * 64;
-    char *memory = allocate(RINGS * group_bytes + FLIGHT * per_query + 2 * entry_bytes + box_bytes), *free_memory = memory;
+    char *memory = allocate(RINGS * group_bytes + FLIGHT * per_query + candidate_bytes + 2 * entry_bytes + box_bytes);
     if (!memory) {
         free(own);
         return 1;
     }
     Memory m = {.recents = (int16_t *)memory};
     memset(memory, 0, RINGS * group_bytes);
-    free_memory += RINGS * group_bytes;
+    char *free_memory = memory + RINGS * group_bytes;
     for (int b = 0; b < FLIGHT; b++, free_memory += per_query) {
         Query *query = m.flight + b;
-        query->best = (int64_t *)free_memory;
-        query->near = query->best + room;
+        query->near = (int64_t *)free_memory;
         query->leaves = query->near + leaf_room;
         query->pending = query->leaves + leaf_room;
         query->pages = (int32_t *)(query->pending + pending);
     }
+    Candidates *c = &m.candidates;
+    c->distances = (Ints *)free_memory;
+    c->codes = (int64_t *)(free_memory + 64 * groups);
+    c->sorted = c->codes + room;
+    c->room = room;
+    m.best = c->sorted + room + 8;
+    c->ages = m.best + s->wanted;
+    c->ids = (const int32_t **)(c->ages + groups);
+    free_memory += candidate_bytes;
     for (int list = 0; list < 2; list++, free_memory += entry_bytes) t.entries[list] = free_memory;
     t.box = (int16_t *)free_memory;
     t.block = t.box + 2 * s->dims;
