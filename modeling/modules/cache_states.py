@@ -42,11 +42,11 @@ class GrowingState(ReplaceState):
     """Storage `[B, groups, capacity, features]`; the row's length says how many of its entries are valid."""
 
     def reserve(self, capacity: int) -> None:
-        """Grow to at least `capacity` entries. The storage at least doubles: O(1) copies per entry."""
+        """Grow to at least `capacity` entries, and by a quarter: O(1) copies per entry, little unused memory."""
         old = self.data.shape[2]
         if capacity <= old:
             return
-        grown = self.data.new_zeros(*self.data.shape[:2], max(capacity, 2 * old), self.data.shape[3])
+        grown = self.data.new_zeros(*self.data.shape[:2], max(capacity, old + old // 4 + 16), self.data.shape[3])
         grown[:, :, :old] = self.data
         self.data = grown
 

@@ -18,6 +18,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "fields": field_quality.fields,
     "contrastive": field_quality.contrastive,
     "ablations": model_quality.ablations,
+    "neighbor-ranking": model_quality.neighbor_ranking,
+    "search-settings": model_quality.search_settings,
     "translation": model_quality.translation,
     "reversal": model_quality.reversal,
     "quantization": model_quality.quantization,

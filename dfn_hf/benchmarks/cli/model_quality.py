@@ -1,4 +1,4 @@
-"""Commands that measure ablations, translation, reversal and quantization."""
+"""Commands that measure ablations, the neighbour search, translation, reversal and quantization."""
 
 from typing import Annotated
 
@@ -43,6 +43,94 @@ def ablations(
     path = results_path(results, "ablations.csv")
     finished = run_ablations(runs, path, threads, report_progress)
     print_table(ablation_table(finished), finished, path)
+
+
+def neighbor_ranking(
+    seeds: Seeds = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of the language models.")] = 250,
+    recall_steps: Annotated[int, typer.Option(min=1, help="Training steps of the recall model.")] = 1000,
+    length: Annotated[int, typer.Option(min=64, help="Tokens per window of the first language model.")] = 1024,
+    long_length: Annotated[int, typer.Option(min=64, help="Tokens per window of the second one.")] = 4096,
+    results: Results = None,
+    threads: Threads = 1,
+    device: Device = "cpu",
+) -> None:
+    """DFN with neighbours ranked by distance, by distance and age, and by distance, age and influence.
+
+    Example: dfn-hf bench neighbor-ranking --seeds 1 --steps 100
+    """
+    from ..harness.environment import set_up_device
+    from ..quality.neighbor_ranking import NO_NEIGHBORS, RANKINGS, RankingSettings, ranking_table, run_rankings
+
+    set_up_device(device, threads)
+    runs = [
+        RankingSettings(
+            ranking=ranking,
+            seed=seed,
+            length=length,
+            long_length=long_length,
+            steps=steps,
+            recall_steps=recall_steps,
+            device=device,
+        )
+        for seed in range(seeds)
+        for ranking in (*RANKINGS, NO_NEIGHBORS)
+    ]
+    path = results_path(results, "neighbor-ranking.csv")
+    finished = run_rankings(runs, path, report_progress)
+    print_table(ranking_table(finished), finished, path)
+
+
+def search_settings(
+    seeds: Seeds = 3,
+    lm_steps: Annotated[int, typer.Option(min=1, help="Training steps of the language model.")] = 250,
+    lm_length: Annotated[int, typer.Option(min=2, help="Tokens per window of the language model.")] = 4096,
+    recall_steps: Annotated[int, typer.Option(min=1, help="Training steps of the recall model.")] = 1000,
+    retrieval_steps: Annotated[int, typer.Option(min=1, help="Training steps of the retrieval model.")] = 600,
+    tuning_steps: Annotated[int, typer.Option(min=0, help="Its fine-tuning steps.")] = 750,
+    context_length: Annotated[int, typer.Option(help="Tokens per context of the retrieval task.")] = 2**17,
+    contexts: Annotated[int, typer.Option(min=1, help="Contexts of the retrieval task.")] = 5,
+    results: Results = None,
+    threads: Threads = 1,
+    device: Device = "cpu",
+) -> None:
+    """DFN with more or fewer position dimensions, neighbours and leaves: language, recall, retrieval, time.
+
+    Example: dfn-hf bench search-settings --seeds 1
+    """
+    from ..harness.environment import set_up_device
+    from ..quality.search_settings import (
+        CHOICES,
+        LEAVES,
+        SearchSettingsRun,
+        run_search_settings,
+        search_settings_table,
+    )
+
+    set_up_device(device, threads)
+    runs = [
+        SearchSettingsRun(
+            position_dim=position_dim,
+            num_neighbors=num_neighbors,
+            num_leaves=num_leaves,
+            seed=seed,
+            lm_steps=lm_steps,
+            lm_length=lm_length,
+            recall_steps=recall_steps,
+            retrieval_steps=retrieval_steps,
+            tuning_steps=tuning_steps,
+            context_length=context_length,
+            contexts=contexts,
+            threads=threads,
+            device=device,
+        )
+        for seed in range(seeds)
+        for position_dim, num_neighbors in CHOICES
+        for num_leaves in LEAVES
+    ]
+    path = results_path(results, "search-settings.csv")
+    finished = run_search_settings(runs, path, report_progress)
+    print_table(search_settings_table(finished), finished, path)
 
 
 def translation(

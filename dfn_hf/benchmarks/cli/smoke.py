@@ -10,7 +10,9 @@ from pathlib import Path
 from ..harness.environment import without_isolation
 from ..quality.ablations import VARIANTS
 from ..quality.byte_chunking import MODELS as BYTE_MODELS
+from ..quality.neighbor_ranking import RANKINGS
 from ..quality.quantization import CHECKPOINTS
+from ..quality.search_settings import CHOICES, LEAVES
 from ..speed.peers import WORKLOADS as PEER_WORKLOADS
 from ..speed.seq2seq_speed import WORKLOADS as SEQ2SEQ_WORKLOADS
 from ..speed.single_head import WORKLOADS as SINGLE_HEAD_WORKLOADS
@@ -40,6 +42,15 @@ TABLES = (
     SmokeTable(
         "ablations --seeds 1 --lm-steps 1 --recall-steps 1 --long-length 128 --long-num-pairs 16",
         [(variant, "1") for variant in VARIANTS],
+    ),
+    SmokeTable(
+        "neighbor-ranking --seeds 1 --steps 1 --recall-steps 1 --length 64 --long-length 300",
+        [(ranking, "1") for ranking in RANKINGS],
+    ),
+    SmokeTable(
+        "search-settings --seeds 1 --lm-steps 1 --lm-length 256 --recall-steps 1 --retrieval-steps 1 "
+        "--tuning-steps 0 --contexts 1 --context-length 4096",
+        [(str(dims), str(neighbors), str(leaves)) for dims, neighbors in CHOICES for leaves in LEAVES],
     ),
     SmokeTable(
         "scaling --length 256 --length 512 --baseline-length 256 --hidden-size 32 --num-hidden-layers 1 --repeats 1",

@@ -144,6 +144,19 @@ def long_recall(model: PreTrainedModel, settings: RecallSettings) -> float:
     )
 
 
+def longest_recall(model: PreTrainedModel, settings: RecallSettings) -> float:
+    """Return the accuracy at `longest_length`."""
+    return recall_accuracy(
+        model,
+        seed=settings.evaluation_seed,
+        num_batches=settings.long_batches,
+        batch_size=1,
+        length=settings.longest_length,
+        num_pairs=settings.longest_num_pairs,
+        vocab_size=settings.vocab_size,
+    )
+
+
 def measure_recall(settings: RecallSettings, report: Callable[[str], None] = lambda line: None) -> RecallResult:
     """Train on the short task, evaluate on the long ones, fine-tune, and evaluate on the longest one."""
     started = time.perf_counter()
@@ -151,7 +164,7 @@ def measure_recall(settings: RecallSettings, report: Callable[[str], None] = lam
     model = trained_recall.model
     long = long_recall(model, settings)
     long_without_far = _long_recall_without_far(model, settings)
-    longest_before_tuning = _longest_recall(model, settings)
+    longest_before_tuning = longest_recall(model, settings)
     report(
         f"{settings.model}, seed {settings.seed}: {settings.long_length} tokens {long:.3f}, "
         f"{settings.longest_length} tokens {longest_before_tuning:.3f}; fine-tuning"
@@ -164,7 +177,7 @@ def measure_recall(settings: RecallSettings, report: Callable[[str], None] = lam
         long=long,
         long_without_far=long_without_far,
         longest_before_tuning=longest_before_tuning,
-        longest=_longest_recall(model, settings),
+        longest=longest_recall(model, settings),
         seconds=round(time.perf_counter() - started, 1),
         machine=describe_machine(settings.device),
     )
@@ -221,18 +234,6 @@ def _long_recall_without_far(model: PreTrainedModel, settings: RecallSettings) -
         return long_recall(model, settings)
     finally:
         model.config.num_neighbors = trained_with
-
-
-def _longest_recall(model: PreTrainedModel, settings: RecallSettings) -> float:
-    return recall_accuracy(
-        model,
-        seed=settings.evaluation_seed,
-        num_batches=settings.long_batches,
-        batch_size=1,
-        length=settings.longest_length,
-        num_pairs=settings.longest_num_pairs,
-        vocab_size=settings.vocab_size,
-    )
 
 
 def _fine_tune(model: PreTrainedModel, settings: RecallSettings) -> None:
