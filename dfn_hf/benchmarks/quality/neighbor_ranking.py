@@ -183,7 +183,7 @@ def largest_logits(
 
 
 def _top(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Equal `x.topk(count, dim=-1)` but for ties, and faster: the largest are in the groups with the largest maxima."""
+    """Equal `x.topk(count, dim=-1)` but for ties. The largest are in the groups with the largest maxima."""
     groups = torch.nn.functional.pad(x, (0, -x.shape[-1] % GROUP), value=-torch.inf).unflatten(-1, (-1, GROUP))
     chosen = groups.amax(dim=-1).topk(min(count, groups.shape[-2]), dim=-1).indices
     candidates = groups.gather(-2, chosen[..., None].expand(*chosen.shape, GROUP)).flatten(-2)

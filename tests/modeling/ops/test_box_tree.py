@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from dfn_hf.modeling.ops import box_tree, box_tree_torch, neighbor_search_reference
+from dfn_hf.modeling.ops import box_tree, box_tree_torch
 from dfn_hf.modeling.ops.box_tree import (
     BLOCK,
     GRID_LIMIT,
@@ -21,6 +21,7 @@ from dfn_hf.modeling.ops.box_tree_torch import search_tree_torch
 from dfn_hf.modeling.ops.neighbor_ranking import NO_DISTANCE
 from dfn_hf.modeling.ops.neighbor_search import search_exact
 from dfn_hf.modeling.ops.neighbor_search_reference import enter, first_leaves, search_exact_loop, search_tree_loop
+from tests.support.tree_sizes import set_sizes
 
 WHOLE = (None, None, None)  # reach, counts and index of rows that are searched at once
 
@@ -86,14 +87,6 @@ def draw_positions(kind, shape, seed):
 
 
 # Definition
-
-
-def set_sizes(monkeypatch, **sizes):
-    """Change constants of the box tree wherever they were imported, for deep trees of short sequences."""
-    for module in (box_tree, box_tree_torch, neighbor_search_reference):
-        for name, size in sizes.items():
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, size)
 
 
 @pytest.fixture

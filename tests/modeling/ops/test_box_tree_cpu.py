@@ -9,8 +9,8 @@ import torch
 from dfn_hf.modeling.ops import box_tree
 from dfn_hf.modeling.ops.box_tree import empty_tree_index, index_shapes, tree_base
 from dfn_hf.modeling.ops.box_tree_torch import search_tree_torch
+from dfn_hf.modeling.ops.kernels import box_tree_cpu
 from dfn_hf.modeling.ops.kernels.box_tree_cpu import (
-    TREE_FLAGS,
     TREE_SOURCE,
     crop_tree_cpu,
     search_tree_cpu,
@@ -26,8 +26,8 @@ from tests.modeling.ops.test_box_tree import (
     draw_positions,
     random_splits,
     search_in_loops,
-    set_sizes,
 )
+from tests.support.tree_sizes import set_sizes_and_c
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.skipif(tree_library(torch.empty(0)) is None, reason="the C code needs a C compiler")
@@ -38,10 +38,8 @@ VARIANTS = {"native": (), "AVX2": ("-mno-avx512f",), "SSE2": ("-march=x86-64",)}
 
 def small_library(monkeypatch, *flags, spare_leaves=256):
     """Return the C code with small blocks, and set the same sizes in Python."""
-    sizes = {"BLOCK": 16, "RECENT": 32, "SPARE_LEAVES": spare_leaves}
-    set_sizes(monkeypatch, **sizes)
-    defines = [f"-D{name}={size}" for name, size in sizes.items()]
-    library = compiled_library(TREE_SOURCE, *TREE_FLAGS, *defines, *flags, functions=("search_tree", "crop_tree"))
+    set_sizes_and_c(monkeypatch, BLOCK=16, RECENT=32, SPARE_LEAVES=spare_leaves)
+    library = compiled_library(TREE_SOURCE, *box_tree_cpu.TREE_FLAGS, *flags, functions=("search_tree", "crop_tree"))
     assert library is not None
     return library
 

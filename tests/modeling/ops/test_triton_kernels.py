@@ -17,8 +17,9 @@ from dfn_hf.modeling.ops.box_tree import BLOCK, RECENT, empty_tree_index
 from dfn_hf.modeling.ops.box_tree_torch import search_tree_torch
 from dfn_hf.modeling.ops.flow_attention import flow_attention, flow_attention_reference
 from dfn_hf.modeling.ops.neighbor_search import search_tree
-from tests.modeling.ops.test_box_tree import KINDS, WHOLE, draw_positions, random_splits, search_in_loops, set_sizes
+from tests.modeling.ops.test_box_tree import KINDS, WHOLE, draw_positions, random_splits, search_in_loops
 from tests.modeling.ops.test_flow_attention import DIFFERENTIABLE, TOLERANCE, draw_inputs, outputs_and_gradients
+from tests.support.tree_sizes import set_sizes
 
 triton_launch = pytest.importorskip(
     "dfn_hf.modeling.ops.kernels.triton_launch", reason="Triton supports Linux only", exc_type=ImportError
