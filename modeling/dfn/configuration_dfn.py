@@ -8,6 +8,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
 from ..hub_code import HubCodeMixin
+from ..modules.auto_names import enter_auto_names
 from ..modules.config_bounds import (
     MAX_FACTOR,
     MAX_LAYERS,
@@ -300,5 +301,7 @@ class DFNConfig(HubCodeMixin, PreTrainedConfig):
                         f"got {getattr(self, field)}."
                     )
 
+
+enter_auto_names(DFNConfig.model_type, AUTO_MAP)
 
 __all__ = ["DFNConfig"]

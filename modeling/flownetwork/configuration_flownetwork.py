@@ -5,6 +5,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import logging
 
 from ..hub_code import HubCodeMixin
+from ..modules.auto_names import enter_auto_names
 from ..modules.config_bounds import (
     MAX_FACTOR,
     MAX_LAYERS,
@@ -231,5 +232,7 @@ class FlowNetworkConfig(HubCodeMixin, PreTrainedConfig):
                 f"{largest_divisor(self.num_attention_heads, self.num_key_value_heads)}."
             )
 
+
+enter_auto_names(FlowNetworkConfig.model_type, AUTO_MAP)
 
 __all__ = ["FlowNetworkConfig"]

@@ -7,6 +7,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..hub_code import HubCodeMixin
+from ..modules.auto_names import enter_auto_names
 from ..modules.config_bounds import (
     MAX_FACTOR,
     MAX_LAYERS,
@@ -293,5 +294,7 @@ class LiquidConfig(HubCodeMixin, PreTrainedConfig):
                 f"`max_expert_load` must be at most {MAX_FACTOR} or infinite, got {number_text(self.max_expert_load)}."
             )
 
+
+enter_auto_names(LiquidConfig.model_type, AUTO_MAP)
 
 __all__ = ["LiquidConfig"]

@@ -4,6 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..hub_code import HubCodeMixin
+from ..modules.auto_names import enter_auto_names
 from ..modules.config_bounds import MAX_FACTOR, MAX_LAYERS, MAX_WIDTH, MAX_WINDOW, check_bounds, number_text
 
 AUTO_MAP = {
@@ -101,5 +102,7 @@ class DFNNativeConfig(HubCodeMixin, PreTrainedConfig):
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must lie in [0, 1), got {self.dropout}.")
 
+
+enter_auto_names(DFNNativeConfig.model_type, AUTO_MAP)
 
 __all__ = ["DFNNativeConfig"]

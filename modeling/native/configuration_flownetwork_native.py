@@ -4,6 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..hub_code import HubCodeMixin
+from ..modules.auto_names import enter_auto_names
 from ..modules.config_bounds import (
     MAX_LAYERS,
     MAX_TOKEN_ID,
@@ -114,5 +115,7 @@ class FlowNetworkNativeConfig(HubCodeMixin, PreTrainedConfig):
                     f"({self.vocab_size})."
                 )
 
+
+enter_auto_names(FlowNetworkNativeConfig.model_type, AUTO_MAP)
 
 __all__ = ["FlowNetworkNativeConfig"]

@@ -4,6 +4,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..hub_code import HubCodeMixin
+from ..modules.auto_names import enter_auto_names
 from ..modules.config_bounds import MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH, MAX_WINDOW, check_bounds
 
 AUTO_MAP = {
@@ -121,5 +122,7 @@ class LiquidNativeConfig(HubCodeMixin, PreTrainedConfig):
                 f"of features per head ({self.head_dim}, `embed_dim` / `num_heads`) must be even."
             )
 
+
+enter_auto_names(LiquidNativeConfig.model_type, AUTO_MAP)
 
 __all__ = ["LiquidNativeConfig"]

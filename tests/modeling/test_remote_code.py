@@ -88,6 +88,7 @@ import torch
 from transformers import (
     AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 saved, again = sys.argv[1:]
 expected = torch.load(f"{saved}/expected.pt", weights_only=True)
@@ -108,6 +109,7 @@ def check(actual, name):
 config = AutoConfig.from_pretrained(f"{saved}/causal", trust_remote_code=True)
 assert type(config).__module__.startswith("transformers_modules."), type(config)
 assert expected["config"].items() <= config.to_dict().items()
+assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type].endswith("ForCausalLM")
 
 with torch.no_grad():
     check(load(AutoModel, f"{saved}/causal")(ids).last_hidden_state, "states")
