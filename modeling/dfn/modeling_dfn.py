@@ -31,10 +31,10 @@ from ..modules.forward_utils import (
     FlowGenerationMixin,
     embed_inputs,
     finish_forward,
-    next_token_labels,
     prepare_forward,
 )
 from ..modules.outputs import OutputCollector, add_grad_only
+from ..modules.packing import next_token_labels, packed_documents
 from ..modules.rms_norm import RMSNorm
 from ..modules.row_layout import RowLayout
 from ..ops.chunking import apply_chunked
@@ -218,6 +218,9 @@ class DFNModel(DFNPreTrainedModel):
             output_hidden_states: return the states of every layer.
             output_entities: return positions, influence and neighbours of every layer.
             cache: name of `past_key_values` in transformers 5.24 and later.
+            kwargs: `cu_seq_lens_q` and `cu_seq_lens_k`, or `seq_idx`, also describe packed documents, as in
+                transformers' recurrent models. Of several descriptions the first counts: `segment_ids`,
+                `cu_seq_lens_q`, `seq_idx`, `position_ids`. Other names are ignored.
 
         Raises:
             ValueError: the inputs contradict each other; the message names them and the remedy.
@@ -234,8 +237,10 @@ class DFNModel(DFNPreTrainedModel):
                     "again, so call it without a cache."
                 )
             use_cache = False
+        is_plain = attention_mask is None and past_key_values is None
+        segment_ids = packed_documents(*inputs_embeds.shape[:2], segment_ids, position_ids, is_plain, **kwargs)
         rows, states, past_key_values = prepare_forward(
-            self, inputs_embeds, attention_mask, position_ids, segment_ids, past_key_values, use_cache
+            self, inputs_embeds, attention_mask, segment_ids, past_key_values, use_cache
         )
         check_search(config)
         hidden_states = rows.unpad(inputs_embeds)
@@ -431,23 +436,29 @@ class DFNForCausalLM(FlowGenerationMixin, DFNPreTrainedModel, GenerationMixin):
 
         The other arguments are those of `DFNModel.forward`.
         """
+        past_key_values = resolve_cache_argument(past_key_values, cache)
         outputs: DFNModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=resolve_cache_argument(past_key_values, cache),
+            cache=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             segment_ids=segment_ids,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             output_entities=output_entities,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
 
         losses: dict[str, Any] = {}
         if labels is not None:
+            is_plain = attention_mask is None and past_key_values is None
+            segment_ids = packed_documents(
+                *outputs.last_hidden_state.shape[:2], segment_ids, position_ids, is_plain, **kwargs
+            )
             labels = next_token_labels(labels, segment_ids)
             losses = self._losses(logits, labels, outputs, **kwargs)
         return DFNCausalLMOutput(

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.utils import ModelOutput, can_return_tuple
 
+from ..modules.packing import refuse_packing
 from .configuration_dfn import DFNConfig
 from .modeling_dfn import DFNModel, DFNPreTrainedModel
 from .modeling_dfn_field import DFNFieldModel
@@ -124,6 +125,7 @@ class DFNForContrastive(DFNPreTrainedModel):
             ValueError: a view has neither text nor field, or both; a field is passed to a model without
                 `contrastive_fields`; a row is all padding; the numbers of views differ; or training on one pair.
         """
+        refuse_packing(self, attention_mask, **kwargs)
         embeds, ratio_loss = self._embed("", input_ids, inputs_embeds, attention_mask, coordinates, values, mask)
         pair = (pair_input_ids, pair_inputs_embeds, pair_attention_mask, pair_coordinates, pair_values, pair_mask)
         if all(view is None for view in pair):

@@ -41,10 +41,10 @@ from ..modules.forward_utils import (
     FlowGenerationMixin,
     embed_inputs,
     finish_forward,
-    next_token_labels,
     prepare_forward,
 )
 from ..modules.outputs import OutputCollector
+from ..modules.packing import next_token_labels, packed_documents
 from ..modules.rms_norm import RMSNorm
 from ..modules.row_layout import RowLayout, pad_attention
 from ..modules.windowed_attention import RotaryEmbedding, SelfAttention
@@ -328,6 +328,9 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
             output_hidden_states: whether to return the states of every layer.
             output_flows: whether to return flow matrix, windows and fractions of every layer, O(M²) memory.
             cache: name of `past_key_values` from transformers 5.24 on.
+            kwargs: `cu_seq_lens_q` and `cu_seq_lens_k`, or `seq_idx`, also describe packed documents, as in
+                transformers' recurrent models. Of several descriptions the first counts: `segment_ids`,
+                `cu_seq_lens_q`, `seq_idx`, `position_ids`. Other names are ignored.
 
         Raises:
             ValueError: the inputs contradict each other; the message names them and the remedy.
@@ -337,8 +340,10 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         inputs_embeds = embed_inputs(self, input_ids, inputs_embeds)
         past_key_values = resolve_cache_argument(past_key_values, cache)
+        is_plain = attention_mask is None and past_key_values is None
+        segment_ids = packed_documents(*inputs_embeds.shape[:2], segment_ids, position_ids, is_plain, **kwargs)
         rows, states, past_key_values = prepare_forward(
-            self, inputs_embeds, attention_mask, position_ids, segment_ids, past_key_values, use_cache
+            self, inputs_embeds, attention_mask, segment_ids, past_key_values, use_cache
         )
         hidden_states = rows.unpad(inputs_embeds)
         rotary = self.rotary(hidden_states, rows.segment_positions)
@@ -450,22 +455,28 @@ class FlowNetworkForCausalLM(FlowGenerationMixin, FlowNetworkPreTrainedModel, Ge
             logits_to_keep: number of last columns whose logits are computed, or the indices of these columns; 0 means
                 all.
         """
+        past_key_values = resolve_cache_argument(past_key_values, cache)
         outputs: FlowNetworkModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=resolve_cache_argument(past_key_values, cache),
+            cache=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             segment_ids=segment_ids,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             output_flows=output_flows,
+            **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
+            is_plain = attention_mask is None and past_key_values is None
+            segment_ids = packed_documents(
+                *outputs.last_hidden_state.shape[:2], segment_ids, position_ids, is_plain, **kwargs
+            )
             labels = next_token_labels(labels, segment_ids)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return FlowNetworkCausalLMOutput(

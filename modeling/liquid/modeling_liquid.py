@@ -26,6 +26,7 @@ from transformers.utils import can_return_tuple
 from ..modules.cache import CACHE_NAME, FlowCacheLayer, resolve_cache_argument, state_layers
 from ..modules.forward_utils import FlowGenerationMixin, embed_inputs, finish_forward, prepare_forward
 from ..modules.outputs import OutputCollector
+from ..modules.packing import refuse_packing
 from ..modules.rms_norm import RMSNorm
 from ..modules.row_layout import RowLayout, column_mask, make_row_layout
 from ..modules.windowed_attention import RotaryEmbedding
@@ -132,6 +133,7 @@ class BidirectionalEncoder(LiquidPreTrainedModel):
             ValueError: the inputs contradict each other; the message names them and the remedy.
         """
         config = self.config
+        refuse_packing(self, attention_mask, **kwargs)
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         inputs_embeds = embed_inputs(self, input_ids, inputs_embeds)
@@ -343,6 +345,7 @@ class LiquidModel(EncoderEmbeddingMixin, LiquidPreTrainedModel):
             ValueError: the inputs contradict each other; the message names them and the remedy.
         """
         config = self.config
+        refuse_packing(self, attention_mask, **kwargs)
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_router_logits = config.output_router_logits if output_router_logits is None else output_router_logits
@@ -423,7 +426,7 @@ class LiquidModel(EncoderEmbeddingMixin, LiquidPreTrainedModel):
         config = self.config
         own_cache = getattr(past_key_values, "self_attention_cache", past_key_values)
         rows, states, own_cache = prepare_forward(
-            self.decoder, decoder_embeds, decoder_attention_mask, None, None, own_cache, use_cache, prefix="decoder_"
+            self.decoder, decoder_embeds, decoder_attention_mask, None, own_cache, use_cache, prefix="decoder_"
         )
         if own_cache is None:
             return rows, states, [None] * config.num_decoder_layers, None
@@ -536,6 +539,7 @@ class LiquidForSeq2SeqLM(FlowGenerationMixin, LiquidPreTrainedModel, GenerationM
             ValueError: neither a target nor labels are given, or the inputs contradict each other.
         """
         config = self.config
+        refuse_packing(self, attention_mask, **kwargs)
         output_router_logits = config.output_router_logits if output_router_logits is None else output_router_logits
         if labels is None and decoder_input_ids is None and decoder_inputs_embeds is None:
             raise ValueError("The target is missing: pass `decoder_input_ids`, `decoder_inputs_embeds` or `labels`.")
@@ -658,6 +662,7 @@ class LiquidForSequenceClassification(EncoderEmbeddingMixin, LiquidPreTrainedMod
             inputs_embeds=inputs_embeds,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            **kwargs,
         )
         states = outputs.last_hidden_state  # zero at padding
         counts = states.shape[1] if attention_mask is None else attention_mask.bool().sum(dim=1, keepdim=True)

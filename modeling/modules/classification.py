@@ -9,6 +9,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .cache import CACHE_NAME, resolve_cache_argument
+from .packing import refuse_packing
 
 
 class LastTokenClassificationMixin:
@@ -44,6 +45,7 @@ class LastTokenClassificationMixin:
 
         The other arguments are those of the base model.
         """
+        refuse_packing(self, attention_mask, position_ids, **kwargs)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -1,12 +1,11 @@
 """Input checks, row layout and cache handling around a flow model's layers."""
 
 import torch
-from torch.nn import functional as F
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import logging
 
 from .cache import FlowCacheLayer, state_layers
-from .row_layout import RowLayout, column_mask, make_row_layout, packed_segments
+from .row_layout import RowLayout, column_mask, make_row_layout
 from .static_cache import check_static_support
 
 logger = logging.get_logger(__name__)
@@ -65,7 +64,6 @@ def prepare_forward(
     model,
     inputs_embeds: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
     segment_ids: torch.Tensor | None,
     past_key_values: Cache | None,
     use_cache: bool | None,
@@ -77,8 +75,7 @@ def prepare_forward(
         model: has `config`, `gradient_checkpointing` and `training`.
         inputs_embeds: `[B, M, hidden_size]`.
         attention_mask: `[B, M]` or `[B, past + M]`, or None.
-        position_ids: `[B, M]`, used only to detect packed segments, or None.
-        segment_ids: int `[B, M]`, or None.
+        segment_ids: int `[B, M]`, of packed documents, or None.
         past_key_values: the cache, or None.
         use_cache: whether to create a cache; None for `config.use_cache`.
         prefix: of the mask's name in error messages.
@@ -92,16 +89,13 @@ def prepare_forward(
     batch, length, _ = inputs_embeds.shape
     use_cache = model.config.use_cache if use_cache is None else use_cache
     packed = segment_ids is not None
-    if not packed and past_key_values is None and attention_mask is None:
-        segment_ids = packed_segments(position_ids, batch, length)
-        packed = segment_ids is not None
     if model.gradient_checkpointing and model.training and (use_cache or past_key_values is not None):
         logger.warning_once("Gradient checkpointing does not support a cache: `use_cache` is set to False.")
         use_cache, past_key_values = False, None
     if packed and past_key_values is not None:
-        raise ValueError("segment_ids cannot be combined with past_key_values: pass one document per row.")
-    if segment_ids is not None and segment_ids.shape != (batch, length):
-        raise ValueError(f"segment_ids must be [batch, length] = {[batch, length]}, got {list(segment_ids.shape)}.")
+        raise ValueError(
+            "segment_ids, cu_seq_lens_q and seq_idx cannot be combined with past_key_values: pass one document per row."
+        )
     if use_cache and past_key_values is None and not packed:
         past_key_values = DynamicCache(config=model.config)
     num_layers = len(model.config.layer_types)
@@ -130,14 +124,6 @@ def finish_forward(cache: Cache | None, states: list[FlowCacheLayer | None]) -> 
         state.finish_forward()
         if cache.offloading:
             state.offload()
-
-
-def next_token_labels(labels: torch.Tensor, segment_ids: torch.Tensor | None) -> torch.Tensor:
-    """Return labels `[B, M]` with −100 at the first token of each packed segment, which has no context."""
-    if segment_ids is None:
-        return labels
-    new_segment = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (1, 0)) | (segment_ids < 0)
-    return labels.masked_fill(new_segment, -100)
 
 
 class FlowGenerationMixin:

@@ -215,30 +215,6 @@ def column_mask(
     return attention_mask[:, -length:].bool()
 
 
-def packed_segments(position_ids: torch.Tensor | None, batch: int, length: int) -> torch.Tensor | None:
-    """Derive segment ids `[B, M]` from position ids `[B, M]` or `[1, M]`.
-
-    A segment starts where the position ids do not increase by 1.
-
-    Returns:
-        The segment ids; None if there is only one segment per row.
-
-    Raises:
-        ValueError: `position_ids` has another shape.
-    """
-    if position_ids is None:
-        return None
-    if position_ids.shape not in ((batch, length), (1, length)):
-        raise ValueError(
-            f"position_ids must be [batch, length] = {[batch, length]} or {[1, length]}, "
-            f"got {list(position_ids.shape)}."
-        )
-    jumps = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    if not jumps.any():
-        return None
-    return torch.nn.functional.pad(jumps.long().cumsum(dim=1), (1, 0)).expand(batch, -1)
-
-
 def pad_index(rows: RowLayout, state=None) -> torch.Tensor:
     """Return the column of each entity of the rows so far, int64 `[B, N]`; this call's are last.
 

@@ -19,7 +19,13 @@ import dfn_hf
 from dfn_hf import DFNConfig, DFNForCausalLM, FlowNetworkConfig, FlowNetworkForCausalLM, LiquidConfig
 from dfn_hf.registration import model_classes
 
-SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "initializer_range": 0.3}
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "initializer_range": 0.3,
+}
 CAUSAL = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(intermediate_size=64, **SIZES)),
     "dfn": lambda: DFNForCausalLM(DFNConfig(**SIZES)),
