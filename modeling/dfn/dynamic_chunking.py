@@ -36,6 +36,7 @@ from ..modules.outputs import add_grad_only
 from ..modules.rms_norm import RMSNorm
 from ..modules.row_layout import RowLayout
 from ..ops.chunking import apply_chunked
+from ..ops.higher_order import is_vmapped
 from .configuration_dfn import DFNConfig
 
 BOUNDARY_THRESHOLD = 0.5  # boundary probability at and above which a sample completes an entity
@@ -277,7 +278,15 @@ def make_entity_layout(completes: torch.Tensor, rows: RowLayout, state: FlowCach
         completes: bool `[B, M]`, True at samples that complete an entity.
         rows: layout of the samples.
         state: cache of an entity-level layer, or None.
+
+    Raises:
+        RuntimeError: called under `torch.func.vmap`.
     """
+    if not torch.compiler.is_compiling() and is_vmapped(completes):
+        raise RuntimeError(
+            "torch.func.vmap does not support `entity_sampling`, because the number of entities depends on the row's "
+            "content: call the model once per row."
+        )
     completed = completes.long().cumsum(dim=1)
     counts, samples = completed[:, -1], torch.arange(completes.shape[1], device=completes.device)
     length = int(counts.max())

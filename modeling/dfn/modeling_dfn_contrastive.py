@@ -236,7 +236,7 @@ def gather_from_processes(rows: torch.Tensor) -> torch.Tensor:
 
 
 class GatherRows(torch.autograd.Function):
-    """Concatenates the rows of all processes; backward sums the gradients that all processes have for each row."""
+    """Concatenates the rows of all processes. Its backward pass is `SumOwnRows`."""
 
     @staticmethod
     def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
@@ -246,9 +246,21 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient.chunk(world_size())[dist.get_rank()]
+        return SumOwnRows.apply(gradient)
+
+
+class SumOwnRows(torch.autograd.Function):
+    """Sums the rows `[processes · B, …]` over the processes and keeps one's own. Its backward pass is `GatherRows`."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor) -> torch.Tensor:
+        total = rows.contiguous().clone()
+        dist.all_reduce(total)
+        return total.chunk(world_size())[dist.get_rank()]
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return GatherRows.apply(gradient)
 
 
 __all__ = ["DFNForContrastive"]

@@ -7,6 +7,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from ..modules.cache import FlowCacheLayer
 from ..modules.row_layout import RowLayout
 from ..ops.chunking import apply_chunked
+from ..ops.higher_order import is_vmapped
 
 
 class EnhancedLSTM(nn.Module):
@@ -45,7 +46,14 @@ class EnhancedLSTM(nn.Module):
 
         Returns:
             `[B, M, size]`.
+
+        Raises:
+            RuntimeError: called under `torch.func.vmap`.
         """
+        if not torch.compiler.is_compiling() and is_vmapped(x):
+            raise RuntimeError(
+                "torch.func.vmap does not support nn.LSTM: set `lstm_hidden_size=0`, or call the model once per row."
+            )
         stored = None if state is None else state.data("lstm")
         before = None
         if stored is not None:

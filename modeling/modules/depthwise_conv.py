@@ -2,7 +2,8 @@
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
+
+from ..ops.higher_order import KernelFunction, differentiate_backward
 
 POSITION_CHUNK = 1024  # positions per step: the partial sums stay in the processor's cache
 
@@ -26,15 +27,15 @@ class DepthwiseConv1d(nn.Conv1d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Convolve without padding: `[B, channels, length]` → `[B, channels, length − kernel_size + 1]`."""
-        return _DepthwiseConv.apply(x.transpose(1, 2), self.weight[:, 0].T).transpose(1, 2)
+        convolve = _shifted_sum if torch.compiler.is_compiling() else _DepthwiseConv.apply
+        return convolve(x.transpose(1, 2), self.weight[:, 0].T).transpose(1, 2)
 
 
-class _DepthwiseConv(torch.autograd.Function):
+class _DepthwiseConv(KernelFunction):
     """Convolve x `[B, M + R − 1, C]` with taps `[R, C]` to `[B, M, C]`; half precision is summed in float32."""
 
     @staticmethod
-    def forward(ctx, x, taps):
-        ctx.save_for_backward(x, taps)
+    def forward(x, taps):
         dtype = torch.promote_types(x.dtype, taps.dtype)
         y = x.new_empty(x.shape[0], x.shape[1] - len(taps) + 1, x.shape[2], dtype=dtype)
         wide = torch.promote_types(torch.float32, y.dtype)
@@ -46,9 +47,19 @@ class _DepthwiseConv(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
     def backward(ctx, grad_y):
-        x, taps = ctx.saved_tensors
+        return _DepthwiseConvBackward.apply(grad_y, *ctx.saved_tensors)
+
+
+class _DepthwiseConvBackward(KernelFunction):
+    """Backward pass of `_DepthwiseConv`."""
+
+    @staticmethod
+    def forward(grad_y, x, taps):
         wide = torch.promote_types(torch.float32, grad_y.dtype)
         grad_x, grad_taps = torch.zeros_like(x, dtype=wide), torch.zeros_like(taps, dtype=wide)
         for start, stop in _conv_chunks(grad_y):
@@ -59,9 +70,26 @@ class _DepthwiseConv(torch.autograd.Function):
                 grad_x[:, inputs].addcmul_(chunk, taps[r].to(wide))
         return grad_x.to(x.dtype), grad_taps.to(taps.dtype)
 
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        grad_y, x, taps = ctx.saved_tensors
+        return differentiate_backward(_shifted_sum, (grad_y,), (x, taps), cotangents)
+
+
+def _shifted_sum(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
+    """`_DepthwiseConv` as differentiable operations."""
+    length = x.shape[1] - len(taps) + 1
+    wide = torch.promote_types(torch.float32, torch.promote_types(x.dtype, taps.dtype))
+    y = sum(x[:, r : r + length].to(wide) * taps[r].to(wide) for r in range(len(taps)))
+    return y.to(torch.promote_types(x.dtype, taps.dtype))
+
 
 def _conv_chunks(y: torch.Tensor) -> list[tuple[int, int]]:
-    """Return (start, stop) of each chunk of positions; one chunk while compiling."""
+    """Return (start, stop) of each chunk of positions."""
     length = y.shape[1]
-    step = length if torch.compiler.is_compiling() else max(1, POSITION_CHUNK // y.shape[0])
+    step = max(1, POSITION_CHUNK // y.shape[0])
     return [(start, min(start + step, length)) for start in range(0, length, step)]

@@ -4,6 +4,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import logging
 
+from ..ops.higher_order import holds_values
 from .cache import FlowCacheLayer, state_layers
 from .row_layout import RowLayout, column_mask, make_row_layout
 from .static_cache import check_static_support
@@ -46,11 +47,11 @@ def embed_inputs(
 def check_ids(input_ids: torch.Tensor, vocab_size: int, name: str) -> None:
     """Raise a ValueError if `input_ids` is not `[B, M]` or, on a CPU, an id is outside the vocabulary.
 
-    The ids are not checked on other devices, because that would synchronise them.
+    The ids are not checked on other devices, because that would synchronise them, and where they have no values.
     """
     if input_ids.dim() != 2:
         raise ValueError(f"{name} must be [batch, length], got {list(input_ids.shape)}.")
-    if torch.compiler.is_compiling() or input_ids.device.type != "cpu" or not input_ids.numel():
+    if not holds_values(input_ids) or input_ids.device.type != "cpu" or not input_ids.numel():
         return
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= vocab_size:
@@ -94,7 +95,7 @@ def prepare_forward(
         use_cache, past_key_values = False, None
     if packed and past_key_values is not None:
         raise ValueError(
-            "segment_ids, cu_seq_lens_q and seq_idx cannot be combined with past_key_values: pass one document per row."
+            "segment_ids, cu_seq_lens_q and seq_idx cannot be combined with past_key_values: pass a document per row."
         )
     if use_cache and past_key_values is None and not packed:
         past_key_values = DynamicCache(config=model.config)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..ops.higher_order import holds_values
+
 
 @dataclass(frozen=True)
 class RowLayout:
@@ -165,7 +167,7 @@ def make_row_layout(
     if segment_ids is not None:
         real = segment_ids >= 0
         mask = real if mask is None else mask & real
-    if mask is not None and look and not torch.compiler.is_compiling() and mask.all():
+    if mask is not None and look and holds_values(mask) and mask.all():
         mask = None
     columns = torch.arange(length, device=device)
     if aligned_past is not None:

@@ -52,9 +52,15 @@ def by_key(weights: torch.Tensor) -> torch.Tensor:
 class _Pairs(torch.autograd.Function):
     """Concatenate each block with the next, `[B, N + 1, T, F]` → `[B, N, 2 T, F]`; its backward is a single pass."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, blocks):
+    def forward(blocks):
         return torch.cat([blocks[:, :-1], blocks[:, 1:]], dim=2)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
     @staticmethod
     def backward(ctx, gradient):
@@ -73,8 +79,16 @@ class _Skew(torch.autograd.Function):
     """`by_offset` with one copy forward and one backward. Autograd through the views needs several."""
 
     @staticmethod
-    def forward(ctx, scores):
+    def forward(scores):
         return _diagonals(scores.contiguous()).contiguous()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def vmap(info, in_dims, scores):
+        return _Skew.apply(scores.movedim(in_dims[0], 0)), 0
 
     @staticmethod
     def backward(ctx, gradient):
@@ -85,13 +99,21 @@ class _Unskew(torch.autograd.Function):
     """`by_key` with one copy forward and one backward."""
 
     @staticmethod
-    def forward(ctx, weights):
+    def forward(weights):
         block, width = weights.shape[-2:]
         if torch.compiler.is_exporting():  # ONNX cannot write through a strided view
             return F.pad(weights, (0, block)).flatten(-2)[..., :-block].unflatten(-1, (block, width + block - 1))
         spread = weights.new_zeros(*weights.shape[:-1], width + block - 1)
         _diagonals(spread).copy_(weights)
         return spread
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def vmap(info, in_dims, weights):
+        return _Unskew.apply(weights.movedim(in_dims[0], 0)), 0
 
     @staticmethod
     def backward(ctx, gradient):

@@ -14,12 +14,12 @@ K neighbours, W local window.
 import math
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .custom_ops import custom_op, use_custom_ops
 from .dispatch import attention_backend
 from .flow_attention_torch import empty_y, flow_attention_backward_torch, flow_attention_forward_torch
+from .higher_order import KernelFunction, differentiate_backward
 from .kernels.flow_attention_cpu import attention_library, flow_attention_backward_cpu, flow_attention_forward_cpu
 
 
@@ -37,7 +37,7 @@ def flow_attention(
     """Softmax attention over the `window` most recent entities, the query's own included, and its neighbours.
 
     The logits are ℓ (module docstring). `dispatch.attention_backend` chooses between C, Triton and torch. The result
-    is differentiable once.
+    is differentiable any number of times; beyond the first without dropout and in O(M (W + K) D) memory.
 
     Args:
         query: `[B, H, M, E]`, float32 or float64. Query a of a row has position i = past + a in the row.
@@ -72,19 +72,66 @@ def flow_attention(
     return _FlowAttention.apply(*arguments)
 
 
-class _FlowAttention(torch.autograd.Function):
+class _FlowAttention(KernelFunction):
     """`flow_attention` with its backward pass; `seed` is the last argument."""
 
     @staticmethod
-    def forward(ctx, *arguments):
-        y, lse = flow_attention_forward(*arguments)
-        _save_for_backward(ctx, arguments, (y, lse))
-        return y, lse
+    def forward(*arguments):
+        return flow_attention_forward(*arguments)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx, inputs, output):
+        _save_for_backward(ctx, inputs, output)
+
+    @staticmethod
     def backward(ctx, grad_y, grad_lse):
-        return _call_backward(ctx, flow_attention_backward, grad_y, grad_lse)
+        return _call_backward(ctx, _FlowAttentionBackward.apply, grad_y, grad_lse)
+
+
+class _FlowAttentionBackward(KernelFunction):
+    """`flow_attention_backward` with its own backward pass."""
+
+    @staticmethod
+    def forward(*arguments):
+        return flow_attention_backward(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.window, ctx.dropout, _ = inputs
+        ctx.save_for_backward(*tensors[:9])
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        if ctx.dropout:
+            raise RuntimeError("Second derivatives of flow attention need `attention_dropout=0`.")
+        *tensors, query_index, reach, neighbors = ctx.saved_tensors
+
+        def attend(query, key, value, decay):
+            return flow_attention_plain(query, key, value, decay, query_index, reach, neighbors, ctx.window)
+
+        gradients = differentiate_backward(attend, tuple(tensors[:2]), tuple(tensors[2:]), cotangents)
+        return *gradients, *(None,) * 8
+
+
+def flow_attention_plain(query, key, value, decay, query_index, reach, neighbors, window):
+    """`flow_attention` without dropout as differentiable torch operations, O(M (W + K) D) memory."""
+    back = torch.arange(window - 1, -1, -1, device=query.device)
+    local = (query_index[..., None] - back)[:, None].expand(*query.shape[:3], window)
+    is_visible = (back <= reach[..., None])[:, None].expand_as(local)
+    is_visible = torch.cat([is_visible, neighbors >= 0], dim=-1)
+    ids = torch.cat([local, neighbors], dim=-1).clamp(min=0)
+
+    def gather(x):
+        rows = x.gather(2, ids.flatten(2)[..., None].expand(-1, -1, -1, x.shape[-1]))
+        return rows.unflatten(2, ids.shape[2:])
+
+    log_age = torch.log1p((query_index[:, None, :, None] - ids).to(query.dtype))
+    logits = (query.unsqueeze(-2) * gather(key)).sum(dim=-1) - decay.view(-1, 1, 1) * log_age
+    logits = logits.masked_fill(~is_visible, -math.inf)
+    lse = logits.logsumexp(dim=-1)
+    weights = (logits - lse.unsqueeze(-1)).exp()
+    y = (weights.unsqueeze(-1) * gather(value).to(weights.dtype)).sum(dim=-2)
+    return y.to(value.dtype), lse
 
 
 def flow_attention_forward(

@@ -20,6 +20,7 @@ from .box_tree import GRID, TreeIndex, to_grid
 from .box_tree_torch import search_tree_torch
 from .custom_ops import custom_op, use_custom_ops
 from .dispatch import search_backend
+from .higher_order import KernelFunction
 from .kernels.box_tree_cpu import crop_tree_cpu, search_tree_cpu, tree_library
 from .neighbor_ranking import NO_DISTANCE, rank_nearest, squared_distances
 
@@ -220,7 +221,21 @@ def search_tree(
             index.cuts,
             index.pages,
         )
-    return _tree_operator(*arguments) if use_custom_ops() else _search_tree(*arguments)
+    if use_custom_ops():
+        return _tree_operator(*arguments)
+    return _search_tree(*arguments) if index is not None else _TreeFunction.apply(*arguments)
+
+
+class _TreeFunction(KernelFunction):
+    """`_search_tree` without an index, for the tensors of `torch.func.grad` and `vmap`."""
+
+    @staticmethod
+    def forward(*arguments):
+        return _search_tree(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output)
 
 
 def _search_tree(
@@ -290,7 +305,19 @@ def search_exact(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the K nearest of all predecessors, in O(N) memory. Arguments and results are those of `search_tree`."""
     arguments = query, query_index, key, num_neighbors, window, reach
-    return _exact_operator(*arguments) if use_custom_ops() else _search_exact(*arguments)
+    return _exact_operator(*arguments) if use_custom_ops() else _ExactFunction.apply(*arguments)
+
+
+class _ExactFunction(KernelFunction):
+    """`_search_exact` for the tensors of `torch.func.grad` and `vmap`."""
+
+    @staticmethod
+    def forward(*arguments):
+        return _search_exact(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output)
 
 
 def _search_exact(
