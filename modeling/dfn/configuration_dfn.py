@@ -144,6 +144,7 @@ class DFNConfig(HubCodeMixin, PreTrainedConfig):
         "boundary_probs",
         "boundary_mask",
         "token_loss",
+        "aux_loss",
         "ratio_loss",
         "prediction_loss",
     ]

@@ -85,15 +85,18 @@ class DFNModelOutput(BaseModelOutputWithPast):
 class DFNCausalLMOutput(CausalLMOutputWithPast):
     """
     Attributes:
-        loss: scalar, next-token cross-entropy. With `entity_sampling="adaptive"`, plus `ratio_loss_coef` times
-            `ratio_loss`; its gradient then also contains the gradient of `prediction_loss`.
+        loss: scalar, `token_loss` plus `aux_loss`; with labels.
         logits: `[B, M, vocab_size]`.
-        token_loss, ratio_loss, prediction_loss: scalars, the parts of that loss; only with
-            `entity_sampling="adaptive"`.
+        token_loss: scalar, next-token cross-entropy; with labels and `entity_sampling="adaptive"`.
+        aux_loss: scalar, `ratio_loss_coef` times `ratio_loss`; its gradient also contains the gradient of
+            `prediction_loss`. Add it to a loss that you compute from the logits. This and the next two exist with
+            `entity_sampling="adaptive"` only. Rows have equal weights or, with labels, their numbers of labels.
+        ratio_loss, prediction_loss: scalars, see `DFNModelOutput`.
         past_key_values, hidden_states, attentions, entities, boundary_probs, boundary_mask: see `DFNModelOutput`.
     """
 
     token_loss: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
     ratio_loss: torch.Tensor | None = None
     prediction_loss: torch.Tensor | None = None
     entities: tuple[Entities, ...] | None = None
@@ -431,7 +434,8 @@ class DFNForCausalLM(FlowGenerationMixin, DFNPreTrainedModel, GenerationMixin):
         """
         Args:
             labels: int64 `[B, M]`, the input ids (the model shifts them). −100 is ignored, and so is the first token
-                of each segment.
+                of each packed document, whether the documents are described by `segment_ids`, `cu_seq_lens_q`,
+                `seq_idx` or `position_ids`.
             logits_to_keep: number of last columns, or indices of columns, to compute logits for; 0 for all columns.
 
         The other arguments are those of `DFNModel.forward`.
@@ -453,7 +457,7 @@ class DFNForCausalLM(FlowGenerationMixin, DFNPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
 
-        losses: dict[str, Any] = {}
+        losses: dict[str, Any] = sampling_losses(outputs, 1, len(logits), self.config.ratio_loss_coef)
         if labels is not None:
             is_plain = attention_mask is None and past_key_values is None
             segment_ids = packed_documents(
@@ -473,7 +477,7 @@ class DFNForCausalLM(FlowGenerationMixin, DFNPreTrainedModel, GenerationMixin):
         )
 
     def _losses(self, logits, labels, outputs, num_items_in_batch=None, **kwargs) -> dict[str, torch.Tensor]:
-        """Return the loss and its parts; auxiliary losses of rows are averaged with their label counts as weights."""
+        """Return the loss and its parts; the auxiliary losses of rows are weighted by their numbers of labels."""
         loss = self.loss_function(
             logits=logits,
             labels=labels,
@@ -483,7 +487,8 @@ class DFNForCausalLM(FlowGenerationMixin, DFNPreTrainedModel, GenerationMixin):
         )
         scored = (labels[:, 1:] != -100).sum(dim=1)
         total = scored.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        return _add_sampling_losses(loss, outputs, scored, total, self.config.ratio_loss_coef)
+        losses = sampling_losses(outputs, scored, total, self.config.ratio_loss_coef)
+        return {"loss": loss + losses["aux_loss"], "token_loss": loss, **losses} if losses else {"loss": loss}
 
 
 class DFNForSequenceClassification(LastTokenClassificationMixin, DFNPreTrainedModel):
@@ -509,34 +514,33 @@ class DFNForSequenceClassification(LastTokenClassificationMixin, DFNPreTrainedMo
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
-    def _loss(self, logits, labels, outputs) -> torch.Tensor:
-        """Return the classification loss plus the mean auxiliary losses of the rows."""
-        loss = super()._loss(logits, labels, outputs)
-        return _add_sampling_losses(loss, outputs, 1, len(logits), self.config.ratio_loss_coef)["loss"]
+    def _auxiliary_loss(self, outputs: DFNModelOutput) -> torch.Tensor | None:
+        rows = len(outputs.last_hidden_state)
+        return sampling_losses(outputs, 1, rows, self.config.ratio_loss_coef).get("aux_loss")
 
 
-def _add_sampling_losses(
-    loss: torch.Tensor, outputs: DFNModelOutput, row_weights: torch.Tensor | int, total, ratio_loss_coef: float
+def sampling_losses(
+    outputs: DFNModelOutput, row_weights: torch.Tensor | int, total, ratio_loss_coef: float
 ) -> dict[str, torch.Tensor]:
-    """Add the losses of `EntitySampling` to the loss of tokens or classes.
+    """Return the losses of `EntitySampling`, and `aux_loss`, which is to be added to the loss of tokens or classes.
 
     Args:
-        loss: scalar.
         row_weights: weight of each row's losses, `[B]` or one number for all.
         total: divisor of the weighted sums.
 
     Returns:
-        `loss` and, with `entity_sampling="adaptive"`, its parts.
+        `ratio_loss`, `prediction_loss` if the model is causal, and `aux_loss`, scalars; nothing without
+        `entity_sampling="adaptive"`.
     """
     if outputs.ratio_loss is None:
-        return {"loss": loss}
-    parts = {"token_loss": loss, "ratio_loss": (row_weights * outputs.ratio_loss).sum() / total}
-    loss = loss + ratio_loss_coef * parts["ratio_loss"]
+        return {}
+    losses = {"ratio_loss": (row_weights * outputs.ratio_loss).sum() / total}
+    losses["aux_loss"] = ratio_loss_coef * losses["ratio_loss"]
     if outputs.prediction_loss is not None:
-        parts["prediction_loss"] = (row_weights * outputs.prediction_loss).sum() / total
+        losses["prediction_loss"] = (row_weights * outputs.prediction_loss).sum() / total
         # Only the gradient is added, so that the losses of different models remain comparable.
-        loss = add_grad_only(loss, parts["prediction_loss"])
-    return {"loss": loss, **parts}
+        losses["aux_loss"] = add_grad_only(losses["aux_loss"], losses["prediction_loss"])
+    return losses
 
 
 __all__ = ["DFNForCausalLM", "DFNForSequenceClassification", "DFNModel", "DFNPreTrainedModel"]

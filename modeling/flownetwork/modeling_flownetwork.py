@@ -451,7 +451,9 @@ class FlowNetworkForCausalLM(FlowGenerationMixin, FlowNetworkPreTrainedModel, Ge
         """Compute next-token logits; the arguments that are not listed are those of `FlowNetworkModel.forward`.
 
         Args:
-            labels: int64 `[B, M]`, usually the input ids. −100 is ignored, as is the first token of each segment.
+            labels: int64 `[B, M]`, usually the input ids. −100 is ignored, as is the first token of each packed
+                document, whether the documents are described by `segment_ids`, `cu_seq_lens_q`, `seq_idx` or
+                `position_ids`.
             logits_to_keep: number of last columns whose logits are computed, or the indices of these columns; 0 means
                 all.
         """

@@ -133,6 +133,7 @@ class LiquidConfig(HubCodeMixin, PreTrainedConfig):
         "past_key_values",
         "cache",
         "token_loss",
+        "aux_loss",
         "reconstruction_loss",
         "router_loss",
         "metrics",

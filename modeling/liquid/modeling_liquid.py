@@ -16,14 +16,12 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import (
-    BaseModelOutput,
-    SequenceClassifierOutput,
-)
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from ..modules.cache import CACHE_NAME, FlowCacheLayer, resolve_cache_argument, state_layers
+from ..modules.classification import ClassifierOutput
 from ..modules.forward_utils import FlowGenerationMixin, embed_inputs, finish_forward, prepare_forward
 from ..modules.outputs import OutputCollector
 from ..modules.packing import refuse_packing
@@ -545,10 +543,10 @@ class LiquidForSeq2SeqLM(FlowGenerationMixin, LiquidPreTrainedModel, GenerationM
             raise ValueError("The target is missing: pass `decoder_input_ids`, `decoder_inputs_embeds` or `labels`.")
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        if labels is not None and past_key_values is None and cache is None:
+        if past_key_values is None and cache is None and (labels is not None or (self.training and use_cache is None)):
             use_cache = False  # the auxiliary losses are defined on whole rows
-            if decoder_attention_mask is None:
-                decoder_attention_mask = mask_up_to_last_label(labels)
+        if labels is not None and past_key_values is None and cache is None and decoder_attention_mask is None:
+            decoder_attention_mask = mask_up_to_last_label(labels)
         outputs: LiquidModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -561,13 +559,15 @@ class LiquidForSeq2SeqLM(FlowGenerationMixin, LiquidPreTrainedModel, GenerationM
             use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
-            output_router_logits=output_router_logits or labels is not None,
+            output_router_logits=output_router_logits or labels is not None or self.training,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         losses: dict[str, Any] = {}
         if labels is not None:
             losses = self._losses(logits, labels, outputs, num_items_in_batch, **kwargs)
+        elif outputs.router_loss is not None:
+            losses = self._auxiliary_losses(outputs, 1, len(logits))
         routing = ("encoder_router_logits", "decoder_router_logits", "metrics") if output_router_logits else ()
         return LiquidSeq2SeqLMOutput(
             logits=logits,
@@ -594,20 +594,26 @@ class LiquidForSeq2SeqLM(FlowGenerationMixin, LiquidPreTrainedModel, GenerationM
         token_loss = self.loss_function(
             logits=logits,
             labels=None,
-            shift_labels=labels,
+            shift_labels=labels.contiguous(),
             vocab_size=self.config.vocab_size,
             num_items_in_batch=num_items_in_batch,
             **kwargs,
         )
         scored = (labels != -100).sum(dim=1)
         total = scored.sum() if num_items_in_batch is None else num_items_in_batch
+        losses = self._auxiliary_losses(outputs, scored, total)
+        return {"loss": token_loss + losses["aux_loss"], "token_loss": token_loss, **losses}
+
+    def _auxiliary_losses(
+        self, outputs: LiquidModelOutput, row_weights: torch.Tensor | int, total: torch.Tensor | int
+    ) -> dict[str, torch.Tensor]:
+        """Return the weighted means of the rows' auxiliary losses, and `aux_loss`, to be added to the token loss."""
         reconstruction_loss, router_loss = (
-            (scored * row_losses).sum() / total for row_losses in (outputs.reconstruction_loss, outputs.router_loss)
+            (row_weights * row_losses).sum() / total
+            for row_losses in (outputs.reconstruction_loss, outputs.router_loss)
         )
-        loss = token_loss + self.config.reconstruction_loss_coef * reconstruction_loss + router_loss
         return {
-            "loss": loss,
-            "token_loss": token_loss,
+            "aux_loss": self.config.reconstruction_loss_coef * reconstruction_loss + router_loss,
             "reconstruction_loss": reconstruction_loss,
             "router_loss": router_loss,
         }
@@ -646,15 +652,15 @@ class LiquidForSequenceClassification(EncoderEmbeddingMixin, LiquidPreTrainedMod
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs,
-    ) -> SequenceClassifierOutput:
+    ) -> ClassifierOutput:
         """Classify rows; the arguments that are not listed are those of `BidirectionalEncoder.forward`.
 
         Args:
             labels: `[B]` classes or values, or `[B, num_labels]` for multi-label classification.
 
         Returns:
-            `logits` `[B, num_labels]` and, with labels, `loss`: the sum of the head's loss, `reconstruction_loss_coef`
-            times the reconstruction loss, and the router loss, where the latter two are means over rows.
+            `logits` `[B, num_labels]`; `aux_loss`, `reconstruction_loss_coef` times the reconstruction loss plus the
+            router loss, means over rows; with labels, `loss`: the head's loss plus `aux_loss`.
         """
         outputs: LiquidEncoderOutput = self.encoder(
             input_ids=input_ids,
@@ -667,16 +673,20 @@ class LiquidForSequenceClassification(EncoderEmbeddingMixin, LiquidPreTrainedMod
         states = outputs.last_hidden_state  # zero at padding
         counts = states.shape[1] if attention_mask is None else attention_mask.bool().sum(dim=1, keepdim=True)
         logits = self.score(states.sum(dim=1) / torch.as_tensor(counts, device=states.device).clamp(min=1))
+        aux_loss = (
+            self.config.reconstruction_loss_coef * outputs.reconstruction_loss.mean() + outputs.router_loss.mean()
+        )
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
             loss = (
-                loss
-                + self.config.reconstruction_loss_coef * outputs.reconstruction_loss.mean()
-                + outputs.router_loss.mean()
+                self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config) + aux_loss
             )
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        return ClassifierOutput(
+            loss=loss,
+            logits=logits,
+            aux_loss=aux_loss,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
 

@@ -57,13 +57,18 @@ class LiquidModelOutput(Seq2SeqModelOutput):
 class LiquidSeq2SeqLMOutput(Seq2SeqLMOutput):
     """
     Attributes:
-        loss: scalar token loss + `reconstruction_loss_coef` · reconstruction loss + router loss; with labels.
+        loss: scalar, `token_loss` plus `aux_loss`; with labels.
         logits: `[B, M, vocab_size]`.
-        token_loss, reconstruction_loss, router_loss: scalars, the terms of the loss; with labels.
+        token_loss: scalar, cross-entropy; with labels.
+        aux_loss: scalar, `reconstruction_loss_coef` · `reconstruction_loss` + `router_loss`. Add it to a loss that you
+            compute from the logits. This and the next two exist with labels, in training mode, or with
+            `output_router_logits`. Rows have equal weights or, with labels, their numbers of labels.
+        reconstruction_loss, router_loss: scalars, means over rows.
         The other attributes are those of `LiquidModelOutput`.
     """
 
     token_loss: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
     reconstruction_loss: torch.Tensor | None = None
     router_loss: torch.Tensor | None = None
     encoder_router_logits: tuple[torch.Tensor, ...] | None = None

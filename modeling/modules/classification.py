@@ -1,5 +1,6 @@
 """Sequence classification from the hidden state of each row's last real token, shared by the families."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,18 @@ from transformers.utils import can_return_tuple
 
 from .cache import CACHE_NAME, resolve_cache_argument
 from .packing import refuse_packing
+
+
+@dataclass
+class ClassifierOutput(SequenceClassifierOutputWithPast):
+    """
+    Attributes:
+        aux_loss: scalar, contained in `loss`. Add it to a loss that you compute from the logits. None if the model has
+            no auxiliary losses.
+        The other attributes are those of transformers' `SequenceClassifierOutputWithPast`.
+    """
+
+    aux_loss: torch.Tensor | None = None
 
 
 class LastTokenClassificationMixin:
@@ -34,14 +47,14 @@ class LastTokenClassificationMixin:
         output_hidden_states: bool | None = None,
         cache: Cache | None = None,
         **kwargs,
-    ) -> SequenceClassifierOutputWithPast:
+    ) -> ClassifierOutput:
         """
         Args:
             attention_mask: `[B, M]`; determines the last token. Without it, the last token that is not `pad_token_id`.
             labels: classes or regression targets `[B]`, or multi-label targets `[B, num_labels]`.
 
         Returns:
-            `logits` `[B, num_labels]`, and `loss` with labels.
+            `logits` `[B, num_labels]`, `aux_loss` if the model has auxiliary losses, and `loss` with labels.
 
         The other arguments are those of the base model.
         """
@@ -58,19 +71,22 @@ class LastTokenClassificationMixin:
         )
         last = last_states(outputs.last_hidden_state, input_ids, attention_mask, self.config.pad_token_id)
         logits = self.score(last)
-        loss = None
+        loss, aux_loss = None, self._auxiliary_loss(outputs)
         if labels is not None:
-            loss = self._loss(logits, labels, outputs)
-        return SequenceClassifierOutputWithPast(
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+            loss = loss if aux_loss is None else loss + aux_loss
+        return ClassifierOutput(
             loss=loss,
             logits=logits,
+            aux_loss=aux_loss,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
-    def _loss(self, logits: torch.Tensor, labels: torch.Tensor, outputs) -> torch.Tensor:
-        return self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+    def _auxiliary_loss(self, outputs) -> torch.Tensor | None:
+        """Return what is added to the loss of the head; None for nothing."""
+        return None
 
 
 def last_states(

@@ -344,9 +344,10 @@ def test_output_router_logits():
     model = draw_model(0)
     source, target = draw_pair(2, 0)
     names = {"encoder_router_logits", "decoder_router_logits", "metrics"}
+    losses = {"aux_loss", "reconstruction_loss", "router_loss"}
     plain = model(source, decoder_input_ids=target)
     routed = model(source, decoder_input_ids=target, output_router_logits=True)
-    assert routed.keys() - plain.keys() == names
+    assert routed.keys() - plain.keys() == names | losses
     model.config.output_router_logits = True
     assert names <= model(source, decoder_input_ids=target).keys()
     assert not names & model(source, decoder_input_ids=target, output_router_logits=False).keys()
