@@ -16,7 +16,13 @@ RESCALED = {
     "liquid": ["k_proj", "v_proj", "down_proj"],
 }
 RESCALED_INPUTS = {family: ["down_proj"] for family in RESCALED}
-LOW_RANK_METHODS = ("LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "FOURIERFT", "HRA", "ROAD")
+# RoAd rotates groups of 64 outputs, so the targets are those with `hidden_size` outputs.
+ROTATED = {
+    "dfn": ["value_proj", "gate_proj", "out_proj", "down_proj"],
+    "flownetwork": ["q_proj", "o_proj", "value_proj", "out_proj", "down_proj"],
+    "liquid": ["q_proj", "o_proj", "down_proj"],
+}
+LOW_RANK_METHODS = ("LORA", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "FOURIERFT", "HRA")
 
 
 def register_peft_defaults() -> None:
@@ -29,5 +35,6 @@ def _extend_tables() -> None:
 
     for method in LOW_RANK_METHODS:
         getattr(constants, f"TRANSFORMERS_MODELS_TO_{method}_TARGET_MODULES_MAPPING").update(LINEAR_MAPS)
+    constants.TRANSFORMERS_MODELS_TO_ROAD_TARGET_MODULES_MAPPING.update(ROTATED)
     constants.TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING.update(RESCALED)
     constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING.update(RESCALED_INPUTS)

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..modules.cache import FlowCacheLayer
 from ..modules.chunk_memory import ChunkMemory, mix_slots
+from ..modules.linear import linear_of_batch
 from ..modules.row_layout import RowLayout, pad_attention_with_grad
 from ..ops.box_tree import INDEX_DTYPES, TreeIndex, index_layout, index_shapes, to_grid, tree_base
 from ..ops.dispatch import is_decode_step
@@ -86,7 +87,7 @@ class PersistentFieldMemory(nn.Module):
             (average over entities and slots `[B, H, M, D]`, softmax weight of all entities together `[B, H, M]`).
         """
         slots, layout = self.slots(y.transpose(1, 2).flatten(2), rows, state)
-        values = self.value_proj(slots.to(state_dtype).flatten(0, 1)).unflatten(0, slots.shape[:2])
+        values = linear_of_batch(self.value_proj, slots.to(state_dtype))
         values = values.unflatten(-1, (self.num_heads, -1))
         values = values.permute(0, 3, 1, 2, 4).to(query.dtype)  # [B, H, C, S, D]
         key = augment_key(squash_to_ball(self.position.to(query.dtype)), self.influence.to(query.dtype), sharpness)

@@ -90,7 +90,8 @@ class DFNCausalLMOutput(CausalLMOutputWithPast):
         token_loss: scalar, next-token cross-entropy; with labels and `entity_sampling="adaptive"`.
         aux_loss: scalar, `ratio_loss_coef` times `ratio_loss`; its gradient also contains the gradient of
             `prediction_loss`. Add it to a loss that you compute from the logits. This and the next two exist with
-            `entity_sampling="adaptive"` only. Rows have equal weights or, with labels, their numbers of labels.
+            `entity_sampling="adaptive"`, with labels or in training mode. Rows have equal weights or, with labels,
+            their numbers of labels.
         ratio_loss, prediction_loss: scalars, see `DFNModelOutput`.
         past_key_values, hidden_states, attentions, entities, boundary_probs, boundary_mask: see `DFNModelOutput`.
     """
@@ -457,7 +458,9 @@ class DFNForCausalLM(FlowGenerationMixin, DFNPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
 
-        losses: dict[str, Any] = sampling_losses(outputs, 1, len(logits), self.config.ratio_loss_coef)
+        losses: dict[str, Any] = {}
+        if self.training:
+            losses = sampling_losses(outputs, 1, len(logits), self.config.ratio_loss_coef)
         if labels is not None:
             is_plain = attention_mask is None and past_key_values is None
             segment_ids = packed_documents(

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import ModelOutput, can_return_tuple, logging
 
 from ..modules.packing import refuse_packing
 from .configuration_dfn import DFNConfig
@@ -29,6 +29,8 @@ from .modeling_dfn_field import DFNFieldModel
 
 INITIAL_TEMPERATURE = 0.07
 MAX_LOG_SCALE = math.log(100)
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -123,7 +125,7 @@ class DFNForContrastive(DFNPreTrainedModel):
 
         Raises:
             ValueError: a view has neither text nor field, or both; a field is passed to a model without
-                `contrastive_fields`; a row is all padding; the numbers of views differ; or training on one pair.
+                `contrastive_fields`; a row is all padding; or the numbers of views differ.
         """
         refuse_packing(self, attention_mask, **kwargs)
         embeds, ratio_loss = self._embed("", input_ids, inputs_embeds, attention_mask, coordinates, values, mask)
@@ -140,7 +142,7 @@ class DFNForContrastive(DFNPreTrainedModel):
         loss = None
         if return_loss:
             if self.training and len(embeds) * world_size() == 1:
-                raise ValueError("A batch of one pair has no negatives: train on batches of at least two pairs.")
+                logger.warning_once("A batch of one pair has no negatives: its loss is 0 and trains nothing.")
             loss = info_nce(embeds, pair_embeds, scale)
             ratio_losses = [losses for losses in (ratio_loss, pair_ratio_loss) if losses is not None]
             if ratio_losses:

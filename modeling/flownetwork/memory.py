@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from ..modules.chunk_memory import ChunkLayout, ChunkMemory
+from ..modules.linear import linear_of_batch
 from ..modules.rms_norm import RMSNorm
 from ..modules.row_layout import RowLayout, make_row_layout
 from .configuration_flownetwork import adjust_num_heads
@@ -188,8 +189,9 @@ class MemoryAttention(nn.Module):
             parts.append(bank.to(x.dtype).expand(batch, -1, -1).unsqueeze(1).expand(-1, chunks, -1, -1))
         memory = torch.cat(parts, dim=2)
         in_chunks = memory.shape[1] > 1
-        memory = memory.flatten(0, 1)
-        key, value = (project(memory).unsqueeze(1) for project in (self.k_proj, self.v_proj))
+        key, value = (
+            linear_of_batch(linear, memory).flatten(0, 1).unsqueeze(1) for linear in (self.k_proj, self.v_proj)
+        )
         query = self.q_proj(x)
         query = layout.to_chunks(query) if in_chunks else query.unsqueeze(1)  # [B, C, T, D]
         query = query.flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

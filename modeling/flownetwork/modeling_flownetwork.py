@@ -84,7 +84,8 @@ class FlowNetworkModelOutput(BaseModelOutputWithPast):
         flows: per layer, `Flows`.
         metrics: scalar tensors, averaged over layers and real tokens: `sparsity_kept` (kept fraction of the reachable
             tokens), `pattern_entropy` in nats, `window_mean` in tokens; and `memory_write_norm`, the norm of the bank
-            update that this batch causes (0 in eval mode and without gradients).
+            update that this batch causes (0 in eval mode and without gradients). Returned in training mode, with
+            labels, or with `output_metrics`.
     """
 
     flows: tuple[Flows, ...] | None = None
@@ -308,6 +309,7 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         output_flows: bool = False,
+        output_metrics: bool = False,
         cache: Cache | None = None,
         **kwargs,
     ) -> FlowNetworkModelOutput:
@@ -327,6 +329,7 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
             output_attentions: whether to return the self-attention weights, O(M²) memory.
             output_hidden_states: whether to return the states of every layer.
             output_flows: whether to return flow matrix, windows and fractions of every layer, O(M²) memory.
+            output_metrics: whether to return metrics in evaluation mode.
             cache: name of `past_key_values` from transformers 5.24 on.
             kwargs: `cu_seq_lens_q` and `cu_seq_lens_k`, or `seq_idx`, also describe packed documents, as in
                 transformers' recurrent models. Of several descriptions the first counts: `segment_ids`,
@@ -381,7 +384,7 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
             hidden_states=collected.get("hidden_states"),
             attentions=collected.get("attentions"),
             flows=collected.get("flows"),
-            metrics=metrics,
+            metrics=metrics if output_metrics or self.training else None,
         )
 
     def _stage_memory(self, hidden_states: torch.Tensor, rows: RowLayout) -> torch.Tensor:
@@ -445,6 +448,7 @@ class FlowNetworkForCausalLM(FlowGenerationMixin, FlowNetworkPreTrainedModel, Ge
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         output_flows: bool = False,
+        output_metrics: bool = False,
         cache: Cache | None = None,
         **kwargs,
     ) -> FlowNetworkCausalLMOutput:
@@ -469,6 +473,7 @@ class FlowNetworkForCausalLM(FlowGenerationMixin, FlowNetworkPreTrainedModel, Ge
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             output_flows=output_flows,
+            output_metrics=output_metrics or labels is not None,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep

@@ -188,7 +188,7 @@ class FlowNetwork(nn.Module):
         Returns:
             (logits `[batch, length, vocab_size]`; metrics as in `FlowNetworkModelOutput`).
         """
-        outputs = self.causal_lm(input_ids, use_cache=False)
+        outputs = self.causal_lm(input_ids, use_cache=False, output_metrics=True)
         return outputs.logits, outputs.metrics
 
     def commit_memory(self) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..modules.cache import FlowCacheLayer
+from ..modules.linear import linear_of_batch
 from ..modules.row_layout import RowLayout
 from ..ops.chunking import apply_chunked, apply_chunked_overlapping
 from .frequency_attention import FrequencyHyenaAttention
@@ -123,7 +124,7 @@ class EnhancedLiquidEmbedding(nn.Module):
         )
 
     def _project(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj_norm(self.proj(x.flatten(0, -2))).view_as(x)
+        return self.proj_norm(linear_of_batch(self.proj, x))
 
     def _distance(self, out: torch.Tensor, uncompressed: torch.Tensor) -> torch.Tensor:
         """Return the mean absolute difference over the features between `out` and the projection of `uncompressed`.

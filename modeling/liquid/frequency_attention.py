@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..modules.linear import linear_of_batch
 from .spectral_frames import from_spectrum, octave_bands, to_spectrum
 
 PHASE_FLOOR = 1e-3  # relative to the frame's rms; the phase of a smaller bin is rounding noise
@@ -35,15 +36,15 @@ class BandAttention(nn.Module):
         self.o_proj = nn.Linear(size, size, bias=False)
 
     def forward(self, magnitude: torch.Tensor) -> torch.Tensor:
-        """Attend within the band: `[frames, bins, D]` → `[frames, bins, D]`."""
-        h = self.norm(self.proj(magnitude))
+        """Attend within the band: `[B, frames, bins, D]` → `[B, frames, bins, D]`."""
+        h = self.norm(linear_of_batch(self.proj, magnitude))
         query, key, value = (
-            project(h).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+            linear_of_batch(linear, h).flatten(0, 1).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return linear_of_batch(self.o_proj, y.transpose(1, 2).flatten(2).view_as(magnitude))
 
 
 class FrequencyHyenaAttention(nn.Module):
@@ -81,17 +82,16 @@ class FrequencyHyenaAttention(nn.Module):
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
         """Attend within the bands of each frame: `[B, N, L, D]` → `[B, N, L, D]`, in at least float32."""
         dtype = torch.promote_types(frames.dtype, torch.float32)
-        spectrum = to_spectrum(frames.to(dtype), dim=2).flatten(0, 1)  # [B · N, K, D, 2]
+        spectrum = to_spectrum(frames.to(dtype), dim=2)  # [B, N, K, D, 2]
         energy = spectrum.square().sum(dim=-1)
-        floor = (PHASE_FLOOR**2 * energy.mean(dim=(1, 2), keepdim=True)).clamp(min=MIN_ENERGY)
+        floor = (PHASE_FLOOR**2 * energy.mean(dim=(2, 3), keepdim=True)).clamp(min=MIN_ENERGY)
         phase = spectrum * torch.rsqrt(energy + floor)[..., None]
         magnitude = (energy + floor).sqrt().to(self.norm.weight.dtype)
         attended = [
-            attend(magnitude[:, band]).to(dtype) for attend, band in zip(self.attention, self.bands, strict=True)
+            attend(magnitude[:, :, band]).to(dtype) for attend, band in zip(self.attention, self.bands, strict=True)
         ]
-        y = from_spectrum(torch.cat(attended, dim=1)[..., None] * phase, self.frame_length, dim=1)
-        return y.unflatten(0, frames.shape[:2])
+        return from_spectrum(torch.cat(attended, dim=2)[..., None] * phase, self.frame_length, dim=2)
 
     def project(self, y: torch.Tensor) -> torch.Tensor:
-        """Apply the output projection and norm in the time domain: `[..., D]` → `[..., D]`."""
-        return self.norm(self.out_proj(y.flatten(0, -2))).view_as(y)
+        """Apply the output projection and norm in the time domain: `[B, ..., D]` → `[B, ..., D]`."""
+        return self.norm(linear_of_batch(self.out_proj, y))

@@ -453,7 +453,7 @@ def merge_routing(encoded: LiquidEncoderOutput, decoded: LiquidDecoderOutput) ->
         "decoder_router_logits": decoded.router_logits,
         "reconstruction_loss": sum_losses(encoded.reconstruction_loss, decoded.reconstruction_loss),
         "router_loss": sum_losses(encoded.router_loss, decoded.router_loss),
-        "metrics": dict(encoded.metrics or {}) | decoder_metrics,
+        "metrics": (encoded.metrics or {}) | decoder_metrics,
     }
 
 
@@ -659,8 +659,9 @@ class LiquidForSequenceClassification(EncoderEmbeddingMixin, LiquidPreTrainedMod
             labels: `[B]` classes or values, or `[B, num_labels]` for multi-label classification.
 
         Returns:
-            `logits` `[B, num_labels]`; `aux_loss`, `reconstruction_loss_coef` times the reconstruction loss plus the
-            router loss, means over rows; with labels, `loss`: the head's loss plus `aux_loss`.
+            `logits` `[B, num_labels]`; with labels or in training mode `aux_loss`, which is `reconstruction_loss_coef`
+            times the reconstruction loss plus the router loss, means over rows; with labels `loss`, the head's loss
+            plus `aux_loss`.
         """
         outputs: LiquidEncoderOutput = self.encoder(
             input_ids=input_ids,
@@ -673,14 +674,13 @@ class LiquidForSequenceClassification(EncoderEmbeddingMixin, LiquidPreTrainedMod
         states = outputs.last_hidden_state  # zero at padding
         counts = states.shape[1] if attention_mask is None else attention_mask.bool().sum(dim=1, keepdim=True)
         logits = self.score(states.sum(dim=1) / torch.as_tensor(counts, device=states.device).clamp(min=1))
-        aux_loss = (
-            self.config.reconstruction_loss_coef * outputs.reconstruction_loss.mean() + outputs.router_loss.mean()
-        )
-        loss = None
+        loss, aux_loss = None, None
+        if labels is not None or self.training:
+            aux_loss = self.config.reconstruction_loss_coef * outputs.reconstruction_loss + outputs.router_loss
+            aux_loss = aux_loss.mean()
         if labels is not None:
-            loss = (
-                self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config) + aux_loss
-            )
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+            loss = loss + aux_loss
         return ClassifierOutput(
             loss=loss,
             logits=logits,

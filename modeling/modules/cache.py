@@ -58,6 +58,7 @@ from .cache_states import (
     ReplaceState,
     RollingState,
     empty_index,
+    normal_tensor,
     roll_inputs,
 )
 from .row_layout import RowLayout
@@ -135,8 +136,16 @@ class FlowCacheLayer(CacheLayerMixin):
             self.device = device
             self.is_initialized = True
         self.check_batch(batch)
+        self.leave_inference_mode()
         self.prefetch()
         self.new_columns = length
+
+    def leave_inference_mode(self) -> None:
+        """Copy the tensors that were made in inference mode, so that they can be changed outside of it."""
+        if torch.compiler.is_compiling():
+            return
+        self._each(lambda state: state.leave_inference_mode())
+        self.lengths, self.mask = normal_tensor(self.lengths), normal_tensor(self.mask)
 
     def check_batch(self, batch: int) -> None:
         """Raise a ValueError if the layer does not hold `batch` rows."""
@@ -319,14 +328,17 @@ class FlowCacheLayer(CacheLayerMixin):
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` columns, and the inputs recorded only for cropping.
 
+        A positive number is the number of columns to keep, the earlier meaning in transformers.
+
         Raises:
-            ValueError: the number is positive, exceeds the columns of the cache, or exceeds the recorded inputs.
+            ValueError: the number exceeds the columns of the cache or the recorded inputs.
         """
         removed = -int(tokens_to_remove)  # some releases of transformers pass a tensor
         if removed < 0:
-            raise ValueError(f"crop() takes the negative number of tokens to remove, got {-removed}: pass {removed}.")
+            removed = max(self.seq_length + removed, 0)
         if self.lengths is None:
             return
+        self.leave_inference_mode()
         if removed > self.seq_length:
             raise ValueError(f"crop({-removed}) removes more than the {self.seq_length} tokens of the cache.")
         if removed:

@@ -9,6 +9,11 @@ from transformers.cache_utils import CacheLayerMixin
 IndexShapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
+def normal_tensor(x: torch.Tensor | None) -> torch.Tensor | None:
+    """Return `x`, or a copy if `x` was made in inference mode and this is not inference mode."""
+    return x.clone() if x is not None and x.is_inference() and not torch.is_inference_mode_enabled() else x
+
+
 class ReplaceState:
     """A tensor `[B, ...]` that is replaced whole. It cannot be cropped."""
 
@@ -26,6 +31,10 @@ class ReplaceState:
     def to(self, device: torch.device) -> None:
         """Move the tensor to `device`."""
         self.data = self.data.to(device)
+
+    def leave_inference_mode(self) -> None:
+        """Copy a tensor that was made in inference mode, because it cannot be changed outside of it."""
+        self.data = normal_tensor(self.data)
 
     def check_crop(self, old: torch.Tensor, new: torch.Tensor) -> None:
         """Raise a ValueError if rows of `old` entities cannot be cropped to `new` entities; changes nothing."""

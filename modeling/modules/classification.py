@@ -17,8 +17,8 @@ from .packing import refuse_packing
 class ClassifierOutput(SequenceClassifierOutputWithPast):
     """
     Attributes:
-        aux_loss: scalar, contained in `loss`. Add it to a loss that you compute from the logits. None if the model has
-            no auxiliary losses.
+        aux_loss: scalar, contained in `loss`. Add it to a loss that you compute from the logits. None in evaluation
+            mode without labels, and if the model has no auxiliary losses.
         The other attributes are those of transformers' `SequenceClassifierOutputWithPast`.
     """
 
@@ -54,7 +54,7 @@ class LastTokenClassificationMixin:
             labels: classes or regression targets `[B]`, or multi-label targets `[B, num_labels]`.
 
         Returns:
-            `logits` `[B, num_labels]`, `aux_loss` if the model has auxiliary losses, and `loss` with labels.
+            `logits` `[B, num_labels]`, `loss` with labels, and `aux_loss`, see `ClassifierOutput`.
 
         The other arguments are those of the base model.
         """
@@ -71,7 +71,9 @@ class LastTokenClassificationMixin:
         )
         last = last_states(outputs.last_hidden_state, input_ids, attention_mask, self.config.pad_token_id)
         logits = self.score(last)
-        loss, aux_loss = None, self._auxiliary_loss(outputs)
+        loss, aux_loss = None, None
+        if labels is not None or self.training:
+            aux_loss = self._auxiliary_loss(outputs)
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
             loss = loss if aux_loss is None else loss + aux_loss

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, StaticLayer
 from transformers.utils import is_torchdynamo_compiling
 
 from .cache import FlowCacheLayer
-from .cache_states import GrowingState, IndexShapes, IndexState, RollingState, empty_index, roll_inputs
+from .cache_states import GrowingState, IndexShapes, IndexState, RollingState, empty_index, normal_tensor, roll_inputs
 from .row_layout import RowLayout
 
 
@@ -69,6 +69,13 @@ class StaticFlowCacheLayer(FlowCacheLayer, StaticLayer):  # type: ignore[overrid
             self.device = device
             self.is_initialized = True
         self.check_batch(batch)
+        self.leave_inference_mode()
+
+    def leave_inference_mode(self) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self._each(lambda state: state.leave_inference_mode())
+        self.lengths, self.seen, self.real = map(normal_tensor, (self.lengths, self.seen, self.real))
 
     def finish_forward(self) -> None:
         rows, self._rows = self._rows, None
@@ -124,6 +131,7 @@ class StaticFlowCacheLayer(FlowCacheLayer, StaticLayer):  # type: ignore[overrid
     def reset(self) -> None:
         if self.lengths is None:
             return
+        self.leave_inference_mode()
         for state in self.states.values():
             state.data.zero_()
         self.lengths.zero_()
@@ -134,6 +142,7 @@ class StaticFlowCacheLayer(FlowCacheLayer, StaticLayer):  # type: ignore[overrid
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         if self.lengths is None:
             return
+        self.leave_inference_mode()
         indices = beam_idx.to(self.device)
         kept = [state.data for state in self.states.values()] + [self.lengths]
         for tensor in kept if self.real is None else [*kept, self.real]:

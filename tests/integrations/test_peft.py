@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import peft.utils.constants
 import pytest
 import torch
@@ -148,3 +149,55 @@ def test_error_for_prefix_tuning_names_an_alternative(family):
     adapted = get_peft_model(make_model(family), PrefixTuningConfig(num_virtual_tokens=3, task_type=task_of(family)))
     with pytest.raises(ValueError, match="prompt tuning"):
         adapted(input_ids=draw_ids(), labels=draw_ids())
+
+
+METHODS = {
+    "AdaLoRA": lambda task: peft.AdaLoraConfig(task_type=task, total_step=10),
+    "LoHa": lambda task: peft.LoHaConfig(task_type=task),
+    "LoKr": lambda task: peft.LoKrConfig(task_type=task),
+    "OFT": lambda task: peft.OFTConfig(task_type=task, oft_block_size=8),
+    "BOFT": lambda task: peft.BOFTConfig(task_type=task),
+    "VeRA": lambda task: peft.VeraConfig(task_type=task),
+    "FourierFT": lambda task: peft.FourierFTConfig(task_type=task, n_frequency=50),
+    "HRA": lambda task: peft.HRAConfig(task_type=task),
+    "RoAd": lambda task: peft.RoadConfig(task_type=task),
+}
+
+
+@families
+@pytest.mark.parametrize("method", METHODS)
+def test_default_targets_train_and_merge(family, method):
+    base = make_model(family)
+    expected = logits_of(base)
+    torch.manual_seed(1)
+    adapted = get_peft_model(base, METHODS[method](task_of(family))).double().train()
+    optimizer = torch.optim.SGD([weight for weight in adapted.parameters() if weight.requires_grad], lr=1.0)
+    for _ in range(3):
+        optimizer.zero_grad()
+        adapted(input_ids=draw_ids(), labels=draw_ids()).loss.backward()
+        optimizer.step()
+    trained = logits_of(adapted)
+    assert (trained - expected).abs().max() > 1e-4
+    with torch.no_grad(), adapted.disable_adapter():
+        torch.testing.assert_close(logits_of(adapted), expected, **EXACT)
+    torch.testing.assert_close(logits_of(adapted.merge_and_unload()), trained, atol=1e-6, rtol=0)
+
+
+@families
+def test_each_row_has_the_adapter_of_its_name(family):
+    adapted = get_peft_model(make_model(family), mixed_config(family), adapter_name="a").double()
+    adapted.add_adapter("b", mixed_config(family))
+    adapted.double().eval()
+    ids, names = torch.randint(1, 50, (3, 40), generator=torch.Generator().manual_seed(1)), ["a", "b", "a"]
+    alone = []
+    with torch.no_grad():
+        for row, name in zip(ids.split(1), names, strict=True):
+            adapted.set_adapter(name)
+            alone.append(adapted(input_ids=row, labels=row).logits)
+        mixed = adapted(input_ids=ids, labels=ids, adapter_names=names).logits
+    torch.testing.assert_close(mixed, torch.cat(alone), **EXACT)
+    assert (alone[0] - adapted(input_ids=ids[:1], labels=ids[:1], adapter_names=["b"]).logits).abs().max() > 1e-2
+
+
+def mixed_config(family):
+    return LoraConfig(r=4, init_lora_weights=False, target_modules="all-linear", task_type=task_of(family))

@@ -292,7 +292,8 @@ def test_memory_size_0():
 @pytest.mark.parametrize("training", [False, True])
 def test_metrics_are_scalars_without_gradients(block_type, training):
     model, ids = make_model(block_type=block_type).train(training), draw_ids(2, 20, 0)
-    metrics = model(ids, attention_mask=LEFT_PADDED).metrics
+    metrics = model(ids, attention_mask=LEFT_PADDED, output_metrics=True).metrics
+    assert ("metrics" in model(ids)) == training
     assert metrics.keys() == {"sparsity_kept", "pattern_entropy", "window_mean", "memory_write_norm"}
     for value in metrics.values():
         assert isinstance(value, torch.Tensor) and value.shape == () and not value.requires_grad
@@ -303,7 +304,7 @@ def test_metrics_are_scalars_without_gradients(block_type, training):
 def test_metrics_are_means_over_layers_and_real_tokens():
     model, ids = make_model(), draw_ids(2, 20, 0)
     with torch.no_grad():
-        outputs = model(ids, attention_mask=LEFT_PADDED, output_flows=True)
+        outputs = model(ids, attention_mask=LEFT_PADDED, output_flows=True, output_metrics=True)
     real = LEFT_PADDED.bool()
     windows = torch.stack([flows.window[real].mean() for flows in outputs.flows])
     assert torch.allclose(outputs.metrics["window_mean"], windows.mean(), **STRICT)
@@ -367,6 +368,7 @@ def compiled():
 def test_forward_pass_is_one_graph(block_type, inputs, compiled):
     model, ids = make_model(block_type=block_type, num_hidden_layers=1), draw_ids(2, 20, 0)
     with torch.no_grad():
+        inputs = inputs | {"output_metrics": True}
         expected, found = model(ids, **inputs), compiled(model)(ids, **inputs)
     assert torch.allclose(found.logits, expected.logits, **STRICT)
     assert torch.allclose(found.metrics["sparsity_kept"], expected.metrics["sparsity_kept"], **STRICT)

@@ -129,7 +129,7 @@ def test_receptive_fields_of_the_networks(network):
 def test_logits_equal_those_of_causal_lm(network, training):
     model, ids = make_network(network, dropout=0.0).train(training), draw_ids(2, 70)
     logits, metrics = model(ids)
-    outputs = model.causal_lm(ids)
+    outputs = model.causal_lm(ids, output_metrics=True)
     assert torch.allclose(logits, outputs.logits, atol=1e-6, rtol=0)
     assert metrics.keys() == outputs.metrics.keys()
     assert_metrics(metrics, OF_A_MODEL)

@@ -227,12 +227,8 @@ def test_crop_of_an_unused_layer_does_nothing():
 def test_refused_crop_changes_nothing():
     recorder = Recorder(2)
     recorder.call(ones(2, 9))
-    for removed, message in (
-        (3, r"takes the negative number of tokens to remove, got 3"),
-        (-10, r"crop\(-10\).*9 tokens"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            recorder.layer.crop(removed)
+    with pytest.raises(ValueError, match=r"crop\(-10\).*9 tokens"):
+        recorder.layer.crop(-10)
     # The rolling state was not recorded: no other state may have been cropped before the error.
     with pytest.raises(ValueError, match=r"at most 0 tokens from this cache, not 1: .*activate_past_recording"):
         recorder.layer.crop(-1)
@@ -240,6 +236,19 @@ def test_refused_crop_changes_nothing():
     recorder.check()
     recorder.call(ones(2, 1))
     recorder.check()
+
+
+def test_a_positive_crop_keeps_this_number_of_columns():
+    recorder, other = Recorder(2), Recorder(2)
+    for each in (recorder, other):
+        each.layer.activate_past_recording()
+        each.call(ones(2, 9))
+    recorder.layer.crop(7)
+    recorder.layer.crop(12)
+    other.layer.crop(-2)
+    assert recorder.layer.get_seq_length() == other.layer.get_seq_length() == 7
+    for name, state in other.layer.states.items():
+        assert torch.equal(recorder.layer.states[name].data, state.data)
 
 
 def test_a_short_row_needs_no_recording():
