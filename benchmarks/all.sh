@@ -13,6 +13,7 @@ dfn-hf bench fields --results benchmarks/results/fields.csv
 dfn-hf bench field-speed --results benchmarks/results/field-speed.csv
 dfn-hf bench contrastive --results benchmarks/results/contrastive.csv
 dfn-hf bench contrastive --task sounds --seeds 3 --results benchmarks/results/contrastive.csv
+dfn-hf bench isolation --results benchmarks/results/isolation.csv
 dfn-hf bench lm --results benchmarks/results/lm.csv
 dfn-hf bench lm --model flownetwork --model flownetwork-1-pattern --model flownetwork-no-flow \
     --model flow-transformer --model llama --model llama-conv --results benchmarks/results/lm.csv

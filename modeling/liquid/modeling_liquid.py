@@ -543,10 +543,12 @@ class LiquidForSeq2SeqLM(FlowGenerationMixin, LiquidPreTrainedModel, GenerationM
             raise ValueError("The target is missing: pass `decoder_input_ids`, `decoder_inputs_embeds` or `labels`.")
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        if past_key_values is None and cache is None and (labels is not None or (self.training and use_cache is None)):
-            use_cache = False  # the auxiliary losses are defined on whole rows
-        if labels is not None and past_key_values is None and cache is None and decoder_attention_mask is None:
-            decoder_attention_mask = mask_up_to_last_label(labels)
+        if past_key_values is None and cache is None:
+            trains = self.training and torch.is_grad_enabled() and use_cache is None
+            if labels is not None or trains:
+                use_cache = False  # the auxiliary losses are defined on whole rows
+            if labels is not None and decoder_attention_mask is None:
+                decoder_attention_mask = mask_up_to_last_label(labels)
         outputs: LiquidModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -55,7 +55,8 @@ class GrowingState(ReplaceState):
         old = self.data.shape[2]
         if capacity <= old:
             return
-        grown = self.data.new_zeros(*self.data.shape[:2], max(capacity, old + old // 4 + 16), self.data.shape[3])
+        capacity = max(capacity, old + old // 4 + 16) if old else capacity
+        grown = self.data.new_zeros(*self.data.shape[:2], capacity, self.data.shape[3])
         grown[:, :, :old] = self.data
         self.data = grown
 

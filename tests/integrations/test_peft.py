@@ -18,6 +18,7 @@ from peft import (
 from transformers import PreTrainedModel
 
 from dfn_hf.hub.peft_defaults import LINEAR_MAPS, LOW_RANK_METHODS
+from tests.support.marks import first_quickly
 from tests.support.small_models import MODELS, make_small_model
 
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -164,7 +165,7 @@ METHODS = {
 }
 
 
-@families
+@pytest.mark.parametrize("family", first_quickly(MODELS))
 @pytest.mark.parametrize("method", METHODS)
 def test_default_targets_train_and_merge(family, method):
     base = make_model(family)

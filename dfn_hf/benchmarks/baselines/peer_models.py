@@ -16,6 +16,8 @@ from transformers import (
     Mamba2Config,
     Mamba2ForCausalLM,
     PreTrainedModel,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
     ReformerConfig,
     ReformerModelWithLMHead,
 )
@@ -134,6 +136,26 @@ def build_gla(size: ModelSize) -> PreTrainedModel:
         tie_word_embeddings=True,
     )
     return GLAForCausalLM(config)
+
+
+def build_qwen3_next(size: ModelSize) -> PreTrainedModel:
+    """Build a Qwen3-Next: one attention layer after three layers of the gated delta rule, without experts."""
+    head_dim = size.hidden_size // size.num_attention_heads
+    config = Qwen3NextConfig(
+        **_common(size),
+        num_hidden_layers=size.num_hidden_layers,
+        intermediate_size=size.intermediate_size,
+        num_attention_heads=size.num_attention_heads,
+        num_key_value_heads=max(1, size.num_attention_heads // 4),
+        head_dim=head_dim,
+        linear_key_head_dim=head_dim,
+        linear_value_head_dim=head_dim,
+        linear_num_key_heads=size.num_attention_heads,
+        linear_num_value_heads=size.num_attention_heads,
+        mlp_only_layers=list(range(size.num_hidden_layers)),
+        tie_word_embeddings=True,
+    )
+    return Qwen3NextForCausalLM(config)
 
 
 def _common(size: ModelSize) -> dict[str, Any]:

@@ -20,6 +20,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "ablations": model_quality.ablations,
     "neighbor-ranking": model_quality.neighbor_ranking,
     "search-settings": model_quality.search_settings,
+    "isolation": model_quality.isolation,
     "translation": model_quality.translation,
     "reversal": model_quality.reversal,
     "quantization": model_quality.quantization,

@@ -133,6 +133,26 @@ def search_settings(
     print_table(search_settings_table(finished), finished, path)
 
 
+def isolation(
+    models: Annotated[
+        list[str] | None, typer.Option("--model", help="A model of the table; repeatable. Default: all.")
+    ] = None,
+    results: Results = None,
+    threads: Threads = 1,
+    device: Device = "cpu",
+) -> None:
+    """Differences of logits: packed documents and documents alone, cropped tokens and tokens never read.
+
+    Example: dfn-hf bench isolation --model dfn --model llama
+    """
+    from ..quality.isolation import MODELS, IsolationSettings, isolation_table, run_isolation
+
+    runs = [IsolationSettings(model=model, threads=threads, device=device) for model in models or MODELS]
+    path = results_path(results, "isolation.csv")
+    finished = run_isolation(runs, path, report_progress)
+    print_table(isolation_table(finished), finished, path)
+
+
 def translation(
     models: Annotated[
         list[str],

@@ -54,7 +54,7 @@ def retrieval(
     control_contexts: Annotated[int, typer.Option(min=0, help="Contexts read without far neighbours too.")] = 2,
     seeds: Seeds = 3,
     max_steps: Annotated[int, typer.Option("--max-steps", min=1, help="Training steps on 64 tokens.")] = 600,
-    tuning_steps: Annotated[int, typer.Option(min=0, help="Fine-tuning steps of 8 rows of 1,024 tokens.")] = 750,
+    tuning_steps: Annotated[int, typer.Option(min=0, help="Fine-tuning steps of 8 rows of 1,024 tokens.")] = 250,
     chunk_length: Annotated[int, typer.Option(min=1, help="Tokens per forward pass.")] = 2**16,
     results: Results = None,
     threads: Threads = 1,

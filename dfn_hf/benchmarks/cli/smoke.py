@@ -52,6 +52,7 @@ TABLES = (
         "--tuning-steps 0 --contexts 1 --context-length 4096",
         [(str(dims), str(neighbors), str(leaves)) for dims, neighbors in CHOICES for leaves in LEAVES],
     ),
+    SmokeTable("isolation --model dfn --model llama", [("dfn",), ("llama",)]),
     SmokeTable(
         "scaling --length 256 --length 512 --baseline-length 256 --hidden-size 32 --num-hidden-layers 1 --repeats 1",
         [("256",), ("512",)],

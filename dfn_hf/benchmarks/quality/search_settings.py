@@ -50,7 +50,7 @@ class SearchSettingsRun:
     intermediate_size: int = 384
     recall_steps: int = 1000
     retrieval_steps: int = RetrievalSettings.steps
-    tuning_steps: int = RetrievalSettings.tuning_steps
+    tuning_steps: int = 750
     context_length: int = 2**17
     contexts: int = 5
     threads: int = 1

@@ -45,7 +45,7 @@ class RetrievalSettings:
     seed: int = 0
     vocab_size: int = 64
     steps: int = 600
-    tuning_steps: int = 750
+    tuning_steps: int = 250
     tuning_batch_size: int = 8
     tuning_length: int = 1024
     tuning_num_pairs: int = 8

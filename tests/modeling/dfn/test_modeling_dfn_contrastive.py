@@ -235,14 +235,20 @@ def test_messages_name_invalid_inputs():
         model(ids, pair_input_ids=ids[:3])
     with pytest.raises(ValueError, match="pair_attention_mask is 0 everywhere"):
         model(ids, pair_input_ids=ids, pair_attention_mask=torch.zeros_like(ids))
-    with pytest.raises(ValueError, match="batch of one pair"):
-        model.train()(ids[:1], pair_input_ids=ids[:1])
-    assert model.eval()(ids[:1], pair_input_ids=ids[:1]).loss == 0
+    assert model(ids[:1], pair_input_ids=ids[:1]).loss == 0
     assert model(**texts, return_loss=False).loss is None
     with pytest.raises(ValueError, match="coordinates and values: pass both"):
         draw(0, fields=True)(coordinates=fields["coordinates"])
     with pytest.raises(ValueError, match="memory_slots"):
         DFNForContrastive(DFNConfig(memory_slots=2))
+
+
+def test_a_last_batch_of_one_pair_trains_nothing():
+    model, texts = draw(0).train(), draw_texts(0)
+    loss = model(texts["input_ids"][:1], pair_input_ids=texts["pair_input_ids"][:1]).loss
+    loss.backward()
+    assert loss == 0
+    assert all(weight.grad is None or not weight.grad.abs().max() > 1e-12 for weight in model.parameters())
 
 
 PROCESS = """

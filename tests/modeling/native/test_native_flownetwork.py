@@ -186,7 +186,8 @@ def assert_same(model, ids, expected):
     """Compare the logits in float32 and float64; a call must not change the model."""
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-9), (torch.float32, 1e-5)):
         logits = model.to(dtype)(ids).logits
-        torch.testing.assert_close(logits.double(), expected, atol=tolerance, rtol=0)
+        # Rounding errors are in proportion to the largest logits, and differ between processors.
+        torch.testing.assert_close(logits.double(), expected, atol=tolerance * expected.abs().max().item(), rtol=0)
 
 
 @pytest.mark.parametrize("sizes", [SIZES, SMALL], ids=["large", "small"])
