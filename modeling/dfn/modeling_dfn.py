@@ -242,9 +242,9 @@ class DFNModel(DFNPreTrainedModel):
                 )
             use_cache = False
         is_plain = attention_mask is None and past_key_values is None
-        segment_ids = packed_documents(*inputs_embeds.shape[:2], segment_ids, position_ids, is_plain, **kwargs)
+        segments = packed_documents(inputs_embeds.shape, segment_ids, position_ids, is_plain, **kwargs)
         rows, states, past_key_values = prepare_forward(
-            self, inputs_embeds, attention_mask, segment_ids, past_key_values, use_cache
+            self, inputs_embeds, attention_mask, segments, past_key_values, use_cache
         )
         check_search(config)
         hidden_states = rows.unpad(inputs_embeds)
@@ -463,10 +463,8 @@ class DFNForCausalLM(FlowGenerationMixin, DFNPreTrainedModel, GenerationMixin):
             losses = sampling_losses(outputs, 1, len(logits), self.config.ratio_loss_coef)
         if labels is not None:
             is_plain = attention_mask is None and past_key_values is None
-            segment_ids = packed_documents(
-                *outputs.last_hidden_state.shape[:2], segment_ids, position_ids, is_plain, **kwargs
-            )
-            labels = next_token_labels(labels, segment_ids)
+            segments = packed_documents(labels.shape, segment_ids, position_ids, is_plain, **kwargs)
+            labels = next_token_labels(labels, segments)
             losses = self._losses(logits, labels, outputs, **kwargs)
         return DFNCausalLMOutput(
             logits=logits,

@@ -344,9 +344,9 @@ class FlowNetworkModel(FlowNetworkPreTrainedModel):
         inputs_embeds = embed_inputs(self, input_ids, inputs_embeds)
         past_key_values = resolve_cache_argument(past_key_values, cache)
         is_plain = attention_mask is None and past_key_values is None
-        segment_ids = packed_documents(*inputs_embeds.shape[:2], segment_ids, position_ids, is_plain, **kwargs)
+        segments = packed_documents(inputs_embeds.shape, segment_ids, position_ids, is_plain, **kwargs)
         rows, states, past_key_values = prepare_forward(
-            self, inputs_embeds, attention_mask, segment_ids, past_key_values, use_cache
+            self, inputs_embeds, attention_mask, segments, past_key_values, use_cache
         )
         hidden_states = rows.unpad(inputs_embeds)
         rotary = self.rotary(hidden_states, rows.segment_positions)
@@ -481,10 +481,8 @@ class FlowNetworkForCausalLM(FlowGenerationMixin, FlowNetworkPreTrainedModel, Ge
         loss = None
         if labels is not None:
             is_plain = attention_mask is None and past_key_values is None
-            segment_ids = packed_documents(
-                *outputs.last_hidden_state.shape[:2], segment_ids, position_ids, is_plain, **kwargs
-            )
-            labels = next_token_labels(labels, segment_ids)
+            segments = packed_documents(labels.shape, segment_ids, position_ids, is_plain, **kwargs)
+            labels = next_token_labels(labels, segments)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return FlowNetworkCausalLMOutput(
             loss=loss,

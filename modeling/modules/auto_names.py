@@ -4,6 +4,8 @@
 a model, and lm-eval tells an encoder-decoder from a causal model.
 """
 
+from typing import Any
+
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_PRETRAINING_MAPPING_NAMES,
@@ -13,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_MAPPING_NAMES,
 )
 
-NAME_TABLES = {
+NAME_TABLES: dict[str, Any] = {
     "AutoModel": MODEL_MAPPING_NAMES,
     "AutoModelForCausalLM": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     "AutoModelForSeq2SeqLM": MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,

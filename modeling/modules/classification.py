@@ -32,6 +32,7 @@ class LastTokenClassificationMixin:
     model: nn.Module
     score: nn.Module
     loss_function: Any
+    training: bool
 
     @can_return_tuple
     def forward(

@@ -84,7 +84,7 @@ def _shifted_sum(x: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
     """`_DepthwiseConv` as differentiable operations."""
     length = x.shape[1] - len(taps) + 1
     wide = torch.promote_types(torch.float32, torch.promote_types(x.dtype, taps.dtype))
-    y = sum(x[:, r : r + length].to(wide) * taps[r].to(wide) for r in range(len(taps)))
+    y = torch.stack([x[:, r : r + length].to(wide) * taps[r].to(wide) for r in range(len(taps))]).sum(dim=0)
     return y.to(torch.promote_types(x.dtype, taps.dtype))
 
 

@@ -7,8 +7,7 @@ PACKING_ARGUMENTS = ("segment_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 
 
 def packed_documents(
-    batch: int,
-    length: int,
+    shape: tuple[int, ...],
     segment_ids: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     is_plain: bool,
@@ -23,7 +22,7 @@ def packed_documents(
     and, in a plain call, `position_ids`.
 
     Args:
-        batch, length: B and M.
+        shape: of the input, B and M first.
         segment_ids: int `[B, M]`; a run of equal ids is a document, negative ids are padding.
         position_ids: `[B, M]` or `[1, M]`; a document starts where they do not increase by 1.
         is_plain: whether the call has neither an attention mask nor a cache.
@@ -37,9 +36,10 @@ def packed_documents(
     Example:
         >>> import torch
         >>> from dfn_hf.modeling.modules.packing import packed_documents
-        >>> packed_documents(1, 5, None, torch.tensor([[0, 1, 2, 0, 1]]), is_plain=True).tolist()
+        >>> packed_documents((1, 5), None, torch.tensor([[0, 1, 2, 0, 1]]), is_plain=True).tolist()
         [[0, 0, 0, 1, 1]]
     """
+    batch, length = shape[:2]
     if segment_ids is not None:
         return _checked("segment_ids", segment_ids, batch, length)
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
@@ -53,7 +53,7 @@ def packed_documents(
 
 
 def refuse_packing(
-    model: torch.nn.Module,
+    model: object,
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     **arguments,

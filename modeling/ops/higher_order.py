@@ -45,10 +45,10 @@ def differentiate_backward(
     count = len(gradients)
 
     def backward(*arguments):
-        outputs, pull = torch.func.vjp(function, *arguments[count:])
+        outputs, pull = torch.func.vjp(function, *arguments[count:])[:2]
         return pull(arguments[:count] if isinstance(outputs, tuple) else arguments[0])
 
-    _, pull = torch.func.vjp(backward, *gradients, *inputs)
+    pull = torch.func.vjp(backward, *gradients, *inputs)[1]
     return pull(cotangents)
 
 

@@ -49,6 +49,7 @@ def neighbor_ranking(
     seeds: Seeds = 3,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of the language models.")] = 250,
     recall_steps: Annotated[int, typer.Option(min=1, help="Training steps of the recall model.")] = 1000,
+    recall_length: Annotated[int, typer.Option(min=300, help="Tokens of the recall task.")] = 2048,
     length: Annotated[int, typer.Option(min=64, help="Tokens per window of the first language model.")] = 1024,
     long_length: Annotated[int, typer.Option(min=64, help="Tokens per window of the second one.")] = 4096,
     results: Results = None,
@@ -71,6 +72,7 @@ def neighbor_ranking(
             long_length=long_length,
             steps=steps,
             recall_steps=recall_steps,
+            recall_length=recall_length,
             device=device,
         )
         for seed in range(seeds)
@@ -86,6 +88,7 @@ def search_settings(
     lm_steps: Annotated[int, typer.Option(min=1, help="Training steps of the language model.")] = 250,
     lm_length: Annotated[int, typer.Option(min=2, help="Tokens per window of the language model.")] = 4096,
     recall_steps: Annotated[int, typer.Option(min=1, help="Training steps of the recall model.")] = 1000,
+    recall_length: Annotated[int, typer.Option(min=300, help="Tokens of the recall task.")] = 8192,
     retrieval_steps: Annotated[int, typer.Option(min=1, help="Training steps of the retrieval model.")] = 600,
     tuning_steps: Annotated[int, typer.Option(min=0, help="Its fine-tuning steps.")] = 750,
     context_length: Annotated[int, typer.Option(help="Tokens per context of the retrieval task.")] = 2**17,
@@ -117,6 +120,7 @@ def search_settings(
             lm_steps=lm_steps,
             lm_length=lm_length,
             recall_steps=recall_steps,
+            recall_length=recall_length,
             retrieval_steps=retrieval_steps,
             tuning_steps=tuning_steps,
             context_length=context_length,

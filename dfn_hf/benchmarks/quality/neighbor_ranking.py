@@ -42,6 +42,7 @@ class RankingSettings:
     tokens: int = 4096
     steps: int = 250
     recall_steps: int = 1000
+    recall_length: int = RecallSettings.long_length
     learning_rate: float = 3e-3
     hidden_size: int = 128
     num_hidden_layers: int = 2
@@ -53,7 +54,7 @@ class RankingSettings:
 
 @dataclass(frozen=True)
 class RankingResult:
-    """Held-out losses in nats per token, and the accuracy of recall at 2,048 tokens.
+    """Held-out losses in nats per token, and the accuracy of recall at `recall_length` tokens.
 
     Attributes:
         loss, long_loss: of the models of `length` and `long_length`.
@@ -94,7 +95,12 @@ def measure_ranking(settings: RankingSettings) -> RankingResult:
             )
             for length in (settings.length, settings.long_length)
         )
-        recall = RecallSettings(seed=settings.seed, steps=settings.recall_steps, device=settings.device)
+        recall = RecallSettings(
+            seed=settings.seed,
+            steps=settings.recall_steps,
+            long_length=settings.recall_length,
+            device=settings.device,
+        )
         recalled = long_recall(train_recall(recall).model, recall)
     return RankingResult(
         loss=short.loss,
@@ -109,9 +115,11 @@ def measure_ranking(settings: RankingSettings) -> RankingResult:
 def searched_by(ranking: str) -> Iterator[None]:
     """Replace the neighbour search of all causal DFNs without a cache by an exact search of one of `RANKINGS`."""
 
+    influences: dict[ContinuousEntities, torch.Tensor] = {}
+
     def keep_influence(module, arguments, output) -> None:
         if isinstance(module, ContinuousEntities):
-            module.ranked_influence = output[2].detach()
+            influences[module] = output[2].detach()
 
     @torch.no_grad()
     def search(attention: DynamicFlowAttention, query, key, rows, state) -> torch.Tensor:
@@ -122,18 +130,18 @@ def searched_by(ranking: str) -> Iterator[None]:
             key,
             attention.log_sharpness.exp(),
             attention.log_fading.exp() if "age" in ranking else None,
-            attention.entities.ranked_influence if "influence" in ranking else None,
+            influences[attention.entities] if "influence" in ranking else None,
             attention.config.num_neighbors,
             attention.config.local_window,
         )
 
     before = DynamicFlowAttention.search_neighbors
     handle = register_module_forward_hook(keep_influence)
-    DynamicFlowAttention.search_neighbors = search
+    DynamicFlowAttention.search_neighbors = search  # type: ignore[method-assign, assignment]  # until the end
     try:
         yield
     finally:
-        DynamicFlowAttention.search_neighbors = before
+        DynamicFlowAttention.search_neighbors = before  # type: ignore[method-assign]
         handle.remove()
 
 
@@ -214,7 +222,7 @@ def ranking_table(results: list[tuple[RankingSettings, RankingResult]]) -> str:
         f"loss at {settings.length:,} tokens": "loss",
         f"loss at {settings.long_length:,} tokens": "long_loss",
         f"its second half ({settings.long_length // 2:,} on)": "end_loss",
-        f"recall at {RecallSettings.long_length:,} tokens": "recall",
+        f"recall at {settings.recall_length:,} tokens": "recall",
     }
     lines = []
     for ranking in dict.fromkeys(run.ranking for run, _ in results):

@@ -49,6 +49,7 @@ class SearchSettingsRun:
     num_attention_heads: int = 4
     intermediate_size: int = 384
     recall_steps: int = 1000
+    recall_length: int = RecallSettings.longest_length
     retrieval_steps: int = RetrievalSettings.steps
     tuning_steps: int = 750
     context_length: int = 2**17
@@ -63,7 +64,7 @@ class SearchSettingsResult:
 
     Attributes:
         loss: nats per token on held-out text.
-        recall: accuracy at 8,192 tokens with 120 pairs, trained on 64 tokens with 8 pairs.
+        recall: accuracy at `recall_length` tokens with 120 pairs, trained on 64 tokens with 8 pairs.
         retrieval: fraction of the planted pairs found in the contexts, over all depths.
         microseconds: time per token to read a context; the least of all contexts.
     """
@@ -115,7 +116,7 @@ def trained_lm(run: SearchSettingsRun) -> PreTrainedModel:
 def trained_recall(run: SearchSettingsRun) -> PreTrainedModel:
     """Train the recall model of a choice."""
     options = {"position_dim": run.position_dim, "num_neighbors": run.num_neighbors}
-    return train_recall(_recall_settings(run), **options).model
+    return train_recall(_recall_settings(run), lambda line: None, **options).model
 
 
 @cache
@@ -148,7 +149,7 @@ def read_contexts(model: DFNForCausalLM, run: SearchSettingsRun) -> tuple[float,
 
 
 def _recall_settings(run: SearchSettingsRun) -> RecallSettings:
-    return RecallSettings(seed=run.seed, steps=run.recall_steps, device=run.device)
+    return RecallSettings(seed=run.seed, steps=run.recall_steps, longest_length=run.recall_length, device=run.device)
 
 
 def run_search_settings(
@@ -176,7 +177,7 @@ def search_settings_table(results: list[tuple[SearchSettingsRun, SearchSettingsR
         "leaves",
         "seeds",
         f"loss at {settings.lm_length:,} tokens",
-        f"recall at {RecallSettings.longest_length:,} tokens",
+        f"recall at {settings.recall_length:,} tokens",
         f"retrieval at {settings.context_length:,} tokens",
         "µs per token",
     )

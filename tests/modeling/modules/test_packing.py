@@ -67,12 +67,12 @@ def test_order_of_the_descriptions():
         "seq_idx": torch.tensor([[0, 0, 1, 1, 1, 1]]),
     }
     positions, segments = torch.tensor([[0, 1, 2, 0, 1, 2]]), torch.tensor([[0, 0, 0, 0, 1, 1]])
-    assert packed_documents(1, 6, segments, positions, True, **given).tolist() == [[0, 0, 0, 0, 1, 1]]
-    assert packed_documents(1, 6, None, positions, True, **given).tolist() == [[0, 1, 1, 1, 1, 1]]
-    assert packed_documents(1, 6, None, positions, True, seq_idx=given["seq_idx"]).tolist() == [[0, 0, 1, 1, 1, 1]]
-    assert packed_documents(1, 6, None, positions, True).tolist() == [[0, 0, 0, 1, 1, 1]]
-    assert packed_documents(1, 6, None, positions, False) is None
-    assert packed_documents(1, 6, None, torch.arange(6)[None], True) is None
+    assert packed_documents((1, 6), segments, positions, True, **given).tolist() == [[0, 0, 0, 0, 1, 1]]
+    assert packed_documents((1, 6), None, positions, True, **given).tolist() == [[0, 1, 1, 1, 1, 1]]
+    assert packed_documents((1, 6), None, positions, True, seq_idx=given["seq_idx"]).tolist() == [[0, 0, 1, 1, 1, 1]]
+    assert packed_documents((1, 6), None, positions, True).tolist() == [[0, 0, 0, 1, 1, 1]]
+    assert packed_documents((1, 6), None, positions, False) is None
+    assert packed_documents((1, 6), None, torch.arange(6)[None], True) is None
 
 
 @pytest.mark.parametrize(
