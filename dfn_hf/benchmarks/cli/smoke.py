@@ -44,11 +44,11 @@ TABLES = (
         [(variant, "1") for variant in VARIANTS],
     ),
     SmokeTable(
-        "neighbor-ranking --seeds 1 --steps 1 --recall-steps 1 --recall-length 300 --length 64 --long-length 150",
+        "neighbor-ranking --seeds 1 --steps 1 --recall-steps 1 --recall-length 480 --length 64 --long-length 150",
         [(ranking, "1") for ranking in RANKINGS],
     ),
     SmokeTable(
-        "search-settings --seeds 1 --lm-steps 1 --lm-length 256 --recall-steps 1 --recall-length 300 "
+        "search-settings --seeds 1 --lm-steps 1 --lm-length 256 --recall-steps 1 --recall-length 480 "
         "--retrieval-steps 1 --tuning-steps 0 --contexts 1 --context-length 4096",
         [(str(dims), str(neighbors), str(leaves)) for dims, neighbors in CHOICES for leaves in LEAVES],
     ),

@@ -179,14 +179,13 @@ def largest_logits(
         end = min(first + QUERIES, length)
         seen = end - window  # by the last query
         age = torch.arange(first, end, device=query.device)[:, None] - torch.arange(seen, device=query.device)
-        is_hidden, fades = age < window, log_age[age.clamp(min=0)]
-        for row in range(batch):
-            for head in range(heads):
-                fade = -fading[head] * fades if fading is not None else torch.zeros_like(fades)
-                fade[:, max(0, first - window) :].masked_fill_(is_hidden[:, max(0, first - window) :], -torch.inf)
-                ranks = torch.addmm(fade, queries[row, head, first:end], keys[row, head, :, :seen])
-                best, places = _top(ranks, min(num_neighbors, seen))
-                found[row, head, first:end, : best.shape[-1]] = places.masked_fill(best == -torch.inf, -1)
+        fade = torch.zeros(heads, *age.shape, device=query.device, dtype=query.dtype)
+        if fading is not None:
+            fade = -fading[:, None, None] * log_age[age.clamp(min=0)]
+        fade = fade.masked_fill(age < window, -torch.inf).expand(batch, -1, -1, -1).flatten(0, 1)
+        ranks = torch.baddbmm(fade, queries[:, :, first:end].flatten(0, 1), keys[..., :seen].flatten(0, 1))
+        best, places = _top(ranks.unflatten(0, (batch, heads)), min(num_neighbors, seen))
+        found[:, :, first:end, : best.shape[-1]] = places.masked_fill(best == -torch.inf, -1)
     return found
 
 
