@@ -88,7 +88,7 @@ class LastTokenClassificationMixin:
         )
 
     def _auxiliary_loss(self, outputs) -> torch.Tensor | None:
-        """Return what is added to the loss of the head; None for nothing."""
+        """Return the auxiliary loss to add to the loss of the head; None if the model has none."""
         return None
 
 

@@ -37,7 +37,7 @@ def flow_attention(
     """Softmax attention over the `window` most recent entities, the query's own included, and its neighbours.
 
     The logits are ℓ (module docstring). `dispatch.attention_backend` chooses between C, Triton and torch. The result
-    is differentiable any number of times; beyond the first without dropout and in O(M (W + K) D) memory.
+    is differentiable more than once; after the first time without dropout and in O(M (W + K) D) memory.
 
     Args:
         query: `[B, H, M, E]`, float32 or float64. Query a of a row has position i = past + a in the row.
